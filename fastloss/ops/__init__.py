@@ -1,0 +1,1 @@
+"""torch.library operators, autograd functions, and one adapter per backend."""

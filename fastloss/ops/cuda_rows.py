@@ -1,0 +1,76 @@
+"""Adapter of the ``cuda`` backend: kernels built ahead of time, launched on PyTorch's current stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss.ops.native_rows import DTYPE_CODES, NativeRows
+
+try:
+    from fastloss import _cuda as native  # type: ignore[attr-defined]
+
+    _why_not = ""
+except ImportError as error:
+    native: Any = None  # type: ignore[no-redef]
+    _why_not = f"the native CUDA module is not there ({error})"
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream if tensor.is_cuda else 0
+
+
+class _DeviceGuarded(NativeRows):
+    """Launches on the tensor's own device, which need not be the current one."""
+
+    def row_stats(self, logits: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with torch.cuda.device_of(logits):
+            return super().row_stats(logits, *args, **kwargs)
+
+    def row_grad(self, logits: Tensor, *args: Any, **kwargs: Any) -> None:
+        with torch.cuda.device_of(logits):
+            super().row_grad(logits, *args, **kwargs)
+
+    def row_cross_entropy(self, logits: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with torch.cuda.device_of(logits):
+            return super().row_cross_entropy(logits, *args, **kwargs)
+
+
+rows = _DeviceGuarded(native, _stream)
+_emulated = False
+
+
+def row_stats(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    return rows.row_stats(*args, **kwargs)
+
+
+def row_grad(*args: Any, **kwargs: Any) -> None:
+    rows.row_grad(*args, **kwargs)
+
+
+def row_cross_entropy(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    return rows.row_cross_entropy(*args, **kwargs)
+
+
+def emulate(module: Any) -> None:
+    """Run the CUDA source compiled for the CPU (tests/cuda_emulation) in place of the GPU's."""
+    global rows, _emulated, _why_not
+    rows, _emulated, _why_not = NativeRows(module, lambda _: 0), True, ""  # type: ignore[assignment]
+
+
+def why_not() -> str:
+    if _why_not:
+        return _why_not
+    if not _emulated and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return "" if _emulated or torch.version.cuda else "this torch is not built for CUDA"
+
+
+def why_not_for(tensor: Tensor) -> str:
+    if not tensor.is_cuda and not _emulated:
+        return f"it takes cuda tensors, got {tensor.device.type}"
+    if tensor.dtype not in DTYPE_CODES or tensor.dtype == torch.float64:
+        return f"it has no kernel for {tensor.dtype}"
+    return ""

@@ -1,0 +1,64 @@
+"""Definition of cross-entropy with label smoothing (arXiv:1512.00567) and z-loss (arXiv:2204.02311)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastloss.reference.logits import effective_logits, linear_logits
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    normalizer: float | Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Loss of ``logits [rows, V]`` for int64 ``target [rows]`` or class probabilities ``[rows, V]``; in float32/64."""
+    rows, vocab = logits.shape
+    if target.is_floating_point():
+        z = effective_logits(logits, bias=bias, scale=scale, softcap=softcap)
+        w = torch.ones(vocab, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
+        smoothed = target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / vocab
+        loss = -(w * smoothed * z.log_softmax(-1)).sum(-1)
+        count: Tensor | float = float(rows)
+        kept = None
+    else:
+        kept = target != ignore_index
+        # An ignored row must not reach the gradient, not even through a NaN.
+        logits = torch.where(kept.unsqueeze(-1), logits, torch.zeros((), dtype=logits.dtype, device=logits.device))
+        z = effective_logits(logits, bias=bias, scale=scale, softcap=softcap)
+        w = torch.ones(vocab, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
+        bad = kept & ((target < 0) | (target >= vocab))
+        safe = torch.where(kept & ~bad, target, torch.zeros_like(target))
+        logp = z.log_softmax(-1)
+        w_target = w[safe] * kept
+        loss = -w_target * logp.gather(-1, safe.unsqueeze(-1)).squeeze(-1) * (1 - label_smoothing)
+        if label_smoothing:
+            loss = loss - (w * logp).sum(-1) * (label_smoothing / vocab)
+        loss = loss.masked_fill(bad, float("nan"))
+        count = w_target.sum()
+    if z_loss:
+        loss = loss + z_loss * z.logsumexp(-1).square()
+    if kept is not None:
+        loss = loss.masked_fill(~kept, 0)
+    if reduction == "none":
+        return loss
+    if normalizer is not None:
+        return loss.sum() / normalizer
+    return loss.sum() / count if reduction == "mean" else loss.sum()
+
+
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options
+) -> Tensor:
+    """``cross_entropy`` of the logits of a linear head."""
+    return cross_entropy(linear_logits(input, linear_weight, linear_bias), target, **options)
