@@ -1,0 +1,157 @@
+"""Autograd of the chunked linear head: cross-entropy at 3 GEMMs, token statistics at 4 (2 with a frozen weight)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastloss import coefficients, head
+from fastloss.head import Grads, Head, Needs
+from fastloss.ops import cross_entropy as ce
+from fastloss.ops import token_stats as ts
+
+
+def cross_entropy_rows(
+    h: Head, needs: Needs, target: Tensor | None, w: Tensor | None, call: ce.CrossEntropyCall, factor: ce.Factor
+) -> tuple[dict[str, Tensor], Grads]:
+    """Losses and statistics of all rows, and the gradients of their sum times ``factor`` (late for float16)."""
+
+    def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
+        return ce.run(
+            call, z, None if target is None else target[start:stop], w if w is None or w.dim() == 1 else w[start:stop],
+            h.bias, z if overwrite else None, ce.Factor() if factor_is_late(h) else factor)
+
+    return head.run(h, needs, row_function)
+
+
+def factor_is_late(h: Head) -> bool:
+    return ce.factor_is_late(h.dtype)
+
+
+def finish(grads: Grads, dtypes: tuple[torch.dtype, ...], scale: Any = None) -> tuple[Tensor | None, ...]:
+    """Gradients (exclusively ours) times a scalar, in their leaves' dtypes."""
+    out = []
+    for grad, dtype in zip(grads, dtypes, strict=True):
+        if grad is not None and scale is not None:
+            grad = grad.mul_(scale)
+        out.append(grad if grad is None else grad.to(dtype))
+    return tuple(out)
+
+
+def _dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, ...]:
+    return hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+
+
+def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk: int) -> Head:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    return Head(hidden.detach(), weight.detach(), None if bias is None else bias.detach().to(acc), dtype, chunk)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, bias, target, w) -> loss and detached statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, w: Tensor | None,
+                call: ce.CrossEntropyCall, factor: ce.Factor, dtype: torch.dtype, chunk: int) -> Any:
+        ctx.call, ctx.factor, ctx.dtype, ctx.chunk = call, factor, dtype, chunk
+        ctx.needs = Needs(*ctx.needs_input_grad[:3])
+        h = _head(hidden, weight, bias, dtype, chunk)
+        per_row = call.reduction == "none"
+        # With a frozen weight a row's d hidden is its upstream gradient times a vector that can be made now.
+        ctx.ahead = not per_row or not (ctx.needs.weight or ctx.needs.bias)
+        out, grads = cross_entropy_rows(
+            h, ctx.needs if ctx.ahead else Needs(False, False, False), target, w, call,
+            ce.Factor() if per_row else factor)
+        ctx.late = factor_is_late(h) and not per_row
+        ctx.grads = grads if ctx.late else Grads(*finish(grads, _dtypes(hidden, weight, bias)))
+        ctx.save_for_backward(hidden, weight, bias, target, w, out["logsumexp"] if not ctx.ahead else None)
+        loss = out["loss"].to(call.loss_dtype) if per_row else ce.reduced(out["loss"], factor, call.loss_dtype)
+        if not call.want:
+            return loss
+        stats = [out[name] for name in call.want]
+        ctx.mark_non_differentiable(*stats)
+        return (loss, *stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        call: ce.CrossEntropyCall = ctx.call
+        hidden, weight, bias, target, w, lse = ctx.saved_tensors
+        h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk)
+        dtypes = _dtypes(hidden, weight, bias)
+        rest = (None,) * 6
+        if not ctx.ahead:
+            k = coefficients.of_cross_entropy(
+                upstream, lse, target, w, weight.shape[0], call.label_smoothing, call.z_loss)
+            grads = head.backward(h, ctx.needs, call.rows, target, lse, k, w, ignore_index=call.ignore_index,
+                                  scale=call.scale, softcap=call.softcap)
+            return (*finish(grads, dtypes), *rest)
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # retain_graph: the first backward gave the buffers away
+            _, grads = cross_entropy_rows(
+                h, ctx.needs, target, w, call, ce.Factor() if call.reduction == "none" else ctx.factor)
+        if call.reduction == "none":
+            return (*finish(grads, dtypes, upstream.to(torch.promote_types(ctx.dtype, upstream.dtype))[:, None]), *rest)
+        return (*finish(grads, dtypes, _scale(upstream, ctx.factor if ctx.late else None, hidden)), *rest)
+
+
+def _scale(upstream: Tensor, factor: ce.Factor | None, like: Tensor) -> Any:
+    """The scalar that the gradients still need, None where it is known to be 1."""
+    if like.device.type == "cpu":
+        value = float(upstream)
+        if factor is not None:
+            value *= factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
+        return None if value == 1.0 else value
+    scale = upstream.float() if upstream.dtype != torch.float64 else upstream
+    if factor is not None:
+        scale = scale * factor.value if factor.tensor is None else scale * factor.tensor
+    return scale
+
+
+class LinearTokenStats(torch.autograd.Function):
+    """(hidden, weight, bias, target) -> the wanted statistics; logprob, entropy and logsumexp carry gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
+                call: ts.StatsCall, dtype: torch.dtype, chunk: int) -> Any:
+        ctx.call, ctx.dtype, ctx.chunk = call, dtype, chunk
+        ctx.needs = Needs(*ctx.needs_input_grad[:3])
+        ctx.set_materialize_grads(False)
+        h = _head(hidden, weight, bias, dtype, chunk)
+        differentiable = [name for name in call.want if name in ts.DIFFERENTIABLE]
+        # With a frozen weight, and only logprob to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
+        ctx.ahead = differentiable == ["logprob"] and ctx.needs == Needs(True, False, False)
+
+        def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
+            chunk_target = None if target is None else target[start:stop]
+            part = ts.stats(call, z, chunk_target, h.bias)
+            if overwrite:
+                one = torch.ones_like(part["logsumexp"])
+                call.rows.row_grad(z, chunk_target, ignore_index=call.ignore_index, bias=h.bias, scale=call.scale,
+                                   softcap=call.softcap, lse=part["logsumexp"], a=one, b=-one, out=z)
+            return part
+
+        out, grads = head.run(h, ctx.needs if ctx.ahead else Needs(False, False, False), row_function)
+        ctx.save_for_backward(hidden, weight, bias, target, out["logsumexp"], out.get("entropy"), grads.hidden)
+        ctx.mark_non_differentiable(*[out[n] for n in call.want if n not in ts.DIFFERENTIABLE])
+        return tuple(out[name] for name in call.want)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        call: ts.StatsCall = ctx.call
+        hidden, weight, bias, target, lse, entropy, d_hidden = ctx.saved_tensors
+        none = (None,) * 4
+        if all(g is None for g in upstream):
+            return (None, None, None, *none)
+        if ctx.ahead:
+            g = upstream[call.want.index("logprob")]
+            return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
+        k = ts.row_coefficients(call, upstream, entropy, lse.dtype)
+        h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk)
+        grads = head.backward(h, ctx.needs, call.rows, target, lse, k, None, ignore_index=call.ignore_index,
+                              scale=call.scale, softcap=call.softcap)
+        return (*finish(grads, _dtypes(hidden, weight, bias)), *none)
