@@ -1,0 +1,103 @@
+"""The losses as torch.nn modules: thin shells over the functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastloss.cross_entropy import cross_entropy, linear_cross_entropy
+from fastloss.token_stats import TokenStats, linear_token_stats
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """:class:`torch.nn.CrossEntropyLoss` computed by :func:`fastloss.cross_entropy`, whose further keywords it takes.
+
+    >>> import torch, fastloss
+    >>> loss = fastloss.nn.CrossEntropyLoss(z_loss=1e-4)(torch.zeros(2, 4), torch.tensor([0, 1]))
+    """
+
+    def __init__(
+        self, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
+        reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0, **options: Any,
+    ):
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
+        return cross_entropy(
+            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
+            label_smoothing=self.label_smoothing, **{**self.options, **options})
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """A linear head and its cross-entropy: the constructor of ``torch.nn.LinearCrossEntropyLoss``.
+
+    Args:
+        in_features: D. num_classes: C. out_features: ``(d1, …)`` of a K-dimensional loss.
+        bias: a bias of the linear map.
+        weight, ignore_index, reduction, label_smoothing, options: as in :func:`fastloss.linear_cross_entropy`;
+            its further keywords are taken too.
+
+    >>> import torch, fastloss
+    >>> layer = fastloss.nn.LinearCrossEntropyLoss(8, 5)
+    >>> layer(torch.zeros(3, 8), torch.tensor([0, 1, 2])).backward()
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self, in_features: int, num_classes: int, out_features: tuple[int, ...] = (), *, bias: bool = True,
+        weight: Tensor | None = None, ignore_index: int | None = None, reduction: str = "mean",
+        label_smoothing: float = 0.0, options: Any = None, device: Any = None, dtype: Any = None, **more: Any,
+    ):
+        super().__init__()
+        self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
+        shape = (num_classes, *self.out_features)
+        bound = in_features**-0.5
+        self.linear_weight = nn.Parameter(torch.empty((*shape, in_features), device=device, dtype=dtype).uniform_(-bound, bound))
+        self.linear_bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound)) if bias else None
+        self.register_buffer("weight", weight)
+        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
+        self.options, self.more = options, more
+
+    def forward(self, input: Tensor, target: Tensor, **more: Any) -> Any:
+        return linear_cross_entropy(
+            input, self.linear_weight, target, linear_bias=self.linear_bias, weight=self.weight,
+            reduction=self.reduction, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+            options=self.options, **{**self.more, **more})
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.linear_bias is not None}"
+
+
+class LinearHead(nn.Linear):
+    """A vocabulary head that can give logits, a loss, or token statistics.
+
+    It owns the weight, so that FSDP and tensor-parallel wrappers see a module and gather the weight in its forward.
+
+    >>> import torch, fastloss
+    >>> head = fastloss.nn.LinearHead(8, 5)
+    >>> hidden, target = torch.zeros(3, 8), torch.tensor([0, 1, 2])
+    >>> head(hidden).shape, head(hidden, target).shape
+    (torch.Size([3, 5]), torch.Size([]))
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, device: Any = None, dtype: Any = None,
+                 **options: Any):
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.options = options
+
+    def forward(self, input: Tensor, target: Tensor | None = None, *, stats: tuple[str, ...] | None = None, **options: Any) -> Any:  # type: ignore[override]
+        """Logits without a target; else the loss, or the ``stats`` asked for as :class:`TokenStats`."""
+        if target is None and stats is None:
+            return super().forward(input)
+        options = {**self.options, **options}
+        if stats is not None:
+            return self._stats(input, target, stats, options)
+        assert target is not None
+        return linear_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
+
+    def _stats(self, input: Tensor, target: Tensor | None, stats: tuple[str, ...], options: dict[str, Any]) -> TokenStats:
+        return linear_token_stats(input, self.weight, target, linear_bias=self.bias, outputs=stats, **options)
