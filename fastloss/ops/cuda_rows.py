@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -10,11 +11,10 @@ from torch import Tensor
 from fastloss.ops.native_rows import DTYPE_CODES, NativeRows
 
 try:
-    from fastloss import _cuda as native  # type: ignore[attr-defined]
-
+    native: Any = importlib.import_module("fastloss._cuda")
     _why_not = ""
 except ImportError as error:
-    native: Any = None  # type: ignore[no-redef]
+    native = None
     _why_not = f"the native CUDA module is not there ({error})"
 
 

@@ -1,0 +1,95 @@
+"""``fastloss train …`` and ``fastloss demo``: the options are the fields of a stage's config."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import typer
+
+from .harness import config as configs
+from .harness.config import PretrainConfig, TrainConfig
+
+app = typer.Typer(help="Train a language model.", no_args_is_help=True)
+
+
+@app.callback()
+def stages() -> None:
+    """Train a language model, one stage at a time."""
+
+
+def add_stage(name: str, kind: type[TrainConfig], run: Callable[..., object], help: str) -> None:
+    """A command with one option per field of ``kind``. What is not given comes from --config, or from the run's own
+    config.json with --resume, or from the default."""
+    hints = get_type_hints(kind)
+    parameters = []
+    for field in dataclasses.fields(kind):
+        hint = list[str] if field.name == "data" else hints[field.name]
+        flag = "--" + field.name.replace("_", "-")
+        shown = field.default if field.default not in ("", ()) else None
+        text = field.metadata["help"] + (f" [default: {shown}]" if shown is not None else "")
+        option = typer.Option(None, f"{flag}/--no-{flag[2:]}" if hint is bool else flag, help=text, show_default=False)
+        parameters.append(inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint | None))
+    for flag, hint, default, text in (
+        ("config", Path | None, None, "a config.json to start from; options given beside it win"),
+        ("resume", bool, False, "go on from the checkpoint in --out, with its config"),
+        ("overwrite", bool, False, "start again in a folder that holds a checkpoint"),
+    ):
+        option = typer.Option(default, f"--{flag}", help=text, show_default=False)
+        parameters.append(inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint))
+
+    def command(config: Path | None, resume: bool, overwrite: bool, **options: Any) -> None:
+        given = {key: value for key, value in options.items() if value is not None and value != []}
+        with errors():
+            start = config
+            own = Path(given.get("out", kind().out)) / "config.json"
+            if resume and start is None and own.is_file():
+                start = own
+            base = configs.load(kind, start) if start else kind()
+            run(dataclasses.replace(base, **given), resume=resume, overwrite=overwrite)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    app.command(name, help=help)(command)
+
+
+class errors:
+    """A wrong option, file or row is one line on stderr and exit status 2; other exceptions pass."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError | FloatingPointError):
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        if isinstance(error, ImportError) and error.name and not error.name.startswith("fastloss"):
+            print(f"error: {error.name} is not installed: pip install 'fastloss[train]'", file=sys.stderr)
+            raise typer.Exit(2) from error
+
+
+def _pretrain(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
+    from .harness.pretrain import run
+
+    run(config, resume=resume, overwrite=overwrite)
+
+
+add_stage("pretrain", PretrainConfig, _pretrain, "Pretrain from random weights: tokenizer, model, report.")
+
+
+def demo(
+    out: str = typer.Option("runs/demo", help="folder of the two runs and the report"),
+    steps: int = typer.Option(0, help="optimizer steps of each run; 0 takes the demo's own", show_default=False),
+    seed: int = typer.Option(0, help="weights and order of the data"),
+    threads: int = typer.Option(0, help="CPU threads; 0 leaves torch's choice", show_default=False),
+) -> None:
+    """Train one small model twice, with fastloss and with PyTorch's loss, and compare curves, time and memory."""
+    with errors():
+        from .harness.demo import DEMO, run_demo
+
+        run_demo(dataclasses.replace(DEMO, out=out, steps=steps or DEMO.steps, seed=seed, threads=threads))

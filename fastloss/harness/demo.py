@@ -1,0 +1,79 @@
+"""Two pretraining runs from one seed: fastloss's loss and PyTorch's. The curves should be one curve."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from . import measure, plots, report
+from .config import PretrainConfig
+from .pretrain import Result, prepare, run
+
+NAMES = {"fastloss": "fastloss", "torch": "PyTorch"}
+
+# two cores: under three minutes for both; the head is about half of the model's FLOPs, as in small real models
+DEMO = PretrainConfig(
+    out="runs/demo", vocab_size=16384, hidden=192, layers=4, heads=3, intermediate=512,
+    seq_len=256, batch_size=8, steps=80, lr=3e-3, warmup=8, save_every=0,
+)  # fmt: skip
+
+
+def run_demo(config: PretrainConfig = DEMO, console: Console | None = None) -> dict[str, Result]:
+    console = console or Console()
+    folder = Path(config.out)
+    shutil.rmtree(folder / "data", ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    data = prepare(config, folder / "data", console)
+    results = {}
+    for loss, name in NAMES.items():
+        one = replace(config, loss=loss, out=str(folder / loss))
+        results[loss] = run(one, overwrite=True, data=data, console=console, title=name)
+    compare(folder, config, results, console)
+    return results
+
+
+def compare(folder: Path, config: PretrainConfig, results: dict[str, Result], console: Console) -> None:
+    curves = {NAMES[loss]: [row["loss"] for row in result.rows] for loss, result in results.items()}
+    difference = [abs(a - b) for a, b in zip(*curves.values(), strict=True)]
+    worst = max(range(len(difference)), key=difference.__getitem__)
+    plots.loss_curves(folder / "loss.png", curves, "one seed, two losses", difference)
+
+    def line(label: str, values: list[str]) -> list[str]:
+        return [label, *values]
+
+    both = list(results.values())
+    ours, theirs = both
+    rows = [
+        line("loss, first step", [f"{r.summary['first_loss']:.4f}" for r in both]),
+        line("loss, mean of the last 10", [f"{r.summary['last_loss']:.4f}" for r in both]),
+        line("held-back perplexity", [f"{r.summary.get('perplexity', float('nan')):.2f}" for r in both]),
+        line("tokens/s (median)", [f"{r.summary['tokens_per_s']:,.0f}" for r in both]),
+        line("step", [f"{r.summary['step_s'] * 1e3:.0f} ms" for r in both]),
+        line("of it the loss, forward + backward", [f"{r.summary['loss_s'] * 1e3:.0f} ms" for r in both]),
+        line("the loss's share of step time", [report.percent(r.summary["loss_share"]) for r in both]),
+        line("peak extra memory of the loss", [report.mebibytes(r.cost.loss_peak.bytes) for r in both]),
+        line("peak extra memory of forward + backward", [report.mebibytes(r.cost.step_peak.bytes) for r in both]),
+        line("the loss's share of that", [report.percent(r.cost.loss_peak.bytes / r.cost.step_peak.bytes) for r in both]),
+        line("MFU", [report.percent(r.summary["mfu"]) for r in both]),
+        line("device-hours", [f"{r.summary['device_hours']:.4f}" for r in both]),
+    ]
+    weight = config.vocab_size * config.hidden * 4
+    sections = [
+        f"**The largest difference between the two loss curves is {difference[worst]:.2e}** (step {worst + 1}, "
+        f"loss {curves['PyTorch'][worst]:.4f}), over {len(difference)} steps from seed {config.seed}.",
+        report.table(["", *curves], rows),
+        f"The loss is {theirs.summary['loss_s'] / ours.summary['loss_s']:.2f}× as fast, the step "
+        f"{theirs.summary['step_s'] / ours.summary['step_s']:.2f}×; the loss's memory is "
+        f"{theirs.cost.loss_peak.bytes / max(1, ours.cost.loss_peak.bytes):.1f}× smaller. "
+        f"Of either loss's memory {report.mebibytes(weight)} is the gradient of the vocabulary matrix.",
+        "![loss curves](loss.png)",
+        f"Machine: {measure.machine(next(ours.model.parameters()).device)}. Time: medians over all steps of both runs, "
+        "the loss timed inside every step (the graph is cut at the hidden states). "
+        f"Memory: {ours.cost.loss_peak.how}; the loss alone on one batch, then a whole forward and backward, each "
+        "beyond what the process held before; a warm-up run comes first. Each run's own report: "
+        + ", ".join(f"`{loss}/report.md`" for loss in results) + ".",
+    ]
+    report.write(folder / "report.md", "fastloss demo", sections, console)

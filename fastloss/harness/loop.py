@@ -1,0 +1,98 @@
+"""The loop every stage shares. A stage is a step function: it makes gradients and returns what to log."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Metrics = dict[str, float | Tensor]
+StepFn = Callable[[int], Metrics]  # step number -> at least "loss" and "tokens"; gradients are left in the parameters
+
+
+def make_optimizer(
+    model: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW; matrices decay, vectors (norms, biases) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=parameters[0].device.type in ("cpu", "cuda"))
+
+
+def cosine(step: int, *, steps: int, peak: float, warmup: int, least: float) -> float:
+    """Linear warm-up to ``peak``, then half a cosine down to ``least · peak``."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return peak * (least + (1 - least) * 0.5 * (1 + math.cos(math.pi * share)))
+
+
+def run_steps(
+    step_fn: StepFn,
+    optimizer: torch.optim.Optimizer,
+    *,
+    first: int,
+    last: int,
+    lr_at: Callable[[int], float],
+    clip: float = 0.0,
+    log: Callable[[dict[str, float]], None],
+    save: Callable[[int], None],
+    save_every: int = 0,
+) -> int:
+    """Steps ``first`` to ``last - 1``; returns how many steps are done, fewer than ``last`` if a signal stopped it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with StopSignal() as stop:
+        for step in range(first, last):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step)
+            optimizer.zero_grad(set_to_none=True)
+            metrics = step_fn(step)
+            norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+            row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
+            if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
+                raise FloatingPointError(f"step {step}: loss {row['loss']}, gradient norm {float(norm)}: "
+                                         "stopped before the update; the last checkpoint is intact")
+            optimizer.step()
+            row |= {"lr": lr_at(step), "grad_norm": float(norm), "step_s": time.perf_counter() - started}
+            log(row)
+            done = step + 1
+            if done == last or stop.requested or (save_every and done % save_every == 0):
+                save(done)
+            if stop.requested:
+                return done
+    return last
+
+
+class StopSignal:
+    """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second one ends it at once."""
+
+    requested = False
+
+    def __enter__(self) -> StopSignal:
+        self._before: dict[int, Any] = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._on_signal)
+            except ValueError:  # not the main thread
+                pass
+        return self
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

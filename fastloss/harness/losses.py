@@ -1,0 +1,48 @@
+"""The same cross-entropy from three places; all take hidden states and the head, and divide by ``normalizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import IGNORE
+from .model import Head
+
+Loss = Callable[[Tensor, Head, Tensor, int], Tensor]
+
+
+def fastloss_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: int) -> Tensor:
+    """Never holds the logits of the batch.  hidden [N, D], target [N] -> scalar"""
+    import fastloss
+
+    return fastloss.linear_cross_entropy(
+        hidden, head.weight, target, linear_bias=head.bias, ignore_index=IGNORE,
+        logit_scale=head.scale, softcap=head.softcap, normalizer=normalizer,
+    )  # fmt: skip
+
+
+def torch_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: int) -> Tensor:
+    """What most training loops do: all logits, in float32.  # [N, V]"""
+    return F.cross_entropy(head.logits(hidden), target, ignore_index=IGNORE, reduction="sum") / normalizer
+
+
+def torch_linear_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: int) -> Tensor:
+    """torch.nn.functional.linear_cross_entropy (torch 2.13 and later); it has no softcap."""
+    if head.softcap or (head.bias is not None and head.scale != 1.0):
+        raise ValueError("loss: torch-linear takes no softcap and no scale beside a bias; use fastloss or torch")
+    hidden = hidden if head.scale == 1.0 else hidden * head.scale
+    total = F.linear_cross_entropy(
+        hidden, head.weight, target, linear_bias=head.bias, ignore_index=IGNORE, reduction="sum"
+    )
+    return total / normalizer
+
+
+LOSSES: dict[str, Loss] = {"fastloss": fastloss_loss, "torch": torch_loss, "torch-linear": torch_linear_loss}
+
+
+def loss_named(name: str) -> Loss:
+    if name not in LOSSES:
+        raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))}, got {name!r}")
+    return LOSSES[name]

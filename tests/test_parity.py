@@ -1,0 +1,261 @@
+"""loss × backend × dtype × shape × option against the definition in float64: values, gradients, and their errors.
+
+A new loss is one more row of LOSSES.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backends_under_test import ALL, DEVICE, KERNELS, dtypes, need
+from torch import Tensor
+
+import fastloss
+
+Inputs = dict[str, Tensor]
+
+
+class Loss(NamedTuple):
+    """``run(inputs, backend)`` against itself with backend="reference" in float64; ``eager`` is what a user writes."""
+
+    run: Callable[..., Tensor]
+    inputs: Callable[..., Inputs]
+    eager: Callable[..., Tensor]
+    options: list[dict[str, Any]]
+    shapes: list[tuple[int, ...]]
+
+
+def _logits(shape: tuple[int, ...], dtype: torch.dtype, peaked: bool = False) -> Inputs:
+    rows, vocab = shape
+    generator = torch.Generator().manual_seed(rows * 1000 + vocab)
+    x = torch.randn(rows, vocab, generator=generator) * (8 if peaked else 2)
+    target = torch.randint(0, vocab, (rows,), generator=generator)
+    target[::4] = -100
+    if rows == 1:
+        target[0] = 0
+    return {
+        "x": x.to(dtype), "target": target, "classes": torch.rand(vocab, generator=generator) + 0.5,
+        "probabilities": torch.rand(rows, vocab, generator=generator).softmax(-1),
+        "g": torch.randn(rows, generator=generator),
+    }
+
+
+def _hidden(shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+    rows, dim, vocab = shape
+    inputs = _logits((rows, vocab), dtype)
+    generator = torch.Generator().manual_seed(7)
+    inputs["x"] = torch.randn(rows, dim, generator=generator).to(dtype)
+    inputs["weight"] = (torch.randn(vocab, dim, generator=generator) / dim**0.5 * 2).to(dtype)
+    inputs["bias"] = torch.randn(vocab, generator=generator).to(dtype)
+    return inputs
+
+
+def _kwargs(inputs: Inputs, options: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    options = dict(options)
+    if options.pop("classes", False):
+        options["weight"] = inputs["classes"].to(inputs["x"].dtype)
+    target = inputs["target"]
+    if options.pop("probabilities", False):
+        target = inputs["probabilities"].to(inputs["x"].dtype)
+    return target, options
+
+
+def _weighted(loss: Tensor, inputs: Inputs) -> Tensor:
+    """One number from a loss per row, through an upstream gradient that is not 1."""
+    return (loss * inputs["g"].to(loss.dtype)).sum() if loss.dim() else loss * 1.5
+
+
+def _cross_entropy(inputs: Inputs, backend: str, **options: Any) -> Tensor:
+    target, options = _kwargs(inputs, options)
+    logits = inputs["x"] * 1 if options.get("inplace") else inputs["x"]
+    return _weighted(fastloss.cross_entropy(logits, target, backend=backend, **options), inputs)
+
+
+def _eager_transform(x: Tensor, options: dict[str, Any]) -> Tensor:
+    cap, scale = options.pop("softcap", None), options.pop("logit_scale", 1.0)
+    return (cap * torch.tanh(x / cap) if cap else x) * scale
+
+
+def _eager_cross_entropy(inputs: Inputs, **options: Any) -> Tensor:
+    target, options = _kwargs(inputs, options)
+    options.pop("inplace", None)
+    z_loss, normalizer = options.pop("z_loss", 0.0), options.pop("normalizer", None)
+    z = _eager_transform(inputs["x"], options)
+    reduction = options.pop("reduction", "mean")
+    loss = F.cross_entropy(z, target, reduction="none", **options)
+    if z_loss:
+        kept = 1 if target.is_floating_point() else target != -100
+        loss = loss + z_loss * z.logsumexp(-1).square() * kept
+    if reduction == "none":
+        return _weighted(loss, inputs)
+    count: Any = 1
+    if normalizer is not None:
+        count = normalizer
+    elif reduction == "mean" and target.is_floating_point():
+        count = target.shape[0]
+    elif reduction == "mean":
+        w = options.get("weight")
+        kept = target[target != -100]
+        count = len(kept) if w is None else w[kept].sum()
+    return _weighted(loss.sum() / count, inputs)
+
+
+def _linear_cross_entropy(inputs: Inputs, backend: str, bias: bool = False, **options: Any) -> Tensor:
+    target, options = _kwargs(inputs, options)
+    loss = fastloss.linear_cross_entropy(
+        inputs["x"], inputs["weight"], target, linear_bias=inputs["bias"] if bias else None, backend=backend, **options)
+    return _weighted(loss, inputs)
+
+
+def _eager_linear(inputs: Inputs, bias: bool = False, **options: Any) -> Tensor:
+    options.pop("chunk_size", None)
+    logits = F.linear(inputs["x"], inputs["weight"], inputs["bias"] if bias else None)
+    return _eager_cross_entropy({**inputs, "x": logits}, **options)
+
+
+def _stats(inputs: Inputs, backend: str, outputs: tuple[str, ...], **options: Any) -> Tensor:
+    inplace = options.get("inplace", False)
+    out = fastloss.token_stats(inputs["x"] * 1 if inplace else inputs["x"], inputs["target"], outputs=outputs,
+                               backend=backend, **options)
+    return sum((_weighted(getattr(out, name), inputs) * k for k, name in enumerate(outputs, 1)), torch.zeros(()))
+
+
+def _eager_stats(inputs: Inputs, outputs: tuple[str, ...], **options: Any) -> Tensor:
+    z = _eager_transform(inputs["x"], options) / options.pop("temperature", 1.0)
+    logp = z.log_softmax(-1)
+    kept = inputs["target"] != -100
+    values = {
+        "logprobs": logp.gather(-1, inputs["target"].clamp(min=0)[:, None])[:, 0], "entropy": -(logp.exp() * logp).sum(-1),
+        "logsumexp": z.logsumexp(-1), "log_sum_sq_probs": (2 * logp).logsumexp(-1).detach(), "mean_logits": z.mean(-1).detach(),
+    }
+    return sum((_weighted(values[n] * kept, inputs) * k for k, n in enumerate(outputs, 1)), torch.zeros(()))
+
+
+def _linear_stats(inputs: Inputs, backend: str, outputs: tuple[str, ...], bias: bool = False, **options: Any) -> Tensor:
+    out = fastloss.linear_token_stats(
+        inputs["x"], inputs["weight"], inputs["target"], linear_bias=inputs["bias"] if bias else None, outputs=outputs,
+        backend=backend, **options)
+    return sum((_weighted(getattr(out, name), inputs) * k for k, name in enumerate(outputs, 1)), torch.zeros(()))
+
+
+def _eager_linear_stats(inputs: Inputs, bias: bool = False, **options: Any) -> Tensor:
+    options.pop("chunk_size", None)
+    logits = F.linear(inputs["x"], inputs["weight"], inputs["bias"] if bias else None)
+    return _eager_stats({**inputs, "x": logits}, **options)
+
+
+CE_OPTIONS: list[dict[str, Any]] = [
+    {}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"classes": True},
+    {"softcap": 5.0}, {"logit_scale": 0.3}, {"normalizer": 17}, {"probabilities": True},
+    {"probabilities": True, "classes": True, "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 4.0},
+    {"classes": True, "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 4.0, "logit_scale": 1.7},
+    {"classes": True, "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 4.0, "logit_scale": 1.7, "reduction": "none"},
+    {"label_smoothing": 1.0, "normalizer": torch.tensor(9.0)},
+]
+STATS_OPTIONS: list[dict[str, Any]] = [
+    {"outputs": ("logprobs",)}, {"outputs": ("entropy",)}, {"outputs": ("logsumexp",)},
+    {"outputs": ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits")},
+    {"outputs": ("logprobs", "entropy"), "temperature": 0.7, "softcap": 6.0, "logit_scale": 2.0},
+]
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(
+        _cross_entropy, _logits, _eager_cross_entropy,
+        CE_OPTIONS + [{"inplace": True}, {"inplace": True, "softcap": 5.0, "label_smoothing": 0.1},
+                      {"inplace": True, "reduction": "none", "classes": True}],
+        [(1, 1), (1, 2), (7, 33), (5, 1031)]),
+    "linear_cross_entropy": Loss(
+        _linear_cross_entropy, _hidden, _eager_linear,
+        CE_OPTIONS + [{"chunk_size": 3}, {"bias": True}, {"bias": True, "chunk_size": 4, "reduction": "none", "softcap": 3.0},
+                      {"bias": True, "chunk_size": 2, "classes": True, "label_smoothing": 0.1}],
+        [(1, 4, 2), (9, 16, 67)]),
+    "token_stats": Loss(_stats, _logits, _eager_stats, STATS_OPTIONS + [{"outputs": ("logprobs",), "inplace": True}],
+                        [(1, 1), (7, 33), (5, 1031)]),
+    "linear_token_stats": Loss(_linear_stats, _hidden, _eager_linear_stats,
+                               STATS_OPTIONS + [{"outputs": ("logprobs", "entropy"), "bias": True, "chunk_size": 2}],
+                               [(1, 4, 2), (9, 16, 67)]),
+}
+LEAVES = ("x", "weight", "bias")
+
+
+def evaluate(run: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, Tensor]:
+    """Value and gradients of every floating operand that takes part, in float64."""
+    inputs = {k: v.to(DEVICE) for k, v in inputs.items()}
+    leaves = {n: inputs[n].clone().requires_grad_() for n in LEAVES if n in inputs}
+    value = run({**inputs, **leaves})
+    value.backward()
+    out = {n: leaf.grad for n, leaf in leaves.items() if leaf.grad is not None}
+    assert all(g.dtype == leaves[n].dtype for n, g in out.items())
+    return {k: v.detach().double().cpu() for k, v in {"value": value, **out}.items()}
+
+
+def _cases() -> list[Any]:
+    full = os.environ.get("FASTLOSS_TEST_FULL") == "1" or DEVICE == "cuda"
+    cases = []
+    for name, loss in LOSSES.items():
+        for backend in ALL:
+            combos = list(itertools.product(dtypes(backend), loss.shapes, range(len(loss.options))))
+            if backend in ("triton", "cuda") and not full:  # interpreted and emulated: every option, dtypes in turn
+                combos = [c for k, c in enumerate(combos) if k % len(dtypes(backend)) == 0 or c[1] == loss.shapes[0]]
+            cases += [pytest.param(name, backend, *c, id=f"{name}-{backend}-{str(c[0])[6:]}-{'x'.join(map(str, c[1]))}-{c[2]}")
+                      for c in combos]
+    return cases
+
+
+@pytest.mark.parametrize(("name", "backend", "dtype", "shape", "option"), _cases())
+def test_parity(name: str, backend: str, dtype: torch.dtype, shape: tuple[int, ...], option: int) -> None:
+    need(backend)
+    loss = LOSSES[name]
+    options = loss.options[option]
+    inputs = loss.inputs(shape, dtype)
+    exact_inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    exact = evaluate(lambda i: loss.run(i, "reference", **{k: v for k, v in options.items() if k != "inplace"}), exact_inputs)
+    got = evaluate(lambda i: loss.run(i, backend, **options), inputs)
+    eager = evaluate(lambda i: loss.eager(i, **options), inputs)
+    assert got.keys() == exact.keys() == eager.keys()
+    for key, want in exact.items():
+        error = (got[key] - want).abs().max().item()
+        eager_error = (eager[key] - want).abs().max().item()
+        # Below one rounding of the result both are noise.
+        noise = 4 * torch.finfo(dtype).eps * max(want.abs().max().item(), 1e-30) if key != "value" else (
+            8 * torch.finfo(dtype).eps * max(abs(want.item()), 1.0))
+        assert error <= max(eager_error, noise), f"{key}: error {error:.3g}, eager's {eager_error:.3g}"
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peaked_logits(backend: str, dtype: torch.dtype) -> None:
+    need(backend)
+    inputs = _logits((6, 513), dtype, peaked=True)
+    exact = evaluate(lambda i: _cross_entropy(i, "reference"), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+    got = evaluate(lambda i: _cross_entropy(i, backend), inputs)
+    eager = evaluate(_eager_cross_entropy, inputs)
+    for key in exact:
+        assert (got[key] - exact[key]).abs().max() <= max(
+            (eager[key] - exact[key]).abs().max(), 4 * torch.finfo(dtype).eps * exact[key].abs().max())
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_bitwise_run_to_run_and_row_alone(backend: str) -> None:
+    need(backend)
+    x = torch.randn(6, 1031, device=DEVICE)
+    target = torch.tensor([3, -100, 5, 1030, 0, 9], device=DEVICE)
+
+    def run(rows: slice) -> tuple[Tensor, Tensor]:
+        leaf = x[rows].clone().requires_grad_()
+        loss = fastloss.cross_entropy(leaf, target[rows], reduction="none", label_smoothing=0.1, backend=backend)
+        loss.sum().backward()
+        fused = x[rows].clone().requires_grad_()
+        fastloss.cross_entropy(fused, target[rows], reduction="sum", backend=backend).backward()
+        return torch.cat([loss.detach()[:, None], leaf.grad], 1), fused.grad  # type: ignore[list-item,return-value]
+
+    whole, again = run(slice(None)), run(slice(None))
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    for i in range(6):
+        alone = run(slice(i, i + 1))
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(whole, alone, strict=True))
