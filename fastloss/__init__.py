@@ -2,7 +2,7 @@
 
 from fastloss import nn
 from fastloss._version import __version__
-from fastloss.backends import backends, explain, use_backend, validate_targets
+from fastloss.dispatch import backends, explain, use_backend, validate_targets
 from fastloss.cross_entropy import cross_entropy, linear_cross_entropy
 from fastloss.ops import library as _library  # registers the torch.library operators
 from fastloss.token_stats import (

@@ -23,8 +23,10 @@ def stages() -> None:
 
 
 def add_stage(name: str, kind: type[TrainConfig], run: Callable[..., object], help: str) -> None:
-    """A command with one option per field of ``kind``. What is not given comes from --config, or from the run's own
-    config.json with --resume, or from the default."""
+    """A command with one option per field of ``kind``.
+
+    What is not given comes from --config, or with --resume from the run's config.json, or is the default.
+    """
     hints = get_type_hints(kind)
     parameters = []
     for field in dataclasses.fields(kind):
@@ -32,16 +34,23 @@ def add_stage(name: str, kind: type[TrainConfig], run: Callable[..., object], he
         flag = "--" + field.name.replace("_", "-")
         shown = field.default if field.default not in ("", ()) else None
         text = field.metadata["help"] + (f" [default: {shown}]" if shown is not None else "")
-        option = typer.Option(None, f"{flag}/--no-{flag[2:]}" if hint is bool else flag, help=text, show_default=False)
-        parameters.append(inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint | None))
+        option = typer.Option(
+            None, f"{flag}/--no-{flag[2:]}" if hint is bool else flag, help=text, show_default=False
+        )
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint | None
+            )
+        )
     for flag, hint, default, text in (
         ("config", Path | None, None, "a config.json to start from; options given beside it win"),
         ("resume", bool, False, "go on from the checkpoint in --out, with its config"),
         ("overwrite", bool, False, "start again in a folder that holds a checkpoint"),
     ):
         option = typer.Option(default, f"--{flag}", help=text, show_default=False)
-        parameters.append(inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint))
+        parameters.append(
+            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
+        )
 
     def command(config: Path | None, resume: bool, overwrite: bool, **options: Any) -> None:
         given = {key: value for key, value in options.items() if value is not None and value != []}
@@ -84,11 +93,13 @@ add_stage("pretrain", PretrainConfig, _pretrain, "Pretrain from random weights: 
 
 def demo(
     out: str = typer.Option("runs/demo", help="folder of the two runs and the report"),
-    steps: int = typer.Option(0, help="optimizer steps of each run; 0 takes the demo's own", show_default=False),
+    steps: int = typer.Option(
+        0, help="optimizer steps of each run; 0 takes the demo's own", show_default=False
+    ),
     seed: int = typer.Option(0, help="weights and order of the data"),
     threads: int = typer.Option(0, help="CPU threads; 0 leaves torch's choice", show_default=False),
 ) -> None:
-    """Train one small model twice, with fastloss and with PyTorch's loss, and compare curves, time and memory."""
+    """Train one small model twice, with fastloss and with PyTorch's loss: curves, time and memory."""
     with errors():
         from .harness.demo import DEMO, run_demo
 

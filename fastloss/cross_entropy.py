@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss import backends, checks, head, reference
+from fastloss import dispatch, checks, head, reference
 from fastloss.checks import ShapeError
 from fastloss.head import Needs
 from fastloss.ops import cross_entropy as ce
@@ -199,14 +199,14 @@ def _unsupported(*tensors: Tensor | None, target: Tensor, weight: Tensor | None)
         return "the target's own gradient is computed by the definition"
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         return "the class weights' own gradient is computed by the definition"
-    return backends.tracing_reason(*tensors, target, weight)
+    return dispatch.tracing_reason(*tensors, target, weight)
 
 
 @torch.compiler.assume_constant_result
 def _compiled_backend(backend: str, device: str, dtype: torch.dtype) -> str:
     """The backend while torch.compile traces: from the kind of tensor alone."""
     if device == "cpu" or torch.cuda.is_available():
-        return backends.choose(backend, torch.empty(0, dtype=dtype, device=device)).name
+        return dispatch.choose(backend, torch.empty(0, dtype=dtype, device=device)).name
     return "reference"
 
 
@@ -220,11 +220,11 @@ def _rows_cross_entropy(
         name = _compiled_backend(backend, logits.device.type, logits.dtype)
         adapter = None
     else:
-        name, adapter, _ = choice = backends.choose(
+        name, adapter, _ = choice = dispatch.choose(
             backend, logits, unsupported=_unsupported(logits, target=target, weight=weight))
         if choice.name != "reference" and vocab == 0:
             raise ShapeError("input: expected at least one class, got 0")
-        backends.announce("cross_entropy", choice, inplace=inplace)
+        dispatch.announce("cross_entropy", choice, inplace=inplace)
     if name == "reference":
         return _reference(reference.cross_entropy, (logits, target), weight, probabilities, options, dtype)
     if logits.stride(1) != 1 and vocab > 1:
@@ -247,7 +247,8 @@ def _rows_cross_entropy(
         loss = out[0].to(dtype)
         return (loss, from_engine(dict(zip(ce_stats(), (s.detach() for s in out[1:7]), strict=True)), want)) if want else loss
     call = ce.CrossEntropyCall(adapter, options.reduction, options.ignore_index, smoothing, options.z_loss,
-                               options.scale, options.softcap, inplace, dtype, want)
+                               options.scale, options.softcap, inplace, dtype, want,
+                               torch.is_grad_enabled() and logits.requires_grad)
     result = ce.CrossEntropy.apply(logits, index, w, call, factor)
     if not want:
         return result
@@ -273,8 +274,8 @@ def _reference(function: Any, operands: tuple[Tensor, ...], weight: Tensor | Non
                options: _Options, dtype: torch.dtype, **more: Any) -> Any:
     """The definition, with the errors and dtypes of the fast paths."""
     target = operands[-1]
-    if not probabilities and not torch.compiler.is_compiling() and backends.tracing_reason(*operands) == "" and (
-            target.device.type == "cpu" or backends.targets_are_validated()):
+    if not probabilities and not torch.compiler.is_compiling() and dispatch.tracing_reason(*operands) == "" and (
+            target.device.type == "cpu" or dispatch.targets_are_validated()):
         vocab = operands[0].shape[-1] if len(operands) == 2 else operands[1].shape[0]
         checks.reject_bad_targets(target, vocab, options.ignore_index)
     loss = function(*operands, weight=weight, **options.reference(), **more).to(dtype)
@@ -453,11 +454,11 @@ def _head_cross_entropy(
     if traced:
         name, adapter = _compiled_backend(backend, input.device.type, dtype), None
     else:
-        name, adapter, _ = choice = backends.choose(
+        name, adapter, _ = choice = dispatch.choose(
             backend, input, unsupported=_unsupported(input, linear_weight, linear_bias, target=target, weight=weight))
         chunk = chunk_size or head.default_chunk(rows, vocab, dtype, input.device)
         recompute = options.reduction == "none" and (needs.weight or needs.bias)
-        backends.announce(
+        dispatch.announce(
             "linear_cross_entropy", choice,
             **({} if name == "reference" else {
                 "gemms": head.gemm_count(needs, recompute), "chunk_rows": min(chunk, rows),
@@ -484,7 +485,7 @@ def _head_cross_entropy(
     call = ce.CrossEntropyCall(adapter, options.reduction, options.ignore_index, smoothing, options.z_loss,
                                options.scale, options.softcap, False, loss_dtype, want)
     result = linear.LinearCrossEntropy.apply(
-        input, linear_weight, linear_bias, index, w, call, factor, dtype, min(chunk, max(rows, 1)))
+        input, linear_weight, linear_bias, index, w, call, factor, dtype, min(chunk, max(rows, 1)), needs)
     if not want:
         return result
     return result[0], from_engine(dict(zip(want, result[1:], strict=True)), want)

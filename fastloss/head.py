@@ -111,11 +111,11 @@ class _Gemms:
     def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
         assert self.d_weight is not None
         if z.dtype == self.acc:
-            self.d_weight.addmm_(z.t(), hidden)
+            torch.addmm(self.d_weight, z.t(), hidden, out=self.d_weight)
         elif z.is_cuda:
             torch.addmm(self.d_weight, z.t(), hidden, out_dtype=self.acc, out=self.d_weight)
         else:
-            self.d_weight.addmm_(z.t().to(self.acc), hidden.to(self.acc))
+            torch.addmm(self.d_weight, z.t().to(self.acc), hidden.to(self.acc), out=self.d_weight)
 
     def _add_bias(self, z: Tensor) -> None:
         if self.d_bias is not None:
@@ -154,7 +154,7 @@ class _UpcastGemms(_Gemms):
         d_hidden = torch.zeros_like(hidden) if self.d_hidden is not None else None
         if d_hidden is not None:
             for vocab_block, weight in self._blocks():
-                d_hidden.addmm_(z[:, vocab_block], weight)
+                torch.addmm(d_hidden, z[:, vocab_block], weight, out=d_hidden)
             self.d_hidden[start:stop] = d_hidden
         if self.d_weight is not None:
             self._add_weight(z, hidden)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss import backends, checks, head, reference
+from fastloss import dispatch, checks, head, reference
 from fastloss.checks import ShapeError
 from fastloss.head import Needs
 from fastloss.ops import linear
@@ -87,8 +87,8 @@ def token_stats(
     if traced:
         name, adapter = _compiled_name(backend, logits.device.type, logits.dtype), None
     else:
-        name, adapter, _ = choice = backends.choose(backend, logits, unsupported=backends.tracing_reason(logits, target))
-        backends.announce("token_stats", choice, inplace=inplace)
+        name, adapter, _ = choice = dispatch.choose(backend, logits, unsupported=dispatch.tracing_reason(logits, target))
+        dispatch.announce("token_stats", choice, inplace=inplace)
         _check_targets(flat, vocab, ignore_index)
     if name == "reference":
         out = reference.token_stats(rows, flat, scale=scale, softcap=cap or None, ignore_index=ignore_index)
@@ -163,14 +163,14 @@ def linear_token_stats(
     if traced:
         name, adapter = _compiled_name(backend, input.device.type, dtype), None
     else:
-        name, adapter, _ = choice = backends.choose(
-            backend, input, unsupported=backends.tracing_reason(input, linear_weight, linear_bias, target))
+        name, adapter, _ = choice = dispatch.choose(
+            backend, input, unsupported=dispatch.tracing_reason(input, linear_weight, linear_bias, target))
         chunk = min(chunk_size or head.default_chunk(hidden.shape[0], vocab, dtype, input.device), max(hidden.shape[0], 1))
         on = torch.is_grad_enabled()
         needs = Needs(on and input.requires_grad, on and linear_weight.requires_grad,
                       linear_bias is not None and on and linear_bias.requires_grad)
         ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
-        backends.announce(
+        dispatch.announce(
             "linear_token_stats", choice, **({} if name == "reference" else {
                 "gemms": head.gemm_count(needs, bool(needs) and not ahead), "chunk_rows": chunk,
                 "buffer_bytes": head.Head(hidden, linear_weight, None, dtype, chunk).buffer_bytes}))
@@ -187,7 +187,7 @@ def linear_token_stats(
         stats = from_engine(dict(zip(STATS, values, strict=True)), want)
     else:
         call = ts.StatsCall(adapter, ignore_index, scale, cap, False, want)
-        result = linear.LinearTokenStats.apply(hidden, linear_weight, linear_bias, flat, call, dtype, chunk)
+        result = linear.LinearTokenStats.apply(hidden, linear_weight, linear_bias, flat, call, dtype, chunk, needs)
         stats = from_engine(dict(zip(want, result, strict=True)), want)
     return TokenStats(*(None if s is None else s.reshape(lead) for s in stats))
 
@@ -248,8 +248,8 @@ def _scale(temperature: float, logit_scale: float) -> float:
 
 
 def _check_targets(target: Tensor | None, vocab: int, ignore_index: int) -> None:
-    if target is not None and (target.device.type == "cpu" or backends.targets_are_validated()):
-        if backends.tracing_reason(target) == "":
+    if target is not None and (target.device.type == "cpu" or dispatch.targets_are_validated()):
+        if dispatch.tracing_reason(target) == "":
             checks.reject_bad_targets(target, vocab, ignore_index)
 
 

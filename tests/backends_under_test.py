@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import sys
 
 import pytest
 import torch
 
 import fastloss
+from fastloss import dispatch
 from fastloss.ops import cuda_rows
 
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
@@ -34,7 +34,7 @@ def need(backend: str) -> str:
     """Make a backend ready, or skip with the reason why this machine cannot run it."""
     if backend == "cuda" and (reason := _emulate()):
         pytest.skip(reason)
-    sys.modules["fastloss.backends"]._loaded.pop(backend, None)  # the function shadows the module's name
+    dispatch._loaded.pop(backend, None)
     state = fastloss.backends()[backend]
     if state != "available":
         pytest.fail(f"{backend}: {state}")

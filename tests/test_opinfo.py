@@ -18,6 +18,12 @@ OPS = [op for op in common.op_db if op.name in FUNCTIONS]
 assert OPS
 
 
+def _assert_same(got: Tensor, expected: Tensor) -> None:
+    # PyTorch's bfloat16 result is rounded several times on its way; fastloss's once.
+    loose = {"rtol": 2e-2, "atol": 2e-2} if expected.dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(got, expected, **loose)
+
+
 def _leaves(tensors: list) -> list:
     return [t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors]
 
@@ -37,13 +43,13 @@ def test_samples(op, dtype: torch.dtype, backend: str) -> None:
         our_kwargs = dict(zip(keys, _leaves(list(kwargs.values())), strict=True))
         expected = op.op(*theirs, **their_kwargs)
         got = FUNCTIONS[op.name](*ours, **our_kwargs, backend=backend)
-        torch.testing.assert_close(got, expected)
+        _assert_same(got, expected)
         upstream = torch.randn_like(expected)
         expected.backward(upstream)
         got.backward(upstream)
         for a, b in zip([*ours, *our_kwargs.values()], [*theirs, *their_kwargs.values()], strict=True):
             if isinstance(b, Tensor) and b.requires_grad:
-                torch.testing.assert_close(a.grad, b.grad)
+                _assert_same(a.grad, b.grad)
         count += 1
     assert count > 5
 

@@ -1,1 +1,1 @@
-"""The training harness: plain loops over a `transformers` model, for pretraining now and the later stages after it."""
+"""The training harness: plain loops over a `transformers` model, for pretraining now and for later stages."""

@@ -1,4 +1,4 @@
-"""One safetensors file holds all that a run needs to go on bit for bit. It is replaced whole or not at all."""
+"""One safetensors file holds all that a run needs to go on bit for bit; replaced whole or not at all."""
 
 from __future__ import annotations
 
@@ -89,6 +89,5 @@ def _check_weights(path: Path, weights: dict[str, Tensor], saved: dict[str, Tens
         raise ValueError(f"{path}: another model's checkpoint: {sorted(names ^ set(weights))[:4]} differ")
     for name, tensor in weights.items():
         if saved[f"model/{name}"].shape != tensor.shape:
-            raise ValueError(
-                f"{path}: {name}: expected shape {list(tensor.shape)}, got {list(saved[f'model/{name}'].shape)}"
-            )
+            got = list(saved[f"model/{name}"].shape)
+            raise ValueError(f"{path}: {name}: expected shape {list(tensor.shape)}, got {got}")

@@ -21,8 +21,10 @@ class TrainConfig:
     """What every stage needs; a stage's own config adds to it."""
 
     out: str = option("runs/train", "folder of the run: logs, checkpoint, report")
-    data: tuple[str, ...] = option((), "text or JSONL files (field `text`); without one, the corpus in Python itself")
-    model: str = option("", "folder with a transformers config.json; without one, a small Llama from the sizes below")
+    data: tuple[str, ...] = option(
+        (), "text or JSONL files (field `text`); none: the corpus in Python itself"
+    )
+    model: str = option("", "folder with a transformers config.json; none: a Llama of the sizes below")
     loss: str = option("fastloss", "fastloss, torch (whole logits) or torch-linear (torch's own fused head)")
     steps: int = option(200, "optimizer steps", least=1)
     batch_size: int = option(8, "rows in one forward pass", least=1)

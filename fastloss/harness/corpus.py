@@ -56,8 +56,10 @@ def read_files(paths: Iterable[str]) -> list[str]:
         except OSError as error:
             raise ValueError(f"data: cannot read {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
-                             f"at position {error.start}") from None
+            raise ValueError(
+                f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} "
+                f"at position {error.start}"
+            ) from None
         documents += _rows(path, text) if path.suffix in (".jsonl", ".ndjson") else [text]
     documents = [document for document in documents if document.strip()]
     if not documents:

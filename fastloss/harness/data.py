@@ -1,4 +1,4 @@
-"""Rows of tokens in an order that is a function of the seed and the position, so a run can resume anywhere."""
+"""Rows of tokens in an order that is a function of the seed and the position, so a run resumes anywhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IGNORE = -100
 
 
 class Rows:
-    """A stream of tokens cut into rows of ``seq_len`` inputs and their next tokens; the last row is padded."""
+    """A stream of tokens as rows of ``seq_len`` inputs and their next tokens; the last row is padded."""
 
     def __init__(self, tokens: Tensor, seq_len: int, seed: int = 0) -> None:
         if len(tokens) < 2:

@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class RunLog:
     """A context manager; ``row()`` logs one step everywhere."""
 
     def __init__(self, folder: Path, *, steps: int, first: int, title: str, console: Console) -> None:
-        self.path, self.console, self.first, self.title, self.steps = folder / "log.jsonl", console, first, title, steps
-        truncate(self.path, first)
-        self._file = self.path.open("a", encoding="utf-8")
+        self.console, self.title, self.steps = console, title, steps
+        truncate(folder / "log.jsonl", first)
+        self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -49,8 +56,9 @@ class RunLog:
         self._bar.update(self._task, completed=step + 1, loss=loss, rate=rate)
         every = max(1, self.steps // 10)
         if not self.console.is_terminal and (step % every == 0 or step + 1 == self.steps):
-            left = (self.steps - step - 1) * row["step_s"]
-            self.console.print(f"{self.title}  step {step + 1}/{self.steps}  loss {loss}  {rate} tok/s  ETA {left:.0f} s")
+            eta = (self.steps - step - 1) * row["step_s"]
+            place = f"{self.title}  step {step + 1}/{self.steps}"
+            self.console.print(f"{place}  loss {loss}  {rate} tok/s  ETA {eta:.0f} s")
 
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
@@ -60,11 +68,12 @@ class RunLog:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
 
 
 def truncate(path: Path, first: int) -> None:
-    """Drop the rows from step ``first`` on: those steps were made after the checkpoint and will be made again."""
+    """Drop the rows from step ``first`` on: they are younger than the checkpoint and will be made again."""
     if not path.exists():
         return
     kept = []

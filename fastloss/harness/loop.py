@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 Metrics = dict[str, float | Tensor]
-StepFn = Callable[[int], Metrics]  # step number -> at least "loss" and "tokens"; gradients are left in the parameters
+StepFn = Callable[[int], Metrics]  # step -> at least "loss" and "tokens"; leaves gradients in the parameters
 
 
 def make_optimizer(
@@ -49,7 +49,7 @@ def run_steps(
     save: Callable[[int], None],
     save_every: int = 0,
 ) -> int:
-    """Steps ``first`` to ``last - 1``; returns how many steps are done, fewer than ``last`` if a signal stopped it."""
+    """Steps ``first`` to ``last - 1``; returns how many are done: fewer than ``last`` if a signal came."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with StopSignal() as stop:
         for step in range(first, last):
@@ -61,8 +61,10 @@ def run_steps(
             norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
             row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
             if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
-                raise FloatingPointError(f"step {step}: loss {row['loss']}, gradient norm {float(norm)}: "
-                                         "stopped before the update; the last checkpoint is intact")
+                raise FloatingPointError(
+                    f"step {step}: loss {row['loss']}, gradient norm {float(norm)}: "
+                    "stopped before the update; the last checkpoint is intact"
+                )
             optimizer.step()
             row |= {"lr": lr_at(step), "grad_norm": float(norm), "step_s": time.perf_counter() - started}
             log(row)
@@ -75,7 +77,7 @@ def run_steps(
 
 
 class StopSignal:
-    """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second one ends it at once."""
+    """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint; the second at once."""
 
     requested = False
 

@@ -1,9 +1,10 @@
-"""The same cross-entropy from three places; all take hidden states and the head, and divide by ``normalizer``."""
+"""One cross-entropy from three places: hidden states and head in, sum of losses / ``normalizer`` out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,12 +32,40 @@ def torch_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: int) -> T
 def torch_linear_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: int) -> Tensor:
     """torch.nn.functional.linear_cross_entropy (torch 2.13 and later); it has no softcap."""
     if head.softcap or (head.bias is not None and head.scale != 1.0):
-        raise ValueError("loss: torch-linear takes no softcap and no scale beside a bias; use fastloss or torch")
+        raise ValueError(
+            "loss: torch-linear takes no softcap and no scale beside a bias; use fastloss or torch"
+        )
     hidden = hidden if head.scale == 1.0 else hidden * head.scale
     total = F.linear_cross_entropy(
         hidden, head.weight, target, linear_bias=head.bias, ignore_index=IGNORE, reduction="sum"
     )
     return total / normalizer
+
+
+def describe(name: str, head: Head, rows: int, dtype: torch.dtype) -> str:
+    """Who computes the loss of ``rows`` tokens here: for fastloss its backend and the reason for it."""
+    if name != "fastloss":
+        return f"PyTorch {torch.__version__}"
+    import fastloss
+
+    device = head.weight.device
+    hidden = torch.empty(rows, head.weight.shape[1], device=device, dtype=dtype, requires_grad=True)
+    target = torch.zeros(rows, device=device, dtype=torch.long)
+    plan = fastloss.explain(
+        fastloss.linear_cross_entropy,
+        hidden,
+        head.weight.detach().to(dtype).requires_grad_(),
+        target,
+        linear_bias=head.bias,
+        ignore_index=IGNORE,
+        logit_scale=head.scale,
+        softcap=head.softcap,
+        normalizer=rows,
+    )
+    text = f"fastloss {fastloss.__version__}, backend {plan['backend']} ({plan['reason']})"
+    if "gemms" in plan and plan["backend"] != "reference":
+        text += f", {plan['gemms']} GEMMs, {plan['chunk_rows']} rows a chunk"
+    return text
 
 
 LOSSES: dict[str, Loss] = {"fastloss": fastloss_loss, "torch": torch_loss, "torch-linear": torch_linear_loss}

@@ -30,7 +30,7 @@ CPU_ATTENTION = {
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Multiply-adds, times two, of what ``run`` does, forward and backward; the random state is left as it was."""
+    """Multiply-adds, times two, of what ``run`` does; the random state is left as it was."""
     with torch.random.fork_rng(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         run()
     return int(counter.get_total_flops())
@@ -41,19 +41,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, *, size: int = 0, seconds: float = 1.0) -> float:
-    """FLOP/s of the best of several square products: the rate that MFU is a share of."""
-    size = size or (8192 if device.type == "cuda" else 1536)
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    out = a @ a
-    best, began = float("inf"), time.perf_counter()
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 1.0) -> float:
+    """FLOP/s of the best of several square products, ever larger while time is left."""
+    largest = 8192 if device.type == "cuda" else 1536
+    size, best, began = 256, 0.0, time.perf_counter()
     while time.perf_counter() - began < seconds:
-        synchronize(device)
-        started = time.perf_counter()
-        torch.mm(a, a, out=out)
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        for _ in range(4):
+            synchronize(device)
+            started = time.perf_counter()
+            a @ a
+            synchronize(device)
+            best = max(best, 2 * size**3 / (time.perf_counter() - started))
+            if time.perf_counter() - began > seconds:
+                break
+        size = min(2 * size, largest)
+    return best
 
 
 class Peak(NamedTuple):
@@ -64,10 +67,10 @@ class Peak(NamedTuple):
 def peak_bytes(run: Callable[[], object], device: torch.device) -> Peak:
     """The most memory that ``run`` holds beyond what was held before it, at any moment of it.
 
-    ``run`` is called once to warm up (thread pools, the BLAS's own packing buffers, which then stay for good)
-    and once measured. On CUDA: the caching allocator's peak. On Linux: the process's high-water mark of resident
-    memory (VmHWM), reset through /proc/self/clear_refs after the C library gave its free pages back, so that
-    memory outside torch counts too. Elsewhere: the peak of torch's allocations, from the profiler.
+    ``run`` is called once to warm up (thread pools and the BLAS's packing buffers, which then stay for good)
+    and once measured. On CUDA: the caching allocator's peak. On Linux: the process's high-water mark of
+    resident memory (VmHWM), reset through /proc/self/clear_refs after the C library gave its free pages back, so
+    memory outside torch counts. Elsewhere: the peak of torch's allocations, from the profiler.
     """
     run()
     gc.collect()
@@ -114,9 +117,13 @@ def machine(device: torch.device) -> str:
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
     try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0].split(":", 1)[1].strip() if names else model
     except OSError:
         pass
-    return f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, " \
-           f"torch {torch.__version__}"
+    return (
+        f"{model}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+        f"torch {torch.__version__}"
+    )

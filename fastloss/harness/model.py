@@ -79,13 +79,14 @@ def hidden_states(model: Any, inputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: Any, inputs: Tensor) -> None:
-    """The body and :class:`Head` give the model's own logits; a model with another head is an error, not a guess."""
+    """Body and :class:`Head` give the model's own logits; another kind of head is an error, not a guess."""
     training = model.training
     model.eval()
     own = model(input_ids=inputs, use_cache=False).logits.float()
     ours = head_of(model).logits(hidden_states(model, inputs))
     model.train(training)
-    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-4 * float(own.abs().max()) + 1e-6):
+    tolerance = 1e-4 * float(own.abs().max()) + 1e-6
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=tolerance):
         raise ValueError(
             f"model: the logits of {type(model).__name__} are not scale · softcap(hidden · weight): "
             "fastloss does not know this head"

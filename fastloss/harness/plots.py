@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 
-def loss_curves(path: Path, curves: dict[str, list[float]], title: str, difference: list[float] | None = None) -> None:
+def loss_curves(
+    path: Path, curves: dict[str, list[float]], title: str, difference: list[float] | None = None
+) -> None:
     """One line per run; with ``difference``, a second panel with it on a log axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -19,7 +21,9 @@ def loss_curves(path: Path, curves: dict[str, list[float]], title: str, differen
     axes[0].set(ylabel="loss (nats per token)", title=title)
     axes[0].legend()
     if difference:
-        axes[1].semilogy(range(1, len(difference) + 1), [max(d, 1e-9) for d in difference], linewidth=1.0, color="C3")
+        axes[1].semilogy(
+            range(1, len(difference) + 1), [max(d, 1e-9) for d in difference], linewidth=1.0, color="C3"
+        )
         axes[1].set(ylabel="|difference|")
     axes[-1].set_xlabel("step")
     for axis in axes:

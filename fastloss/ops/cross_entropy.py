@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastloss import coefficients
-from fastloss.backends import targets_are_validated
+from fastloss.dispatch import targets_are_validated
 from fastloss.checks import bad_target, reject_bad_targets
 from fastloss.ops import cpu_rows
 from fastloss.ops.native_rows import acc_dtype
+from fastloss.ops.once import once_differentiable
 
 
 class CrossEntropyCall(NamedTuple):
@@ -28,6 +28,7 @@ class CrossEntropyCall(NamedTuple):
     inplace: bool
     loss_dtype: torch.dtype
     want: tuple[str, ...]
+    needs_grad: bool = True
 
 
 class Factor(NamedTuple):
@@ -124,7 +125,7 @@ class CrossEntropy(torch.autograd.Function):
                 factor: Factor) -> Any:
         ctx.call, ctx.factor, ctx.grad = call, factor, None
         per_row = call.reduction == "none"
-        if logits.requires_grad and not per_row:
+        if call.needs_grad and not per_row:
             ctx.grad = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         out = run(call, logits, target, w, None, ctx.grad, factor)
         if ctx.grad is not None and call.inplace:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastloss import backends, coefficients, head
+from fastloss import coefficients, dispatch, head
 from fastloss.head import Head, Needs
 from fastloss.ops import cross_entropy as ce
 from fastloss.ops import linear
@@ -21,7 +21,7 @@ NO_NEEDS = Needs(False, False, False)
 
 
 def _rows(backend: str) -> object:
-    adapter, reason = backends._load(backend)
+    adapter, reason = dispatch._load(backend)
     if reason:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
     return adapter
@@ -46,7 +46,7 @@ def _fake_stats(like: Tensor, rows: int, want: str) -> list[Tensor]:
 
 
 def _check_cpu_targets(target: Tensor | None, vocab: int, ignore_index: int) -> None:
-    if target is not None and (target.device.type == "cpu" or backends.targets_are_validated()):
+    if target is not None and (target.device.type == "cpu" or dispatch.targets_are_validated()):
         ce.reject_bad_targets(target, vocab, ignore_index)
 
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastloss import coefficients, head
 from fastloss.head import Grads, Head, Needs
 from fastloss.ops import cross_entropy as ce
 from fastloss.ops import token_stats as ts
+from fastloss.ops.once import once_differentiable
 
 
 def cross_entropy_rows(
@@ -55,9 +55,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, w: Tensor | None,
-                call: ce.CrossEntropyCall, factor: ce.Factor, dtype: torch.dtype, chunk: int) -> Any:
-        ctx.call, ctx.factor, ctx.dtype, ctx.chunk = call, factor, dtype, chunk
-        ctx.needs = Needs(*ctx.needs_input_grad[:3])
+                call: ce.CrossEntropyCall, factor: ce.Factor, dtype: torch.dtype, chunk: int, needs: Needs) -> Any:
+        ctx.call, ctx.factor, ctx.dtype, ctx.chunk, ctx.needs = call, factor, dtype, chunk, needs
         h = _head(hidden, weight, bias, dtype, chunk)
         per_row = call.reduction == "none"
         # With a frozen weight a row's d hidden is its upstream gradient times a vector that can be made now.
@@ -82,7 +81,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, target, w, lse = ctx.saved_tensors
         h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk)
         dtypes = _dtypes(hidden, weight, bias)
-        rest = (None,) * 6
+        rest = (None,) * 7
         if not ctx.ahead:
             k = coefficients.of_cross_entropy(
                 upstream, lse, target, w, weight.shape[0], call.label_smoothing, call.z_loss)
@@ -116,9 +115,8 @@ class LinearTokenStats(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
-                call: ts.StatsCall, dtype: torch.dtype, chunk: int) -> Any:
-        ctx.call, ctx.dtype, ctx.chunk = call, dtype, chunk
-        ctx.needs = Needs(*ctx.needs_input_grad[:3])
+                call: ts.StatsCall, dtype: torch.dtype, chunk: int, needs: Needs) -> Any:
+        ctx.call, ctx.dtype, ctx.chunk, ctx.needs = call, dtype, chunk, needs
         ctx.set_materialize_grads(False)
         h = _head(hidden, weight, bias, dtype, chunk)
         differentiable = [name for name in call.want if name in ts.DIFFERENTIABLE]
@@ -144,7 +142,7 @@ class LinearTokenStats(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         call: ts.StatsCall = ctx.call
         hidden, weight, bias, target, lse, entropy, d_hidden = ctx.saved_tensors
-        none = (None,) * 4
+        none = (None,) * 5
         if all(g is None for g in upstream):
             return (None, None, None, *none)
         if ctx.ahead:

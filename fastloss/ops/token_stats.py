@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastloss import coefficients
+from fastloss.ops.once import once_differentiable
 
 DIFFERENTIABLE = ("logprob", "entropy", "logsumexp")
 

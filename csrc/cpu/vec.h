@@ -1,0 +1,193 @@
+// Vectors of W floats (W/2 doubles) and their loads and stores from float32, bfloat16, float16, float64 memory.
+// Reads and writes only whole vectors, or the first `count` elements with load_n / store_n.
+// GCC vector extensions, so that one source is AVX-512, AVX2 and plain C++, and W=16 can be tested without AVX-512.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTLOSS_VECTOR_BYTES
+#if defined(__AVX512F__)
+#define FASTLOSS_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define FASTLOSS_VECTOR_BYTES 32
+#else
+#define FASTLOSS_VECTOR_BYTES 16
+#endif
+#endif
+
+#define FASTLOSS_INLINE inline __attribute__((always_inline))
+#pragma GCC diagnostic ignored "-Wpsabi"  // nothing here is called across an ABI: everything is inlined
+
+// The ISA's namespace holds every inline function below: the linker must never merge an AVX copy with a plain one.
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+constexpr int kBytes = FASTLOSS_VECTOR_BYTES;
+constexpr int W = kBytes / 4;
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+typedef float F32V __attribute__((vector_size(kBytes)));
+typedef int32_t I32V __attribute__((vector_size(kBytes)));
+typedef uint32_t U32V __attribute__((vector_size(kBytes)));
+typedef uint16_t U16V __attribute__((vector_size(kBytes / 2)));
+typedef double F64V __attribute__((vector_size(kBytes)));
+typedef int64_t I64V __attribute__((vector_size(kBytes)));
+typedef float F32HalfV __attribute__((vector_size(kBytes / 2)));
+
+template <class S>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  typedef F32V V;
+  typedef I32V I;
+  static constexpr int n = W;
+};
+template <>
+struct Lanes<double> {
+  typedef F64V V;
+  typedef I64V I;
+  static constexpr int n = W / 2;
+};
+
+// The dtype of arithmetic on logits of type T.
+template <class T>
+struct Acc {
+  typedef float S;
+};
+template <>
+struct Acc<double> {
+  typedef double S;
+};
+
+template <class To, class From>
+FASTLOSS_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V, class P>
+FASTLOSS_INLINE V load_raw(const P* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// b where an operand is NaN: vmaxps and vminps exactly.
+template <class V>
+FASTLOSS_INLINE V max_or_second(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+FASTLOSS_INLINE V min_or_second(V a, V b) {
+  return a < b ? a : b;
+}
+
+FASTLOSS_INLINE F32V load(const float* p) { return load_raw<F32V>(p); }
+FASTLOSS_INLINE F64V load(const double* p) { return load_raw<F64V>(p); }
+FASTLOSS_INLINE void store(float* p, F32V v) { memcpy(p, &v, sizeof v); }
+FASTLOSS_INLINE void store(double* p, F64V v) { memcpy(p, &v, sizeof v); }
+
+FASTLOSS_INLINE F32V load(const BF16* p) {
+  return bit_cast<F32V>(__builtin_convertvector(load_raw<U16V>(p), U32V) << 16);
+}
+
+// Round to nearest even; every NaN becomes the quiet one PyTorch writes.
+FASTLOSS_INLINE void store(BF16* p, F32V v) {
+  U32V bits = bit_cast<U32V>(v);
+  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  bits = v == v ? bits : bits * 0u + 0x7fc0u;
+#if defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
+  // GCC 12 narrows through a chain of shuffles; one saturating pack is enough, the values fit.
+  const __m256i b = bit_cast<__m256i>(bits);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+#else
+  const U16V narrow = __builtin_convertvector(bits, U16V);
+  memcpy(p, &narrow, sizeof narrow);
+#endif
+}
+
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+FASTLOSS_INLINE F32V load(const F16* p) {
+  return bit_cast<F32V>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+FASTLOSS_INLINE void store(F16* p, F32V v) {
+  const __m256i h = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+}
+#elif defined(__F16C__) && FASTLOSS_VECTOR_BYTES == 32
+FASTLOSS_INLINE F32V load(const F16* p) {
+  return bit_cast<F32V>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+FASTLOSS_INLINE void store(F16* p, F32V v) {
+  const __m128i h = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+}
+#else
+// Shift the half's exponent and mantissa into a float's place and multiply by 2^112: exact, subnormals too.
+FASTLOSS_INLINE F32V load(const F16* p) {
+  const U32V h = __builtin_convertvector(load_raw<U16V>(p), U32V);
+  const U32V shifted = (h & 0x7fffu) << 13;
+  const U32V finite = bit_cast<U32V>(bit_cast<F32V>(shifted) * 0x1p112f);
+  const U32V magnitude = shifted >= 0x0f800000u ? (shifted | 0x7f800000u) : finite;
+  return bit_cast<F32V>(magnitude | ((h & 0x8000u) << 16));
+}
+// Round to nearest even: normals by a carry into the mantissa, subnormals by an addition that aligns them.
+FASTLOSS_INLINE void store(F16* p, F32V v) {
+  const U32V bits = bit_cast<U32V>(v), sign = bits & 0x80000000u, x = bits ^ sign;
+  const U32V normal = (x - (112u << 23) + 0xfffu + ((x >> 13) & 1u)) >> 13;
+  const U32V subnormal = bit_cast<U32V>(bit_cast<F32V>(x) + 0.5f) - 0x3f000000u;
+  U32V h = x < 0x38800000u ? subnormal : normal;
+  h = x >= 0x47800000u ? h * 0u + 0x7c00u : h;
+  h = x > 0x7f800000u ? h * 0u + 0x7e00u : h;
+  const U16V narrow = __builtin_convertvector(h | (sign >> 16), U16V);
+  memcpy(p, &narrow, sizeof narrow);
+}
+#endif
+
+template <class T>
+FASTLOSS_INLINE auto load_n(const T* p, int64_t count) {
+  T all[Lanes<typename Acc<T>::S>::n] = {};
+  memcpy(all, p, count * sizeof(T));
+  return load(all);
+}
+
+template <class T, class V>
+FASTLOSS_INLINE void store_n(T* p, V v, int64_t count) {
+  T all[Lanes<typename Acc<T>::S>::n];
+  store(all, v);
+  memcpy(p, all, count * sizeof(T));
+}
+
+// One element, rounded as the vector path rounds it.
+template <class T, class S>
+FASTLOSS_INLINE void store_one(T* p, S value) {
+  store_n(p, typename Lanes<S>::V{} + value, 1);
+}
+
+// W/2 elements as doubles.
+FASTLOSS_INLINE F64V widen(const double* p) { return load(p); }
+FASTLOSS_INLINE F64V widen(const float* p) { return __builtin_convertvector(load_raw<F32HalfV>(p), F64V); }
+
+template <class V>
+FASTLOSS_INLINE double sum_lanes(V v) {
+  double sum = 0;
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) sum += v[i];
+  return sum;
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss
