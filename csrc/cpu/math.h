@@ -54,7 +54,7 @@ FASTLOSS_INLINE ExpParts<S> exp_parts(V x) {
   V q = V{} + C::c[degree];
 #pragma GCC unroll 16
   for (int k = degree - 1; k >= 0; --k) q = q * r + C::c[k];
-  const auto bits = bit_cast<typename Lanes<S>::I>(t) << C::mantissa_bits;
+  const auto bits = bit_cast<typename Lanes<S>::U>(t) << C::mantissa_bits;
   return {r, q, bit_cast<V>(bits)};
 }
 
@@ -77,16 +77,16 @@ FASTLOSS_INLINE V exp_any(V x) {
 // both keep their relative accuracy at 0 and far out.
 template <class S, class V = typename Lanes<S>::V>
 FASTLOSS_INLINE V tanh_and_slope(V y, V* slope) {
-  using I = typename Lanes<S>::I;
-  const I sign = bit_cast<I>(y) & bit_cast<I>(V{} - S(0));
-  const V magnitude = bit_cast<V>(bit_cast<I>(y) ^ sign);
+  using U = typename Lanes<S>::U;
+  const U sign = bit_cast<U>(y) & bit_cast<U>(-V{});
+  const V magnitude = bit_cast<V>(bit_cast<U>(y) ^ sign);
   const ExpParts<S> e = exp_parts<S>(magnitude * S(-2));
   const V poly = e.r * e.r * e.q + e.r;
   const V expm1 = poly * e.scale + (e.scale - S(1));
   const V q = poly * e.scale + e.scale;
   const V inverse = S(1) / (expm1 + S(2));
   *slope = S(4) * q * inverse * inverse;
-  return bit_cast<V>(bit_cast<I>(-expm1 * inverse) | sign);
+  return bit_cast<V>(bit_cast<U>(-expm1 * inverse) | sign);
 }
 
 }  // namespace FASTLOSS_ISA

@@ -38,11 +38,10 @@ struct F16 {
 };
 
 typedef float F32V __attribute__((vector_size(kBytes)));
-typedef int32_t I32V __attribute__((vector_size(kBytes)));
 typedef uint32_t U32V __attribute__((vector_size(kBytes)));
 typedef uint16_t U16V __attribute__((vector_size(kBytes / 2)));
 typedef double F64V __attribute__((vector_size(kBytes)));
-typedef int64_t I64V __attribute__((vector_size(kBytes)));
+typedef uint64_t U64V __attribute__((vector_size(kBytes)));
 typedef float F32HalfV __attribute__((vector_size(kBytes / 2)));
 
 template <class S>
@@ -50,13 +49,13 @@ struct Lanes;
 template <>
 struct Lanes<float> {
   typedef F32V V;
-  typedef I32V I;
+  typedef U32V U;
   static constexpr int n = W;
 };
 template <>
 struct Lanes<double> {
   typedef F64V V;
-  typedef I64V I;
+  typedef U64V U;
   static constexpr int n = W / 2;
 };
 

@@ -226,7 +226,8 @@ def run(
         progress = checkpoint.load(path, model, optimizer)
         console.print(f"resumed at step {progress['step']}")
 
-    rate = measure.matmul_rate(device, torch.bfloat16 if config.bf16 else torch.float32)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    rate = measure.matmul_rate(device, dtype)
     flops = model_flops(model, head, data.train, config)
     last = min(config.steps, config.stop_after or config.steps)
     step_fn = make_step(model, head, loss_fn, data.train, config)
@@ -259,8 +260,8 @@ def run(
     optimizer.zero_grad(set_to_none=True)
     counted = measure.count_flops(partial(step_fn, 0))
     loss_peak, step_peak = measure_memory(model, head, loss_fn, data.train, config)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
     loss_by = describe(config.loss, head, config.batch_size * config.seq_len, dtype)
+    rate = max(rate, measure.matmul_rate(device, dtype))  # again: another job may have slowed the first
     cost = Cost(flops, counted, loss_by, loss_peak, step_peak)
     rows = logging.read(folder / "log.jsonl")
     summary = _summary(rows, progress, val_loss, data, cost, rate)

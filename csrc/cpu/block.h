@@ -1,0 +1,238 @@
+// One block of a row: z and its maximum, exp(z - max) and its sum, the optional sums, the gradient.
+// Reads up to kBlock logits (and bias, w), writes z, e, slope to scratch that stays in L1, or e / dx to the row.
+// Separate short loops over L1: each option is one loop, not a factor in the number of template instances.
+#pragma once
+
+#include "args.h"
+#include "math.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+template <class S>
+constexpr S lowest_finite() {
+  return sizeof(S) == 4 ? S(-__FLT_MAX__) : S(-__DBL_MAX__);
+}
+
+template <class V>
+FASTLOSS_INLINE auto max_lanes(V v) {
+  auto max = v[0];
+  for (unsigned i = 1; i < sizeof(V) / sizeof(max); ++i) max = v[i] > max ? v[i] : max;
+  return max;
+}
+
+// How logits become z. `plain`: z = x. Else z = scale * (x + bias), or outer * tanh((x + bias) / softcap).
+template <class T>
+struct Transform {
+  using S = typename Acc<T>::S;
+  bool plain;
+  const S* bias;
+  S scale, softcap, outer;
+
+  explicit Transform(const Logits& l)
+      : plain(!l.bias && l.scale == 1.0 && !(l.softcap > 0)),
+        bias(static_cast<const S*>(l.bias)),
+        scale(S(l.scale)),
+        softcap(l.softcap > 0 ? S(l.softcap) : S(0)),
+        outer(S(l.scale * l.softcap)) {}
+};
+
+// z of the n logits at x, in `scratch` (or x itself), padded with -inf to whole vectors. `max` starts at the lowest
+// finite number, so that a block of only -inf subtracts to -inf and its exponentials are 0.
+template <class T, class S = typename Acc<T>::S>
+FASTLOSS_INLINE const S* load_block(const Transform<T>& f, const T* x, int64_t start, int64_t n, S* scratch, S* slope,
+                                    S* max) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t L = Lanes<S>::n;
+  V m0 = V{} + lowest_finite<S>(), m1 = m0, m2 = m0, m3 = m0;
+  if constexpr (sizeof(T) == sizeof(S)) {
+    if (f.plain && n % (4 * L) == 0) {
+      for (int64_t i = 0; i < n; i += 4 * L) {
+        m0 = max_or_second(load(x + i), m0);
+        m1 = max_or_second(load(x + i + L), m1);
+        m2 = max_or_second(load(x + i + 2 * L), m2);
+        m3 = max_or_second(load(x + i + 3 * L), m3);
+      }
+      *max = max_lanes(max_or_second(max_or_second(m0, m1), max_or_second(m2, m3)));
+      return x;
+    }
+  }
+  const int64_t whole = n - n % L;
+  auto each = [&](auto&& z_of) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + 2 * L <= whole; i += 2 * L) {
+      const V z0 = z_of(i, load(x + i), L), z1 = z_of(i + L, load(x + i + L), L);
+      store(scratch + i, z0);
+      store(scratch + i + L, z1);
+      m0 = max_or_second(z0, m0);
+      m1 = max_or_second(z1, m1);
+    }
+    for (; i < n; i += L) {
+      const int64_t count = n - i < L ? n - i : L;
+      store(scratch + i, z_of(i, count == L ? load(x + i) : load_n(x + i, count), count));
+      for (int64_t k = count; k < L; ++k) scratch[i + k] = -S(__builtin_inff());
+      m0 = max_or_second(load(scratch + i), m0);
+    }
+  };
+  const S* bias = f.bias ? f.bias + start : nullptr;
+  auto biased = [&](int64_t i, V v, int64_t count) __attribute__((always_inline)) {
+    return bias ? v + (count == L ? load(bias + i) : load_n(bias + i, count)) : v;
+  };
+  if (f.plain) {
+    each([](int64_t, V v, int64_t) __attribute__((always_inline)) { return v; });
+  } else if (f.softcap > 0) {
+    each([&](int64_t i, V v, int64_t count) __attribute__((always_inline)) {
+      V s;
+      const V t = tanh_and_slope<S>(biased(i, v, count) / f.softcap, &s);
+      store(slope + i, s);
+      return f.outer * t;
+    });
+  } else {
+    each([&](int64_t i, V v, int64_t count) __attribute__((always_inline)) { return f.scale * biased(i, v, count); });
+  }
+  *max = max_lanes(max_or_second(m0, m1));
+  return scratch;
+}
+
+// e = exp(z - ref), n elements of z padded to whole vectors, e written exactly; the sum in double. e may be z.
+template <class S>
+FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t L = Lanes<S>::n;
+  V s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L) {
+    const V e0 = exp_nonpositive<S>(load(z + i) - ref), e1 = exp_nonpositive<S>(load(z + i + L) - ref);
+    const V e2 = exp_nonpositive<S>(load(z + i + 2 * L) - ref), e3 = exp_nonpositive<S>(load(z + i + 3 * L) - ref);
+    store(e + i, e0);
+    store(e + i + L, e1);
+    store(e + i + 2 * L, e2);
+    store(e + i + 3 * L, e3);
+    s0 += e0, s1 += e1, s2 += e2, s3 += e3;
+  }
+  for (; i < n; i += L) {
+    const V e0 = exp_nonpositive<S>(load(z + i) - ref);
+    s0 += e0;
+    if (n - i < L) {
+      store_n(e + i, e0, n - i);
+    } else {
+      store(e + i, e0);
+    }
+  }
+  return sum_lanes((s0 + s1) + (s2 + s3));
+}
+
+// Σ e·(z - ref) with 0·(-inf) = 0, over vectors padded with z = -inf (their e is read, and may be anything: e of the
+// padding is recomputed as 0 by the caller's z).
+template <class S>
+FASTLOSS_INLINE double entropy_block(const S* z, const S* e, int64_t n, S ref) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t L = Lanes<S>::n;
+  V s0{}, s1{};
+  auto term = [&](V ei, V zi) __attribute__((always_inline)) { return ei == S(0) ? V{} : ei * (zi - ref); };
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    s0 += term(load(e + i), load(z + i));
+    s1 += term(load(e + i + L), load(z + i + L));
+  }
+  for (; i < n; i += L) {
+    const V ei = n - i < L ? load_n(e + i, n - i) : load(e + i);
+    s0 += term(ei, load(z + i));
+  }
+  return sum_lanes(s0 + s1);
+}
+
+template <class S>
+FASTLOSS_INLINE double square_block(const S* e, int64_t n) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t L = Lanes<S>::n;
+  V s0{}, s1{};
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    const V e0 = load(e + i), e1 = load(e + i + L);
+    s0 += e0 * e0, s1 += e1 * e1;
+  }
+  for (; i < n; i += L) {
+    const V e0 = n - i < L ? load_n(e + i, n - i) : load(e + i);
+    s0 += e0 * e0;
+  }
+  return sum_lanes(s0 + s1);
+}
+
+// Σ v, in double lanes: the mean of logits near 0 is a small difference of large sums.
+template <class S>
+FASTLOSS_INLINE double sum_block(const S* v, int64_t n) {
+  constexpr int64_t H = W / 2;
+  F64V s0{}, s1{};
+  int64_t i = 0;
+  for (; i + 2 * H <= n; i += 2 * H) s0 += widen(v + i), s1 += widen(v + i + H);
+  double sum = sum_lanes(s0 + s1);
+  for (; i < n; ++i) sum += v[i];
+  return sum;
+}
+
+template <class S>
+FASTLOSS_INLINE double dot_block(const S* w, const S* z, int64_t n) {
+  constexpr int64_t H = W / 2;
+  F64V s0{}, s1{};
+  int64_t i = 0;
+  for (; i + 2 * H <= n; i += 2 * H) s0 += widen(w + i) * widen(z + i), s1 += widen(w + i + H) * widen(z + i + H);
+  double sum = sum_lanes(s0 + s1);
+  for (; i < n; ++i) sum += double(w[i]) * z[i];
+  return sum;
+}
+
+// The options of a gradient block. With kD 0: no d term; 1: d; 2: d * w_v. With kSlope: times slope[v].
+template <class T, class Value, class S = typename Acc<T>::S>
+FASTLOSS_INLINE void write_block(T* out, int64_t n, Value&& value) {
+  constexpr int64_t L = Lanes<S>::n;
+  int64_t i = 0;
+  for (; i + 2 * L <= n; i += 2 * L) {
+    const auto g0 = value(i, L), g1 = value(i + L, L);
+    store(out + i, g0);
+    store(out + i + L, g1);
+  }
+  for (; i < n; i += L) {
+    const int64_t count = n - i < L ? n - i : L;
+    if (count == L) {
+      store(out + i, value(i, L));
+    } else {
+      store_n(out + i, value(i, count), count);
+    }
+  }
+}
+
+template <class S>
+FASTLOSS_INLINE auto load_upto(const S* p, int64_t count) {
+  return count == Lanes<S>::n ? load(p) : load_n(p, count);
+}
+
+// dx = (main(i) + d·w) · slope for the combinations that occur. w may be null (1), slope may be null (1).
+template <class T, class Main, class S = typename Acc<T>::S>
+FASTLOSS_INLINE void gradient_block(T* out, int64_t n, S d, const S* w, const S* slope, Main&& main) {
+  using V = typename Lanes<S>::V;
+  if (!slope && d == S(0)) {  // d·w = 0 for every finite w; a NaN d compares unequal
+    write_block(out, n, main);
+  } else if (!slope && !w) {
+    write_block(out, n, [&](int64_t i, int64_t c) __attribute__((always_inline)) { return V(main(i, c) + d); });
+  } else {
+    write_block(out, n, [&](int64_t i, int64_t c) __attribute__((always_inline)) {
+      V g = main(i, c);
+      g += w ? d * load_upto(w + i, c) : V{} + d;
+      return slope ? V(g * load_upto(slope + i, c)) : g;
+    });
+  }
+}
+
+// One body for the rest: b·p + c·p·log p with p = exp(z - lse), 0·(-inf) = 0. z is padded to whole vectors.
+template <bool kC, class S, class V = typename Lanes<S>::V>
+FASTLOSS_INLINE V gradient_from_z(const S* z, S lse, S b, S c) {
+  const V log_p = load(z) - lse;
+  const V p = exp_any<S>(log_p);
+  if (!kC) return b * p;
+  const V g = p * (b + c * log_p);
+  return p == S(0) ? V{} : g;
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

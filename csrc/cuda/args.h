@@ -1,0 +1,50 @@
+// The arguments of the three row functions (docs/engine.md) as plain structs, and the launchers in rows.cu.
+// Reads and writes nothing: every pointer is device memory of the caller.
+// Free of CUDA's headers, so that bindings.cpp is plain C++ and the emulated build shares it unchanged.
+#pragma once
+
+#include <cstdint>
+
+namespace fastloss::cuda {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+struct Logits {
+  const void* x;
+  int dtype;
+  int64_t rows, vocab, row_stride;
+  const int64_t* target;  // [rows] or null
+  int64_t ignore_index;
+  const float* bias;  // [vocab] or null
+  float scale, softcap;
+};
+
+struct Stats {  // each [rows] or null
+  float *loss, *logsumexp, *logprob, *entropy, *log_sum_sq_probs, *mean_logit;
+  uint8_t* is_top1;
+};
+
+struct CrossEntropy {
+  const float* w;
+  int64_t w_row_stride;
+  float keep, smooth;  // 1 - label_smoothing, label_smoothing / vocab: divided on the host in double
+  float z_loss, grad_scale;
+  const float* grad_scale_ptr;
+  void* grad;
+  int64_t grad_row_stride;
+};
+
+struct Coefficients {
+  const float *lse, *a, *b, *c, *d;
+  const float* w;
+  int64_t w_row_stride;
+  void* out;
+  int64_t out_row_stride;
+};
+
+// Each returns null, or the text of the error that stopped the launch.
+const char* row_cross_entropy(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream);
+const char* row_stats(const Logits& in, const Stats& out, void* stream);
+const char* row_grad(const Logits& in, const Coefficients& k, void* stream);
+
+}  // namespace fastloss::cuda
