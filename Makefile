@@ -1,43 +1,66 @@
+# make setup | demo | test | bench | lint | format | native | gpu | wheel | kernels | sanitize | clean
 PYTHON ?= python3
 VENV ?= .venv
-BIN = $(VENV)/bin
-STAMP = $(VENV)/.installed
+# e.g. TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" for the smaller build without CUDA
+TORCH_ARGS ?=
+WORKERS ?= 2
+PYTEST_ARGS ?=
 
-.PHONY: setup demo test bench lint format gpu wheel kernels clean
-setup: $(STAMP)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CXX_FILES = $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
+export PIP_NO_INPUT = 1
 
-# torch first and pinned: without the pin pip fetches gigabytes of CUDA. triton without its torch pin.
-$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*/*) fastloss/_version.py
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch numpy setuptools wheel pybind11 ninja
-	-$(BIN)/pip install -q --no-deps -c constraints.txt triton
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[dev,train,bench]'
-	touch $(STAMP)
+.PHONY: setup native demo test bench lint format gpu wheel kernels sanitize clean
 
-demo: setup
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch $(TORCH_ARGS)
+	if [ "$$(uname -s)" = Linux ]; then $(PIP) install -q -c constraints.txt --no-deps triton; fi
+	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,train,bench]'
+	touch $@
+
+# What changed in csrc/ since the last build, and nothing else.
+native: setup
+	$(BIN)/python tools/build_native.py
+
+demo: native
 	$(BIN)/fastloss demo
 
-test: setup
-	$(BIN)/python -m pytest -n 2 -q
+test: native
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests
 
-bench: setup
+bench: native
 	$(BIN)/fastloss bench
 
 lint: setup
-	$(BIN)/ruff check fastloss kernels tests benchmarks setup.py
-	$(BIN)/mypy fastloss
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: setup
-	$(BIN)/ruff format fastloss kernels tests benchmarks setup.py
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# On a machine with a GPU and no network: the Python that is active has torch, setuptools, pybind11, ninja, pytest.
+gpu:
+	PYTHON="$(PYTHON)" tools/gpu.sh
 
 wheel: setup
-	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
+	$(PIP) wheel --no-deps --no-build-isolation -w dist .
 
 kernels: setup
 	$(BIN)/python tools/kernel_report.py
 
-gpu:
-	bash tools/gpu.sh
+sanitize: setup
+	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
 
 clean:
-	rm -rf build dist *.egg-info fastloss/*.so fastloss/_build_info.py
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -f fastloss/_cpu*.so fastloss/_cuda*.so fastloss/_build_info.py
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -152,7 +152,7 @@ def find_nvcc() -> str:
 
 def nvcc_settings(nvcc: str) -> dict[str, str]:
     """What nvcc itself says about its toolkit: TOP, INCLUDES, LIBRARIES (it may be a wrapper script elsewhere)."""
-    return dict(re.findall(r"^#\$ (\w+)=\s*(.*?)\s*$", output_of([nvcc, "--dryrun", "-c", "x.cu"]), re.MULTILINE))
+    return dict(re.findall(r"^#\$ (\w+)=[ \t]*(.*?)[ \t]*$", output_of([nvcc, "--dryrun", "-c", "x.cu"]), re.MULTILINE))
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -288,7 +288,7 @@ def cuda_half(root: Path, folder: str) -> Half:
     lines.append(f"build {escape(f'{folder}/_cuda{EXT_SUFFIX}')}: cuda_link {' '.join(map(escape, objects))}")
     half.ninja = lines
     release = re.search(r"release ([\d.]+)", output_of([nvcc, "--version"]))
-    half.info = {"nvcc": release.group(1) if release else "unknown", "archs": archs}
+    half.info = {"nvcc": release.group(1) if release else "unknown", "archs": ", ".join(archs)}
     return half
 
 

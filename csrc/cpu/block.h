@@ -69,14 +69,14 @@ FASTLOSS_INLINE const S* load_block(const Transform<T>& f, const T* x, int64_t s
     }
     for (; i < n; i += L) {
       const int64_t count = n - i < L ? n - i : L;
-      store(scratch + i, z_of(i, count == L ? load(x + i) : load_n(x + i, count), count));
+      store(scratch + i, z_of(i, load_upto(x + i, count), count));
       for (int64_t k = count; k < L; ++k) scratch[i + k] = -S(__builtin_inff());
       m0 = max_or_second(load(scratch + i), m0);
     }
   };
   const S* bias = f.bias ? f.bias + start : nullptr;
   auto biased = [&](int64_t i, V v, int64_t count) __attribute__((always_inline)) {
-    return bias ? v + (count == L ? load(bias + i) : load_n(bias + i, count)) : v;
+    return bias ? v + load_upto(bias + i, count) : v;
   };
   if (f.plain) {
     each([](int64_t, V v, int64_t) __attribute__((always_inline)) { return v; });
@@ -122,8 +122,7 @@ FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e) {
   return sum_lanes((s0 + s1) + (s2 + s3));
 }
 
-// Σ e·(z - ref) with 0·(-inf) = 0, over vectors padded with z = -inf (their e is read, and may be anything: e of the
-// padding is recomputed as 0 by the caller's z).
+// Σ e·(z - ref) with 0·(-inf) = 0; z is padded to whole vectors, e is not.
 template <class S>
 FASTLOSS_INLINE double entropy_block(const S* z, const S* e, int64_t n, S ref) {
   using V = typename Lanes<S>::V;
@@ -136,7 +135,7 @@ FASTLOSS_INLINE double entropy_block(const S* z, const S* e, int64_t n, S ref) {
     s1 += term(load(e + i + L), load(z + i + L));
   }
   for (; i < n; i += L) {
-    const V ei = n - i < L ? load_n(e + i, n - i) : load(e + i);
+    const V ei = load_upto(e + i, n - i);
     s0 += term(ei, load(z + i));
   }
   return sum_lanes(s0 + s1);
@@ -153,7 +152,7 @@ FASTLOSS_INLINE double square_block(const S* e, int64_t n) {
     s0 += e0 * e0, s1 += e1 * e1;
   }
   for (; i < n; i += L) {
-    const V e0 = n - i < L ? load_n(e + i, n - i) : load(e + i);
+    const V e0 = load_upto(e + i, n - i);
     s0 += e0 * e0;
   }
   return sum_lanes(s0 + s1);
@@ -182,7 +181,7 @@ FASTLOSS_INLINE double dot_block(const S* w, const S* z, int64_t n) {
   return sum;
 }
 
-// The options of a gradient block. With kD 0: no d term; 1: d; 2: d * w_v. With kSlope: times slope[v].
+// out[i] = value(i) rounded to T; value(i, count) may read `count` elements from i on.
 template <class T, class Value, class S = typename Acc<T>::S>
 FASTLOSS_INLINE void write_block(T* out, int64_t n, Value&& value) {
   constexpr int64_t L = Lanes<S>::n;
@@ -202,11 +201,6 @@ FASTLOSS_INLINE void write_block(T* out, int64_t n, Value&& value) {
   }
 }
 
-template <class S>
-FASTLOSS_INLINE auto load_upto(const S* p, int64_t count) {
-  return count == Lanes<S>::n ? load(p) : load_n(p, count);
-}
-
 // dx = (main(i) + d·w) · slope for the combinations that occur. w may be null (1), slope may be null (1).
 template <class T, class Main, class S = typename Acc<T>::S>
 FASTLOSS_INLINE void gradient_block(T* out, int64_t n, S d, const S* w, const S* slope, Main&& main) {
@@ -224,7 +218,7 @@ FASTLOSS_INLINE void gradient_block(T* out, int64_t n, S d, const S* w, const S*
   }
 }
 
-// One body for the rest: b·p + c·p·log p with p = exp(z - lse), 0·(-inf) = 0. z is padded to whole vectors.
+// b·p + c·p·log p with p = exp(z - lse), 0·(-inf) = 0. z is padded to whole vectors.
 template <bool kC, class S, class V = typename Lanes<S>::V>
 FASTLOSS_INLINE V gradient_from_z(const S* z, S lse, S b, S c) {
   const V log_p = load(z) - lse;

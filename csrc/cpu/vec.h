@@ -22,6 +22,7 @@
 
 #define FASTLOSS_INLINE inline __attribute__((always_inline))
 #pragma GCC diagnostic ignored "-Wpsabi"  // nothing here is called across an ABI: everything is inlined
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, inside its own _mm512_cvtph_ps
 
 // The ISA's namespace holds every inline function below: the linker must never merge an AVX copy with a plain one.
 namespace fastloss {
@@ -162,6 +163,11 @@ FASTLOSS_INLINE auto load_n(const T* p, int64_t count) {
   T all[Lanes<typename Acc<T>::S>::n] = {};
   memcpy(all, p, count * sizeof(T));
   return load(all);
+}
+
+template <class T>
+FASTLOSS_INLINE auto load_upto(const T* p, int64_t count) {
+  return count >= Lanes<typename Acc<T>::S>::n ? load(p) : load_n(p, count);
 }
 
 template <class T, class V>

@@ -82,10 +82,11 @@ __device__ inline void store_pack(T* p, const Pack<T>& pack) {
   __stcs(reinterpret_cast<uint4*>(p), pack_bits(pack));
 }
 
-// N floats of a bias or a weight vector; 1 for each where there is no vector.
+// N floats at `v` of a bias or a weight vector, `absent` for each where there is no vector.
 template <int N>
-__device__ inline void load_floats(const float* p, bool aligned, float absent, float (&out)[N]) {
-  if (p == nullptr) {
+__device__ inline void load_floats(const float* vector, int v, bool aligned, float absent, float (&out)[N]) {
+  const float* p = vector + (vector ? v : 0);
+  if (vector == nullptr) {
 #pragma unroll
     for (int k = 0; k < N; ++k) out[k] = absent;
   } else if (N % 4 == 0 && aligned) {

@@ -1,0 +1,134 @@
+// Chooses the instruction set at run time and spreads rows over threads; the small functions beside the kernels.
+// Reads and writes what docs/engine.md says.
+// Compiled once, without AVX flags: it runs before anyone knows what the processor can do.
+
+#include "dispatch.h"
+
+#include <stdexcept>
+
+#include "parallel.h"
+
+namespace fastloss {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+#endif
+namespace generic {
+extern const Kernels kernels;
+}
+#if defined(FASTLOSS_W16_TEST)  // the 16-lane source compiled for AVX2: tests the AVX-512 path's logic anywhere
+namespace wide16 {
+extern const Kernels kernels;
+}
+#endif
+
+namespace {
+
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> all;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2_too =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2_too && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    all.push_back(&avx512::kernels);
+  }
+  if (avx2_too) all.push_back(&avx2::kernels);
+#endif
+  all.push_back(&generic::kernels);
+#if defined(FASTLOSS_W16_TEST)
+  if (avx2_too) all.push_back(&wide16::kernels);
+#endif
+  return all;
+}
+
+const std::vector<const Kernels*> all_kernels = available();
+std::atomic<const Kernels*> current{all_kernels.front()};
+
+}  // namespace
+
+const Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Kernels* k : all_kernels) names.emplace_back(k->name);
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  for (const Kernels* k : all_kernels) {
+    if (name == k->name) {
+      current.store(k, std::memory_order_relaxed);
+      return;
+    }
+  }
+  std::string known;
+  for (const Kernels* k : all_kernels) known += (known.empty() ? "" : ", ") + std::string(k->name);
+  throw std::invalid_argument("isa: expected one of " + known + ", got " + name);
+}
+
+void row_stats(const Logits& l, const Stats& s, int64_t threads) {
+  const Kernels& k = kernels();
+  for_rows(l.rows, l.vocab, threads, k.scratch_bytes(l, false),
+           [&](int64_t begin, int64_t end, void* scratch) { k.row_stats(l, s, begin, end, scratch); });
+}
+
+void row_grad(const Logits& l, const Coefficients& c, int64_t threads) {
+  const Kernels& k = kernels();
+  for_rows(l.rows, l.vocab, threads, k.scratch_bytes(l, false),
+           [&](int64_t begin, int64_t end, void* scratch) { k.row_grad(l, c, begin, end, scratch); });
+}
+
+void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, int64_t threads) {
+  const Kernels& k = kernels();
+  for_rows(l.rows, l.vocab, threads, k.scratch_bytes(l, c.grad != nullptr),
+           [&](int64_t begin, int64_t end, void* scratch) { k.row_cross_entropy(l, c, s, begin, end, scratch); });
+}
+
+void convert(const void* src, int src_dtype, void* dst, int dst_dtype, int64_t n, int64_t threads) {
+  const auto half = [](int dtype) { return dtype == kBFloat16 || dtype == kFloat16; };
+  if (!((src_dtype == kFloat32 && half(dst_dtype)) || (half(src_dtype) && dst_dtype == kFloat32))) {
+    throw std::invalid_argument("convert: one dtype is float32, the other bfloat16 or float16");
+  }
+  const Kernels& k = kernels();
+  constexpr int64_t piece = 16384;
+  for_rows((n + piece - 1) / piece, piece, threads, 0, [&](int64_t begin, int64_t end, void*) {
+    k.convert(src, src_dtype, dst, dst_dtype, begin * piece, end * piece < n ? end * piece : n);
+  });
+}
+
+TargetCount count_targets(const int64_t* target, int64_t n, int64_t vocab, int64_t ignore_index) {
+  int64_t ignored = 0, bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const bool skip = target[i] == ignore_index;
+    ignored += skip;
+    bad += !skip & (static_cast<uint64_t>(target[i]) >= static_cast<uint64_t>(vocab));
+  }
+  if (!bad) return {n - ignored, -1};
+  for (int64_t i = 0;; ++i) {
+    if (target[i] != ignore_index && (target[i] < 0 || target[i] >= vocab)) return {n - ignored - bad, i};
+  }
+}
+
+namespace {
+template <class S>
+void sum_as(const void* values, int64_t n, double factor, void* out) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<const S*>(values)[i];
+  *static_cast<S*>(out) = S(factor * sum);
+}
+}  // namespace
+
+void sum_rows(const void* values, int dtype, int64_t n, double factor, void* out) {
+  if (dtype == kFloat64) return sum_as<double>(values, n, factor, out);
+  if (dtype == kFloat32) return sum_as<float>(values, n, factor, out);
+  throw std::invalid_argument("sum_rows: expected float32 or float64");
+}
+
+}  // namespace fastloss

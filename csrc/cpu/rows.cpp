@@ -1,0 +1,346 @@
+// The three row functions of docs/engine.md: statistics, gradient from coefficients, cross-entropy with gradient.
+// Reads a row once from memory and writes its gradient once; exp(z) waits in the output row or an L2-sized scratch.
+// Built three times, -DFASTLOSS_ISA=avx512 (-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mavx2), avx2
+// (-mavx2 -mfma -mf16c) and generic (no flags), each with -O3 -std=c++17 -fno-math-errno -ffp-contract=fast
+// -fvisibility=hidden -fopenmp and never -ffast-math; dispatch.cpp chooses at run time.
+
+#ifndef FASTLOSS_ISA
+#error "rows.cpp is compiled once per instruction set, with -DFASTLOSS_ISA=avx512, avx2 or generic"
+#endif
+
+#include "block.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+namespace {
+
+constexpr int64_t kAlign = 64;
+
+int64_t rounded(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
+int64_t block_count(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
+
+struct BlockSums {
+  double max, sum, entropy, square;
+  double weight;  // exp(max - the row's max)
+};
+
+// A thread's scratch, carved from one piece of memory.
+template <class T>
+struct Scratch {
+  using S = typename Acc<T>::S;
+  BlockSums* blocks;
+  S* z;      // one block
+  S* e;      // the whole row where a gradient waits for it, else one block
+  S* slope;  // as e; null without softcap
+  int64_t bytes;
+
+  // exp(z) waits in the output row itself if it has the dtype for it.
+  static bool e_in_scratch(bool gradient) { return gradient && sizeof(T) != sizeof(S); }
+
+  Scratch(const Logits& l, bool gradient, void* memory) {
+    const int64_t row = rounded((l.vocab + kBlock) * sizeof(S)), block = kBlock * sizeof(S);
+    char* p = static_cast<char*>(memory);
+    auto take = [&p](int64_t n) { return (p += n) - n; };
+    blocks = reinterpret_cast<BlockSums*>(take(rounded((block_count(l.vocab) + 1) * sizeof(BlockSums))));
+    z = reinterpret_cast<S*>(take(block));
+    e = reinterpret_cast<S*>(take(e_in_scratch(gradient) ? row : block));
+    slope = l.softcap > 0 ? reinterpret_cast<S*>(take(gradient ? row : block)) : nullptr;
+    bytes = p - static_cast<char*>(memory);
+  }
+};
+
+enum class RowKind { normal, ignored, bad };
+
+RowKind kind_of(const Logits& l, int64_t row) {
+  if (!l.target) return RowKind::normal;
+  const int64_t t = l.target[row];
+  if (t == l.ignore_index) return RowKind::ignored;
+  return t < 0 || t >= l.vocab ? RowKind::bad : RowKind::normal;
+}
+
+template <class S>
+void put(void* p, int64_t row, double value) {
+  if (p) static_cast<S*>(p)[row] = S(value);
+}
+
+template <class S>
+double get(const void* p, int64_t row) {
+  return p ? double(static_cast<const S*>(p)[row]) : 0.0;
+}
+
+template <class T>
+void fill_row(T* out, int64_t n, typename Acc<T>::S value) {
+  using S = typename Acc<T>::S;
+  write_block(out, n, [=](int64_t, int64_t) { return typename Lanes<S>::V{} + value; });
+}
+
+// What the first pass over a row finds out.
+struct RowSums {
+  double max = 0, sum = 0, log_sum = 0, lse = 0;  // sum = Σ exp(z - max)
+  double z_target = 0, slope_target = 1;
+  double sum_z = 0, sum_w = 0, sum_wz = 0;
+  double entropy = 0, log_sum_sq = 0;
+  bool is_top1 = false;
+};
+
+struct Wanted {
+  bool entropy, square, sum_z;
+};
+
+// Pass one. e receives exp(z - its block's max): the whole row if keep, else block after block in the same place.
+// e may be the row x itself, so everything that needs z comes before exp_block writes.
+template <class T, class S = typename Acc<T>::S>
+RowSums first_pass(const Logits& l, const Transform<T>& f, const T* x, int64_t t, const S* w, Wanted want,
+                   const Scratch<T>& scratch, S* e, bool keep) {
+  RowSums r;
+  const int64_t nblocks = block_count(l.vocab);
+  r.max = lowest_finite<S>();
+  for (int64_t k = 0; k < nblocks; ++k) {
+    const int64_t start = k * kBlock, n = l.vocab - start < kBlock ? l.vocab - start : kBlock;
+    S* const e_block = keep ? e + start : e;
+    S* const slope = scratch.slope && keep ? scratch.slope + start : scratch.slope;
+    BlockSums& sums = scratch.blocks[k];
+    S max;
+    const S* z = load_block(f, x + start, start, n, scratch.z, slope, &max);
+    if (t >= start && t < start + n) {
+      r.z_target = z[t - start];
+      if (slope) r.slope_target = slope[t - start];
+    }
+    if (want.sum_z) r.sum_z += sum_block(z, n);
+    if (w) {
+      r.sum_w += sum_block(w + start, n);
+      r.sum_wz += dot_block(w + start, z, n);
+    }
+    if (want.entropy && z == e_block) {  // in place: exp_block would overwrite the z that entropy_block needs
+      memcpy(scratch.z, z, n * sizeof(S));
+      z = scratch.z;
+    }
+    sums.max = max;
+    sums.sum = exp_block(z, n, max, e_block);
+    if (want.entropy) sums.entropy = entropy_block(z, e_block, n, max);
+    if (want.square) sums.square = square_block(e_block, n);
+    if (sums.max > r.max) r.max = sums.max;
+  }
+  double entropy = 0, square = 0;
+  for (int64_t k = 0; k < nblocks; ++k) {
+    BlockSums& sums = scratch.blocks[k];
+    const double below = sums.max - r.max;
+    sums.weight = __builtin_exp(below);
+    r.sum += sums.weight * sums.sum;
+    if (want.square) square += sums.weight * sums.weight * sums.square;
+    if (want.entropy && sums.weight != 0) entropy += sums.weight * (sums.entropy + sums.sum * below);
+  }
+  const bool all_minus_inf = r.sum == 0;
+  r.is_top1 = all_minus_inf || (r.z_target >= r.max && (r.sum == r.sum || r.max > 1.8e308L));
+  if (all_minus_inf) r.sum = __builtin_nan("");
+  r.log_sum = __builtin_log(r.sum);
+  r.lse = r.max + r.log_sum;
+  if (want.entropy) r.entropy = r.log_sum - entropy / r.sum;
+  if (want.square) r.log_sum_sq = __builtin_log(square) - 2 * r.log_sum;
+  return r;
+}
+
+template <class S>
+void write_stats(const Stats& s, int64_t row, const RowSums& r, double vocab, bool bad) {
+  put<S>(s.logsumexp, row, r.lse);
+  put<S>(s.logprob, row, bad ? __builtin_nan("") : (r.z_target - r.max) - r.log_sum);
+  put<S>(s.entropy, row, r.entropy);
+  put<S>(s.log_sum_sq_probs, row, r.log_sum_sq);
+  put<S>(s.mean_logit, row, r.sum_z / vocab);
+  if (s.is_top1) s.is_top1[row] = !bad && r.is_top1;
+}
+
+template <class S>
+void write_ignored(const Stats& s, int64_t row) {
+  put<S>(s.loss, row, 0);
+  put<S>(s.logsumexp, row, 0);
+  put<S>(s.logprob, row, 0);
+  put<S>(s.entropy, row, 0);
+  put<S>(s.log_sum_sq_probs, row, 0);
+  put<S>(s.mean_logit, row, 0);
+  if (s.is_top1) s.is_top1[row] = 0;
+}
+
+Wanted wanted(const Stats& s) { return {s.entropy != nullptr, s.log_sum_sq_probs != nullptr, s.mean_logit != nullptr}; }
+
+template <class T>
+void row_stats(const Logits& l, const Stats& s, int64_t begin, int64_t end, void* memory) {
+  using S = typename Acc<T>::S;
+  const Scratch<T> scratch(l, false, memory);
+  const Transform<T> f(l);
+  for (int64_t row = begin; row < end; ++row) {
+    const RowKind kind = kind_of(l, row);
+    if (kind == RowKind::ignored) {
+      write_ignored<S>(s, row);
+      continue;
+    }
+    const int64_t t = kind == RowKind::normal && l.target ? l.target[row] : -1;
+    const T* x = static_cast<const T*>(l.x) + row * l.row_stride;
+    const RowSums r = first_pass<T>(l, f, x, t, static_cast<const S*>(nullptr), wanted(s), scratch, scratch.e, false);
+    write_stats<S>(s, row, r, double(l.vocab), kind == RowKind::bad);
+  }
+}
+
+// Pass two: b·p + d·w, times slope, over e = exp(z - its block's max). From the last block, the warmest, to the first.
+template <class T, class S = typename Acc<T>::S>
+void second_pass(const Logits& l, const Scratch<T>& scratch, const S* e, double b_over_sum, S d, const S* w, T* out) {
+  for (int64_t k = block_count(l.vocab) - 1; k >= 0; --k) {
+    const int64_t start = k * kBlock, n = l.vocab - start < kBlock ? l.vocab - start : kBlock;
+    const S factor = S(b_over_sum * scratch.blocks[k].weight);
+    const S* const e_block = e + start;
+    gradient_block(out + start, n, d, w ? w + start : nullptr, scratch.slope ? scratch.slope + start : nullptr,
+                   [=](int64_t i, int64_t count)
+                       __attribute__((always_inline)) { return factor * load_upto(e_block + i, count); });
+  }
+}
+
+template <class T>
+void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, int64_t begin, int64_t end,
+                       void* memory) {
+  using S = typename Acc<T>::S;
+  const Scratch<T> scratch(l, c.grad != nullptr, memory);
+  const Transform<T> f(l);
+  const double vocab = double(l.vocab), eps = c.label_smoothing, k = c.grad_scale * l.scale;
+  Wanted want = wanted(s);
+  const bool sum_w = !l.target || (eps > 0 && c.w);  // Σ w and Σ w z are terms of the loss
+  if (eps > 0 && l.target && !c.w) want.sum_z = true;
+  for (int64_t row = begin; row < end; ++row) {
+    const RowKind kind = kind_of(l, row);
+    T* const grad = c.grad ? static_cast<T*>(c.grad) + row * c.grad_row_stride : nullptr;
+    if (kind == RowKind::ignored) {
+      write_ignored<S>(s, row);
+      if (grad) fill_row<T>(grad, l.vocab, 0);
+      continue;
+    }
+    const bool bad = kind == RowKind::bad;
+    const int64_t t = l.target && !bad ? l.target[row] : -1;
+    const S* const w = c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
+    S* e = scratch.e;
+    if constexpr (sizeof(T) == sizeof(S)) {
+      if (grad) e = grad;
+    }
+    const RowSums r = first_pass<T>(l, f, static_cast<const T*>(l.x) + row * l.row_stride, t, sum_w ? w : nullptr,
+                                    want, scratch, e, grad != nullptr);
+    write_stats<S>(s, row, r, vocab, bad);
+    if (bad) {
+      put<S>(s.loss, row, __builtin_nan(""));
+      if (grad) fill_row<T>(grad, l.vocab, S(__builtin_nanf("")));
+      continue;
+    }
+    double loss = c.z_loss != 0 ? c.z_loss * r.lse * r.lse : 0, a = 0, b = 2 * c.z_loss * r.lse, d = 0;
+    if (c.z_loss == 0) b = 0;
+    if (l.target) {
+      const double w_t = w ? double(w[t]) : 1.0, hit = (1 - eps) * w_t;
+      loss += hit * (r.log_sum - (r.z_target - r.max));
+      a = -hit, b += hit;
+      if (eps > 0) {
+        const double sum = w ? r.sum_w : vocab, sum_z = w ? r.sum_wz : r.sum_z;
+        loss += eps / vocab * (sum * r.lse - sum_z);
+        b += eps / vocab * sum;
+        d = -eps / vocab;
+      }
+    } else {
+      loss += r.sum_w * r.lse - r.sum_wz;
+      b += r.sum_w;
+      d = -1;
+    }
+    put<S>(s.loss, row, loss);
+    if (!grad) continue;
+    second_pass<T>(l, scratch, e, b * k / r.sum, S(d * k), w, grad);
+    if (l.target) {
+      const double p = __builtin_exp(r.z_target - r.max) / r.sum, w_t = w ? double(w[t]) : 1.0;
+      store_one(grad + t, S((a + b * p + (d != 0 ? d * w_t : 0.0)) * k * r.slope_target));
+    }
+  }
+}
+
+template <class T>
+void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end, void* memory) {
+  using S = typename Acc<T>::S;
+  const Scratch<T> scratch(l, false, memory);
+  const Transform<T> f(l);
+  for (int64_t row = begin; row < end; ++row) {
+    const RowKind kind = kind_of(l, row);
+    T* const out = static_cast<T*>(c.out) + row * c.out_row_stride;
+    if (kind != RowKind::normal) {
+      fill_row<T>(out, l.vocab, kind == RowKind::bad ? S(__builtin_nanf("")) : S(0));
+      continue;
+    }
+    const int64_t t = l.target ? l.target[row] : -1;
+    const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
+    const S* const w = c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
+    const double lse = get<S>(c.lse, row), ra = get<S>(c.a, row), rb = get<S>(c.b, row), rc = get<S>(c.c, row),
+                 rd = get<S>(c.d, row);
+    const S b = S(rb * l.scale), cc = S(rc * l.scale), d = S(rd * l.scale);
+    for (int64_t start = 0; start < l.vocab; start += kBlock) {
+      const int64_t n = l.vocab - start < kBlock ? l.vocab - start : kBlock;
+      S max;
+      const S* const z = load_block(f, x + start, start, n, scratch.z, scratch.slope, &max);
+      const bool here = t >= start && t < start + n;
+      const double z_target = here ? double(z[t - start]) : 0.0;  // read before out overwrites it
+      const S* const w_block = w ? w + start : nullptr;
+      if (c.c) {
+        gradient_block(out + start, n, d, w_block, scratch.slope, [=](int64_t i, int64_t) __attribute__((
+                           always_inline)) { return gradient_from_z<true>(z + i, S(lse), b, cc); });
+      } else {
+        gradient_block(out + start, n, d, w_block, scratch.slope, [=](int64_t i, int64_t) __attribute__((
+                           always_inline)) { return gradient_from_z<false>(z + i, S(lse), b, cc); });
+      }
+      if (!here) continue;
+      const double log_p = z_target - lse, p = __builtin_exp(log_p), w_t = w ? double(w[t]) : 1.0;
+      const double g = ra + rb * p + (c.c && p != 0 ? rc * p * log_p : 0.0) + (rd != 0 ? rd * w_t : 0.0);
+      store_one(out + t, S(g * l.scale * (scratch.slope ? double(scratch.slope[t - start]) : 1.0)));
+    }
+  }
+}
+
+template <class From, class To>
+void convert_as(const void* src, void* dst, int64_t begin, int64_t end) {
+  const From* const from = static_cast<const From*>(src) + begin;
+  write_block(static_cast<To*>(dst) + begin, end - begin, [=](int64_t i, int64_t count) __attribute__((
+                  always_inline)) { return load_upto(from + i, count); });
+}
+
+void convert(const void* src, int src_dtype, void* dst, int dst_dtype, int64_t begin, int64_t end) {
+  if (src_dtype == kBFloat16) return convert_as<BF16, float>(src, dst, begin, end);
+  if (src_dtype == kFloat16) return convert_as<F16, float>(src, dst, begin, end);
+  if (dst_dtype == kBFloat16) return convert_as<float, BF16>(src, dst, begin, end);
+  convert_as<float, F16>(src, dst, begin, end);
+}
+
+template <class F>
+auto with_dtype(int dtype, F&& f) {
+  switch (dtype) {
+    case kBFloat16:
+      return f(BF16{});
+    case kFloat16:
+      return f(F16{});
+    case kFloat64:
+      return f(double{});
+    default:
+      return f(float{});
+  }
+}
+
+int64_t scratch_bytes(const Logits& l, bool gradient) {
+  return with_dtype(l.dtype, [&](auto type) { return Scratch<decltype(type)>(l, gradient, nullptr).bytes; });
+}
+void stats_of(const Logits& l, const Stats& s, int64_t begin, int64_t end, void* m) {
+  with_dtype(l.dtype, [&](auto type) { row_stats<decltype(type)>(l, s, begin, end, m); });
+}
+void grad_of(const Logits& l, const Coefficients& c, int64_t begin, int64_t end, void* m) {
+  with_dtype(l.dtype, [&](auto type) { row_grad<decltype(type)>(l, c, begin, end, m); });
+}
+void cross_entropy_of(const Logits& l, const CrossEntropy& c, const Stats& s, int64_t begin, int64_t end, void* m) {
+  with_dtype(l.dtype, [&](auto type) { row_cross_entropy<decltype(type)>(l, c, s, begin, end, m); });
+}
+
+}  // namespace
+
+#define FASTLOSS_STRING_OF(x) #x
+#define FASTLOSS_STRING(x) FASTLOSS_STRING_OF(x)
+extern const Kernels kernels;
+const Kernels kernels = {FASTLOSS_STRING(FASTLOSS_ISA), scratch_bytes, stats_of, grad_of, cross_entropy_of, convert};
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

@@ -1,0 +1,141 @@
+// One row's statistics, its cross-entropy and, with `Grad`, the gradient: row_stats and row_cross_entropy.
+// Reads the row once from memory, writes the gradient once, over the logits if asked; a few numbers per row besides.
+// One block per row: the row is long, and the gradient needs the row's sum before its first element.
+#pragma once
+
+#include "gradient.h"
+#include "running.h"
+
+namespace fastloss::cuda {
+
+__device__ inline void put(float* out, int64_t row, float value) {
+  if (out) out[row] = value;
+}
+
+// Elements are dealt to threads by their index alone, never by the row's alignment: a row's bits are its own.
+template <class T, bool General, bool Extra, bool Grad>
+__device__ inline Running<Extra> read_row(const T* x, int vocab, const float* bias, const float* w,
+                                          const Transform<General>& transform, unsigned char* keep, int keep_packs) {
+  constexpr int N = Pack<T>::N, U = Extra && N == 8 ? 2 : 4;  // loads in flight; more would spill
+  if (!General) bias = nullptr;
+  if (!Extra) w = nullptr;
+  const int packs = vocab / N, step = blockDim.x;
+  const bool aligned = is_aligned(x), bias_aligned = is_aligned(bias), w_aligned = is_aligned(w);
+  Running<Extra> sums;
+  float slope;
+  for (int i = threadIdx.x; i < packs; i += U * step) {
+    Pack<T> pack[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int j = i + u * step;
+      if (j >= packs) continue;
+      pack[u] = aligned ? load_pack(x + j * N, !Grad || j < keep_packs) : load_pack_unaligned(x + j * N);
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int j = i + u * step;
+      if (j >= packs) continue;
+      if (Grad && j < keep_packs) {
+        T* kept = reinterpret_cast<T*>(keep) + j * N;
+        if (aligned) {
+          *reinterpret_cast<uint4*>(kept) = pack_bits(pack[u]);
+        } else {
+#pragma unroll
+          for (int k = 0; k < N; ++k) kept[k] = pack[u].v[k];
+        }
+      }
+      float z[N], b[N], weight[N];
+      load_floats(bias, j * N, bias_aligned, 0.0f, b);
+      load_floats(w, j * N, w_aligned, 1.0f, weight);
+#pragma unroll
+      for (int k = 0; k < N; ++k) z[k] = transform(to_float(pack[u].v[k]), b[k], &slope);
+      sums.add(z, weight);
+    }
+  }
+  for (int v = packs * N + threadIdx.x; v < vocab; v += step) {
+    const float weight[1] = {w ? __ldg(w + v) : 1.0f};
+    const float z[1] = {transform(to_float(x[v]), bias ? __ldg(bias + v) : 0.0f, &slope)};
+    sums.add(z, weight);
+  }
+  return sums;
+}
+
+template <class T, bool General, bool Extra, bool Grad>
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    row_forward_kernel(Logits in, CrossEntropy ce, Stats out, int keep_packs) {
+  FASTLOSS_DYNAMIC_SHARED(shared);
+  const int vocab = int(in.vocab);
+  const Transform<General> transform(in);
+  const bool leader = threadIdx.x == 0;
+
+  for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
+    const T* x = static_cast<const T*>(in.x) + row * in.row_stride;
+    T* grad = Grad ? static_cast<T*>(ce.grad) + row * ce.grad_row_stride : nullptr;
+    const int64_t t = in.target ? in.target[row] : -1;
+
+    if (in.target && t == in.ignore_index) {
+      if (leader) {
+        put(out.loss, row, 0), put(out.logsumexp, row, 0), put(out.logprob, row, 0), put(out.entropy, row, 0);
+        put(out.log_sum_sq_probs, row, 0), put(out.mean_logit, row, 0);
+        if (out.is_top1) out.is_top1[row] = 0;
+      }
+      if (Grad) fill_row(grad, vocab, 0.0f, threadIdx.x, blockDim.x);
+      continue;
+    }
+
+    const bool has_target = in.target && t >= 0 && t < in.vocab, bad = in.target && !has_target;
+    const float* w_row = ce.w ? ce.w + row * ce.w_row_stride : nullptr;
+    const bool weighs_all = in.target == nullptr || ce.smooth != 0;  // else w is read at the target alone
+    const float w_t = has_target && w_row ? w_row[t] : 1.0f;
+    float z_t = 0, slope;
+    if (leader && has_target) z_t = transform(to_float(x[t]), General && in.bias ? in.bias[t] : 0.0f, &slope);
+
+    // The copy of the row sits as the row does with respect to 16 bytes, so that the second pass reads it in vectors.
+    const int offset = misalignment(x);
+    const bool congruent = Grad && offset == misalignment(grad);
+    const int kept = congruent ? keep_packs : 0;
+    Running<Extra> sums = read_row<T, General, Extra, Grad>(x, vocab, in.bias, weighs_all ? w_row : nullptr,
+                                                            transform, shared + offset, kept);
+    sums.combine_over_block();
+
+    const float base = sums.base();
+    const bool has_nan = sums.exps != sums.exps;
+    if (fabsf(sums.max) == INFINITY) sums.exps = NAN;  // only -inf, or a +inf
+    const float log_sum = logf(sums.exps), lse = base + log_sum;
+    // Relative to base: with all of them, loss = W (lse - base) - sum of w (z - base).
+    const float log_p_t = bad ? NAN : (z_t - base) - log_sum;
+    const float spread = Extra ? sums.w * log_sum - sums.wz : 0.0f;
+
+    if (leader) {
+      if (out.loss) {
+        float loss = in.target ? -ce.keep * w_t * log_p_t : spread;
+        if (in.target && ce.smooth != 0) loss = fmaf(ce.smooth, spread, loss);
+        if (ce.z_loss != 0) loss = fmaf(ce.z_loss * lse, lse, loss);
+        out.loss[row] = loss;
+      }
+      put(out.logsumexp, row, lse);
+      put(out.logprob, row, log_p_t);
+      if (out.is_top1) out.is_top1[row] = has_target && !has_nan && z_t >= sums.max;
+      if constexpr (Extra) {
+        put(out.entropy, row, log_sum - sums.exps_z / sums.exps);
+        put(out.log_sum_sq_probs, row, logf(sums.exps_squared) - 2.0f * log_sum);
+        put(out.mean_logit, row, base + sums.z / float(vocab));
+      }
+    }
+
+    if constexpr (Grad) {
+      const float factor = in.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
+      const float weight_sum = Extra ? sums.w : 0.0f;
+      float b = in.target ? fmaf(ce.smooth, weight_sum, ce.keep * w_t) : weight_sum;
+      b = fmaf(2.0f * ce.z_loss, lse, b);
+      const float a = in.target ? -ce.keep * w_t : 0.0f, d = in.target ? -ce.smooth : -1.0f;
+      if (bad) b = NAN;
+      const RowGradient g = {base, a * factor, b / sums.exps * factor, 0.0f, d * factor};
+      write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, int(t), transform,
+                                            g, Kept{shared, offset, kept * Pack<T>::N}, threadIdx.x, blockDim.x);
+      __syncthreads();  // the next row's copy overwrites this one's
+    }
+  }
+}
+
+}  // namespace fastloss::cuda

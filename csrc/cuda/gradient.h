@@ -1,0 +1,145 @@
+// dx_v = (a [v = t] + p_v (b + c log p_v) + d w_v) slope_v over one row, and row_grad, which does only that.
+// Reads the row once (from shared memory where the caller kept it) and writes it once.
+// 16-byte vectors aligned to the row written, 4 in flight per thread; row_grad cuts long rows over gridDim.y.
+#pragma once
+
+#include "transform.h"
+
+namespace fastloss::cuda {
+
+// p_v = e^(z_v - shift), up to a factor that b and c contain; all four contain scale.
+struct RowGradient {
+  float shift, a, b, c, d;
+};
+
+// The part of a row that is in shared memory, element v at byte `offset + v * sizeof(T)`.
+struct Kept {
+  const unsigned char* bytes;
+  int offset;
+  int elements;
+};
+
+// Elements [0, head) and [head + body, vocab) one by one, the body in packs. An `out` misaligned differently than
+// `x` has no body. Elementwise, so the split changes no bit of the result.
+struct Split {
+  int head, packs, edges;
+
+  template <class T>
+  __device__ static Split of(const T* x, const T* out, int vocab) {
+    constexpr int N = Pack<T>::N;
+    const int past = misalignment(out);
+    const int head = min(past == 0 ? 0 : int((16 - past) / sizeof(T)), vocab);
+    if (past != misalignment(x)) return {vocab, 0, vocab};
+    const int packs = (vocab - head) / N;
+    return {head, packs, vocab - packs * N};
+  }
+
+  template <int N>
+  __device__ int edge(int i) const {
+    return i < head ? i : i + packs * N;
+  }
+};
+
+template <bool General, bool Entropy, int N, class T>
+__device__ inline void gradient_of(const T (&x)[N], const float (&bias)[N], const float (&w)[N],
+                                   const Transform<General>& transform, const RowGradient& g, int target_at,
+                                   T (&out)[N]) {
+  float dz[N], slope[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) {
+    const float log_p = transform(to_float(x[k]), bias[k], &slope[k]) - g.shift;
+    const float coefficient = Entropy ? fmaf(g.c, fmaxf(log_p, -200.0f), g.b) : g.b;  // 0 * -inf = 0
+    dz[k] = fmaf(expf(log_p), coefficient, g.d * w[k]);
+  }
+  if (unsigned(target_at) < unsigned(N)) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) dz[k] += k == target_at ? g.a : 0.0f;
+  }
+#pragma unroll
+  for (int k = 0; k < N; ++k) out[k] = from_float<T>(dz[k] * slope[k]);
+}
+
+// `x` may be `out`: each element is read by the thread that writes it, before it does.
+template <bool General, bool Weights, bool Entropy, class T>
+__device__ inline void write_gradient(const T* x, T* out, int vocab, const float* bias, const float* w, int target,
+                                      const Transform<General>& transform, const RowGradient& g, const Kept& kept,
+                                      int first, int step) {
+  constexpr int N = Pack<T>::N, U = 4;
+  const Split split = Split::of(x, out, vocab);
+  if (!General) bias = nullptr;
+  if (!Weights) w = nullptr;
+
+  for (int i = first; i < split.edges; i += step) {
+    const int v = split.template edge<N>(i);
+    const T raw[1] = {x[v]};
+    float b[1], weight[1];
+    T result[1];
+    load_floats(bias, v, false, 0.0f, b);
+    load_floats(w, v, false, 1.0f, weight);
+    gradient_of<General, Entropy>(raw, b, weight, transform, g, target - v, result);
+    out[v] = result[0];
+  }
+
+  const bool bias_aligned = bias && is_aligned(bias + split.head), w_aligned = w && is_aligned(w + split.head);
+  for (int i = first; i < split.packs; i += U * step) {
+    Pack<T> pack[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int v = split.head + (i + u * step) * N;
+      if (i + u * step >= split.packs) continue;
+      if (v + N <= kept.elements) {
+        pack[u] = unpack<T>(*reinterpret_cast<const uint4*>(kept.bytes + kept.offset + v * int(sizeof(T))));
+      } else {
+        pack[u] = load_pack(x + v, true);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int v = split.head + (i + u * step) * N;
+      if (i + u * step >= split.packs) continue;
+      float b[N], weight[N];
+      load_floats(bias, v, bias_aligned, 0.0f, b);
+      load_floats(w, v, w_aligned, 1.0f, weight);
+      Pack<T> result;
+      gradient_of<General, Entropy>(pack[u].v, b, weight, transform, g, target - v, result.v);
+      store_pack(out + v, result);
+    }
+  }
+}
+
+template <class T>
+__device__ inline void fill_row(T* out, int vocab, float value, int first, int step) {
+  constexpr int N = Pack<T>::N;
+  const Split split = Split::of(out, out, vocab);
+  const T one = from_float<T>(value);
+  Pack<T> pack;
+#pragma unroll
+  for (int k = 0; k < N; ++k) pack.v[k] = one;
+  for (int i = first; i < split.edges; i += step) out[split.template edge<N>(i)] = one;
+  for (int i = first; i < split.packs; i += step) store_pack(out + split.head + i * N, pack);
+}
+
+__device__ inline float at_row(const float* values, int64_t row) { return values ? values[row] : 0.0f; }
+
+template <class T, bool General, bool Weights>
+__global__ void __launch_bounds__(kMaxThreads, 2) row_grad_kernel(Logits in, Coefficients k) {
+  const int vocab = int(in.vocab);
+  const int first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
+  const Transform<General> transform(in);
+  for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
+    const int64_t t = in.target ? in.target[row] : -1;
+    T* out = static_cast<T*>(k.out) + row * k.out_row_stride;
+    const bool ignored = in.target && t == in.ignore_index;
+    if (ignored || (in.target && (t < 0 || t >= in.vocab))) {
+      fill_row(out, vocab, ignored ? 0.0f : NAN, first, step);
+      continue;
+    }
+    const RowGradient g = {k.lse[row], at_row(k.a, row) * in.scale, at_row(k.b, row) * in.scale,
+                           at_row(k.c, row) * in.scale, at_row(k.d, row) * in.scale};
+    write_gradient<General, Weights, true>(static_cast<const T*>(in.x) + row * in.row_stride, out, vocab, in.bias,
+                                           k.w ? k.w + row * k.w_row_stride : nullptr, int(t), transform, g,
+                                           Kept{nullptr, 0, 0}, first, step);
+  }
+}
+
+}  // namespace fastloss::cuda

@@ -1,0 +1,130 @@
+// Launchers of the row kernels: which instance, how many threads, how much of a row stays in shared memory.
+// Reads a row once, and writes its gradient once: 2 V sizeof(T) bytes per row in row_cross_entropy.
+// A block's threads follow from V and dtype alone, so every function adds a row up in the same order.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "args.h"
+#include "forward.h"
+#include "gradient.h"
+
+namespace fastloss::cuda {
+namespace {
+
+constexpr int kPacksPerThread = 4;
+constexpr int64_t kMaxVocab = int64_t(1) << 30;  // indices within a row are 32-bit, with room for an unrolled step
+
+template <class T>
+int threads_for(int64_t vocab) {
+  const int64_t packs = vocab / Pack<T>::N;
+  const int64_t threads = (packs + kPacksPerThread - 1) / kPacksPerThread;
+  return int(std::clamp<int64_t>((threads + kWarp - 1) / kWarp * kWarp, kWarp, kMaxThreads));
+}
+
+const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+const char* unusable(const Logits& in) {
+  if (in.vocab < 1 || in.vocab > kMaxVocab) return "vocab must be between 1 and 2^30";
+  if (in.dtype < kFloat32 || in.dtype > kFloat16) return "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)";
+  return nullptr;
+}
+
+// Calls f with a null pointer of the storage type.
+template <class F>
+const char* with_dtype(int dtype, F f) {
+  if (dtype == kFloat32) return f(static_cast<float*>(nullptr));
+  if (dtype == kBFloat16) return f(static_cast<bfloat16*>(nullptr));
+  return f(static_cast<float16*>(nullptr));
+}
+
+// Half of a multiprocessor's shared memory, so that one block reads while another reduces or writes.
+cudaError_t shared_per_block(int* bytes) {
+  constexpr int kStatic = 2048;  // the reduction's own, and the kilobyte that the system keeps of each block's
+  int device = 0, per_multiprocessor = 0, per_block = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  *bytes = std::max(std::min(per_multiprocessor / 2, per_block) - kStatic, 0);
+  return error;
+}
+
+template <class T, bool General, bool Extra, bool Grad>
+const char* launch_forward(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream) {
+  const auto kernel = row_forward_kernel<T, General, Extra, Grad>;
+  int keep_packs = 0, shared = 0;
+  if (Grad) {
+    int available = 0;
+    if (const char* error = text_of(shared_per_block(&available))) return error;
+    keep_packs = int(std::min<int64_t>(in.vocab / Pack<T>::N, std::max(available / 16 - 1, 0)));
+    shared = 16 * (keep_packs + 1);  // one more for a misaligned row
+    const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (shared > 48 * 1024) {
+      if (const char* error = text_of(cudaFuncSetAttribute(kernel, limit, shared))) return error;
+    }
+  }
+  const dim3 grid(unsigned(std::min<int64_t>(in.rows, kMaxBlocks)));
+  FASTLOSS_LAUNCH(kernel, grid, dim3(threads_for<T>(in.vocab)), shared, static_cast<cudaStream_t>(stream), in, ce, out,
+                  keep_packs);
+  return text_of(cudaGetLastError());
+}
+
+template <class T, bool General, bool Weights>
+const char* launch_grad(const Logits& in, const Coefficients& k, void* stream) {
+  const auto kernel = row_grad_kernel<T, General, Weights>;
+  const int threads = std::min(threads_for<T>(in.vocab), 8 * kWarp);
+  // Nothing is shared along a row: a long one is cut, each block doing four steps of its loop.
+  const int64_t per_block = int64_t(threads) * kPacksPerThread * Pack<T>::N * 4;
+  const dim3 grid(unsigned(std::min<int64_t>(in.rows, kMaxBlocks)),
+                  unsigned(std::min<int64_t>((in.vocab + per_block - 1) / per_block, 64)));
+  FASTLOSS_LAUNCH(kernel, grid, dim3(threads), 0, static_cast<cudaStream_t>(stream), in, k);
+  return text_of(cudaGetLastError());
+}
+
+template <bool General, bool Extra, bool Grad>
+const char* forward_of(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream) {
+  return with_dtype(in.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return launch_forward<T, General, Extra, Grad>(in, ce, out, stream);
+  });
+}
+
+bool is_general(const Logits& in) { return in.bias || in.softcap > 0; }
+
+}  // namespace
+
+const char* row_cross_entropy(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream) {
+  if (in.rows == 0) return nullptr;
+  if (const char* error = unusable(in)) return error;
+  const bool sums_w = out.loss && (in.target == nullptr || ce.smooth != 0);
+  const bool extra = sums_w || out.entropy || out.log_sum_sq_probs || out.mean_logit;
+  const auto pick = [&](auto general, auto more) {
+    constexpr bool G = decltype(general)::value, E = decltype(more)::value;
+    return ce.grad ? forward_of<G, E, true>(in, ce, out, stream) : forward_of<G, E, false>(in, ce, out, stream);
+  };
+  const std::true_type yes;
+  const std::false_type no;
+  if (is_general(in)) return extra ? pick(yes, yes) : pick(yes, no);
+  return extra ? pick(no, yes) : pick(no, no);
+}
+
+const char* row_stats(const Logits& in, const Stats& out, void* stream) {
+  CrossEntropy none = {};
+  none.keep = 1.0f;
+  return row_cross_entropy(in, none, out, stream);
+}
+
+const char* row_grad(const Logits& in, const Coefficients& k, void* stream) {
+  if (in.rows == 0) return nullptr;
+  if (const char* error = unusable(in)) return error;
+  return with_dtype(in.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (is_general(in)) return k.w ? launch_grad<T, true, true>(in, k, stream) : launch_grad<T, true, false>(in, k, stream);
+    return k.w ? launch_grad<T, false, true>(in, k, stream) : launch_grad<T, false, false>(in, k, stream);
+  });
+}
+
+}  // namespace fastloss::cuda

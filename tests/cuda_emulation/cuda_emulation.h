@@ -1,0 +1,174 @@
+// Enough of CUDA for g++ to compile csrc/cuda/rows.cu unchanged and run it on the CPU.
+// One std::thread per CUDA thread; the blocks of a launch one after another, on the same threads.
+// Warps, blocks, the grid and shared memory are small here, so that every loop and every boundary is taken by short rows.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#ifndef FASTLOSS_EMULATED_WARP
+#define FASTLOSS_EMULATED_WARP 8
+#endif
+
+#define __global__
+#define __device__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after another
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulated {
+
+class Barrier {
+ public:
+  explicit Barrier(int n) : n_(n) {}
+  void wait() {
+    const int generation = generation_.load();
+    if (arrived_.fetch_add(1) + 1 == n_) {
+      arrived_.store(0);
+      generation_.fetch_add(1);
+      generation_.notify_all();
+    } else {
+      while (generation_.load() == generation) generation_.wait(generation);
+    }
+  }
+
+ private:
+  const int n_;
+  std::atomic<int> arrived_{0}, generation_{0};
+};
+
+struct Warp {
+  Barrier barrier{FASTLOSS_EMULATED_WARP};
+  float lanes[FASTLOSS_EMULATED_WARP];
+};
+
+inline std::unique_ptr<Barrier> block;
+inline std::vector<std::unique_ptr<Warp>> warps;
+inline std::vector<uint4> shared;
+inline int skipped_barrier = -1;  // the n-th __syncthreads of every launch is left out: the race detector must notice
+inline thread_local int barriers;
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, int shared_bytes, Arguments... arguments) {
+  block = std::make_unique<Barrier>(size.x);
+  warps.clear();
+  for (unsigned i = 0; i < size.x; i += FASTLOSS_EMULATED_WARP) warps.push_back(std::make_unique<Warp>());
+  shared.assign(shared_bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
+  Barrier between_blocks(size.x);
+  std::vector<std::thread> threads;
+  for (unsigned t = 0; t < size.x; ++t) {
+    threads.emplace_back([=, &between_blocks] {
+      threadIdx = dim3(t, 0, 0), blockDim = size, gridDim = grid;
+      for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+        blockIdx = dim3(b % grid.x, b / grid.x, 0);
+        kernel(arguments...);
+        between_blocks.wait();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace emulated
+
+#define FASTLOSS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream), emulated::launch(kernel, grid, block, shared_bytes, __VA_ARGS__))
+#define FASTLOSS_DYNAMIC_SHARED(name) unsigned char* name = reinterpret_cast<unsigned char*>(emulated::shared.data())
+
+inline void __syncthreads() {
+  if (emulated::barriers++ != emulated::skipped_barrier) emulated::block->wait();
+}
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  emulated::Warp& warp = *emulated::warps[threadIdx.x / FASTLOSS_EMULATED_WARP];
+  const int lane = threadIdx.x % FASTLOSS_EMULATED_WARP;
+  warp.lanes[lane] = value;
+  warp.barrier.wait();
+  value = warp.lanes[lane ^ mask];
+  warp.barrier.wait();
+  return value;
+}
+
+template <class T>
+T __ldg(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcs(const T* p) {
+  return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
+void __stcs(T* p, T value) {
+  *p = value;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+enum { cudaSuccess, cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline const char* cudaGetErrorString(int) { return "emulated"; }
+inline int cudaGetLastError() { return cudaSuccess; }
+inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// One KB is left for the copy of a row: rows longer than that exercise the part that is read again.
+inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2 * 3072, cudaSuccess; }
+template <class Kernel>
+int cudaFuncSetAttribute(Kernel, int, int) {
+  return cudaSuccess;
+}
+
+namespace fastloss::cuda {
+
+using std::min;
+
+constexpr int kWarp = FASTLOSS_EMULATED_WARP;
+constexpr int kMaxThreads = 2 * kWarp;
+constexpr int64_t kMaxBlocks = 2;
+
+inline float half_to_float(uint16_t bits) {
+  _Float16 x;
+  memcpy(&x, &bits, 2);
+  return float(x);
+}
+inline uint16_t float_to_half(float x) {
+  const _Float16 half = _Float16(x);
+  uint16_t bits;
+  memcpy(&bits, &half, 2);
+  return bits;
+}
+inline uint16_t float_to_bfloat16(float x) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fff;
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline float approximate_reciprocal(float x) { return 1.0f / x; }
+
+}  // namespace fastloss::cuda
