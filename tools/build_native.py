@@ -28,7 +28,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-CXX_FLAGS = ["-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-Wall"]
+CXX_FLAGS = [
+    "-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-Wall",
+    "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 headers warn
+]  # fmt: skip
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISAS = {
@@ -74,7 +77,9 @@ def jobs() -> int:
 
 
 def output_of(command: Sequence[str]) -> str:
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    ).stdout
 
 
 def try_compile(command: Sequence[str], source: str, suffix: str) -> str:
@@ -92,11 +97,16 @@ def try_compile(command: Sequence[str], source: str, suffix: str) -> str:
         if done.returncode == 0:
             return ""
         lines = done.stdout.replace(f"{path}:", "").strip().splitlines()
-        return next((line for line in lines if "error" in line), lines[0] if lines else f"exit {done.returncode}").strip()
+        return next(
+            (line for line in lines if "error" in line), lines[0] if lines else f"exit {done.returncode}"
+        ).strip()
 
 
 def python_includes() -> list[str]:
-    return [f"-I{path}" for path in dict.fromkeys((sysconfig.get_path("include"), sysconfig.get_path("platinclude")))]
+    return [
+        f"-I{path}"
+        for path in dict.fromkeys((sysconfig.get_path("include"), sysconfig.get_path("platinclude")))
+    ]
 
 
 def pybind11_includes() -> list[str]:
@@ -135,7 +145,9 @@ def check_cxx(cxx: list[str]) -> list[str]:
     program = "#include <Python.h>\n#include <vector>\nstd::vector<int> v;\n"
     if error := try_compile([*cxx, "-std=c++17", "-fPIC", "-c", *python_includes()], program, ".cpp"):
         raise Missing(f"the C++ compiler cannot build a Python module: {error}")
-    openmp = try_compile([*cxx, "-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", ".cpp")
+    openmp = try_compile(
+        [*cxx, "-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n", ".cpp"
+    )
     return [] if openmp else ["-fopenmp"]
 
 
@@ -152,7 +164,11 @@ def find_nvcc() -> str:
 
 def nvcc_settings(nvcc: str) -> dict[str, str]:
     """What nvcc itself says about its toolkit: TOP, INCLUDES, LIBRARIES (it may be a wrapper script elsewhere)."""
-    return dict(re.findall(r"^#\$ (\w+)=[ \t]*(.*?)[ \t]*$", output_of([nvcc, "--dryrun", "-c", "x.cu"]), re.MULTILINE))
+    return dict(
+        re.findall(
+            r"^#\$ (\w+)=[ \t]*(.*?)[ \t]*$", output_of([nvcc, "--dryrun", "-c", "x.cu"]), re.MULTILINE
+        )
+    )
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -161,7 +177,9 @@ def cuda_archs(nvcc: str) -> list[str]:
     archs = re.split(r"[;,\s]+", (asked or CUDA_ARCHS).strip())
     bad = [arch for arch in archs if not re.fullmatch(r"\d+[af]?(\+PTX)?", arch)]
     if bad:
-        raise BuildError(f'FASTLOSS_CUDA_ARCHS: expected numbers such as "80;90;120+PTX", got {", ".join(bad)}')
+        raise BuildError(
+            f'FASTLOSS_CUDA_ARCHS: expected numbers such as "80;90;120+PTX", got {", ".join(bad)}'
+        )
     known = set(re.findall(r"sm_(\w+)", output_of([nvcc, "--list-gpu-code"])))
     unknown = [arch for arch in archs if arch.removesuffix("+PTX") not in known]
     if unknown and asked:
@@ -203,7 +221,11 @@ def rule(name: str, words: Sequence[str], tail: str, *, depfile: bool = True, po
 
 
 def link_flags() -> list[str]:
-    return ["-shared", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,--exclude-libs,ALL"]
+    return (
+        ["-shared", "-undefined", "dynamic_lookup"]
+        if sys.platform == "darwin"
+        else ["-shared", "-Wl,--exclude-libs,ALL"]
+    )
 
 
 def cpu_half(root: Path, folder: str) -> Half:
@@ -238,7 +260,11 @@ def cpu_half(root: Path, folder: str) -> Half:
     lines += rule("cpu_link", [*cxx, *link_flags(), *openmp], "$in -o $out", depfile=False)
     lines.append(f"build {escape(f'{folder}/_cpu{EXT_SUFFIX}')}: cpu_link {' '.join(map(escape, objects))}")
     half.ninja = lines
-    half.info = {"compiler": output_of([*cxx, "--version"]).splitlines()[0], "isas": list(isas), "openmp": bool(openmp)}
+    half.info = {
+        "compiler": output_of([*cxx, "--version"]).splitlines()[0],
+        "isas": list(isas),
+        "openmp": bool(openmp),
+    }
     return half
 
 
@@ -269,7 +295,10 @@ def cuda_half(root: Path, folder: str) -> Half:
     libraries = [word for word in shlex.split(settings.get("LIBRARIES", "")) if not word.endswith("/stubs")]
     codes = gencode(archs)
     threads = max(1, min(len(codes), jobs(), 4))
-    lines = ["pool nvcc", f"  depth = {max(1, jobs() // threads)}"]  # each nvcc runs `threads` compilers itself
+    lines = [
+        "pool nvcc",
+        f"  depth = {max(1, jobs() // threads)}",
+    ]  # each nvcc runs `threads` compilers itself
     lines += rule(
         "cuda_nvcc", [nvcc, "-ccbin", cxx[-1], *NVCC_FLAGS, *codes, f"--threads={threads}", "-Icsrc"],
         "-MD -MF $out.d -c $in -o $out", pool="nvcc",
@@ -308,7 +337,11 @@ class Plan:
         return f"{self.folder}/{half.name}{EXT_SUFFIX}"
 
     def text(self) -> str:
-        head = ["# Generated by tools/build_native.py.", "ninja_required_version = 1.8", f"builddir = {escape(self.folder)}"]
+        head = [
+            "# Generated by tools/build_native.py.",
+            "ninja_required_version = 1.8",
+            f"builddir = {escape(self.folder)}",
+        ]
         return "\n".join([*head, *(line for half in self.halves if half.built for line in half.ninja)]) + "\n"
 
     def write(self) -> None:
@@ -317,7 +350,14 @@ class Plan:
             self.ninja_file.write_text(self.text())
 
     def run_ninja(self, halves: Sequence[Half]) -> bool:
-        words = [find_ninja(), "-f", str(self.ninja_file), "-j", str(jobs()), *(self.module(half) for half in halves)]
+        words = [
+            find_ninja(),
+            "-f",
+            str(self.ninja_file),
+            "-j",
+            str(jobs()),
+            *(self.module(half) for half in halves),
+        ]
         sys.stdout.flush()
         return subprocess.run(words, cwd=self.root, stdin=subprocess.DEVNULL, check=False).returncode == 0
 
@@ -376,7 +416,9 @@ def build(package: Path, root: Path = ROOT) -> list[Path]:
             if half.reason:
                 print(f"fastloss.{half.name} is not built: {half.reason}", flush=True)
                 if flag("FASTLOSS_REQUIRE_NATIVE") and not (half.name == "_cuda" and by_choice):
-                    raise BuildError(f"FASTLOSS_REQUIRE_NATIVE=1, but fastloss.{half.name} is missing: {half.reason}")
+                    raise BuildError(
+                        f"FASTLOSS_REQUIRE_NATIVE=1, but fastloss.{half.name} is missing: {half.reason}"
+                    )
         files = []
         for half in todo.halves:
             target = package / f"{half.name}{EXT_SUFFIX}"

@@ -3,6 +3,9 @@
 // Conversions work on bits, so that the same lines compile for the device and for the emulation.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "platform.h"
 
 namespace fastloss::cuda {
@@ -14,31 +17,65 @@ struct float16 {
   uint16_t bits;
 };
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-__device__ inline float to_float(float16 x) { return half_to_float(x.bits); }
+// The bits of two neighbours in one word, or of one float32: what a pack holds and the conversions work on.
+template <class T>
+constexpr int kPerWord = 4 / sizeof(T);
 
 template <class T>
-__device__ inline T from_float(float x) {
+__device__ inline float float_in(uint32_t word, int k) {
   if constexpr (sizeof(T) == 4) {
-    return x;
-  } else if constexpr (__is_same(T, bfloat16)) {
-    return {float_to_bfloat16(x)};
+    return __uint_as_float(word);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    return __uint_as_float(k % 2 == 0 ? word << 16 : word & 0xffff0000u);
   } else {
-    return {float_to_half(x)};
+    return half_to_float(uint16_t(k % 2 == 0 ? word : word >> 16));
   }
 }
 
 template <class T>
-struct alignas(16) Pack {
-  static constexpr int N = 16 / sizeof(T);
-  T v[N];
-};
+__device__ inline uint32_t word_of(const float* x) {
+  if constexpr (sizeof(T) == 4) {
+    return __float_as_uint(x[0]);
+  } else if constexpr (std::is_same_v<T, bfloat16>) {
+    return two_bfloat16(x[0], x[1]);
+  } else {
+    return two_half(x[0], x[1]);
+  }
+}
+
+__device__ inline uint32_t bits_of(float x) { return __float_as_uint(x); }
+__device__ inline uint32_t bits_of(bfloat16 x) { return x.bits; }
+__device__ inline uint32_t bits_of(float16 x) { return x.bits; }
 
 template <class T>
-__device__ inline bool is_aligned(const T* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
+__device__ inline float to_float(T x) {
+  return float_in<T>(bits_of(x), 0);
 }
+
+template <class T>
+__device__ inline T from_bits(uint32_t bits) {
+  if constexpr (sizeof(T) == 4) {
+    return __uint_as_float(bits);
+  } else {
+    return {uint16_t(bits)};
+  }
+}
+
+template <class T>
+__device__ inline T from_float(float x) {
+  const float two[2] = {x, 0.0f};
+  return from_bits<T>(word_of<T>(two));
+}
+
+template <class T>
+struct Pack {
+  static constexpr int N = 16 / sizeof(T);
+  uint32_t word[4];
+
+  __device__ float operator[](int k) const { return float_in<T>(word[k / kPerWord<T>], k); }
+  __device__ static Pack of(uint4 raw) { return {{raw.x, raw.y, raw.z, raw.w}}; }
+  __device__ uint4 raw() const { return {word[0], word[1], word[2], word[3]}; }
+};
 
 // Bytes past the last 16-byte boundary.
 template <class T>
@@ -47,17 +84,8 @@ __device__ inline int misalignment(const T* p) {
 }
 
 template <class T>
-__device__ inline Pack<T> unpack(uint4 raw) {
-  Pack<T> pack;
-  memcpy(&pack, &raw, 16);
-  return pack;
-}
-
-template <class T>
-__device__ inline uint4 pack_bits(const Pack<T>& pack) {
-  uint4 raw;
-  memcpy(&raw, &pack, 16);
-  return raw;
+__device__ inline bool is_aligned(const T* p) {
+  return misalignment(p) == 0;
 }
 
 // Logits are read through L2 only: never through the read-only path, since the gradient may overwrite them.
@@ -65,21 +93,33 @@ __device__ inline uint4 pack_bits(const Pack<T>& pack) {
 template <class T>
 __device__ inline Pack<T> load_pack(const T* p, bool once) {
   const uint4* address = reinterpret_cast<const uint4*>(p);
-  return unpack<T>(once ? __ldcs(address) : __ldcg(address));
+  return Pack<T>::of(once ? __ldcs(address) : __ldcg(address));
 }
 
 // A misaligned row is read element by element: the neighbouring lanes' elements are then in L1.
 template <class T>
 __device__ inline Pack<T> load_pack_unaligned(const T* p) {
+  constexpr int per_word = kPerWord<T>;
   Pack<T> pack;
 #pragma unroll
-  for (int k = 0; k < Pack<T>::N; ++k) pack.v[k] = p[k];
+  for (int i = 0; i < 4; ++i) {
+    pack.word[i] = bits_of(p[i * per_word]);
+    if constexpr (per_word == 2) pack.word[i] |= bits_of(p[2 * i + 1]) << 16;
+  }
   return pack;
 }
 
 template <class T>
-__device__ inline void store_pack(T* p, const Pack<T>& pack) {
-  __stcs(reinterpret_cast<uint4*>(p), pack_bits(pack));
+__device__ inline void store_pack(T* p, const float (&x)[Pack<T>::N]) {
+  constexpr int per_word = kPerWord<T>;
+  const uint4 raw = {word_of<T>(x), word_of<T>(x + per_word), word_of<T>(x + 2 * per_word), word_of<T>(x + 3 * per_word)};
+  __stcs(reinterpret_cast<uint4*>(p), raw);
+}
+
+template <class T>
+__device__ inline void store_pack_unaligned(T* p, const Pack<T>& pack) {
+#pragma unroll
+  for (int k = 0; k < Pack<T>::N; ++k) p[k] = from_bits<T>(pack.word[k / kPerWord<T>] >> (k % kPerWord<T> * 16));
 }
 
 // N floats at `v` of a bias or a weight vector, `absent` for each where there is no vector.

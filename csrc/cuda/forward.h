@@ -38,17 +38,16 @@ __device__ inline Running<Extra> read_row(const T* x, int vocab, const float* bi
       if (Grad && j < keep_packs) {
         T* kept = reinterpret_cast<T*>(keep) + j * N;
         if (aligned) {
-          *reinterpret_cast<uint4*>(kept) = pack_bits(pack[u]);
+          *reinterpret_cast<uint4*>(kept) = pack[u].raw();
         } else {
-#pragma unroll
-          for (int k = 0; k < N; ++k) kept[k] = pack[u].v[k];
+          store_pack_unaligned(kept, pack[u]);
         }
       }
       float z[N], b[N], weight[N];
       load_floats(bias, j * N, bias_aligned, 0.0f, b);
       load_floats(w, j * N, w_aligned, 1.0f, weight);
 #pragma unroll
-      for (int k = 0; k < N; ++k) z[k] = transform(to_float(pack[u].v[k]), b[k], &slope);
+      for (int k = 0; k < N; ++k) z[k] = transform(pack[u][k], b[k], &slope);
       sums.add(z, weight);
     }
   }

@@ -40,23 +40,24 @@ struct Split {
   }
 };
 
-template <bool General, bool Entropy, int N, class T>
-__device__ inline void gradient_of(const T (&x)[N], const float (&bias)[N], const float (&w)[N],
+// `x[k]` is the logit in float32: of a pack, or of an array of one.
+template <bool General, bool Entropy, int N, class X>
+__device__ inline void gradient_of(const X& x, const float (&bias)[N], const float (&w)[N],
                                    const Transform<General>& transform, const RowGradient& g, int target_at,
-                                   T (&out)[N]) {
-  float dz[N], slope[N];
+                                   float (&dx)[N]) {
+  float slope[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const float log_p = transform(to_float(x[k]), bias[k], &slope[k]) - g.shift;
+    const float log_p = transform(x[k], bias[k], &slope[k]) - g.shift;
     const float coefficient = Entropy ? fmaf(g.c, fmaxf(log_p, -200.0f), g.b) : g.b;  // 0 * -inf = 0
-    dz[k] = fmaf(expf(log_p), coefficient, g.d * w[k]);
+    dx[k] = fmaf(expf(log_p), coefficient, g.d * w[k]);
   }
   if (unsigned(target_at) < unsigned(N)) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) dz[k] += k == target_at ? g.a : 0.0f;
+    for (int k = 0; k < N; ++k) dx[k] += k == target_at ? g.a : 0.0f;
   }
 #pragma unroll
-  for (int k = 0; k < N; ++k) out[k] = from_float<T>(dz[k] * slope[k]);
+  for (int k = 0; k < N; ++k) dx[k] *= slope[k];
 }
 
 // `x` may be `out`: each element is read by the thread that writes it, before it does.
@@ -71,13 +72,12 @@ __device__ inline void write_gradient(const T* x, T* out, int vocab, const float
 
   for (int i = first; i < split.edges; i += step) {
     const int v = split.template edge<N>(i);
-    const T raw[1] = {x[v]};
-    float b[1], weight[1];
-    T result[1];
+    const float logit[1] = {to_float(x[v])};
+    float b[1], weight[1], result[1];
     load_floats(bias, v, false, 0.0f, b);
     load_floats(w, v, false, 1.0f, weight);
-    gradient_of<General, Entropy>(raw, b, weight, transform, g, target - v, result);
-    out[v] = result[0];
+    gradient_of<General, Entropy>(logit, b, weight, transform, g, target - v, result);
+    out[v] = from_float<T>(result[0]);
   }
 
   const bool bias_aligned = bias && is_aligned(bias + split.head), w_aligned = w && is_aligned(w + split.head);
@@ -88,7 +88,7 @@ __device__ inline void write_gradient(const T* x, T* out, int vocab, const float
       const int v = split.head + (i + u * step) * N;
       if (i + u * step >= split.packs) continue;
       if (v + N <= kept.elements) {
-        pack[u] = unpack<T>(*reinterpret_cast<const uint4*>(kept.bytes + kept.offset + v * int(sizeof(T))));
+        pack[u] = Pack<T>::of(*reinterpret_cast<const uint4*>(kept.bytes + kept.offset + v * int(sizeof(T))));
       } else {
         pack[u] = load_pack(x + v, true);
       }
@@ -97,11 +97,10 @@ __device__ inline void write_gradient(const T* x, T* out, int vocab, const float
     for (int u = 0; u < U; ++u) {
       const int v = split.head + (i + u * step) * N;
       if (i + u * step >= split.packs) continue;
-      float b[N], weight[N];
+      float b[N], weight[N], result[N];
       load_floats(bias, v, bias_aligned, 0.0f, b);
       load_floats(w, v, w_aligned, 1.0f, weight);
-      Pack<T> result;
-      gradient_of<General, Entropy>(pack[u].v, b, weight, transform, g, target - v, result.v);
+      gradient_of<General, Entropy>(pack[u], b, weight, transform, g, target - v, result);
       store_pack(out + v, result);
     }
   }
@@ -111,12 +110,11 @@ template <class T>
 __device__ inline void fill_row(T* out, int vocab, float value, int first, int step) {
   constexpr int N = Pack<T>::N;
   const Split split = Split::of(out, out, vocab);
-  const T one = from_float<T>(value);
-  Pack<T> pack;
+  float values[N];
 #pragma unroll
-  for (int k = 0; k < N; ++k) pack.v[k] = one;
-  for (int i = first; i < split.edges; i += step) out[split.template edge<N>(i)] = one;
-  for (int i = first; i < split.packs; i += step) store_pack(out + split.head + i * N, pack);
+  for (int k = 0; k < N; ++k) values[k] = value;
+  for (int i = first; i < split.edges; i += step) out[split.template edge<N>(i)] = from_float<T>(value);
+  for (int i = first; i < split.packs; i += step) store_pack(out + split.head + i * N, values);
 }
 
 __device__ inline float at_row(const float* values, int64_t row) { return values ? values[row] : 0.0f; }

@@ -24,8 +24,15 @@ constexpr int kMaxThreads = 512;
 constexpr int64_t kMaxBlocks = 2147483647;
 
 __device__ inline float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
-__device__ inline uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
-__device__ inline uint16_t float_to_bfloat16(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+// The first argument goes to the low half: one conversion instruction for both.
+__device__ inline uint32_t two_half(float low, float high) {
+  const __half2 both = __floats2half2_rn(low, high);
+  return uint32_t(__half_as_ushort(both.x)) | uint32_t(__half_as_ushort(both.y)) << 16;
+}
+__device__ inline uint32_t two_bfloat16(float low, float high) {
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return uint32_t(__bfloat16_as_ushort(both.x)) | uint32_t(__bfloat16_as_ushort(both.y)) << 16;
+}
 
 // One instruction, 1 ulp; the IEEE reciprocal has a slow path that every element would pay registers for.
 __device__ inline float approximate_reciprocal(float x) {

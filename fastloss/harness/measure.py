@@ -69,7 +69,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> Peak:
 
     ``run`` is called once to warm up (thread pools and the BLAS's packing buffers, which then stay for good)
     and once measured. On CUDA: the caching allocator's peak. On Linux: the process's high-water mark of
-    resident memory (VmHWM), reset through /proc/self/clear_refs after the C library gave its free pages back, so
+    resident memory, VmHWM, reset through /proc/self/clear_refs after the C library gave free pages back, so
     memory outside torch counts. Elsewhere: the peak of torch's allocations, from the profiler.
     """
     run()

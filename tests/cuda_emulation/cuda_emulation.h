@@ -130,6 +130,12 @@ inline float __uint_as_float(uint32_t bits) {
   return x;
 }
 
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return bits;
+}
+
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess, cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -157,18 +163,18 @@ inline float half_to_float(uint16_t bits) {
   memcpy(&x, &bits, 2);
   return float(x);
 }
-inline uint16_t float_to_half(float x) {
+inline uint32_t half_bits(float x) {
   const _Float16 half = _Float16(x);
   uint16_t bits;
   memcpy(&bits, &half, 2);
   return bits;
 }
-inline uint16_t float_to_bfloat16(float x) {  // to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if (x != x) return 0x7fff;
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+inline uint32_t two_half(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+inline uint32_t bfloat16_bits(float x) {  // to nearest, ties to even
+  const uint32_t bits = __float_as_uint(x);
+  return x != x ? 0x7fff : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
+inline uint32_t two_bfloat16(float low, float high) { return bfloat16_bits(low) | bfloat16_bits(high) << 16; }
 inline float approximate_reciprocal(float x) { return 1.0f / x; }
 
 }  // namespace fastloss::cuda

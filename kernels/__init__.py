@@ -1,0 +1,1 @@
+"""The row functions of docs/engine.md in Triton."""
