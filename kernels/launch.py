@@ -1,9 +1,14 @@
-"""The row functions on torch tensors: shapes to launch parameters."""
+"""The row functions of docs/engine.md over tensors: outputs allocated, one launch each.
+
+A row is read once from memory (twice by row_cross_entropy with a gradient, the second time from L2).
+Launch: one program per row, 16 elements per thread and block; see launch_shape.
+"""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -12,33 +17,46 @@ from torch import Tensor
 from . import rows as kernels
 
 STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
+WARP = 64 if torch.version.hip else 32
+MAX_VOCAB = 1 << 30  # indices within a row are 32-bit, with room for one block more
 
 
-def launch_shape(vocab: int) -> dict[str, int]:
-    """Up to 4096 logits in flight a program: 16 registers a thread for each array, which leaves no spills."""
-    block = min(4096, max(32, triton.next_power_of_2(vocab)))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 256))}
+def launch_shape(vocab: int, warp: int = WARP) -> dict[str, int]:
+    """BLOCK and num_warps for a row of ``vocab``.
+
+    Up to 1024 threads, so that few rows are in flight and a row is still in L2 when its gradient is written; 16
+    elements per thread, the most that fit 64 registers (tools/kernel_report_triton.py).
+    """
+    block = min(max(triton.next_power_of_2(vocab), 128), 16384)
+    return {"BLOCK": block, "num_warps": max(1, min(block // 16, 1024) // warp)}
 
 
-def _device(logits: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device_of(logits) if logits.is_cuda else contextlib.nullcontext()
+def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    module = getattr(torch, tensor.device.type)  # torch.cuda, torch.xpu
+    same = tensor.device.index == module.current_device()
+    return contextlib.nullcontext() if same else module.device(tensor.device)
 
 
-def _outputs(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
+def _row_of(logits: Tensor) -> int:
+    """The vocabulary's size; what the kernels cannot take is refused."""
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}")
+    vocab = logits.shape[1]
+    if not 1 <= vocab <= MAX_VOCAB:
+        raise ValueError(f"logits: expected a vocabulary between 1 and 2^30, got {vocab}")
+    return vocab
+
+
+def _stats_like(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
     return {
         name: torch.empty(
-            logits.shape[0], dtype=torch.uint8 if name == "is_top1" else torch.float32, device=logits.device)
-        for name in dict.fromkeys((*want, "logsumexp"))
+            logits.shape[0], dtype=torch.uint8 if name == "is_top1" else torch.float32, device=logits.device
+        )
+        for name in want
     }
-
-
-def _stat_pointers(out: dict[str, Tensor]) -> list[Tensor]:
-    return [out.get(name, out["logsumexp"]) for name in STATS]
-
-
-def _want_flags(out: dict[str, Tensor]) -> dict[str, bool]:
-    flags = ("WANT_LOGPROB", "WANT_ENTROPY", "WANT_SUM_SQ", "WANT_MEAN", "WANT_TOP1")
-    return {flag: name in out for flag, name in zip(flags, STATS[1:], strict=True)}
 
 
 def _w_stride(w: Tensor | None) -> int:
@@ -46,55 +64,81 @@ def _w_stride(w: Tensor | None) -> int:
 
 
 def row_stats(
-    logits: Tensor, target: Tensor | None, *, ignore_index: int, bias: Tensor | None, scale: float, softcap: float,
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    ignore_index: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
     want: Sequence[str],
 ) -> dict[str, Tensor]:
-    n, vocab = logits.shape
-    out = _outputs(logits, want)
-    if n:
-        with _device(logits):
-            kernels.row_stats[(n,)](
-                logits, logits.stride(0), vocab, logits if target is None else target, ignore_index,
-                logits if bias is None else bias, scale, softcap or 1.0, *_stat_pointers(out),
-                HAS_TARGET=target is not None, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap > 0, **_want_flags(out),
-                **launch_shape(vocab))
-    return {name: out[name] for name in want}
+    """The wanted statistics of ``logits [rows, V]``, each ``[rows]`` in float32 (is_top1: uint8)."""
+    vocab = _row_of(logits)
+    out = _stats_like(logits, want)
+    if logits.shape[0]:
+        with _on_device_of(logits):
+            kernels.row_stats_kernel[(logits.shape[0],)](
+                logits, logits.stride(0), vocab, target, ignore_index, bias, float(scale), float(softcap),
+                *[out.get(name) for name in STATS],
+                HAS_SOFTCAP=softcap > 0, **launch_shape(vocab),
+            )  # fmt: skip
+    return out
 
 
 def row_grad(
-    logits: Tensor, target: Tensor | None, *, ignore_index: int, bias: Tensor | None, scale: float, softcap: float,
-    lse: Tensor, a: Tensor | None = None, b: Tensor | None = None, c: Tensor | None = None, d: Tensor | None = None,
-    w: Tensor | None = None, out: Tensor,
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    ignore_index: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    lse: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    c: Tensor | None = None,
+    d: Tensor | None = None,
+    w: Tensor | None = None,
+    out: Tensor,
 ) -> None:
-    n, vocab = logits.shape
-    if not n:
-        return
-    with _device(logits):
-        kernels.row_grad[(n,)](
-            logits, logits.stride(0), vocab, logits if target is None else target, ignore_index,
-            logits if bias is None else bias, scale, softcap or 1.0, lse, *[lse if x is None else x for x in (a, b, c, d)],
-            lse if w is None else w, _w_stride(w), out, out.stride(0), HAS_TARGET=target is not None,
-            HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap > 0, HAS_A=a is not None, HAS_B=b is not None,
-            HAS_C=c is not None, HAS_D=d is not None, HAS_W=w is not None, **launch_shape(vocab))
+    """Writes the rows' gradient to ``out [rows, V]``, which may be ``logits``."""
+    vocab = _row_of(logits)
+    if logits.shape[0]:
+        with _on_device_of(logits):
+            kernels.row_grad_kernel[(logits.shape[0],)](
+                logits, logits.stride(0), vocab, target, ignore_index, bias, float(scale), float(softcap),
+                lse, a, b, c, d, w, _w_stride(w), out, out.stride(0),
+                HAS_SOFTCAP=softcap > 0, **launch_shape(vocab),
+            )  # fmt: skip
 
 
 def row_cross_entropy(
-    logits: Tensor, target: Tensor | None, *, ignore_index: int, bias: Tensor | None, scale: float, softcap: float,
-    w: Tensor | None, label_smoothing: float, z_loss: float, grad_scale: float = 1.0,
-    grad_scale_tensor: Tensor | None = None, grad: Tensor | None = None, want: Sequence[str] = (),
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    ignore_index: int,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    w: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    grad_scale: float = 1.0,
+    grad_scale_tensor: Tensor | None = None,
+    grad: Tensor | None = None,
+    want: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    n, vocab = logits.shape
-    out = _outputs(logits, want)
-    loss = torch.empty_like(out["logsumexp"])
-    if n:
-        with _device(logits):
-            kernels.row_cross_entropy[(n,)](
-                logits, logits.stride(0), vocab, logits if target is None else target, ignore_index,
-                logits if bias is None else bias, scale, softcap or 1.0, loss if w is None else w, _w_stride(w),
-                label_smoothing, z_loss, grad_scale, loss if grad_scale_tensor is None else grad_scale_tensor,
-                logits if grad is None else grad, 0 if grad is None else grad.stride(0), loss, *_stat_pointers(out),
-                HAS_TARGET=target is not None, HAS_BIAS=bias is not None, HAS_SOFTCAP=softcap > 0, HAS_W=w is not None,
-                SMOOTH=label_smoothing > 0, HAS_GRAD=grad is not None, HAS_SCALE_PTR=grad_scale_tensor is not None,
-                **_want_flags(out), **launch_shape(vocab))
-    out["loss"] = loss
+    """Loss, logsumexp and the wanted statistics; the gradient into ``grad [rows, V]`` (may be ``logits``) if given."""
+    vocab = _row_of(logits)
+    out = _stats_like(logits, [*want, *({"loss", "logsumexp"} - set(want))])
+    if logits.shape[0]:
+        with _on_device_of(logits):
+            kernels.row_cross_entropy_kernel[(logits.shape[0],)](
+                logits, logits.stride(0), vocab, target, ignore_index, bias, float(scale), float(softcap),
+                w, _w_stride(w), 1.0 - label_smoothing, label_smoothing / vocab, float(z_loss),
+                float(scale * grad_scale), grad_scale_tensor, grad, 0 if grad is None else grad.stride(0),
+                out["loss"], *[out.get(name) for name in STATS],
+                HAS_SOFTCAP=softcap > 0, SPREAD=target is None or label_smoothing > 0, **launch_shape(vocab),
+            )  # fmt: skip
     return out

@@ -403,7 +403,7 @@ def build(package: Path, root: Path = ROOT) -> list[Path]:
         if wanted:
             todo.write()
             if not todo.run_ninja(wanted):
-                failed = [half for half in wanted if not todo.run_ninja([half])]
+                failed = wanted if len(wanted) == 1 else [half for half in wanted if not todo.run_ninja([half])]
                 names = " and ".join(f"fastloss.{half.name}" for half in failed)
                 if not flag("FASTLOSS_ALLOW_NO_NATIVE"):
                     raise BuildError(
@@ -419,6 +419,7 @@ def build(package: Path, root: Path = ROOT) -> list[Path]:
                     raise BuildError(
                         f"FASTLOSS_REQUIRE_NATIVE=1, but fastloss.{half.name} is missing: {half.reason}"
                     )
+        package.mkdir(parents=True, exist_ok=True)
         files = []
         for half in todo.halves:
             target = package / f"{half.name}{EXT_SUFFIX}"

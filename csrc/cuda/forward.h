@@ -16,7 +16,7 @@ __device__ inline void put(float* out, int64_t row, float value) {
 template <class T, bool General, bool Extra, bool Grad>
 __device__ inline Running<Extra> read_row(const T* x, int vocab, const float* bias, const float* w,
                                           const Transform<General>& transform, unsigned char* keep, int keep_packs) {
-  constexpr int N = Pack<T>::N, U = Extra && N == 8 ? 2 : 4;  // loads in flight; more would spill
+  constexpr int N = Pack<T>::N, U = (General || Extra) && N == 8 ? 2 : 4;  // loads in flight; more would spill
   if (!General) bias = nullptr;
   if (!Extra) w = nullptr;
   const int packs = vocab / N, step = blockDim.x;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
@@ -84,10 +85,8 @@ class StopSignal:
     def __enter__(self) -> StopSignal:
         self._before: dict[int, Any] = {}
         for number in (signal.SIGINT, signal.SIGTERM):
-            try:
+            with contextlib.suppress(ValueError):  # not the main thread
                 self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread
-                pass
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -30,8 +30,8 @@ def token_stats(
     stats = {
         "logsumexp": z.logsumexp(-1),
         "entropy": -torch.where(p == 0, p, p * torch.where(p == 0, torch.zeros_like(logp), logp)).sum(-1),
-        "log_sum_sq_probs": (2 * logp).logsumexp(-1),
-        "mean_logits": z.mean(-1),
+        "log_sum_sq_probs": (2 * logp).logsumexp(-1).detach(),
+        "mean_logits": z.mean(-1).detach(),
     }
     if target is not None:
         bad = ((target < 0) | (target >= vocab)) & ~ignored

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
+import torch
+from rich.console import Console
 
-from fastloss.harness import measure  # noqa: E402
-from fastloss.harness.config import PretrainConfig  # noqa: E402
+from fastloss.harness import measure
+from fastloss.harness.config import PretrainConfig
 
 
 @pytest.fixture(autouse=True)

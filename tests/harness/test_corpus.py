@@ -44,7 +44,7 @@ def test_bad_row_names_file_and_line(tmp_path: Path, row: str, complaint: str) -
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot read .*nowhere.txt"):
+    with pytest.raises(ValueError, match=r"cannot read .*nowhere\.txt"):
         corpus.read_files([str(tmp_path / "nowhere.txt")])
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"ab\xff")
@@ -52,7 +52,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         corpus.read_files([str(binary)])
     empty = tmp_path / "empty.txt"
     empty.write_text("  \n")
-    with pytest.raises(ValueError, match="no text in .*empty.txt"):
+    with pytest.raises(ValueError, match=r"no text in .*empty\.txt"):
         corpus.read_files([str(empty)])
 
 

@@ -76,7 +76,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
 def test_model_folder(tmp_path: Path) -> None:
     MODELS["granite-divisor"].save_pretrained(tmp_path)
     assert model_config(PretrainConfig(model=str(tmp_path))).model_type == "granite"
-    with pytest.raises(ValueError, match="folder with config.json"):
+    with pytest.raises(ValueError, match=r"folder with config\.json"):
         model_config(PretrainConfig(model=str(tmp_path / "nowhere")))
 
 
