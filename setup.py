@@ -40,9 +40,10 @@ class BuildPackages(build_py):
         super().run()
 
 
+packages = find_packages(include=["fastloss", "fastloss.*"], exclude=["fastloss.kernels*"])
 kernels = ["fastloss.kernels", *(f"fastloss.kernels.{name}" for name in find_packages("kernels"))]
 setup(
-    packages=[*find_packages(include=["fastloss", "fastloss.*"]), *kernels],
+    packages=[*packages, *kernels],
     package_dir={"fastloss.kernels": "kernels"},
     ext_modules=[Extension("fastloss._cpu", []), Extension("fastloss._cuda", [])],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPackages},

@@ -1,7 +1,7 @@
 """The row functions of docs/engine.md over tensors: outputs allocated, one launch each.
 
 A row is read once from memory (twice by row_cross_entropy with a gradient, the second time from L2).
-Launch: one program per row, 16 elements per thread and block; see launch_shape.
+Launch: one program per row, 8 or 16 elements per thread and block; see launch_shape.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ WARP = 64 if torch.version.hip else 32
 MAX_VOCAB = 1 << 30  # indices within a row are 32-bit, with room for one block more
 
 
-def launch_shape(vocab: int, warp: int = WARP) -> dict[str, int]:
+def launch_shape(vocab: int, softcap: bool, warp: int = WARP) -> dict[str, int]:
     """BLOCK and num_warps for a row of ``vocab``.
 
-    Up to 1024 threads, so that few rows are in flight and a row is still in L2 when its gradient is written; 16
-    elements per thread, the most that fit 64 registers (tools/kernel_report_triton.py).
+    Up to 1024 threads, so that few rows are in flight and a row is still in L2 when its gradient is written (reasoned,
+    not measured). 16 elements per thread fit the 64 registers that remain to each, 8 with a soft-cap, whose slope
+    lives beside its z: with 16 the fullest kernel spilled on sm_90 (tools/kernel_report_triton.py).
     """
-    block = min(max(triton.next_power_of_2(vocab), 128), 16384)
-    return {"BLOCK": block, "num_warps": max(1, min(block // 16, 1024) // warp)}
+    block = min(max(triton.next_power_of_2(vocab), 128), 8192 if softcap else 16384)
+    return {"BLOCK": block, "num_warps": max(1, min(block // (8 if softcap else 16), 1024) // warp)}
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.device.type == "cpu":
-        return contextlib.nullcontext()
+    if tensor.device.type == "cpu":  # the interpreter, whose numpy warns of every log(0) and inf - inf
+        import numpy
+
+        return numpy.errstate(all="ignore")
     module = getattr(torch, tensor.device.type)  # torch.cuda, torch.xpu
     same = tensor.device.index == module.current_device()
     return contextlib.nullcontext() if same else module.device(tensor.device)
@@ -81,7 +84,7 @@ def row_stats(
             kernels.row_stats_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, ignore_index, bias, float(scale), float(softcap),
                 *[out.get(name) for name in STATS],
-                HAS_SOFTCAP=softcap > 0, **launch_shape(vocab),
+                HAS_SOFTCAP=softcap > 0, **launch_shape(vocab, softcap > 0),
             )  # fmt: skip
     return out
 
@@ -109,7 +112,7 @@ def row_grad(
             kernels.row_grad_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, ignore_index, bias, float(scale), float(softcap),
                 lse, a, b, c, d, w, _w_stride(w), out, out.stride(0),
-                HAS_SOFTCAP=softcap > 0, **launch_shape(vocab),
+                HAS_SOFTCAP=softcap > 0, **launch_shape(vocab, softcap > 0),
             )  # fmt: skip
 
 
@@ -139,6 +142,6 @@ def row_cross_entropy(
                 w, _w_stride(w), 1.0 - label_smoothing, label_smoothing / vocab, float(z_loss),
                 float(scale * grad_scale), grad_scale_tensor, grad, 0 if grad is None else grad.stride(0),
                 out["loss"], *[out.get(name) for name in STATS],
-                HAS_SOFTCAP=softcap > 0, SPREAD=target is None or label_smoothing > 0, **launch_shape(vocab),
+                HAS_SOFTCAP=softcap > 0, SPREAD=target is None or label_smoothing > 0, **launch_shape(vocab, softcap > 0),
             )  # fmt: skip
     return out

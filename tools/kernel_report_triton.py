@@ -8,12 +8,14 @@ kernels/launch.py, and reads the machine code. Exits with status 1 if one spills
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +25,29 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("fp32", "bf16", "fp16")
-VOCABS = (32768, 1000)  # a long row's loop over blocks, and a row that is one block
+LONG, SHORT = 32768, 1000  # the largest launch shape; one block, not divisible by 16
 GATE = ("stack", "local", "ldl", "stl", "spills")  # LDL, STL: loads and stores of local memory
 
-# kernel -> option set -> arguments that are given (pointers) and flags that are on. A full set has two blocks for row_grad
-# and row_cross_entropy: index targets, and class probabilities with a dense w.
+# kernel -> option set -> arguments that are given (pointers) and flags that are on. The fullest sets are there with and
+# without a soft-cap, because the launch shape depends on it.
 STATS = ("logsumexp_ptr", "logprob_ptr", "entropy_ptr", "log_sum_sq_probs_ptr", "mean_logit_ptr", "is_top1_ptr")
 CASES: dict[str, dict[str, tuple[str, ...]]] = {
     "row_stats_kernel": {
         "plain": ("target_ptr", "logsumexp_ptr", "logprob_ptr"),
         "full": ("target_ptr", "bias_ptr", "HAS_SOFTCAP", *STATS),
+        "uncapped": ("target_ptr", "bias_ptr", *STATS),
     },
     "row_grad_kernel": {
         "plain": ("target_ptr", "a_ptr", "b_ptr"),
         "full": ("target_ptr", "bias_ptr", "HAS_SOFTCAP", "a_ptr", "b_ptr", "c_ptr", "d_ptr", "w_ptr"),
+        "uncapped": ("target_ptr", "bias_ptr", "a_ptr", "b_ptr", "c_ptr", "d_ptr", "w_ptr"),
     },
     "row_cross_entropy_kernel": {
         "loss": ("target_ptr", "logsumexp_ptr"),
         "plain": ("target_ptr", "logsumexp_ptr", "grad_ptr"),
         "smoothed": ("target_ptr", "logsumexp_ptr", "grad_ptr", "grad_scale_ptr", "SPREAD"),
         "full": ("target_ptr", "bias_ptr", "w_ptr", "grad_ptr", "grad_scale_ptr", "HAS_SOFTCAP", "SPREAD", *STATS),
+        "uncapped": ("target_ptr", "bias_ptr", "w_ptr", "grad_ptr", "grad_scale_ptr", "SPREAD", *STATS),
         "probabilities": ("bias_ptr", "w_ptr", "grad_ptr", "HAS_SOFTCAP", "SPREAD", *STATS),
     },
 }
@@ -57,28 +62,39 @@ def _type_of(name: str, dtype: str) -> str:
     return "i32" if name in ALIGNED or name == "ignore_index" else "fp32"
 
 
-def _compile(kernel: Any, given: Sequence[str], dtype: str, vocab: int, target: str) -> tuple[Any, dict[str, int]]:
+def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
+    """Compile (target, kernel, options, dtype, vocab) and return its row of the report."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from kernels import rows
     from kernels.launch import launch_shape
 
-    amd = target.startswith("gfx")
-    warp = 64 if amd else 32
-    shape = launch_shape(vocab, warp)
-    signature, constexprs, attributes = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name.isupper() or (name.endswith("_ptr") and name not in (*ALWAYS, *given)):
-            signature[name] = "constexpr"
-            constexprs[name] = shape["BLOCK"] if name == "BLOCK" else name in given if name.isupper() else None
+    if rows.ROUND_BY_HAND.value:
+        raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no machine code")
+    target, name, options, dtype, vocab = case
+    kernel, given = getattr(rows, name), CASES[name][options]
+    warp = 64 if target.startswith("gfx") else 32
+    shape = launch_shape(vocab, "HAS_SOFTCAP" in given, warp)
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    attributes = {}
+    for i, arg in enumerate(kernel.arg_names):
+        if arg.isupper() or (arg.endswith("_ptr") and arg not in (*ALWAYS, *given)):
+            signature[arg] = "constexpr"
+            constexprs[arg] = shape["BLOCK"] if arg == "BLOCK" else arg in given if arg.isupper() else None
             continue
-        signature[name] = _type_of(name, dtype)
-        if name.endswith("_ptr") or (name in ALIGNED and vocab % 16 == 0):
+        signature[arg] = _type_of(arg, dtype)
+        if arg.endswith("_ptr") or (arg in ALIGNED and vocab % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    gpu = GPUTarget("hip", target, warp) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), warp)
-    return triton.compile(source, target=gpu, options={"num_warps": shape["num_warps"]}), shape
+    gpu = GPUTarget("hip", target, warp) if warp == 64 else GPUTarget("cuda", int(target.removeprefix("sm_")), warp)
+    compiled = triton.compile(source, target=gpu, options={"num_warps": shape["num_warps"]})
+    row = {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
+           "block": shape["BLOCK"], "warps": shape["num_warps"], "shared": compiled.metadata.shared}  # fmt: skip
+    asm = compiled.asm
+    return row | (_amd_numbers(asm["amdgcn"]) if warp == 64 else _nvidia_numbers(asm["cubin"]))
 
 
 def _tool(name: str) -> Path:
@@ -125,28 +141,24 @@ def _amd_numbers(assembly: str) -> dict[str, int]:
     }
 
 
-def collect(targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
-    """One dict per compiled kernel."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    from kernels import rows
-
-    if rows.ROUND_BY_HAND.value:
-        raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no machine code")
-    report = []
+def cases(targets: Sequence[str]) -> Iterator[tuple[str, str, str, str, int]]:
     for target in targets:
-        for name, cases in CASES.items():
-            for options, given in cases.items():
+        for name, option_sets in CASES.items():
+            for options in option_sets:
                 for dtype in DTYPES:
-                    for vocab in VOCABS:
-                        compiled, shape = _compile(getattr(rows, name), given, dtype, vocab, target)
-                        row = {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype,
-                               "options": options, "block": shape["BLOCK"], "warps": shape["num_warps"],
-                               "shared": compiled.metadata.shared}  # fmt: skip
-                        asm = compiled.asm
-                        row |= _amd_numbers(asm["amdgcn"]) if "amdgcn" in asm else _nvidia_numbers(asm["cubin"])
-                        report.append(row)
-    return report
+                    yield target, name, options, dtype, LONG
+                yield target, name, options, "bf16", SHORT
+
+
+def collect(targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
+    """One dict per compiled kernel; the cores share the work."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no machine code")
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))  # and, through multiprocessing, in the workers
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(compile_case, cases(targets), chunksize=4))
 
 
 def offends(row: dict[str, Any]) -> bool:

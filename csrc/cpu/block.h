@@ -188,8 +188,7 @@ FASTLOSS_INLINE void write_block(T* out, int64_t n, Value&& value) {
   int64_t i = 0;
   for (; i + 2 * L <= n; i += 2 * L) {
     const auto g0 = value(i, L), g1 = value(i + L, L);
-    store(out + i, g0);
-    store(out + i + L, g1);
+    store_two(out + i, g0, g1);
   }
   for (; i < n; i += L) {
     const int64_t count = n - i < L ? n - i : L;

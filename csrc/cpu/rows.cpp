@@ -117,6 +117,8 @@ RowSums first_pass(const Logits& l, const Transform<T>& f, const T* x, int64_t t
     }
     sums.max = max;
     sums.sum = exp_block(z, n, max, e_block);
+    // Where one logit dominates, its 1 swallows the low bits of its float lane; they are 1 - p, so add in double.
+    if (sums.sum < 2) sums.sum = sum_block(e_block, n);
     if (want.entropy) sums.entropy = entropy_block(z, e_block, n, max);
     if (want.square) sums.square = square_block(e_block, n);
     if (sums.max > r.max) r.max = sums.max;

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -85,7 +85,8 @@ FASTLOSS_INLINE V load_raw(const P* p) {
   return v;
 }
 
-// b where an operand is NaN: vmaxps and vminps exactly.
+// The larger or smaller one; b where an operand is NaN. GCC 12 makes a compare and a blend of the ternary under AVX2,
+// which is exactly what vmaxps and vminps do in one instruction.
 template <class V>
 FASTLOSS_INLINE V max_or_second(V a, V b) {
   return a > b ? a : b;
@@ -94,6 +95,15 @@ template <class V>
 FASTLOSS_INLINE V min_or_second(V a, V b) {
   return a < b ? a : b;
 }
+#if defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
+FASTLOSS_INLINE F32V max_or_second(F32V a, F32V b) { return F32V(_mm256_max_ps(__m256(a), __m256(b))); }
+FASTLOSS_INLINE F32V min_or_second(F32V a, F32V b) { return F32V(_mm256_min_ps(__m256(a), __m256(b))); }
+FASTLOSS_INLINE F64V max_or_second(F64V a, F64V b) { return F64V(_mm256_max_pd(__m256d(a), __m256d(b))); }
+#elif defined(__SSE2__) && FASTLOSS_VECTOR_BYTES == 16
+FASTLOSS_INLINE F32V max_or_second(F32V a, F32V b) { return F32V(_mm_max_ps(__m128(a), __m128(b))); }
+FASTLOSS_INLINE F32V min_or_second(F32V a, F32V b) { return F32V(_mm_min_ps(__m128(a), __m128(b))); }
+FASTLOSS_INLINE F64V max_or_second(F64V a, F64V b) { return F64V(_mm_max_pd(__m128d(a), __m128d(b))); }
+#endif
 
 FASTLOSS_INLINE F32V load(const float* p) { return load_raw<F32V>(p); }
 FASTLOSS_INLINE F64V load(const double* p) { return load_raw<F64V>(p); }
@@ -105,20 +115,28 @@ FASTLOSS_INLINE F32V load(const BF16* p) {
 }
 
 // Round to nearest even; every NaN becomes the quiet one PyTorch writes.
-FASTLOSS_INLINE void store(BF16* p, F32V v) {
+FASTLOSS_INLINE U32V bf16_bits(F32V v) {
   U32V bits = bit_cast<U32V>(v);
   bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  bits = v == v ? bits : bits * 0u + 0x7fc0u;
-#if defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
-  // GCC 12 narrows through a chain of shuffles; one saturating pack is enough, the values fit.
-  const __m256i b = bit_cast<__m256i>(bits);
-  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
-#else
-  const U16V narrow = __builtin_convertvector(bits, U16V);
-  memcpy(p, &narrow, sizeof narrow);
-#endif
+  return v == v ? bits : U32V{} + 0x7fc0u;
 }
+#if defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
+// GCC 12 narrows through a chain of shuffles; one saturating pack is enough, the values fit.
+FASTLOSS_INLINE void store(BF16* p, F32V v) {
+  const __m256i bits = __m256i(bf16_bits(v));
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+}
+FASTLOSS_INLINE void store_two(BF16* p, F32V v0, F32V v1) {
+  const __m256i packed = _mm256_packus_epi32(__m256i(bf16_bits(v0)), __m256i(bf16_bits(v1)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+#else
+FASTLOSS_INLINE void store(BF16* p, F32V v) {
+  const U16V narrow = __builtin_convertvector(bf16_bits(v), U16V);
+  memcpy(p, &narrow, sizeof narrow);
+}
+#endif
 
 #if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
 FASTLOSS_INLINE F32V load(const F16* p) {
@@ -157,6 +175,12 @@ FASTLOSS_INLINE void store(F16* p, F32V v) {
   memcpy(p, &narrow, sizeof narrow);
 }
 #endif
+
+template <class T, class V>
+FASTLOSS_INLINE void store_two(T* p, V v0, V v1) {
+  store(p, v0);
+  store(p + sizeof(V) / sizeof(v0[0]), v1);
+}
 
 template <class T>
 FASTLOSS_INLINE auto load_n(const T* p, int64_t count) {

@@ -16,7 +16,7 @@ __device__ inline void put(float* out, int64_t row, float value) {
 template <class T, bool General, bool Extra, bool Grad>
 __device__ inline Running<Extra> read_row(const T* x, int vocab, const float* bias, const float* w,
                                           const Transform<General>& transform, unsigned char* keep, int keep_packs) {
-  constexpr int N = Pack<T>::N, U = (General || Extra) && N == 8 ? 2 : 4;  // loads in flight; more would spill
+  constexpr int N = Pack<T>::N, U = Extra || (General && N == 8) ? 2 : 4;  // loads in flight; more would spill
   if (!General) bias = nullptr;
   if (!Extra) w = nullptr;
   const int packs = vocab / N, step = blockDim.x;
@@ -70,9 +70,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
     const T* x = static_cast<const T*>(in.x) + row * in.row_stride;
     T* grad = Grad ? static_cast<T*>(ce.grad) + row * ce.grad_row_stride : nullptr;
-    const int64_t t = in.target ? in.target[row] : -1;
+    const int64_t wide_t = in.target ? in.target[row] : -1;
 
-    if (in.target && t == in.ignore_index) {
+    if (in.target && wide_t == in.ignore_index) {
       if (leader) {
         put(out.loss, row, 0), put(out.logsumexp, row, 0), put(out.logprob, row, 0), put(out.entropy, row, 0);
         put(out.log_sum_sq_probs, row, 0), put(out.mean_logit, row, 0);
@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       continue;
     }
 
-    const bool has_target = in.target && t >= 0 && t < in.vocab, bad = in.target && !has_target;
+    const bool has_target = in.target && wide_t >= 0 && wide_t < in.vocab, bad = in.target && !has_target;
+    const int t = has_target ? int(wide_t) : -1;
     const float* w_row = ce.w ? ce.w + row * ce.w_row_stride : nullptr;
     const bool weighs_all = in.target == nullptr || ce.smooth != 0;  // else w is read at the target alone
     const float w_t = has_target && w_row ? w_row[t] : 1.0f;
@@ -130,7 +131,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       const float a = in.target ? -ce.keep * w_t : 0.0f, d = in.target ? -ce.smooth : -1.0f;
       if (bad) b = NAN;
       const RowGradient g = {base, a * factor, b / sums.exps * factor, 0.0f, d * factor};
-      write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, int(t), transform,
+      write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, t, transform,
                                             g, Kept{shared, offset, kept * Pack<T>::N}, threadIdx.x, blockDim.x);
       __syncthreads();  // the next row's copy overwrites this one's
     }

@@ -65,7 +65,8 @@ template <bool General, bool Weights, bool Entropy, class T>
 __device__ inline void write_gradient(const T* x, T* out, int vocab, const float* bias, const float* w, int target,
                                       const Transform<General>& transform, const RowGradient& g, const Kept& kept,
                                       int first, int step) {
-  constexpr int N = Pack<T>::N, U = (General || Weights) && N == 8 ? 2 : 4;  // loads in flight; more would spill
+  // Loads in flight: more would spill, and a row that is kept in shared memory needs few.
+  constexpr int N = Pack<T>::N, U = !Entropy || ((General || Weights) && N == 8) ? 2 : 4;
   const Split split = Split::of(x, out, vocab);
   if (!General) bias = nullptr;
   if (!Weights) w = nullptr;

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda for the CPU with g++: `_cuda_emulated`, and the race check `tsan_main`. Cached in build/ by mtime."""
+"""Builds csrc/cuda for the CPU with g++: `_cuda_emulated`, and the race check. Cached in build/ by mtime."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_emulation"
 # -ffp-contract=off as nvcc's -fmad=false: the only fused multiply-adds are the ones that are written.
-FLAGS = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DFASTLOSS_EMULATE",
-         "-pthread", f"-I{HERE}", f"-I{SOURCES}"]
+FLAGS = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off",
+         "-DFASTLOSS_EMULATE", "-pthread", f"-I{HERE}", f"-I{SOURCES}"]
 
 
 def compiler() -> str | None:

@@ -1,0 +1,366 @@
+"""kernels/ against the formulas of docs/engine.md in float64 of the same inputs.
+
+On the CPU the kernels run in Triton's interpreter; with FASTLOSS_TEST_DEVICE=cuda on the GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+pytest.importorskip("triton")
+launch = importlib.import_module("fastloss.kernels.launch")
+kernels = importlib.import_module("fastloss.kernels.rows")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+VOCABS = (1, 2, 33, 1000, 4097)
+IGNORE = -100
+INF, NAN = float("inf"), float("nan")
+ROWS = 5
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scaled": {"scale": 0.7},
+    "bias": {"bias": True, "scale": 1.3},
+    "softcap": {"softcap": 5.0},
+    "all": {"bias": True, "softcap": 3.0, "scale": -1.7},
+}
+
+
+def options(name: str, vocab: int) -> dict[str, Any]:
+    given = {"ignore_index": IGNORE, "bias": None, "scale": 1.0, "softcap": 0.0} | OPTIONS[name]
+    if given["bias"]:
+        given["bias"] = torch.randn(vocab, device=DEVICE)
+    return given
+
+
+def make(rows: int, vocab: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    logits = (3 * torch.randn(rows, vocab)).to(dtype).to(DEVICE)
+    return logits, torch.randint(vocab, (rows,)).to(DEVICE)
+
+
+def transformed(x: Tensor, o: dict[str, Any]) -> Tensor:
+    u = x if o["bias"] is None else x + o["bias"].double()
+    if o["softcap"]:
+        u = o["softcap"] * torch.tanh(u / o["softcap"])
+    return o["scale"] * u
+
+
+def expected_stats(x: Tensor, target: Tensor, o: dict[str, Any]) -> dict[str, Tensor]:
+    z = transformed(x.double(), o)
+    log_p = z.log_softmax(-1)
+    p = log_p.exp()
+    z_t = z.gather(1, target.unsqueeze(1)).squeeze(1)
+    return {
+        "logsumexp": z.logsumexp(-1),
+        "logprob": log_p.gather(1, target.unsqueeze(1)).squeeze(1),
+        "entropy": -torch.where(p == 0, 0.0, p * log_p).sum(-1),
+        "log_sum_sq_probs": (2 * log_p).logsumexp(-1),
+        "mean_logit": z.mean(-1),
+        "is_top1": (z_t >= z.amax(-1)).to(torch.uint8),
+    }
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 3e-6) -> None:
+    """Within ``tolerance`` of the larger of 1 and the value; low-precision results within half a unit more."""
+    if actual.dtype in (torch.bfloat16, torch.float16):
+        finfo = torch.finfo(actual.dtype)
+        rtol, atol = 0.51 * finfo.eps, max(tolerance, finfo.tiny)
+    else:
+        rtol = atol = tolerance
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def check_stats(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, value in actual.items():
+        close(value, expected[name])
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_stats(dtype: torch.dtype, vocab: int, name: str) -> None:
+    logits, target = make(ROWS, vocab, dtype)
+    o = options(name, vocab)
+    target[0] = transformed(logits.double(), o)[0].argmax()
+    stats = launch.row_stats(logits, target, **o, want=launch.STATS)
+    check_stats(stats, expected_stats(logits, target, o))
+    assert stats["is_top1"][0] == 1 and stats["is_top1"].dtype == torch.uint8
+
+
+def test_only_what_is_wanted() -> None:
+    logits, target = make(2, 33, torch.float32)
+    o = options("plain", 33)
+    for name in launch.STATS:
+        alone = launch.row_stats(logits, target, **o, want=(name,))
+        assert set(alone) == {name}
+        check_stats(alone, expected_stats(logits, target, o))
+    untargeted = launch.row_stats(logits, None, **o, want=("logsumexp", "entropy", "log_sum_sq_probs", "mean_logit"))
+    check_stats(untargeted, expected_stats(logits, target, o))
+    assert set(launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.0)) == {
+        "loss", "logsumexp"}  # fmt: skip
+
+
+def w_of(kind: str, rows: int, vocab: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    shape = (vocab,) if kind == "vector" else (rows, vocab)
+    return torch.rand(shape, device=DEVICE) + 0.1
+
+
+@pytest.mark.parametrize("w_kind", ["none", "vector", "dense"])
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_grad(dtype: torch.dtype, vocab: int, name: str, w_kind: str) -> None:
+    logits, target = make(3, vocab, dtype)
+    o = options(name, vocab)
+    w = w_of(w_kind, 3, vocab)
+    a, b, c, d = torch.randn(4, 3, device=DEVICE)
+    lse = launch.row_stats(logits, target, **o, want=("logsumexp",))["logsumexp"]
+    for given in ({"a": a, "b": b, "c": c, "d": d, "w": w}, {"a": a, "b": b}, {"c": c}, {"d": d, "w": w}):
+        out = torch.full_like(logits, NAN)
+        launch.row_grad(logits, target, **o, lse=lse, out=out, **given)
+        close(out, expected_grad(logits, target, o, **given), 1e-5)
+
+
+def expected_grad(
+    logits: Tensor, target: Tensor, o: dict[str, Any], a: Any = 0, b: Any = 0, c: Any = 0, d: Any = 0, w: Any = None
+) -> Tensor:
+    """The formula of row_grad, the factor dz/dx by autograd."""
+    x = logits.double().requires_grad_()
+    z = transformed(x, o)
+    log_p = z.log_softmax(-1).detach()
+    a, b, c, d = (k.double().unsqueeze(1) if isinstance(k, Tensor) else k for k in (a, b, c, d))
+    hot = torch.zeros_like(x).scatter(1, target.unsqueeze(1), 1.0)
+    p = log_p.exp()
+    dz = a * hot + b * p + c * torch.where(p == 0, 0.0, p * log_p) + d * (1.0 if w is None else w.double())
+    return torch.autograd.grad(z, x, dz.detach().expand_as(z))[0]
+
+
+def expected_cross_entropy(
+    logits: Tensor, target: Tensor | None, o: dict[str, Any], w: Tensor | None, eps: float, zeta: float, factor: float
+) -> tuple[Tensor, Tensor]:
+    x = logits.double().requires_grad_()
+    z = transformed(x, o)
+    lse = z.logsumexp(-1)
+    vocab = z.shape[1]
+    weights = torch.ones_like(z) if w is None else w.double().expand_as(z)
+    if target is None:
+        loss = (weights * (lse.unsqueeze(1) - z)).sum(-1)
+    else:
+        at = target.unsqueeze(1)
+        loss = (1 - eps) * weights.gather(1, at).squeeze(1) * (lse - z.gather(1, at).squeeze(1))
+        if eps:
+            loss = loss + eps / vocab * (weights * (lse.unsqueeze(1) - z)).sum(-1)
+    loss = loss + zeta * lse * lse
+    return loss.detach(), torch.autograd.grad(loss.sum() * factor, x)[0]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_row_cross_entropy(dtype: torch.dtype, vocab: int, name: str) -> None:
+    logits, target = make(3, vocab, dtype)
+    o = options(name, vocab)
+    for w_kind, eps, zeta in (("none", 0.0, 0.0), ("none", 0.1, 1e-2), ("vector", 0.0, 1e-2), ("vector", 0.1, 0.0)):
+        w = w_of(w_kind, 3, vocab)
+        grad = torch.full_like(logits, NAN)
+        out = launch.row_cross_entropy(logits, target, **o, w=w, label_smoothing=eps, z_loss=zeta, grad=grad,
+                                       grad_scale=0.5, grad_scale_tensor=torch.tensor(3.0, device=DEVICE),
+                                       want=launch.STATS)  # fmt: skip
+        loss, expected = expected_cross_entropy(logits, target, o, w, eps, zeta, 1.5)
+        close(out.pop("loss"), loss)
+        close(grad, expected, 1e-5)
+        check_stats(out, expected_stats(logits, target, o))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_class_probabilities(dtype: torch.dtype, vocab: int, name: str) -> None:
+    logits, _ = make(3, vocab, dtype)
+    o = options(name, vocab)
+    w = torch.softmax(torch.randn(3, vocab, device=DEVICE), -1) * 0.7
+    grad = torch.empty_like(logits)
+    out = launch.row_cross_entropy(logits, None, **o, w=w, label_smoothing=0.0, z_loss=1e-2, grad=grad)
+    loss, expected = expected_cross_entropy(logits, None, o, w, 0.0, 1e-2, 1.0)
+    close(out["loss"], loss)
+    close(grad, expected, 1e-5)
+
+
+@pytest.mark.parametrize("vocab", [33, 20000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides_and_in_place(dtype: torch.dtype, vocab: int) -> None:
+    """Rows apart, overlapping in memory order, odd offsets; a gradient over the logits is the same bits."""
+    dense, target = make(3, vocab, dtype)
+    o = options("all", vocab)
+    room = torch.full((6, vocab + 9), NAN, dtype=dtype, device=DEVICE)
+    logits = room[::2, 3 : vocab + 3]
+    logits.copy_(dense)
+    w = torch.rand(3, vocab + 5, device=DEVICE)[:, 2 : vocab + 2]
+    a, b, c, d = torch.randn(4, 3, device=DEVICE)
+    want = tuple(launch.STATS)
+    stats = launch.row_stats(dense, target, **o, want=want)
+    for name, value in launch.row_stats(logits, target, **o, want=want).items():
+        assert torch.equal(value, stats[name])
+
+    separate = torch.empty_like(dense)
+    launch.row_grad(dense, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w.contiguous(), out=separate)
+    close(separate, expected_grad(dense, target, o, a, b, c, d, w), 1e-5)
+    launch.row_grad(logits, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w, out=logits)
+    assert torch.equal(logits, separate)
+
+    for targets, weight in ((target, w[0]), (None, w)):
+        logits.copy_(dense)
+        ce = {"w": weight, "label_smoothing": 0.1, "z_loss": 1e-2, "want": want}
+        first = launch.row_cross_entropy(dense, targets, **o, **ce, grad=separate)
+        second = launch.row_cross_entropy(logits, targets, **o, **ce, grad=logits)
+        assert torch.equal(logits, separate)
+        # Without a target logprob is NaN and is_top1 0.
+        assert all(torch.equal(first[k].nan_to_num(7), second[k].nan_to_num(7)) for k in first)
+    assert room[:, :3].isnan().all() and room[:, vocab + 3 :].isnan().all() and room[1::2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanded_logits(dtype: torch.dtype) -> None:
+    logits, target = make(1, 33, dtype)
+    o = options("plain", 33)
+    stats = launch.row_stats(logits.expand(4, 33), target.expand(4).contiguous(), **o, want=("logprob",))
+    close(stats["logprob"], expected_stats(logits, target, o)["logprob"].expand(4))
+
+
+@pytest.mark.parametrize("bad", [-1, 33, 34, -(2**40), 2**40, 2**31])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bad_and_ignored_targets(dtype: torch.dtype, bad: int) -> None:
+    """A bad row is NaN, an ignored row 0 even if its logits are NaN, the others are as they would be alone."""
+    logits, target = make(4, 33, dtype)
+    o = options("plain", 33)
+    target[1], target[2] = bad, IGNORE
+    logits[2] = NAN
+    good = [0, 3]
+    w = torch.rand(33, device=DEVICE)
+    grad = torch.full_like(logits, 7.0)
+    out = launch.row_cross_entropy(logits, target, **o, w=w, label_smoothing=0.1, z_loss=1e-2, grad=grad,
+                                   want=launch.STATS)  # fmt: skip
+    loss, expected = expected_cross_entropy(logits[good], target[good], o, w, 0.1, 1e-2, 1.0)
+    close(out["loss"][good], loss)
+    close(grad[good], expected, 1e-5)
+    assert out["loss"][1].isnan() and out["logprob"][1].isnan() and out["is_top1"][1] == 0
+    assert grad[1].isnan().all() and out["logsumexp"][1].isfinite()
+    assert all(value[2] == 0 for value in out.values()) and (grad[2] == 0).all()
+
+    again = launch.row_stats(logits, target, **o, want=launch.STATS)
+    assert all(torch.equal(again[k].nan_to_num(7), out[k].nan_to_num(7)) for k in again)
+    for given in ({"a": loss.new_ones(4).float()}, {"b": torch.ones(4, device=DEVICE)}):
+        launch.row_grad(logits, target, **o, lse=out["logsumexp"], out=grad, **given)
+        assert grad[1].isnan().all() and (grad[2] == 0).all() and grad[good].isfinite().all()
+
+
+@pytest.mark.parametrize("ignore", [0, -1, 32, 1])
+def test_ignore_index_may_be_a_class(ignore: int) -> None:
+    logits, target = make(4, 33, torch.float32)
+    target[0], target[1:] = ignore, torch.tensor([2, 3, 4])
+    o = options("plain", 33) | {"ignore_index": ignore}
+    grad = torch.full_like(logits, 7.0)
+    out = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0, grad=grad)
+    assert out["loss"][0] == 0 and (grad[0] == 0).all()
+    close(out["loss"][1:], expected_cross_entropy(logits[1:], target[1:], o, None, 0.1, 0.0, 1.0)[0])
+
+
+@pytest.mark.parametrize("vocab", [33, 20000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_vocabulary(dtype: torch.dtype, vocab: int) -> None:
+    """-inf logits: p = 0, gradient 0, finite entropy; also where the first block is nothing else."""
+    logits, target = make(3, vocab, dtype)
+    o = options("plain", vocab)
+    logits[0, ::2] = -INF
+    logits[1, : vocab - 5] = -INF
+    logits[2, 5:] = -INF
+    target[:] = torch.tensor([1, vocab - 1, 0])
+    out = launch.row_stats(logits, target, **o, want=("logsumexp", "logprob", "entropy", "log_sum_sq_probs"))
+    check_stats(out, expected_stats(logits, target, o))
+    c = torch.ones(3, device=DEVICE)
+    grad = torch.empty_like(logits)
+    launch.row_grad(logits, target, **o, lse=out["logsumexp"], a=c, b=c, c=c, out=grad)
+    close(grad, expected_grad(logits, target, o, c, c, c), 1e-5)
+    loss = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.1, grad=grad)["loss"]
+    expected, expected_g = expected_cross_entropy(logits, target, o, None, 0.0, 0.1, 1.0)
+    close(loss, expected)
+    close(grad, expected_g, 1e-5)
+    assert (grad[logits == -INF] == 0).all()
+    smoothed = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0)["loss"]
+    assert (smoothed == INF).all()
+
+
+@pytest.mark.parametrize("place", [0, 17, 32])
+@pytest.mark.parametrize("value", [NAN, INF, None])
+def test_rows_that_are_nan(value: float | None, place: int) -> None:
+    """A NaN, a +inf, or nothing but -inf: NaN in that row alone."""
+    logits, target = make(3, 33, torch.float32)
+    o = options("plain", 33)
+    if value is None:
+        logits[1] = -INF
+    else:
+        logits[1, place] = value
+    grad = torch.zeros_like(logits)
+    out = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.0, grad=grad,
+                                   want=("logprob", "entropy", "log_sum_sq_probs", "is_top1"))  # fmt: skip
+    is_top1 = out.pop("is_top1")
+    assert all(v[1].isnan() and v[[0, 2]].isfinite().all() for v in out.values())
+    assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
+    if value is NAN:
+        assert is_top1[1] == 0
+    launch.row_grad(logits, target, **o, lse=out["logsumexp"], a=torch.ones(3, device=DEVICE), out=grad)
+    assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
+
+
+def test_large_logits_keep_their_differences() -> None:
+    """A constant on all logits changes no probability: sums are relative to the maximum."""
+    logits, target = make(3, 1000, torch.float32)
+    logits = (logits * 64).round() / 64 + 4096  # exact in float32
+    o = options("plain", 1000)
+    out = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0,
+                                   want=("logprob", "entropy"))  # fmt: skip
+    near = launch.row_cross_entropy(logits - 4096, target, **o, w=None, label_smoothing=0.1, z_loss=0.0,
+                                    want=("logprob", "entropy"))  # fmt: skip
+    for name in ("loss", "logprob", "entropy"):
+        close(out[name], near[name].double(), 1e-6)
+
+
+def test_a_row_depends_on_itself_alone() -> None:
+    logits, target = make(5, 4097, torch.bfloat16)
+    o = options("all", 4097)
+    together = launch.row_stats(logits, target, **o, want=launch.STATS)
+    alone = launch.row_stats(logits[3:4], target[3:4], **o, want=launch.STATS)
+    assert all(torch.equal(together[k][3:4], alone[k]) for k in alone)
+
+
+def test_rounding_is_to_nearest_even() -> None:
+    """The gradient is d, exactly: what is stored is what PyTorch's own conversion stores."""
+    values = torch.randn(64) * torch.logspace(-30, 30, 64)
+    values[:6] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 0.0, 1.9999999, 3.4e38])
+    values = values.to(DEVICE)
+    zeros = torch.zeros(64, device=DEVICE)
+    for dtype in (torch.bfloat16, torch.float16):
+        out = torch.empty(64, 1, dtype=dtype, device=DEVICE)
+        launch.row_grad(torch.zeros_like(out), None, **options("plain", 1), lse=zeros, d=values, out=out)
+        assert torch.equal(out[:, 0], values.to(dtype))
+
+
+def test_empty_and_refused() -> None:
+    o = options("plain", 33)
+    stats = launch.row_stats(torch.empty(0, 33, device=DEVICE), None, **o, want=("logsumexp",))
+    assert stats["logsumexp"].shape == (0,)
+    with pytest.raises(TypeError, match="float64"):
+        launch.row_stats(torch.zeros(1, 3, dtype=torch.float64, device=DEVICE), None, **o, want=())
+    with pytest.raises(ValueError, match="got 0"):
+        launch.row_stats(torch.zeros(1, 0, device=DEVICE), None, **o, want=())

@@ -1,0 +1,121 @@
+"""Registers, spills, stack and local-memory instructions of every CUDA kernel, read from the machine code.
+
+    python tools/kernel_report_cuda.py [sm_90 ...]      exits 1 if any kernel touches local memory
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "rows.cu"
+ARCHES = ("sm_80", "sm_90", "sm_100", "sm_120")
+NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
+FAULTS = ("stack", "spill_stores", "spill_loads", "ldl", "stl")
+
+
+@functools.cache
+def find_tool(name: str) -> str | None:
+    """A CUDA tool: of CUDA_HOME, of the usual place, on PATH, or (cuobjdump) of triton's package."""
+    places = [Path(os.environ[k]) / "bin" for k in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(k)]
+    places.append(Path("/usr/local/cuda/bin"))
+    for place in places:
+        if (place / name).is_file():
+            return str(place / name)
+    if found := shutil.which(name):
+        return found
+    triton = importlib.util.find_spec("triton")
+    for place in triton.submodule_search_locations or [] if triton else []:
+        tool = Path(place) / "backends" / "nvidia" / "bin" / name
+        if tool.is_file():
+            return str(tool)
+    return None
+
+
+def _run(name: str, *arguments: str) -> str:
+    tool = find_tool(name)
+    if tool is None:
+        raise FileNotFoundError(f"no {name}: set CUDA_HOME or install triton")
+    done = subprocess.run([tool, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name} {' '.join(arguments)}\n{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def _readable(symbol: str) -> str:
+    """row_grad_kernel<float16, 0, 1> from the mangled name; the names here are simple enough for two patterns."""
+    name = re.search(r"\d+(row_\w+?_kernel)", symbol)
+    if name is None:
+        return symbol
+    arguments = symbol[name.end() : symbol.index("EEv", name.end())]
+    dtype = next((t for t in ("bfloat16", "float16") if t in arguments), "float")
+    return f"{name[1]}<{', '.join([dtype, *re.findall(r'Lb([01])', arguments)])}>"
+
+
+def _section(text: str, pattern: str) -> dict[str, str]:
+    """The text after each match of ``pattern``, by its group."""
+    pieces = re.split(pattern, text)
+    return dict(zip(pieces[1::2], pieces[2::2], strict=True))
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    return int(found[1]) if found else 0
+
+
+def collect_arch(arch: str) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = str(Path(folder) / "rows.cubin")
+        log = _run("nvcc", *NVCC_FLAGS, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(SOURCE), "-o", cubin)
+        usage = _section(_run("cuobjdump", "--dump-resource-usage", cubin), r"Function (\w+):")
+        code = _section(_run("cuobjdump", "-sass", cubin), r"Function : (\w+)")
+    spills = _section(log, r"Function properties for (\w+)")
+    if not usage or set(usage) != set(code) or not set(usage) <= set(spills):
+        raise RuntimeError(f"{arch}: the tools list different kernels")
+    return [
+        {
+            "arch": arch,
+            "kernel": _readable(symbol),
+            "registers": _number(r"REG:(\d+)", text),
+            "stack": _number(r"STACK:(\d+)", text) + _number(r"LOCAL:(\d+)", text),
+            "shared": _number(r"SHARED:(\d+)", text),
+            "spill_stores": _number(r"(\d+) bytes spill stores", spills[symbol]),
+            "spill_loads": _number(r"(\d+) bytes spill loads", spills[symbol]),
+            "ldl": len(re.findall(r"\bLDL\b", code[symbol])),
+            "stl": len(re.findall(r"\bSTL\b", code[symbol])),
+            "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code[symbol], re.MULTILINE)),
+        }
+        for symbol, text in usage.items()
+    ]
+
+
+def collect(arches: tuple[str, ...] = ARCHES) -> list[dict[str, Any]]:
+    return [kernel for arch in arches for kernel in collect_arch(arch)]
+
+
+def faults(kernels: list[dict[str, Any]]) -> list[str]:
+    """Every use of local memory, in words."""
+    return [f"{k['arch']} {k['kernel']}: {name} {k[name]}" for k in kernels for name in FAULTS if k[name]]
+
+
+def main(arguments: list[str]) -> int:
+    kernels = collect(tuple(arguments) or ARCHES)
+    columns = list(kernels[0])
+    widths = {c: max(len(c), *(len(str(k[c])) for k in kernels)) for c in columns}
+    for values in (dict.fromkeys(columns), *kernels):
+        print("  ".join(str(c if values[c] is None else values[c]).ljust(widths[c]) for c in columns).rstrip())
+    for fault in faults(kernels):
+        print("local memory:", fault)
+    return 1 if faults(kernels) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
