@@ -95,7 +95,11 @@ template <class V>
 FASTLOSS_INLINE V min_or_second(V a, V b) {
   return a < b ? a : b;
 }
-#if defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+FASTLOSS_INLINE F32V max_or_second(F32V a, F32V b) { return F32V(_mm512_max_ps(__m512(a), __m512(b))); }
+FASTLOSS_INLINE F32V min_or_second(F32V a, F32V b) { return F32V(_mm512_min_ps(__m512(a), __m512(b))); }
+FASTLOSS_INLINE F64V max_or_second(F64V a, F64V b) { return F64V(_mm512_max_pd(__m512d(a), __m512d(b))); }
+#elif defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
 FASTLOSS_INLINE F32V max_or_second(F32V a, F32V b) { return F32V(_mm256_max_ps(__m256(a), __m256(b))); }
 FASTLOSS_INLINE F32V min_or_second(F32V a, F32V b) { return F32V(_mm256_min_ps(__m256(a), __m256(b))); }
 FASTLOSS_INLINE F64V max_or_second(F64V a, F64V b) { return F64V(_mm256_max_pd(__m256d(a), __m256d(b))); }

@@ -86,16 +86,17 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const int t = has_target ? int(wide_t) : -1;
     const float* w_row = ce.w ? ce.w + row * ce.w_row_stride : nullptr;
     const bool weighs_all = in.target == nullptr || ce.smooth != 0;  // else w is read at the target alone
-    const float w_t = has_target && w_row ? w_row[t] : 1.0f;
-    float z_t = 0, slope;
-    if (leader && has_target) z_t = transform(to_float(x[t]), General && in.bias ? in.bias[t] : 0.0f, &slope);
-
     // The copy of the row sits as the row does with respect to 16 bytes, so that the second pass reads it in vectors.
     const int offset = misalignment(x);
     const bool congruent = Grad && offset == misalignment(grad);
     const int kept = congruent ? keep_packs : 0;
     Running<Extra> sums = read_row<T, General, Extra, Grad>(x, vocab, in.bias, weighs_all ? w_row : nullptr,
                                                             transform, shared + offset, kept);
+
+    // Read here: after the long loop, which needs the registers, and before the barriers that let the gradient begin.
+    const float w_t = has_target && w_row ? w_row[t] : 1.0f;
+    float z_t = 0, slope;
+    if (leader && has_target) z_t = transform(to_float(x[t]), General && in.bias ? in.bias[t] : 0.0f, &slope);
     sums.combine_over_block();
 
     const float base = sums.base();

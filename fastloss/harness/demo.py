@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 
 from . import measure, plots, report
 from .config import PretrainConfig
-from .pretrain import Result, prepare, run
+from .losses import loss_named
+from .model import head_of
+from .pretrain import Data, Result, make_step, prepare, run
 
 NAMES = {"fastloss": "fastloss", "torch": "PyTorch"}
 
@@ -40,11 +45,45 @@ def run_demo(config: PretrainConfig = DEMO, console: Console | None = None) -> d
     for loss, name in NAMES.items():
         one = replace(config, loss=loss, out=str(folder / loss))
         results[loss] = run(one, overwrite=True, data=data, console=console, title=name)
-    compare(folder, config, results, console)
+    compare(folder, config, results, in_turns(config, results, data), console)
     return results
 
 
-def compare(folder: Path, config: PretrainConfig, results: dict[str, Result], console: Console) -> None:
+class Times(NamedTuple):
+    """Medians, in seconds."""
+
+    step: float  # forward + backward
+    loss: float  # of it the loss
+
+
+def in_turns(
+    config: PretrainConfig, results: dict[str, Result], data: Data, rounds: int = 12
+) -> dict[str, Times]:
+    """Both losses on one batch of one trained model, one after the other in each round.
+
+    The two runs lie minutes apart, and another job beside one of them would be taken for a difference of the losses.
+    """
+    model = results["fastloss"].model
+    seen: dict[str, list[tuple[float, float]]] = {loss: [] for loss in results}
+    for round_ in range(rounds + 1):
+        for loss in results:
+            step = make_step(model, head_of(model), loss_named(loss), data.train, config)
+            model.zero_grad(set_to_none=True)
+            started = time.perf_counter()
+            metrics = step(0)
+            measure.synchronize(next(model.parameters()).device)
+            if round_:  # the first one warms up
+                seen[loss].append((time.perf_counter() - started, float(metrics["loss_s"])))
+    return {loss: Times(*map(statistics.median, zip(*rows, strict=True))) for loss, rows in seen.items()}
+
+
+def compare(
+    folder: Path,
+    config: PretrainConfig,
+    results: dict[str, Result],
+    times: dict[str, Times],
+    console: Console,
+) -> None:
     curves = {NAMES[loss]: [row["loss"] for row in result.rows] for loss, result in results.items()}
     difference = [abs(a - b) for a, b in zip(*curves.values(), strict=True)]
     worst = max(range(len(difference)), key=difference.__getitem__)
@@ -56,31 +95,38 @@ def compare(folder: Path, config: PretrainConfig, results: dict[str, Result], co
         ["loss, first step", *(f"{r.summary['first_loss']:.4f}" for r in both)],
         ["loss, mean of the last 10", *(f"{r.summary['last_loss']:.4f}" for r in both)],
         ["held-back perplexity", *(f"{r.summary['perplexity']:.2f}" for r in both)],
-        ["tokens/s (median)", *(f"{r.summary['tokens_per_s']:,.0f}" for r in both)],
-        ["step", *(f"{r.summary['step_s'] * 1e3:.0f} ms" for r in both)],
-        ["of it the loss, forward + backward", *(f"{r.summary['loss_s'] * 1e3:.0f} ms" for r in both)],
-        ["the loss's share of step time", *(report.percent(r.summary["loss_share"]) for r in both)],
+        ["in turns: forward + backward", *(f"{t.step * 1e3:.0f} ms" for t in times.values())],
+        ["in turns: of it the loss", *(f"{t.loss * 1e3:.0f} ms" for t in times.values())],
+        [
+            "in turns: the loss's share of step time",
+            *(report.percent(t.loss / t.step) for t in times.values()),
+        ],
         ["peak extra memory of the loss", *(report.mebibytes(r.cost.loss_peak.bytes) for r in both)],
         ["peak of forward + backward", *(report.mebibytes(r.cost.step_peak.bytes) for r in both)],
         ["the loss's memory / that peak", *(report.percent(memory_share(r)) for r in both)],
-        ["MFU", *(report.percent(r.summary["mfu"]) for r in both)],
-        ["device-hours", *(f"{r.summary['device_hours']:.4f}" for r in both)],
+        ["whole run: step (median)", *(f"{r.summary['step_s'] * 1e3:.0f} ms" for r in both)],
+        ["whole run: the loss's share of it", *(report.percent(r.summary["loss_share"]) for r in both)],
+        ["whole run: tokens/s (median)", *(f"{r.summary['tokens_per_s']:,.0f}" for r in both)],
+        ["whole run: MFU", *(report.percent(r.summary["mfu"]) for r in both)],
+        ["whole run: device-hours", *(f"{r.summary['device_hours']:.4f}" for r in both)],
     ]
     weight = ours.model.get_output_embeddings().weight.nbytes
-    loss_time, step_time = (theirs.summary[key] / ours.summary[key] for key in ("loss_s", "step_s"))
+    loss_time = times["torch"].loss / times["fastloss"].loss
+    step_time = times["torch"].step / times["fastloss"].step
     loss_memory = theirs.cost.loss_peak.bytes / max(1, ours.cost.loss_peak.bytes)
     step_memory = theirs.cost.step_peak.bytes / max(1, ours.cost.step_peak.bytes)
     sections = [
         f"**The largest difference between the loss curves is {difference[worst]:.2e}** (step {worst + 1}, "
         f"loss {curves['PyTorch'][worst]:.4f}) over {len(difference)} steps from seed {config.seed}.",
         report.table(["", *curves], rows),
-        f"PyTorch ÷ fastloss: time of the loss {loss_time:.2f}, of the step {step_time:.2f}; "
+        f"PyTorch ÷ fastloss: time of the loss {loss_time:.2f}, of forward + backward {step_time:.2f}; "
         f"memory of the loss {loss_memory:.2f}, of forward + backward {step_memory:.2f}. "
         f"Of either loss's memory {report.mebibytes(weight)} is the gradient of the vocabulary matrix.",
         f"Loss computed by: {ours.cost.loss_by}. Beside it: {theirs.cost.loss_by}.",
         "![loss curves](loss.png)",
-        f"Machine: {measure.machine(next(ours.model.parameters()).device)}. Time: medians over all "
-        "steps of both runs, the loss timed inside every step (the graph is cut at the hidden states). "
+        f"Machine: {measure.machine(next(ours.model.parameters()).device)}. Time, in turns: medians over rounds "
+        "in which both losses take the same batch of the same trained model one after the other, so that another job "
+        "on the machine meets both; whole run: medians over its steps, minutes apart from the other's. "
         f"Memory: {ours.cost.loss_peak.how}; the loss alone on one batch, then a whole forward and backward, "
         "each beyond what the process held before; a warm-up run comes first. Each run's own report: "
         + ", ".join(f"`{loss}/report.md`" for loss in results)

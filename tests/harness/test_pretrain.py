@@ -290,6 +290,6 @@ def test_demo_compares_two_runs(tiny: PretrainConfig, quiet: Console) -> None:
     assert (
         set(results) == {"fastloss", "torch"}
         and "largest difference" in text
-        and "share of step time" in text
+        and "in turns: the loss's share" in text
     )
     assert (Path(tiny.out) / "loss.png").stat().st_size > 5000

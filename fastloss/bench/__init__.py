@@ -1,0 +1,1 @@
+"""The benchmark: cases × providers, every figure a ratio measured in one run."""

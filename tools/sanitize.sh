@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The CPU kernels' tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+# Reads csrc/cpu, writes only a temporary folder; also builds the 16-lane source for AVX2 (isa "wide16"), so that the
+# AVX-512 path's logic runs on machines without AVX-512.
+# Usage: tools/sanitize.sh [pytest arguments]        PLAIN=1: the wide16 build without sanitizers
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+python=${PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=python3
+
+sanitize=(-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+[ -n "${PLAIN:-}" ] && sanitize=(-O3)
+flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenmp -fPIC -Wall -Wextra "${sanitize[@]}")
+avx2=(-mavx2 -mfma -mf16c)
+avx512=(-mavx512f -mavx512bw -mavx512dq -mavx512vl "${avx2[@]}")
+cd "$root/csrc/cpu"
+g++ "${flags[@]}" -DFASTLOSS_ISA=avx512 "${avx512[@]}" -c rows.cpp -o "$build/avx512.o"
+g++ "${flags[@]}" -DFASTLOSS_ISA=avx2 "${avx2[@]}" -c rows.cpp -o "$build/avx2.o"
+g++ "${flags[@]}" -DFASTLOSS_ISA=generic -c rows.cpp -o "$build/generic.o"
+g++ "${flags[@]}" -DFASTLOSS_ISA=wide16 -DFASTLOSS_VECTOR_BYTES=64 "${avx2[@]}" -c rows.cpp -o "$build/wide16.o"
+g++ "${flags[@]}" -DFASTLOSS_W16_TEST -c dispatch.cpp -o "$build/dispatch.o"
+g++ "${flags[@]}" $("$python" -m pybind11 --includes) -c bindings.cpp -o "$build/bindings.o"
+g++ -shared "${flags[@]}" "$build"/*.o -o "$build/_cpu.so"
+
+export FASTLOSS_CPU_MODULE=$build/_cpu.so
+if [ -z "${PLAIN:-}" ]; then
+  export ASAN_OPTIONS=detect_leaks=0:${ASAN_OPTIONS:-} UBSAN_OPTIONS=print_stacktrace=1
+  export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
+fi
+cd "$root"
+"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py "$@"
