@@ -68,8 +68,7 @@ def _trl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     kept = target != -100
-    logprobs = ChunkedLogProbFunction.apply(hidden, weight, target.clamp(min=0), 1.0)
-    logprobs = logprobs[0] if isinstance(logprobs, tuple) else logprobs
+    logprobs = ChunkedLogProbFunction.apply(hidden, weight, None, target.clamp(min=0), 1.0, 8192, None, 1.0, ())[0]
     return -(logprobs * kept).sum() / kept.sum()
 
 
