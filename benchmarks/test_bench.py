@@ -12,7 +12,14 @@ from fastloss.bench.providers import providers
 
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
 CASES = cases(quick=os.environ.get("FASTLOSS_BENCH_FULL") != "1")
-NAMES = ("fastloss[cpu]", "fastloss[cuda]", "fastloss[triton]", "torch eager", "torch linear_cross_entropy", "trl")
+NAMES = (
+    "fastloss[cpu]",
+    "fastloss[cuda]",
+    "fastloss[triton]",
+    "torch eager",
+    "torch linear_cross_entropy",
+    "trl",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)

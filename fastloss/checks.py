@@ -33,7 +33,9 @@ def is_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def number(name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False) -> float:
+def number(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
     """A finite Python number in [low, high] (or (low, high] with ``open_low``)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
@@ -77,7 +79,9 @@ def normalizer_value(normalizer: Any, reduction: str, device: torch.device) -> f
         raise ValueError("normalizer: expected reduction='mean' or 'sum', got reduction='none'")
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
-            raise ShapeError(f"normalizer: expected a number or a 0-d tensor, got shape {list(normalizer.shape)}")
+            raise ShapeError(
+                f"normalizer: expected a number or a 0-d tensor, got shape {list(normalizer.shape)}"
+            )
         return normalizer.detach().reshape(()).to(device)
     return number("normalizer", normalizer, low=0.0)
 

@@ -49,15 +49,21 @@ def info() -> None:
     except ImportError:
         build = None
     print(f"fastloss {fastloss.__version__}   torch {torch.__version__}   python {platform.python_version()}")
-    print(f"threads {torch.get_num_threads()}   cpu capability (torch) {torch.backends.cpu.get_cpu_capability()}")
+    print(
+        f"threads {torch.get_num_threads()}   cpu capability (torch) {torch.backends.cpu.get_cpu_capability()}"
+    )
     for name, state in fastloss.backends().items():
         print(f"  {name:<10} {state}")
     from fastloss.ops import cpu_rows
 
     if cpu_rows.native is not None:
-        print(f"  cpu kernels: {cpu_rows.native.isa()} (compiled: {', '.join(cpu_rows.native.supported_isas())} run here)")
+        print(
+            f"  cpu kernels: {cpu_rows.native.isa()} (compiled: {', '.join(cpu_rows.native.supported_isas())} run here)"
+        )
     if build is not None:
         for name in ("CPU", "CUDA"):
             part = getattr(build, name)
-            print(f"  built {name}: {'yes' if part['built'] else 'no, ' + part['reason']}"
-                  + (f" (sm {part['archs']} + PTX)" if part.get("archs") else ""))
+            print(
+                f"  built {name}: {'yes' if part['built'] else 'no, ' + part['reason']}"
+                + (f" (sm {part['archs']} + PTX)" if part.get("archs") else "")
+            )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss import dispatch, checks, head, reference
+from fastloss import checks, dispatch, head, reference
 from fastloss.checks import ShapeError
 from fastloss.head import Needs
 from fastloss.ops import cross_entropy as ce
@@ -79,8 +79,17 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     probabilities = _check(input, target, weight, ignore_index, reduction)
-    options = _Options(reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, normalizer,
-                       return_stats, input.device)
+    options = _Options(
+        reduction,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        logit_scale,
+        softcap,
+        normalizer,
+        return_stats,
+        input.device,
+    )
     shape = target.shape
     logits = input
     if probabilities:
@@ -95,10 +104,29 @@ def cross_entropy(
 class _Options:
     """The checked options of a call."""
 
-    __slots__ = ("ignore_index", "label_smoothing", "normalizer", "reduction", "return_stats", "scale", "softcap", "z_loss")
+    __slots__ = (
+        "ignore_index",
+        "label_smoothing",
+        "normalizer",
+        "reduction",
+        "return_stats",
+        "scale",
+        "softcap",
+        "z_loss",
+    )
 
-    def __init__(self, reduction: str, ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float,
-                 softcap: float | None, normalizer: Any, return_stats: bool, device: torch.device):
+    def __init__(
+        self,
+        reduction: str,
+        ignore_index: int,
+        label_smoothing: float,
+        z_loss: float,
+        logit_scale: float,
+        softcap: float | None,
+        normalizer: Any,
+        return_stats: bool,
+        device: torch.device,
+    ):
         if reduction not in checks.REDUCTIONS:
             raise ValueError(f"{reduction} is not a valid value for reduction")  # PyTorch's words
         if label_smoothing < 0.0 or label_smoothing > 1.0:
@@ -109,7 +137,9 @@ class _Options:
         self.z_loss = 0.0 if z_loss == 0.0 else checks.number("z_loss", z_loss, low=0.0)
         self.scale = 1.0 if logit_scale == 1.0 else checks.number("logit_scale", logit_scale)
         self.softcap = 0.0 if softcap is None else checks.softcap_value(softcap)
-        self.normalizer = None if normalizer is None else checks.normalizer_value(normalizer, reduction, device)
+        self.normalizer = (
+            None if normalizer is None else checks.normalizer_value(normalizer, reduction, device)
+        )
         self.return_stats = return_stats
 
     def want(self, probabilities: bool) -> tuple[str, ...]:
@@ -127,8 +157,13 @@ class _Options:
 
     def reference(self) -> dict[str, Any]:
         return {
-            "ignore_index": self.ignore_index, "reduction": self.reduction, "label_smoothing": self.label_smoothing,
-            "z_loss": self.z_loss, "scale": self.scale, "softcap": self.softcap or None, "normalizer": self.normalizer,
+            "ignore_index": self.ignore_index,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "scale": self.scale,
+            "softcap": self.softcap or None,
+            "normalizer": self.normalizer,
         }
 
 
@@ -146,14 +181,16 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
     if probabilities:
         if not target.is_floating_point():
             raise ShapeError(
-                f"target: Expected floating point type for target with class probabilities, got {target.dtype}")
+                f"target: Expected floating point type for target with class probabilities, got {target.dtype}"
+            )
         if ignore_index >= 0:
             raise ShapeError("ignore_index: ignore_index is not supported for floating point target")
     else:
         if dim > 1 and (target.dim() < 1 or target.shape[0] != input.shape[0]):
             raise ShapeError(
                 f"target: Expected input batch_size ({input.shape[0]}) to match target batch_size "
-                f"({target.shape[0] if target.dim() else 1})")
+                f"({target.shape[0] if target.dim() else 1})"
+            )
         expected = input.shape[:1] + input.shape[2:] if dim > 1 else input.shape[:0]
         if target.dtype != torch.int64 or target.shape != expected:
             checks.index_target("target", target, tuple(expected), input.device)
@@ -162,7 +199,8 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
         if weight.shape != (vocab,):
             raise ShapeError(
                 f"weight: weight tensor should be defined either for all {vocab} classes or no classes but got weight "
-                f"tensor of shape: {list(weight.shape)}")
+                f"tensor of shape: {list(weight.shape)}"
+            )
         checks.same_device("weight", weight, input.device)
     return probabilities
 
@@ -172,7 +210,9 @@ def _as_rows(input: Tensor, target: Tensor, probabilities: bool) -> tuple[Tensor
     vocab = input.shape[1] if input.dim() > 1 else input.shape[0]
     logits = input.movedim(1, -1).reshape(-1, vocab) if input.dim() > 1 else input.reshape(1, vocab)
     if probabilities:
-        return logits, target.movedim(1, -1).reshape(-1, vocab) if target.dim() > 1 else target.reshape(1, vocab)
+        return logits, target.movedim(1, -1).reshape(-1, vocab) if target.dim() > 1 else target.reshape(
+            1, vocab
+        )
     return logits, target.reshape(-1)
 
 
@@ -185,7 +225,10 @@ def row_weights(
 ) -> tuple[Tensor | None, Tensor | None]:
     """(index target or None, the engine's ``w``) of a call."""
     if not probabilities:
-        return target if target.is_contiguous() else target.contiguous(), None if weight is None else weight.detach().to(acc).contiguous()
+        return (
+            target if target.is_contiguous() else target.contiguous(),
+            None if weight is None else weight.detach().to(acc).contiguous(),
+        )
     w = target.detach().to(acc)
     if label_smoothing:
         w = w * (1 - label_smoothing) + label_smoothing / target.shape[-1]
@@ -211,8 +254,14 @@ def _compiled_backend(backend: str, device: str, dtype: torch.dtype) -> str:
 
 
 def _rows_cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool, options: _Options, inplace: bool,
-    dtype: torch.dtype, backend: str,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probabilities: bool,
+    options: _Options,
+    inplace: bool,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Any:
     rows, vocab = logits.shape
     traced = _is_traced(logits)
@@ -221,7 +270,8 @@ def _rows_cross_entropy(
         adapter = None
     else:
         name, adapter, _ = choice = dispatch.choose(
-            backend, logits, unsupported=_unsupported(logits, target=target, weight=weight))
+            backend, logits, unsupported=_unsupported(logits, target=target, weight=weight)
+        )
         if choice.name != "reference" and vocab == 0:
             raise ShapeError("input: expected at least one class, got 0")
         dispatch.announce("cross_entropy", choice, inplace=inplace)
@@ -234,21 +284,56 @@ def _rows_cross_entropy(
     acc = acc_dtype(logits.dtype)
     index, w = row_weights(target, weight, probabilities, options.label_smoothing, acc)
     smoothing = 0.0 if probabilities else options.label_smoothing
-    factor = ce.loss_factor(index, w if index is not None else None, options.reduction, options.normalizer, rows,
-                            vocab, options.ignore_index, acc, traced)
+    factor = ce.loss_factor(
+        index,
+        w if index is not None else None,
+        options.reduction,
+        options.normalizer,
+        rows,
+        vocab,
+        options.ignore_index,
+        acc,
+        traced,
+    )
     want = options.want(probabilities)
     if traced:
         from fastloss.ops import library
 
         out = library.cross_entropy(
-            logits, index, w, factor.tensor, factor.value, options.reduction, options.ignore_index, smoothing,
-            options.z_loss, options.scale, options.softcap, ",".join(want),
-            torch.is_grad_enabled() and logits.requires_grad and options.reduction != "none", name)
+            logits,
+            index,
+            w,
+            factor.tensor,
+            factor.value,
+            options.reduction,
+            options.ignore_index,
+            smoothing,
+            options.z_loss,
+            options.scale,
+            options.softcap,
+            ",".join(want),
+            torch.is_grad_enabled() and logits.requires_grad and options.reduction != "none",
+            name,
+        )
         loss = out[0].to(dtype)
-        return (loss, from_engine(dict(zip(ce_stats(), (s.detach() for s in out[1:7]), strict=True)), want)) if want else loss
-    call = ce.CrossEntropyCall(adapter, options.reduction, options.ignore_index, smoothing, options.z_loss,
-                               options.scale, options.softcap, inplace, dtype, want,
-                               torch.is_grad_enabled() and logits.requires_grad)
+        return (
+            (loss, from_engine(dict(zip(ce_stats(), (s.detach() for s in out[1:7]), strict=True)), want))
+            if want
+            else loss
+        )
+    call = ce.CrossEntropyCall(
+        adapter,
+        options.reduction,
+        options.ignore_index,
+        smoothing,
+        options.z_loss,
+        options.scale,
+        options.softcap,
+        inplace,
+        dtype,
+        want,
+        torch.is_grad_enabled() and logits.requires_grad,
+    )
     result = ce.CrossEntropy.apply(logits, index, w, call, factor)
     if not want:
         return result
@@ -266,16 +351,33 @@ def _is_traced(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return True
     kind = type(tensor)
-    return kind is not Tensor and kind is not torch.nn.Parameter and isinstance(
-        tensor, (torch._subclasses.fake_tensor.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor))
+    return (
+        kind is not Tensor
+        and kind is not torch.nn.Parameter
+        and isinstance(
+            tensor,
+            (torch._subclasses.fake_tensor.FakeTensor, torch._subclasses.functional_tensor.FunctionalTensor),
+        )
+    )
 
 
-def _reference(function: Any, operands: tuple[Tensor, ...], weight: Tensor | None, probabilities: bool,
-               options: _Options, dtype: torch.dtype, **more: Any) -> Any:
+def _reference(
+    function: Any,
+    operands: tuple[Tensor, ...],
+    weight: Tensor | None,
+    probabilities: bool,
+    options: _Options,
+    dtype: torch.dtype,
+    **more: Any,
+) -> Any:
     """The definition, with the errors and dtypes of the fast paths."""
     target = operands[-1]
-    if not probabilities and not torch.compiler.is_compiling() and dispatch.tracing_reason(*operands) == "" and (
-            target.device.type == "cpu" or dispatch.targets_are_validated()):
+    if (
+        not probabilities
+        and not torch.compiler.is_compiling()
+        and dispatch.tracing_reason(*operands) == ""
+        and (target.device.type == "cpu" or dispatch.targets_are_validated())
+    ):
         vocab = operands[0].shape[-1] if len(operands) == 2 else operands[1].shape[0]
         checks.reject_bad_targets(target, vocab, options.ignore_index)
     loss = function(*operands, weight=weight, **options.reference(), **more).to(dtype)
@@ -285,8 +387,14 @@ def _reference(function: Any, operands: tuple[Tensor, ...], weight: Tensor | Non
     if "bias" in more:
         more = {"bias": more["bias"]}
     with torch.no_grad():
-        stats = stats_of(*operands[:-1], None if probabilities else target, scale=options.scale,
-                         softcap=options.softcap or None, ignore_index=options.ignore_index, **more)
+        stats = stats_of(
+            *operands[:-1],
+            None if probabilities else target,
+            scale=options.scale,
+            softcap=options.softcap or None,
+            ignore_index=options.ignore_index,
+            **more,
+        )
     return loss, TokenStats(**stats)
 
 
@@ -353,10 +461,23 @@ def linear_cross_entropy(
     lead = input.shape[:-1]
     if input.dim() > 2 and target.dtype == torch.int64 and target.shape == lead and linear_weight.dim() == 2:
         result = linear_cross_entropy(
-            input.reshape(-1, input.shape[-1]), linear_weight, target.reshape(-1), linear_bias=linear_bias,
-            weight=weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing,
-            options=options, z_loss=z_loss, logit_scale=logit_scale, softcap=softcap, normalizer=normalizer,
-            chunk_size=chunk_size, return_stats=return_stats, backend=backend)
+            input.reshape(-1, input.shape[-1]),
+            linear_weight,
+            target.reshape(-1),
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            options=options,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            normalizer=normalizer,
+            chunk_size=chunk_size,
+            return_stats=return_stats,
+            backend=backend,
+        )
         return _unflatten(result, lead, reduction, return_stats)
     _check_linear(input, linear_weight, linear_bias)
     vocab = linear_weight.shape[0]
@@ -366,20 +487,35 @@ def linear_cross_entropy(
         raise ShapeError("ignore_index cannot be specified when target contains probabilities")
     if chunk_size is None and options is not None:
         chunk_size = getattr(options, "batch_chunk_size", None)
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
         raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
-    opts = _Options(reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale,
-                    softcap, normalizer, return_stats, input.device)
+    opts = _Options(
+        reduction,
+        -100 if ignore_index is None else ignore_index,
+        label_smoothing,
+        z_loss,
+        logit_scale,
+        softcap,
+        normalizer,
+        return_stats,
+        input.device,
+    )
     logits_shape = torch.empty((), device="meta").expand(*lead, vocab, *places)
     _check_target(logits_shape, target, weight, probabilities, opts.ignore_index, input)
     if places:
         from fastloss.k_dimensional import k_dimensional
 
-        return k_dimensional(input, linear_weight, target, linear_bias, weight, probabilities, opts, chunk_size, backend)
+        return k_dimensional(
+            input, linear_weight, target, linear_bias, weight, probabilities, opts, chunk_size, backend
+        )
     shape = lead
     if input.dim() == 1:
         input, target = input.unsqueeze(0), target.unsqueeze(0)
-    result = _head_cross_entropy(input, linear_weight, target, linear_bias, weight, probabilities, opts, chunk_size, backend)
+    result = _head_cross_entropy(
+        input, linear_weight, target, linear_bias, weight, probabilities, opts, chunk_size, backend
+    )
     return opts.shaped(result, shape)
 
 
@@ -397,34 +533,48 @@ def _check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
     if input.dim() < 1 or input.dim() > 2:
         raise ShapeError(f"input: expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() < 2:
-        raise ShapeError(f"linear_weight: expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+        raise ShapeError(
+            f"linear_weight: expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+        )
     if input.shape[-1] != linear_weight.shape[-1]:
         raise ShapeError(
             "input: expected equal input and linear_weight last dimensions (in_features), got "
-            f"{input.shape[-1]} and {linear_weight.shape[-1]}, respectively")
+            f"{input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
     checks.same_device("linear_weight", linear_weight, input.device)
     if linear_bias is not None:
         checks.is_floating("linear_bias", linear_bias)
         checks.same_device("linear_bias", linear_bias, input.device)
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ShapeError(
-                f"linear_bias: expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}")
+                f"linear_bias: expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+            )
     if input.dim() == 1 and linear_weight.dim() > 2:
         raise ShapeError(
             f"input: K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched "
-            f"input, (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}")
+            f"input, (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
     if not _autocast(input.device.type) and input.dtype != linear_weight.dtype:
         raise checks.ShapeError(
-            f"linear_weight: expected {input.dtype} as input, got {linear_weight.dtype} (autocast would cast them)")
+            f"linear_weight: expected {input.dtype} as input, got {linear_weight.dtype} (autocast would cast them)"
+        )
 
 
-def _check_target(logits: Tensor, target: Tensor, weight: Tensor | None, probabilities: bool, ignore_index: int,
-                  input: Tensor) -> None:
+def _check_target(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    probabilities: bool,
+    ignore_index: int,
+    input: Tensor,
+) -> None:
     checks.same_device("target", target, input.device)
     expected = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else logits.shape[:0]
     if probabilities:
         if not target.is_floating_point():
-            raise ShapeError(f"target: Expected floating point type for target with class probabilities, got {target.dtype}")
+            raise ShapeError(
+                f"target: Expected floating point type for target with class probabilities, got {target.dtype}"
+            )
     else:
         checks.index_target("target", target, tuple(expected), input.device)
     if weight is not None:
@@ -436,56 +586,130 @@ def _check_target(logits: Tensor, target: Tensor, weight: Tensor | None, probabi
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype of the head's GEMMs."""
     device = input.device.type
-    return torch.get_autocast_dtype(device) if _autocast(device) and input.dtype != torch.float64 else input.dtype
+    return (
+        torch.get_autocast_dtype(device)
+        if _autocast(device) and input.dtype != torch.float64
+        else input.dtype
+    )
 
 
 def _head_cross_entropy(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None,
-    probabilities: bool, options: _Options, chunk_size: int | None, backend: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    probabilities: bool,
+    options: _Options,
+    chunk_size: int | None,
+    backend: str,
 ) -> Any:
     rows, vocab = input.shape[0], linear_weight.shape[0]
     autocast = _autocast(input.device.type)
     dtype = compute_dtype(input)
     loss_dtype = torch.float32 if autocast and dtype != torch.float64 else dtype
     grad_on = torch.is_grad_enabled()
-    needs = Needs(grad_on and input.requires_grad, grad_on and linear_weight.requires_grad,
-                  linear_bias is not None and grad_on and linear_bias.requires_grad)
+    needs = Needs(
+        grad_on and input.requires_grad,
+        grad_on and linear_weight.requires_grad,
+        linear_bias is not None and grad_on and linear_bias.requires_grad,
+    )
     traced = _is_traced(input)
     if traced:
         name, adapter = _compiled_backend(backend, input.device.type, dtype), None
     else:
         name, adapter, _ = choice = dispatch.choose(
-            backend, input, unsupported=_unsupported(input, linear_weight, linear_bias, target=target, weight=weight))
+            backend,
+            input,
+            unsupported=_unsupported(input, linear_weight, linear_bias, target=target, weight=weight),
+        )
         chunk = chunk_size or head.default_chunk(rows, vocab, dtype, input.device)
         recompute = options.reduction == "none" and (needs.weight or needs.bias)
         dispatch.announce(
-            "linear_cross_entropy", choice,
-            **({} if name == "reference" else {
-                "gemms": head.gemm_count(needs, recompute), "chunk_rows": min(chunk, rows),
-                "buffer_bytes": head.Head(input, linear_weight, None, dtype, min(chunk, rows)).buffer_bytes}))
+            "linear_cross_entropy",
+            choice,
+            **(
+                {}
+                if name == "reference"
+                else {
+                    "gemms": head.gemm_count(needs, recompute),
+                    "chunk_rows": min(chunk, rows),
+                    "buffer_bytes": head.Head(
+                        input, linear_weight, None, dtype, min(chunk, rows)
+                    ).buffer_bytes,
+                }
+            ),
+        )
     if name == "reference":
-        return _reference(reference.linear_cross_entropy, (input, linear_weight, target), weight, probabilities,
-                          options, loss_dtype, linear_bias=linear_bias)
+        return _reference(
+            reference.linear_cross_entropy,
+            (input, linear_weight, target),
+            weight,
+            probabilities,
+            options,
+            loss_dtype,
+            linear_bias=linear_bias,
+        )
     acc = acc_dtype(dtype)
     index, w = row_weights(target, weight, probabilities, options.label_smoothing, acc)
     smoothing = 0.0 if probabilities else options.label_smoothing
-    factor = ce.loss_factor(index, w if index is not None else None, options.reduction, options.normalizer, rows,
-                            vocab, options.ignore_index, acc, traced)
+    factor = ce.loss_factor(
+        index,
+        w if index is not None else None,
+        options.reduction,
+        options.normalizer,
+        rows,
+        vocab,
+        options.ignore_index,
+        acc,
+        traced,
+    )
     want = options.want(probabilities)
     if traced:
         from fastloss.ops import library
 
         ahead = options.reduction != "none" or not (needs.weight or needs.bias)
         out = library.linear_cross_entropy(
-            input, linear_weight, linear_bias, index, w, factor.tensor, factor.value, options.reduction,
-            options.ignore_index, smoothing, options.z_loss, options.scale, options.softcap, ",".join(want),
-            list(needs) if ahead else [False, False, False], dtype, chunk_size or 0, name)
+            input,
+            linear_weight,
+            linear_bias,
+            index,
+            w,
+            factor.tensor,
+            factor.value,
+            options.reduction,
+            options.ignore_index,
+            smoothing,
+            options.z_loss,
+            options.scale,
+            options.softcap,
+            ",".join(want),
+            list(needs) if ahead else [False, False, False],
+            dtype,
+            chunk_size or 0,
+            name,
+        )
         loss = out[0].to(loss_dtype)
-        return (loss, from_engine(dict(zip(ce_stats(), (s.detach() for s in out[1:7]), strict=True)), want)) if want else loss
-    call = ce.CrossEntropyCall(adapter, options.reduction, options.ignore_index, smoothing, options.z_loss,
-                               options.scale, options.softcap, False, loss_dtype, want)
+        return (
+            (loss, from_engine(dict(zip(ce_stats(), (s.detach() for s in out[1:7]), strict=True)), want))
+            if want
+            else loss
+        )
+    call = ce.CrossEntropyCall(
+        adapter,
+        options.reduction,
+        options.ignore_index,
+        smoothing,
+        options.z_loss,
+        options.scale,
+        options.softcap,
+        False,
+        loss_dtype,
+        want,
+    )
     result = linear.LinearCrossEntropy.apply(
-        input, linear_weight, linear_bias, index, w, call, factor, dtype, min(chunk, max(rows, 1)), needs)
+        input, linear_weight, linear_bias, index, w, call, factor, dtype, min(chunk, max(rows, 1)), needs
+    )
     if not want:
         return result
     return result[0], from_engine(dict(zip(want, result[1:], strict=True)), want)

@@ -112,7 +112,10 @@ def choose(backend: str, tensor: Tensor, *, unsupported: str = "") -> Choice:
     name = backend
     origin = "backend="
     if name == "auto":
-        name, origin = _state.backend or os.environ.get("FASTLOSS_BACKEND", "auto"), "use_backend / FASTLOSS_BACKEND"
+        name, origin = (
+            _state.backend or os.environ.get("FASTLOSS_BACKEND", "auto"),
+            "use_backend / FASTLOSS_BACKEND",
+        )
     if name == "auto":
         return _choose_automatically(tensor, unsupported)
     _check_name(name)
@@ -154,7 +157,7 @@ class _Explaining(threading.local):
     active = False
 
 
-class Explained(Exception):  # noqa: N818 - control flow of explain(), never seen by a caller
+class Explained(Exception):
     """Carries a call's plan out of a public function before it computes anything."""
 
     def __init__(self, plan: dict[str, Any]):

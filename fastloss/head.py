@@ -58,8 +58,11 @@ def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
     read blocks of the weight converted on the way (measured on AVX2: 170 against 1-20 GFLOP/s)."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return False
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else (
-        torch.ops.mkldnn._is_mkldnn_fp16_supported)
+    supported = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else (torch.ops.mkldnn._is_mkldnn_fp16_supported)
+    )
     return not supported()
 
 
@@ -126,7 +129,9 @@ class _UpcastGemms(_Gemms):
     """The same with float32 GEMMs over blocks of the vocabulary, for CPUs without low-precision GEMMs."""
 
     def __init__(self, head: Head, needs: Needs):
-        super().__init__(head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None), Needs(False, False, False))
+        super().__init__(
+            head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None), Needs(False, False, False)
+        )
         vocab, dim = head.weight.shape
         rows = head.hidden.shape[0]
         self.weight = head.weight
@@ -184,22 +189,45 @@ def run(head: Head, needs: Needs, row_function: RowFunction) -> tuple[dict[str, 
                 gemms.gradients(z, start, stop)
         if not parts:  # no rows at all
             parts.append(row_function(gemms.buffer, 0, 0, False))
-        out = {name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
-               for name in parts[0]}
+        out = {
+            name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
+            for name in parts[0]
+        }
         return out, Grads(gemms.d_hidden, gemms.d_weight, gemms.d_bias)
 
 
 def backward(
-    head: Head, needs: Needs, rows: Any, target: Tensor | None, lse: Tensor, k: Coefficients, w: Tensor | None, *,
-    ignore_index: int, scale: float, softcap: float,
+    head: Head,
+    needs: Needs,
+    rows: Any,
+    target: Tensor | None,
+    lse: Tensor,
+    k: Coefficients,
+    w: Tensor | None,
+    *,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
 ) -> Grads:
     """Recomputes the logits: 1 GEMM, plus one for each of d hidden and d weight."""
 
     def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
         part = k.rows(start, stop)
-        rows.row_grad(z, None if target is None else target[start:stop], ignore_index=ignore_index, bias=head.bias,
-                      scale=scale, softcap=softcap, lse=lse[start:stop], a=part.a, b=part.b, c=part.c, d=part.d,
-                      w=w if w is None or w.dim() == 1 else w[start:stop], out=z)
+        rows.row_grad(
+            z,
+            None if target is None else target[start:stop],
+            ignore_index=ignore_index,
+            bias=head.bias,
+            scale=scale,
+            softcap=softcap,
+            lse=lse[start:stop],
+            a=part.a,
+            b=part.b,
+            c=part.c,
+            d=part.d,
+            w=w if w is None or w.dim() == 1 else w[start:stop],
+            out=z,
+        )
         return {}
 
     return run(head, needs, row_function)[1]

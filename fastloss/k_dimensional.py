@@ -11,8 +11,15 @@ from fastloss.token_stats import TokenStats
 
 
 def k_dimensional(
-    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, weight: Tensor | None,
-    probabilities: bool, options: Any, chunk_size: int | None, backend: str,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    probabilities: bool,
+    options: Any,
+    chunk_size: int | None,
+    backend: str,
 ) -> Any:
     """``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities ``[N, C, d1, …]``)."""
     from fastloss.cross_entropy import linear_cross_entropy
@@ -23,16 +30,30 @@ def k_dimensional(
     targets = target.reshape(*target.shape[: 2 if probabilities else 1], -1)
     parts = [
         linear_cross_entropy(
-            input, heads[:, k], targets[..., k], linear_bias=None if biases is None else biases[:, k], weight=weight,
+            input,
+            heads[:, k],
+            targets[..., k],
+            linear_bias=None if biases is None else biases[:, k],
+            weight=weight,
             reduction="none" if options.reduction == "none" else "sum",
-            ignore_index=None if probabilities else options.ignore_index, label_smoothing=options.label_smoothing,
-            z_loss=options.z_loss, logit_scale=options.scale, softcap=options.softcap or None, chunk_size=chunk_size,
-            return_stats=options.return_stats, backend=backend)
+            ignore_index=None if probabilities else options.ignore_index,
+            label_smoothing=options.label_smoothing,
+            z_loss=options.z_loss,
+            logit_scale=options.scale,
+            softcap=options.softcap or None,
+            chunk_size=chunk_size,
+            return_stats=options.return_stats,
+            backend=backend,
+        )
         for k in range(heads.shape[1])
     ]
     losses = [part[0] for part in parts] if options.return_stats else parts
     shape = (input.shape[0], *places)
-    loss = torch.stack(losses, dim=-1).reshape(shape) if options.reduction == "none" else torch.stack(losses).sum()
+    loss = (
+        torch.stack(losses, dim=-1).reshape(shape)
+        if options.reduction == "none"
+        else torch.stack(losses).sum()
+    )
     if options.normalizer is not None:
         loss = loss / options.normalizer
     elif options.reduction == "mean":
@@ -40,11 +61,17 @@ def k_dimensional(
     if not options.return_stats:
         return loss
     stats = [part[1] for part in parts]
-    return loss, TokenStats(*(
-        None if field[0] is None else torch.stack(field, dim=-1).reshape(shape) for field in zip(*stats, strict=True)))
+    return loss, TokenStats(
+        *(
+            None if field[0] is None else torch.stack(field, dim=-1).reshape(shape)
+            for field in zip(*stats, strict=True)
+        )
+    )
 
 
-def _count(target: Tensor, weight: Tensor | None, probabilities: bool, vocab: int, ignore_index: int, places: int) -> Any:
+def _count(
+    target: Tensor, weight: Tensor | None, probabilities: bool, vocab: int, ignore_index: int, places: int
+) -> Any:
     if probabilities:
         return target.shape[0] * places
     kept = target != ignore_index

@@ -19,16 +19,28 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """
 
     def __init__(
-        self, weight: Tensor | None = None, size_average: bool | None = None, ignore_index: int = -100,
-        reduce: bool | None = None, reduction: str = "mean", label_smoothing: float = 0.0, **options: Any,
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        **options: Any,
     ):
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.options = options
 
     def forward(self, input: Tensor, target: Tensor, **options: Any) -> Any:
         return cross_entropy(
-            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction,
-            label_smoothing=self.label_smoothing, **{**self.options, **options})
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            **{**self.options, **options},
+        )
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -48,25 +60,50 @@ class LinearCrossEntropyLoss(nn.Module):
     weight: Tensor | None
 
     def __init__(
-        self, in_features: int, num_classes: int, out_features: tuple[int, ...] = (), *, bias: bool = True,
-        weight: Tensor | None = None, ignore_index: int | None = None, reduction: str = "mean",
-        label_smoothing: float = 0.0, options: Any = None, device: Any = None, dtype: Any = None, **more: Any,
+        self,
+        in_features: int,
+        num_classes: int,
+        out_features: tuple[int, ...] = (),
+        *,
+        bias: bool = True,
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        device: Any = None,
+        dtype: Any = None,
+        **more: Any,
     ):
         super().__init__()
         self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
         shape = (num_classes, *self.out_features)
         bound = in_features**-0.5
-        self.linear_weight = nn.Parameter(torch.empty((*shape, in_features), device=device, dtype=dtype).uniform_(-bound, bound))
-        self.linear_bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound)) if bias else None
+        self.linear_weight = nn.Parameter(
+            torch.empty((*shape, in_features), device=device, dtype=dtype).uniform_(-bound, bound)
+        )
+        self.linear_bias = (
+            nn.Parameter(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
+            if bias
+            else None
+        )
         self.register_buffer("weight", weight)
         self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
         self.options, self.more = options, more
 
     def forward(self, input: Tensor, target: Tensor, **more: Any) -> Any:
         return linear_cross_entropy(
-            input, self.linear_weight, target, linear_bias=self.linear_bias, weight=self.weight,
-            reduction=self.reduction, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
-            options=self.options, **{**self.more, **more})
+            input,
+            self.linear_weight,
+            target,
+            linear_bias=self.linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            **{**self.more, **more},
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.linear_bias is not None}"
@@ -84,12 +121,26 @@ class LinearHead(nn.Linear):
     (torch.Size([3, 5]), torch.Size([]))
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False, device: Any = None, dtype: Any = None,
-                 **options: Any):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        **options: Any,
+    ):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.options = options
 
-    def forward(self, input: Tensor, target: Tensor | None = None, *, stats: tuple[str, ...] | None = None, **options: Any) -> Any:  # type: ignore[override]
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor | None = None,
+        *,
+        stats: tuple[str, ...] | None = None,
+        **options: Any,
+    ) -> Any:  # type: ignore[override]
         """Logits without a target; else the loss, or the ``stats`` asked for as :class:`TokenStats`."""
         if target is None and stats is None:
             return super().forward(input)
@@ -99,5 +150,7 @@ class LinearHead(nn.Linear):
         assert target is not None
         return linear_cross_entropy(input, self.weight, target, linear_bias=self.bias, **options)
 
-    def _stats(self, input: Tensor, target: Tensor | None, stats: tuple[str, ...], options: dict[str, Any]) -> TokenStats:
+    def _stats(
+        self, input: Tensor, target: Tensor | None, stats: tuple[str, ...], options: dict[str, Any]
+    ) -> TokenStats:
         return linear_token_stats(input, self.weight, target, linear_bias=self.bias, outputs=stats, **options)

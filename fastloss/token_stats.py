@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss import dispatch, checks, head, reference
+from fastloss import checks, dispatch, head, reference
 from fastloss.checks import ShapeError
 from fastloss.head import Needs
 from fastloss.ops import linear
 from fastloss.ops import token_stats as ts
-from fastloss.ops.native_rows import STATS, acc_dtype
+from fastloss.ops.native_rows import STATS
 
 NO_TARGET = ("entropy", "logsumexp", "log_sum_sq_probs", "mean_logits")
 _ENGINE = {"logprobs": "logprob", "mean_logits": "mean_logit"}
@@ -87,7 +87,9 @@ def token_stats(
     if traced:
         name, adapter = _compiled_name(backend, logits.device.type, logits.dtype), None
     else:
-        name, adapter, _ = choice = dispatch.choose(backend, logits, unsupported=dispatch.tracing_reason(logits, target))
+        name, adapter, _ = choice = dispatch.choose(
+            backend, logits, unsupported=dispatch.tracing_reason(logits, target)
+        )
         dispatch.announce("token_stats", choice, inplace=inplace)
         _check_targets(flat, vocab, ignore_index)
     if name == "reference":
@@ -144,7 +146,8 @@ def linear_token_stats(
     checks.is_floating("linear_weight", linear_weight)
     if input.dim() < 1 or linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
         raise ShapeError(
-            f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}")
+            f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}"
+        )
     from fastloss.cross_entropy import _check_linear, compute_dtype
 
     lead, vocab = input.shape[:-1], linear_weight.shape[0]
@@ -153,7 +156,9 @@ def linear_token_stats(
     want = _check_outputs(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
-    if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1):
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
         raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
     scale = _scale(temperature, logit_scale)
     cap = checks.softcap_value(softcap)
@@ -164,35 +169,73 @@ def linear_token_stats(
         name, adapter = _compiled_name(backend, input.device.type, dtype), None
     else:
         name, adapter, _ = choice = dispatch.choose(
-            backend, input, unsupported=dispatch.tracing_reason(input, linear_weight, linear_bias, target))
-        chunk = min(chunk_size or head.default_chunk(hidden.shape[0], vocab, dtype, input.device), max(hidden.shape[0], 1))
+            backend, input, unsupported=dispatch.tracing_reason(input, linear_weight, linear_bias, target)
+        )
+        chunk = min(
+            chunk_size or head.default_chunk(hidden.shape[0], vocab, dtype, input.device),
+            max(hidden.shape[0], 1),
+        )
         on = torch.is_grad_enabled()
-        needs = Needs(on and input.requires_grad, on and linear_weight.requires_grad,
-                      linear_bias is not None and on and linear_bias.requires_grad)
+        needs = Needs(
+            on and input.requires_grad,
+            on and linear_weight.requires_grad,
+            linear_bias is not None and on and linear_bias.requires_grad,
+        )
         ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
         dispatch.announce(
-            "linear_token_stats", choice, **({} if name == "reference" else {
-                "gemms": head.gemm_count(needs, bool(needs) and not ahead), "chunk_rows": chunk,
-                "buffer_bytes": head.Head(hidden, linear_weight, None, dtype, chunk).buffer_bytes}))
+            "linear_token_stats",
+            choice,
+            **(
+                {}
+                if name == "reference"
+                else {
+                    "gemms": head.gemm_count(needs, bool(needs) and not ahead),
+                    "chunk_rows": chunk,
+                    "buffer_bytes": head.Head(hidden, linear_weight, None, dtype, chunk).buffer_bytes,
+                }
+            ),
+        )
         _check_targets(flat, vocab, ignore_index)
     if name == "reference":
-        out = reference.linear_token_stats(hidden, linear_weight, flat, linear_bias=linear_bias, scale=scale,
-                                           softcap=cap or None, ignore_index=ignore_index)
+        out = reference.linear_token_stats(
+            hidden,
+            linear_weight,
+            flat,
+            linear_bias=linear_bias,
+            scale=scale,
+            softcap=cap or None,
+            ignore_index=ignore_index,
+        )
         return _select(out, outputs, lead)
     if traced:
         from fastloss.ops import library
 
-        values = library.linear_token_stats(hidden, linear_weight, linear_bias, flat, ignore_index, scale, cap,
-                                            ",".join(want), dtype, chunk_size or 0, name)
+        values = library.linear_token_stats(
+            hidden,
+            linear_weight,
+            linear_bias,
+            flat,
+            ignore_index,
+            scale,
+            cap,
+            ",".join(want),
+            dtype,
+            chunk_size or 0,
+            name,
+        )
         stats = from_engine(dict(zip(STATS, values, strict=True)), want)
     else:
         call = ts.StatsCall(adapter, ignore_index, scale, cap, False, want)
-        result = linear.LinearTokenStats.apply(hidden, linear_weight, linear_bias, flat, call, dtype, chunk, needs)
+        result = linear.LinearTokenStats.apply(
+            hidden, linear_weight, linear_bias, flat, call, dtype, chunk, needs
+        )
         stats = from_engine(dict(zip(want, result, strict=True)), want)
     return TokenStats(*(None if s is None else s.reshape(lead) for s in stats))
 
 
-def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0, *, backend: str = "auto") -> Tensor:
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, *, backend: str = "auto"
+) -> Tensor:
     """``log_softmax(logits / temperature)`` gathered at ``index``: TRL's name and meaning, without the softmax.
 
     Args:
@@ -212,7 +255,9 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
         checks.index_target("index", index, tuple(index.shape), logits.device)
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.reject_bad_targets(index, logits.shape[-1], 0)
-        lse = token_stats(logits, None, temperature=temperature, outputs=("logsumexp",), backend=backend).logsumexp
+        lse = token_stats(
+            logits, None, temperature=temperature, outputs=("logsumexp",), backend=backend
+        ).logsumexp
         assert lse is not None
         return logits.gather(-1, index).to(lse.dtype) * scale - lse.unsqueeze(-1)
     # No index is ignored here: one below every class can be none of them.
@@ -244,7 +289,9 @@ def _check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str
 
 
 def _scale(temperature: float, logit_scale: float) -> float:
-    return checks.number("logit_scale", logit_scale) / checks.number("temperature", temperature, low=0.0, open_low=True)
+    return checks.number("logit_scale", logit_scale) / checks.number(
+        "temperature", temperature, low=0.0, open_low=True
+    )
 
 
 def _check_targets(target: Tensor | None, vocab: int, ignore_index: int) -> None:

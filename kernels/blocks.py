@@ -21,7 +21,9 @@ def tanh(y):
 
 
 @triton.jit
-def load_logits(row_ptr, bias_ptr, v, mask, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def load_logits(
+    row_ptr, bias_ptr, v, mask, softcap, scale, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
     """(z, slope): the logits that a loss sees, -inf outside the vocabulary, and dz/dx."""
     x = tl.load(row_ptr + v, mask=mask, other=0.0).to(tl.float32)
     if HAS_BIAS:

@@ -10,7 +10,6 @@ formulas; names here are those of that page.
 
 import triton
 import triton.language as tl
-
 from triton import knobs
 
 # The interpreter truncates to bfloat16 where GPUs round to nearest even: there, and only there, round by hand.
@@ -115,7 +114,10 @@ def write_stats(
     if logsumexp_ptr is not None:
         tl.store(logsumexp_ptr + row, tl.where(ignored, 0.0, base + log_s))
     if logprob_ptr is not None:
-        tl.store(logprob_ptr + row, tl.where(ignored, 0.0, tl.where(has_target, (z_t - base) - log_s, float("nan"))))
+        tl.store(
+            logprob_ptr + row,
+            tl.where(ignored, 0.0, tl.where(has_target, (z_t - base) - log_s, float("nan"))),
+        )
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, tl.where(ignored, 0.0, log_s - sz / s))
     if log_sum_sq_probs_ptr is not None:
@@ -123,7 +125,9 @@ def write_stats(
     if mean_logit_ptr is not None:
         tl.store(mean_logit_ptr + row, tl.where(ignored, 0.0, z_sum / vocab))
     if is_top1_ptr is not None:
-        tl.store(is_top1_ptr + row, (has_target & (z_t >= m) & (s == s)).to(tl.uint8))  # s == s: no NaN in the row
+        tl.store(
+            is_top1_ptr + row, (has_target & (z_t >= m) & (s == s)).to(tl.uint8)
+        )  # s == s: no NaN in the row
 
 
 @triton.jit

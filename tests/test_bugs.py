@@ -33,19 +33,28 @@ def _same_gradient(ours, theirs, x, upstream=None, **tolerance):
 
 def test_upstream_gradient_is_not_1(backend: str) -> None:
     x, t = _logits()
-    _same_gradient(lambda v: fastloss.cross_entropy(v, t, backend=backend) * 1024.0,
-                   lambda v: F.cross_entropy(v, t) * 1024.0, x)
+    _same_gradient(
+        lambda v: fastloss.cross_entropy(v, t, backend=backend) * 1024.0,
+        lambda v: F.cross_entropy(v, t) * 1024.0,
+        x,
+    )
     expanded = torch.tensor(0.37, device=DEVICE).expand(5)
-    _same_gradient(lambda v: fastloss.cross_entropy(v, t, reduction="none", backend=backend),
-                   lambda v: F.cross_entropy(v, t, reduction="none"), x, expanded)
+    _same_gradient(
+        lambda v: fastloss.cross_entropy(v, t, reduction="none", backend=backend),
+        lambda v: F.cross_entropy(v, t, reduction="none"),
+        x,
+        expanded,
+    )
 
 
 def test_backward_twice_with_retain_graph(backend: str) -> None:
     x, t = _logits()
     w = torch.randn(37, 8, device=DEVICE, requires_grad=True)
     h = torch.randn(5, 8, device=DEVICE, requires_grad=True)
-    for loss, leaf in ((fastloss.cross_entropy(x, t, backend=backend) * 3, x),
-                       (fastloss.linear_cross_entropy(h, w, t, backend=backend) * 3, h)):
+    for loss, leaf in (
+        (fastloss.cross_entropy(x, t, backend=backend) * 3, x),
+        (fastloss.linear_cross_entropy(h, w, t, backend=backend) * 3, h),
+    ):
         first = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
         second = torch.autograd.grad(loss, leaf, retain_graph=True)[0].clone()
         third = torch.autograd.grad(loss, leaf)[0]
@@ -101,8 +110,12 @@ def test_mean_counts_what_is_not_ignored(backend: str) -> None:
     t[1:] = -100
     torch.testing.assert_close(fastloss.cross_entropy(x, t, backend=backend), F.cross_entropy(x, t))
     x, t = _logits(3000, 2, torch.float16)  # a count that float16 holds only roughly
-    torch.testing.assert_close(fastloss.cross_entropy(x, t, backend=backend).double(),
-                               F.cross_entropy(x.double(), t), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        fastloss.cross_entropy(x, t, backend=backend).double(),
+        F.cross_entropy(x.double(), t),
+        rtol=1e-3,
+        atol=0,
+    )
 
 
 def test_all_tokens_ignored(backend: str) -> None:
@@ -111,17 +124,31 @@ def test_all_tokens_ignored(backend: str) -> None:
     assert math.isnan(fastloss.cross_entropy(x, t, backend=backend).item())
     assert fastloss.cross_entropy(x, t, reduction="sum", backend=backend).item() == 0
     for reduction in ("mean", "sum"):
-        assert _grad(lambda v, r=reduction: fastloss.cross_entropy(v, t, reduction=r, backend=backend), x).abs().max() == 0
+        assert (
+            _grad(lambda v, r=reduction: fastloss.cross_entropy(v, t, reduction=r, backend=backend), x)
+            .abs()
+            .max()
+            == 0
+        )
 
 
 @pytest.mark.parametrize("ignore_index", [0, 36, -1, -100])
 def test_ignore_index_of_any_sign(backend: str, ignore_index: int) -> None:
     x, t = _logits()
     t[0], t[3] = ignore_index, ignore_index
-    options = {"weight": torch.rand(37, device=DEVICE) + 0.1, "label_smoothing": 0.1, "ignore_index": ignore_index}
-    torch.testing.assert_close(fastloss.cross_entropy(x, t, backend=backend, **options), F.cross_entropy(x, t, **options))
-    _same_gradient(lambda v: fastloss.cross_entropy(v, t, backend=backend, **options),
-                   lambda v: F.cross_entropy(v, t, **options), x)
+    options = {
+        "weight": torch.rand(37, device=DEVICE) + 0.1,
+        "label_smoothing": 0.1,
+        "ignore_index": ignore_index,
+    }
+    torch.testing.assert_close(
+        fastloss.cross_entropy(x, t, backend=backend, **options), F.cross_entropy(x, t, **options)
+    )
+    _same_gradient(
+        lambda v: fastloss.cross_entropy(v, t, backend=backend, **options),
+        lambda v: F.cross_entropy(v, t, **options),
+        x,
+    )
 
 
 def test_z_loss_has_the_mean_s_count_and_a_gradient(backend: str) -> None:
@@ -160,26 +187,39 @@ def test_tied_and_frozen_and_bias() -> None:
     target = torch.tensor([1, 2, 3])
     tokens = torch.tensor([4, 5, 6])
     run = lambda f: torch.autograd.grad(f(table[tokens], table, target), table)[0]  # noqa: E731
-    torch.testing.assert_close(run(fastloss.linear_cross_entropy), run(lambda h, w, t: F.cross_entropy(h @ w.t(), t)))
+    torch.testing.assert_close(
+        run(fastloss.linear_cross_entropy), run(lambda h, w, t: F.cross_entropy(h @ w.t(), t))
+    )
     h = torch.randn(3, 6, requires_grad=True)
     frozen = torch.randn(11, 6)
     fastloss.linear_cross_entropy(h, frozen, target).backward()
     assert frozen.grad is None and h.grad is not None
     bias = torch.zeros(11, requires_grad=True)
     fastloss.linear_cross_entropy(h.detach(), frozen, target, linear_bias=bias).backward()
-    torch.testing.assert_close(bias.grad, _grad(lambda b: F.cross_entropy(h.detach() @ frozen.t() + b, target), bias))
+    torch.testing.assert_close(
+        bias.grad, _grad(lambda b: F.cross_entropy(h.detach() @ frozen.t() + b, target), bias)
+    )
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 3, 31, 33, 1025])
 def test_vocabulary_tail_is_masked(backend: str, vocab: int) -> None:
-    x = (torch.rand(3, vocab, device=DEVICE) - 50).requires_grad_()  # all negative: a masked 0 would be the maximum
+    x = (
+        torch.rand(3, vocab, device=DEVICE) - 50
+    ).requires_grad_()  # all negative: a masked 0 would be the maximum
     t = torch.tensor([0, vocab - 1, vocab // 2], device=DEVICE)
-    ours = fastloss.token_stats(x, t, outputs=("logprobs", "mean_logits", "is_top1", "entropy"), backend=backend)
-    torch.testing.assert_close(ours.logprobs, x.log_softmax(-1).gather(1, t[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    ours = fastloss.token_stats(
+        x, t, outputs=("logprobs", "mean_logits", "is_top1", "entropy"), backend=backend
+    )
+    torch.testing.assert_close(
+        ours.logprobs, x.log_softmax(-1).gather(1, t[:, None])[:, 0], rtol=1e-5, atol=1e-5
+    )
     torch.testing.assert_close(ours.mean_logits, x.mean(-1))
     assert torch.equal(ours.is_top1, x.argmax(-1) == t)
-    _same_gradient(lambda v: fastloss.cross_entropy(v, t, label_smoothing=0.3, backend=backend),
-                   lambda v: F.cross_entropy(v, t, label_smoothing=0.3), x)
+    _same_gradient(
+        lambda v: fastloss.cross_entropy(v, t, label_smoothing=0.3, backend=backend),
+        lambda v: F.cross_entropy(v, t, label_smoothing=0.3),
+        x,
+    )
 
 
 def test_minus_infinity_logits(backend: str) -> None:
@@ -218,18 +258,35 @@ def test_strides(backend: str) -> None:
     base = torch.randn(2, 6, 9, device=DEVICE, requires_grad=True)
     t = torch.randint(0, 9, (2, 5), device=DEVICE)
     for view in (lambda b: b[..., :-1, :], lambda b: b[:, 1:, :]):
-        _same_gradient(lambda b, v=view: fastloss.cross_entropy(v(b).reshape(-1, 9), t.reshape(-1), backend=backend),
-                       lambda b, v=view: F.cross_entropy(v(b).reshape(-1, 9), t.reshape(-1)), base)
-        _same_gradient(lambda b, v=view: fastloss.cross_entropy(v(b).transpose(1, 2), t, backend=backend),
-                       lambda b, v=view: F.cross_entropy(v(b).transpose(1, 2), t), base)
+        _same_gradient(
+            lambda b, v=view: fastloss.cross_entropy(v(b).reshape(-1, 9), t.reshape(-1), backend=backend),
+            lambda b, v=view: F.cross_entropy(v(b).reshape(-1, 9), t.reshape(-1)),
+            base,
+        )
+        _same_gradient(
+            lambda b, v=view: fastloss.cross_entropy(v(b).transpose(1, 2), t, backend=backend),
+            lambda b, v=view: F.cross_entropy(v(b).transpose(1, 2), t),
+            base,
+        )
     wide = torch.randn(5, 40, device=DEVICE, requires_grad=True)
     t = torch.randint(0, 37, (5,), device=DEVICE)
-    _same_gradient(lambda b: fastloss.cross_entropy(b[:, 3:], t, backend=backend), lambda b: F.cross_entropy(b[:, 3:], t), wide)
+    _same_gradient(
+        lambda b: fastloss.cross_entropy(b[:, 3:], t, backend=backend),
+        lambda b: F.cross_entropy(b[:, 3:], t),
+        wide,
+    )
     row = torch.randn(1, 37, device=DEVICE, requires_grad=True)
-    _same_gradient(lambda b: fastloss.cross_entropy(b.expand(5, 37), t, backend=backend),
-                   lambda b: F.cross_entropy(b.expand(5, 37), t), row)
+    _same_gradient(
+        lambda b: fastloss.cross_entropy(b.expand(5, 37), t, backend=backend),
+        lambda b: F.cross_entropy(b.expand(5, 37), t),
+        row,
+    )
     transposed = torch.randn(37, 5, device=DEVICE, requires_grad=True)
-    _same_gradient(lambda b: fastloss.cross_entropy(b.t(), t, backend=backend), lambda b: F.cross_entropy(b.t(), t), transposed)
+    _same_gradient(
+        lambda b: fastloss.cross_entropy(b.t(), t, backend=backend),
+        lambda b: F.cross_entropy(b.t(), t),
+        transposed,
+    )
 
 
 def test_targets_of_the_wrong_kind() -> None:
@@ -248,9 +305,11 @@ def test_out_of_range_target(backend: str, value: int) -> None:
     x, t = _logits()
     t[2] = value
     if DEVICE == "cpu":
-        for call in (lambda: fastloss.cross_entropy(x, t, backend=backend),
-                     lambda: fastloss.token_stats(x, t, backend=backend),
-                     lambda: fastloss.linear_cross_entropy(torch.zeros(5, 3), torch.zeros(37, 3), t, backend=backend)):
+        for call in (
+            lambda: fastloss.cross_entropy(x, t, backend=backend),
+            lambda: fastloss.token_stats(x, t, backend=backend),
+            lambda: fastloss.linear_cross_entropy(torch.zeros(5, 3), torch.zeros(37, 3), t, backend=backend),
+        ):
             with pytest.raises(IndexError, match=rf"Target {value} is out of bounds at position \[2\]"):
                 call()
         return
@@ -272,7 +331,9 @@ def test_float16_does_not_overflow_or_underflow(backend: str) -> None:
     torch.testing.assert_close(ours.double(), exact, rtol=2e-3, atol=1e-6)
     big = torch.full((2, 9), 60000.0, dtype=torch.float16, device=DEVICE)
     out = fastloss.cross_entropy(big, torch.tensor([0, 1], device=DEVICE), reduction="none", backend=backend)
-    torch.testing.assert_close(out.double(), torch.full((2,), math.log(9), dtype=torch.float64, device=DEVICE), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        out.double(), torch.full((2,), math.log(9), dtype=torch.float64, device=DEVICE), rtol=1e-3, atol=0
+    )
 
 
 def test_statistics_of_bfloat16_are_float32(backend: str) -> None:
@@ -280,12 +341,17 @@ def test_statistics_of_bfloat16_are_float32(backend: str) -> None:
     stats = fastloss.token_stats(x, t, temperature=0.7, outputs=("logprobs", "entropy"), backend=backend)
     exact = (x.double() / 0.7).log_softmax(-1)
     assert stats.logprobs.dtype == torch.float32
-    torch.testing.assert_close(stats.logprobs.double(), exact.gather(1, t[:, None])[:, 0], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(
+        stats.logprobs.double(), exact.gather(1, t[:, None])[:, 0], rtol=2e-6, atol=2e-6
+    )
     torch.testing.assert_close(stats.entropy.double(), -(exact.exp() * exact).sum(-1), rtol=2e-6, atol=2e-6)
 
 
 def test_old_logprobs_give_a_ratio_of_exactly_1(backend: str) -> None:
-    hidden, weight = torch.randn(7, 8, device=DEVICE, requires_grad=True), torch.randn(37, 8, device=DEVICE, requires_grad=True)
+    hidden, weight = (
+        torch.randn(7, 8, device=DEVICE, requires_grad=True),
+        torch.randn(37, 8, device=DEVICE, requires_grad=True),
+    )
     t = torch.randint(0, 37, (7,), device=DEVICE)
     new = fastloss.linear_token_stats(hidden, weight, t, backend=backend).logprobs
     with torch.no_grad():
@@ -306,11 +372,21 @@ def test_empty_batch(backend: str) -> None:
     assert loss.item() == 0 and (w.grad == 0).all()
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("z_loss", -1.0), ("z_loss", math.nan), ("label_smoothing", 1.5), ("softcap", 0.0), ("softcap", -3.0),
-    ("logit_scale", math.inf), ("reduction", "avg"), ("backend", "cuda13"), ("normalizer", -1.0),
-    ("weight", torch.ones(3)),
-])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("z_loss", -1.0),
+        ("z_loss", math.nan),
+        ("label_smoothing", 1.5),
+        ("softcap", 0.0),
+        ("softcap", -3.0),
+        ("logit_scale", math.inf),
+        ("reduction", "avg"),
+        ("backend", "cuda13"),
+        ("normalizer", -1.0),
+        ("weight", torch.ones(3)),
+    ],
+)
 def test_wrong_options_are_named(name: str, value) -> None:
     x, t = _logits()
     before = x.detach().clone()
@@ -336,7 +412,10 @@ def test_normalizer_of_every_kind(backend: str) -> None:  # the Trainer's num_it
         for reduction in ("mean", "sum"):
             loss = fastloss.cross_entropy(x, t, normalizer=normalizer, reduction=reduction, backend=backend)
             torch.testing.assert_close(loss, expected)
-    halves = sum(fastloss.cross_entropy(a, b, normalizer=5, backend=backend) for a, b in ((x[:2], t[:2]), (x[2:], t[2:])))
+    halves = sum(
+        fastloss.cross_entropy(a, b, normalizer=5, backend=backend)
+        for a, b in ((x[:2], t[:2]), (x[2:], t[2:]))
+    )
     torch.testing.assert_close(halves, F.cross_entropy(x, t))
 
 
@@ -344,7 +423,10 @@ def test_more_than_2_to_the_31_elements() -> None:
     """Row offsets past 2³¹ elements: an expanded row stride reaches them without the memory."""
     if DEVICE != "cpu":
         pytest.skip("the address trick below needs pages that are mapped lazily")
-    vocab, rows = 70_000, 31_000  # 2.17e9 elements of bfloat16, 4.3 GB of address space, touched in three rows only
+    vocab, rows = (
+        70_000,
+        31_000,
+    )  # 2.17e9 elements of bfloat16, 4.3 GB of address space, touched in three rows only
     x = torch.empty(rows, vocab, dtype=torch.bfloat16)
     t = torch.full((rows,), -100)
     for i in (0, rows // 2, rows - 1):

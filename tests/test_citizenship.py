@@ -29,8 +29,13 @@ def _grads(loss: torch.Tensor, *leaves: torch.Tensor):
 
 
 CASES = [
-    {}, {"reduction": "sum", "z_loss": 0.01}, {"reduction": "none"}, {"label_smoothing": 0.1, "softcap": 5.0},
-    {"weight": torch.rand(40) + 0.5, "label_smoothing": 0.2}, {"normalizer": torch.tensor(5.0)}, {"return_stats": True},
+    {},
+    {"reduction": "sum", "z_loss": 0.01},
+    {"reduction": "none"},
+    {"label_smoothing": 0.1, "softcap": 5.0},
+    {"weight": torch.rand(40) + 0.5, "label_smoothing": 0.2},
+    {"normalizer": torch.tensor(5.0)},
+    {"return_stats": True},
 ]
 
 
@@ -93,37 +98,79 @@ def test_opcheck(reduction: str) -> None:
     hidden, weight, bias, target = _problem()
     logits = (hidden @ weight.t()).detach().requires_grad_()
     with_grad = reduction == "mean"
-    torch.library.opcheck(library.cross_entropy, (logits, target, None, None, 0.1, reduction, -100, 0.1, 0.01, 1.0, 5.0,
-                                                  STATS, with_grad, "cpu"))
+    torch.library.opcheck(
+        library.cross_entropy,
+        (logits, target, None, None, 0.1, reduction, -100, 0.1, 0.01, 1.0, 5.0, STATS, with_grad, "cpu"),
+    )
     needs = [with_grad] * 3
-    torch.library.opcheck(library.linear_cross_entropy, (
-        hidden, weight, bias, target, None, None, 0.1, reduction, -100, 0.1, 0.01, 1.0, 5.0, STATS, needs,
-        torch.float32, 3, "cpu"))
+    torch.library.opcheck(
+        library.linear_cross_entropy,
+        (
+            hidden,
+            weight,
+            bias,
+            target,
+            None,
+            None,
+            0.1,
+            reduction,
+            -100,
+            0.1,
+            0.01,
+            1.0,
+            5.0,
+            STATS,
+            needs,
+            torch.float32,
+            3,
+            "cpu",
+        ),
+    )
     torch.library.opcheck(library.token_stats, (logits, target, -100, 1.0, 0.0, STATS, "cpu"))
-    torch.library.opcheck(library.linear_token_stats, (hidden, weight, bias, target, -100, 1.0, 0.0, STATS, torch.float32,
-                                                       0, "cpu"))
+    torch.library.opcheck(
+        library.linear_token_stats,
+        (hidden, weight, bias, target, -100, 1.0, 0.0, STATS, torch.float32, 0, "cpu"),
+    )
     lse = logits.detach().logsumexp(-1)
-    torch.library.opcheck(library.row_grad, (logits.detach(), target, lse, lse, lse, None, None, None, -100, 1.0, 0.0, "cpu"))
+    torch.library.opcheck(
+        library.row_grad, (logits.detach(), target, lse, lse, lse, None, None, None, -100, 1.0, 0.0, "cpu")
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_gradcheck(backend: str) -> None:
     hidden, weight, bias, target = _problem(5, 3, 7, torch.float64)
     target.clamp_(max=6)
-    options = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 4.0, "logit_scale": 0.5, "weight": torch.rand(7).double()}
+    options = {
+        "label_smoothing": 0.1,
+        "z_loss": 0.1,
+        "softcap": 4.0,
+        "logit_scale": 0.5,
+        "weight": torch.rand(7).double(),
+    }
     logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
     for reduction in ("mean", "sum", "none"):
         assert torch.autograd.gradcheck(
-            lambda x, r=reduction: fastloss.cross_entropy(x, target, reduction=r, backend=backend, **options), logits)
+            lambda x, r=reduction: fastloss.cross_entropy(x, target, reduction=r, backend=backend, **options),
+            logits,
+        )
         assert torch.autograd.gradcheck(
             lambda h, w, b, r=reduction: fastloss.linear_cross_entropy(
-                h, w, target, linear_bias=b, reduction=r, chunk_size=2, backend=backend, **options), (hidden, weight, bias))
+                h, w, target, linear_bias=b, reduction=r, chunk_size=2, backend=backend, **options
+            ),
+            (hidden, weight, bias),
+        )
     outputs = ("logprobs", "entropy", "logsumexp")
     assert torch.autograd.gradcheck(
-        lambda x: fastloss.token_stats(x, target, outputs=outputs, temperature=0.7, backend=backend)[:3], logits)
+        lambda x: fastloss.token_stats(x, target, outputs=outputs, temperature=0.7, backend=backend)[:3],
+        logits,
+    )
     assert torch.autograd.gradcheck(
-        lambda h, w, b: fastloss.linear_token_stats(h, w, target, linear_bias=b, outputs=outputs, backend=backend)[:3],
-        (hidden, weight, bias))
+        lambda h, w, b: fastloss.linear_token_stats(
+            h, w, target, linear_bias=b, outputs=outputs, backend=backend
+        )[:3],
+        (hidden, weight, bias),
+    )
 
 
 def test_double_backward_is_right_or_an_error() -> None:  # bugs: silent zeros
@@ -135,7 +182,9 @@ def test_double_backward_is_right_or_an_error() -> None:  # bugs: silent zeros
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
     hidden, weight, _, target = _problem()
-    (grad,) = torch.autograd.grad(fastloss.linear_cross_entropy(hidden, weight, target), hidden, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        fastloss.linear_cross_entropy(hidden, weight, target), hidden, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="double backward"):
         grad.sum().backward()
 
@@ -145,7 +194,9 @@ def test_torch_func() -> None:
     got = torch.func.grad(lambda v: fastloss.cross_entropy(v, target))(x)
     torch.testing.assert_close(got, torch.func.grad(lambda v: F.cross_entropy(v, target))(x))
     jac = torch.func.jacfwd(lambda v: fastloss.cross_entropy(v, target, reduction="none"))(x)
-    torch.testing.assert_close(jac, torch.func.jacfwd(lambda v: F.cross_entropy(v, target, reduction="none"))(x))
+    torch.testing.assert_close(
+        jac, torch.func.jacfwd(lambda v: F.cross_entropy(v, target, reduction="none"))(x)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -157,8 +208,12 @@ def test_autocast_follows_the_leaf(dtype: torch.dtype) -> None:
         expected = F.cross_entropy(F.linear(low, weight, bias), target)
     assert loss.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=2e-2)
-    for got, want, leaf in zip(_grads(loss, hidden, weight, bias), _grads(expected, hidden, weight, bias),
-                               (hidden, weight, bias), strict=True):
+    for got, want, leaf in zip(
+        _grads(loss, hidden, weight, bias),
+        _grads(expected, hidden, weight, bias),
+        (hidden, weight, bias),
+        strict=True,
+    ):
         assert got.dtype == leaf.dtype
         torch.testing.assert_close(got, want, rtol=5e-2, atol=5e-2)
     with pytest.raises(RuntimeError, match="linear_weight"):
@@ -168,8 +223,9 @@ def test_autocast_follows_the_leaf(dtype: torch.dtype) -> None:
 def test_checkpoint() -> None:
     hidden, weight, _, target = _problem()
     f = lambda h: fastloss.linear_cross_entropy(h, weight, target)  # noqa: E731
-    torch.testing.assert_close(_grads(checkpoint(f, hidden, use_reentrant=False), hidden, weight),
-                               _grads(f(hidden), hidden, weight))
+    torch.testing.assert_close(
+        _grads(checkpoint(f, hidden, use_reentrant=False), hidden, weight), _grads(f(hidden), hidden, weight)
+    )
 
 
 @pytest.mark.parametrize(("frozen", "grad", "gemms"), [(False, True, 3), (True, True, 2), (False, False, 1)])
@@ -201,7 +257,9 @@ def test_explain_counts_the_gemms() -> None:
     with torch.no_grad():
         assert count(fastloss.linear_token_stats, hidden, weight, target) == 1
         assert count(fastloss.linear_cross_entropy, hidden, weight, target) == 1
-    plan = fastloss.explain(fastloss.cross_entropy, hidden, torch.zeros(8, dtype=torch.int64), backend="reference")
+    plan = fastloss.explain(
+        fastloss.cross_entropy, hidden, torch.zeros(8, dtype=torch.int64), backend="reference"
+    )
     assert plan["backend"] == "reference" and "backend=" in plan["reason"]
 
 

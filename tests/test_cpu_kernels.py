@@ -55,12 +55,25 @@ def ptr(tensor):
 
 def head(x, target, ignore_index=-100, bias=None, scale=1.0, softcap=0.0):
     rows, vocab = x.shape
-    return (x.data_ptr(), CODES[x.dtype], rows, vocab, x.stride(0), ptr(target), ignore_index, ptr(bias), scale, softcap)
+    return (
+        x.data_ptr(),
+        CODES[x.dtype],
+        rows,
+        vocab,
+        x.stride(0),
+        ptr(target),
+        ignore_index,
+        ptr(bias),
+        scale,
+        softcap,
+    )
 
 
 def new_stats(x, want=STATS):
     return {
-        k: torch.full((x.shape[0],), 77, dtype=torch.uint8 if k == "is_top1" else acc(x.dtype)) if k in want else None
+        k: torch.full((x.shape[0],), 77, dtype=torch.uint8 if k == "is_top1" else acc(x.dtype))
+        if k in want
+        else None
         for k in STATS
     }
 
@@ -71,12 +84,24 @@ def stats(x, target, want=STATS, threads=1, **opt):
     return out
 
 
-def cross_entropy(x, target, grad=None, w=None, eps=0.0, zeta=0.0, gs=1.0, gs_tensor=None, want=STATS, threads=1, **opt):
+def cross_entropy(
+    x, target, grad=None, w=None, eps=0.0, zeta=0.0, gs=1.0, gs_tensor=None, want=STATS, threads=1, **opt
+):
     out = new_stats(x, want)
     loss = torch.full((x.shape[0],), 77, dtype=acc(x.dtype))
     cpu.row_cross_entropy(
-        *head(x, target, **opt), ptr(w), w.stride(0) if w is not None and w.dim() == 2 else 0, eps, zeta, gs,
-        ptr(gs_tensor), ptr(grad), 0 if grad is None else grad.stride(0), loss.data_ptr(), *map(ptr, out.values()), threads,
+        *head(x, target, **opt),
+        ptr(w),
+        w.stride(0) if w is not None and w.dim() == 2 else 0,
+        eps,
+        zeta,
+        gs,
+        ptr(gs_tensor),
+        ptr(grad),
+        0 if grad is None else grad.stride(0),
+        loss.data_ptr(),
+        *map(ptr, out.values()),
+        threads,
     )
     return {"loss": loss, **out}
 
@@ -84,7 +109,17 @@ def cross_entropy(x, target, grad=None, w=None, eps=0.0, zeta=0.0, gs=1.0, gs_te
 def row_grad(x, target, out, lse, a=None, b=None, c=None, d=None, w=None, threads=1, **opt):
     stride = w.stride(0) if w is not None and w.dim() == 2 else 0
     cpu.row_grad(
-        *head(x, target, **opt), ptr(lse), ptr(a), ptr(b), ptr(c), ptr(d), ptr(w), stride, out.data_ptr(), out.stride(0), threads
+        *head(x, target, **opt),
+        ptr(lse),
+        ptr(a),
+        ptr(b),
+        ptr(c),
+        ptr(d),
+        ptr(w),
+        stride,
+        out.data_ptr(),
+        out.stride(0),
+        threads,
     )
     return out
 
@@ -174,7 +209,9 @@ OPTIONS = [{}, {"scale": 0.7}, {"bias": True}, {"softcap": 5.0}, {"bias": True, 
 def options_for(opt, vocab, dtype):
     opt = dict(opt)
     if opt.get("bias"):
-        opt["bias"] = torch.randn(vocab, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(acc(dtype))
+        opt["bias"] = torch.randn(vocab, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(
+            acc(dtype)
+        )
     return opt
 
 
@@ -193,7 +230,12 @@ def test_row_stats(dtype, opt):
 
 
 KINDS = [
-    {}, {"eps": 0.1}, {"zeta": 1e-2}, {"w": "class"}, {"w": "class", "eps": 0.2, "zeta": 1e-2}, {"w": "dense"},
+    {},
+    {"eps": 0.1},
+    {"zeta": 1e-2},
+    {"w": "class"},
+    {"w": "class", "eps": 0.2, "zeta": 1e-2},
+    {"w": "dense"},
     {"w": "dense", "zeta": 0.1},
 ]
 
@@ -210,12 +252,18 @@ def test_row_cross_entropy(dtype, opt, kind):
         if k.get("w") == "class":
             k["w"] = torch.rand(vocab, generator=gen, dtype=torch.float64).to(acc(dtype))
         elif k.get("w") == "dense":
-            k["w"] = torch.rand(4, vocab + 1, generator=gen, dtype=torch.float64).to(acc(dtype))[:, :vocab] / vocab
+            k["w"] = (
+                torch.rand(4, vocab + 1, generator=gen, dtype=torch.float64).to(acc(dtype))[:, :vocab] / vocab
+            )
             target = None
         want_loss, want_grad = expect_ce(x, target, gs=0.5, **k, **o)
-        size = float(effective(x, **o)[0].abs().max()) * (1 + (vocab if kind.get("w") == "dense" else 0) / vocab)
+        size = float(effective(x, **o)[0].abs().max()) * (
+            1 + (vocab if kind.get("w") == "dense" else 0) / vocab
+        )
         fresh = torch.full((4, vocab + 5), 9, dtype=dtype)[:, :vocab]
-        got = cross_entropy(x, target, fresh, gs=0.25, gs_tensor=torch.tensor(2.0, dtype=acc(dtype)), **k, **o)
+        got = cross_entropy(
+            x, target, fresh, gs=0.25, gs_tensor=torch.tensor(2.0, dtype=acc(dtype)), **k, **o
+        )
         unit = EPS[acc(dtype)]
         close(got["loss"], want_loss, acc(dtype), 8 * unit * (size + 10), "loss")
         check_stats({n: got[n] for n in STATS}, expect_stats(x, target, **o), x)
@@ -256,7 +304,11 @@ def test_row_grad(dtype, opt, coefs):
         logp = z - lse.double()[:, None]
         p = logp.exp()
         col = lambda name: k[name].double()[:, None] if name in k else 0.0  # noqa: E731
-        want = col("b") * p + col("c") * p * logp + col("d") * (k["w"].double() if "w" in k else torch.ones_like(p))
+        want = (
+            col("b") * p
+            + col("c") * p * logp
+            + col("d") * (k["w"].double() if "w" in k else torch.ones_like(p))
+        )
         if "a" in k:
             want[torch.arange(4), target.clamp(min=0)] += k["a"].double()
         want = want * slope
@@ -355,7 +407,9 @@ def test_ignored_and_bad_targets(dtype, ignore_index):
     x[0] = math.nan
     target = torch.tensor([ignore_index, 7, -7, 2, ignore_index])
     grad = torch.full_like(x, 5)
-    got = cross_entropy(x, target, grad, ignore_index=ignore_index, eps=0.1, w=torch.ones(5, dtype=acc(dtype)))
+    got = cross_entropy(
+        x, target, grad, ignore_index=ignore_index, eps=0.1, w=torch.ones(5, dtype=acc(dtype))
+    )
     for name, value in got.items():
         assert (value[[0, 4]] == 0).all(), name
     assert (grad[[0, 4]] == 0).all()
@@ -363,7 +417,14 @@ def test_ignored_and_bad_targets(dtype, ignore_index):
         assert got[name][1:3].isnan().all() and got[name][3].isfinite()
     assert grad[1:3].isnan().all() and (got["is_top1"][1:3] == 0).all()
     check_stats({"logsumexp": got["logsumexp"][1:3]}, {"logsumexp": x[1:3].double().logsumexp(-1)}, x)
-    out = row_grad(x, target, torch.full_like(x, 5), got["logsumexp"], b=torch.ones(5, dtype=acc(dtype)), ignore_index=ignore_index)
+    out = row_grad(
+        x,
+        target,
+        torch.full_like(x, 5),
+        got["logsumexp"],
+        b=torch.ones(5, dtype=acc(dtype)),
+        ignore_index=ignore_index,
+    )
     assert (out[[0, 4]] == 0).all() and out[1:3].isnan().all() and out[3].isfinite().all()
 
 
@@ -385,7 +446,13 @@ def test_exp_error_in_ulps(isa):
 
 def test_tanh_error_in_ulps():
     # V = 1, softcap = 1, scale = 1: the mean logit is tanh(x)
-    x = torch.cat([torch.linspace(-12, 12, 30_001), torch.logspace(-30, 0, 5000, base=2), torch.tensor([math.inf, -math.inf])])
+    x = torch.cat(
+        [
+            torch.linspace(-12, 12, 30_001),
+            torch.logspace(-30, 0, 5000, base=2),
+            torch.tensor([math.inf, -math.inf]),
+        ]
+    )
     got = stats(x[:, None], None, want=("mean_logit",), softcap=1.0)["mean_logit"].double()
     want = x.double().tanh()
     ulp = 2.0 ** (want.abs().clamp(min=1e-30).log2().floor() - 23)

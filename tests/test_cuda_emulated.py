@@ -56,7 +56,9 @@ class Row:
         outside = self.ignored if target is None else (target < 0) | (target >= self.vocab)
         self.bad = outside & ~self.ignored
         self.hot = torch.zeros_like(u)
-        self.safe = torch.zeros(len(x), dtype=torch.long) if target is None else target.masked_fill(outside, 0)
+        self.safe = (
+            torch.zeros(len(x), dtype=torch.long) if target is None else target.masked_fill(outside, 0)
+        )
         if target is not None:
             self.hot.scatter_(1, self.safe[:, None], 1)
         self.logp = self.z.log_softmax(-1)
@@ -73,7 +75,9 @@ class Row:
     def stats(self) -> dict[str, Tensor]:
         p_logp = torch.where(self.p == 0, 0, self.p * self.logp)
         keep = {
-            "logsumexp": self.lse, "entropy": -p_logp.sum(-1), "log_sum_sq_probs": self.p.square().sum(-1).log(),
+            "logsumexp": self.lse,
+            "entropy": -p_logp.sum(-1),
+            "log_sum_sq_probs": self.p.square().sum(-1).log(),
             "mean_logit": self.z.mean(-1),
         }
         out = {name: value.masked_fill(self.ignored, 0) for name, value in keep.items()}
@@ -90,7 +94,9 @@ class Row:
             dz = dz + columns[3] * w
         return self.finish(dz * self.slope)
 
-    def cross_entropy(self, w: Tensor | None, eps: float, zeta: float, grad_scale: float) -> tuple[Tensor, Tensor]:
+    def cross_entropy(
+        self, w: Tensor | None, eps: float, zeta: float, grad_scale: float
+    ) -> tuple[Tensor, Tensor]:
         every = torch.ones_like(self.z) if w is None else w.double().expand_as(self.z)
         w_sum = every.sum(-1)
         spread = -(every * self.logp).sum(-1)
@@ -107,39 +113,114 @@ class Row:
 
 
 def close(got: Tensor, want: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    rtol, atol = {torch.float32: (4e-6, 4e-6), torch.bfloat16: (8e-3, 1e-6), torch.float16: (1e-3, 1e-6)}[dtype]
+    rtol, atol = {torch.float32: (4e-6, 4e-6), torch.bfloat16: (8e-3, 1e-6), torch.float16: (1e-3, 1e-6)}[
+        dtype
+    ]
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol, equal_nan=True)
 
 
-def run_stats(x: Tensor, target: Tensor | None, bias: Tensor | None = None, scale: float = 1.0,
-              softcap: float = 0.0, want: tuple[str, ...] = STATS) -> dict[str, Tensor]:
-    out = {name: torch.full((len(x),), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32) for name in want}
+def run_stats(
+    x: Tensor,
+    target: Tensor | None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    want: tuple[str, ...] = STATS,
+) -> dict[str, Tensor]:
+    out = {
+        name: torch.full((len(x),), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
+        for name in want
+    }
     build_emulated().row_stats(
-        x.data_ptr(), DTYPES[x.dtype], *x.shape, x.stride(0), ptr(target), IGNORE, ptr(bias), scale, softcap,
-        *[ptr(out.get(name)) for name in STATS], 0)
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        *x.shape,
+        x.stride(0),
+        ptr(target),
+        IGNORE,
+        ptr(bias),
+        scale,
+        softcap,
+        *[ptr(out.get(name)) for name in STATS],
+        0,
+    )
     return out
 
 
 def run_cross_entropy(
-    x: Tensor, target: Tensor | None, *, bias: Tensor | None = None, scale: float = 1.0, softcap: float = 0.0,
-    w: Tensor | None = None, eps: float = 0.0, zeta: float = 0.0, grad_scale: float = 1.0,
-    grad_scale_tensor: Tensor | None = None, grad: Tensor | None = None, want: tuple[str, ...] = (),
+    x: Tensor,
+    target: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    w: Tensor | None = None,
+    eps: float = 0.0,
+    zeta: float = 0.0,
+    grad_scale: float = 1.0,
+    grad_scale_tensor: Tensor | None = None,
+    grad: Tensor | None = None,
+    want: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    out = {name: torch.full((len(x),), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
-           for name in ("loss", *want)}
+    out = {
+        name: torch.full((len(x),), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
+        for name in ("loss", *want)
+    }
     build_emulated().row_cross_entropy(
-        x.data_ptr(), DTYPES[x.dtype], *x.shape, x.stride(0), ptr(target), IGNORE, ptr(bias), scale, softcap, ptr(w),
-        0 if w is None or w.dim() == 1 else w.stride(0), eps, zeta, grad_scale, ptr(grad_scale_tensor), ptr(grad),
-        0 if grad is None else grad.stride(0), ptr(out["loss"]), *[ptr(out.get(name)) for name in STATS], 0)
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        *x.shape,
+        x.stride(0),
+        ptr(target),
+        IGNORE,
+        ptr(bias),
+        scale,
+        softcap,
+        ptr(w),
+        0 if w is None or w.dim() == 1 else w.stride(0),
+        eps,
+        zeta,
+        grad_scale,
+        ptr(grad_scale_tensor),
+        ptr(grad),
+        0 if grad is None else grad.stride(0),
+        ptr(out["loss"]),
+        *[ptr(out.get(name)) for name in STATS],
+        0,
+    )
     return out
 
 
-def run_grad(x: Tensor, target: Tensor | None, lse: Tensor, out: Tensor, *, bias: Tensor | None = None,
-             scale: float = 1.0, softcap: float = 0.0, w: Tensor | None = None, **k: Tensor) -> None:
+def run_grad(
+    x: Tensor,
+    target: Tensor | None,
+    lse: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    w: Tensor | None = None,
+    **k: Tensor,
+) -> None:
     build_emulated().row_grad(
-        x.data_ptr(), DTYPES[x.dtype], *x.shape, x.stride(0), ptr(target), IGNORE, ptr(bias), scale, softcap,
-        lse.data_ptr(), *[ptr(k.get(name)) for name in "abcd"], ptr(w), 0 if w is None or w.dim() == 1 else w.stride(0),
-        out.data_ptr(), out.stride(0), 0)
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        *x.shape,
+        x.stride(0),
+        ptr(target),
+        IGNORE,
+        ptr(bias),
+        scale,
+        softcap,
+        lse.data_ptr(),
+        *[ptr(k.get(name)) for name in "abcd"],
+        ptr(w),
+        0 if w is None or w.dim() == 1 else w.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        0,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,7 +231,12 @@ def test_all_functions(vocab: int, dtype: torch.dtype) -> None:
     target[1], target[2] = IGNORE, BAD
     generator = torch.Generator().manual_seed(1)
     bias, w = torch.randn(vocab, generator=generator), torch.rand(vocab, generator=generator) + 0.5
-    for softcap, use_bias, scale in [(0.0, False, 1.0), (5.0, False, 0.7), (0.0, True, 1.3), (5.0, True, 1.0)]:
+    for softcap, use_bias, scale in [
+        (0.0, False, 1.0),
+        (5.0, False, 0.7),
+        (0.0, True, 1.3),
+        (5.0, True, 1.0),
+    ]:
         options: dict[str, Any] = {"bias": bias if use_bias else None, "scale": scale, "softcap": softcap}
         row = Row(x, target, **options)
         for name, got in run_stats(x, target, **options).items():
@@ -159,8 +245,17 @@ def test_all_functions(vocab: int, dtype: torch.dtype) -> None:
         for use_w, eps, zeta in product([False, True], [0.0, 0.1], [0.0, 1e-3]):
             weights = w if use_w else None
             grad = torch.full_like(x, 77)
-            out = run_cross_entropy(x, target, **options, w=weights, eps=eps, zeta=zeta, grad_scale=2.0,
-                                    grad_scale_tensor=torch.tensor(0.75), grad=grad)
+            out = run_cross_entropy(
+                x,
+                target,
+                **options,
+                w=weights,
+                eps=eps,
+                zeta=zeta,
+                grad_scale=2.0,
+                grad_scale_tensor=torch.tensor(0.75),
+                grad=grad,
+            )
             loss, want = row.cross_entropy(weights, eps, zeta, 1.5)
             close(out["loss"], loss)
             close(grad, want, dtype)

@@ -26,7 +26,9 @@ def _assert_same(got: Tensor, expected: Tensor) -> None:
 
 
 def _leaves(tensors: list) -> list:
-    return [t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors]
+    return [
+        t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in tensors
+    ]
 
 
 @pytest.mark.parametrize("op", OPS, ids=[f"{op.name}-{op.variant_test_name}" for op in OPS])
@@ -55,7 +57,9 @@ def test_samples(op, dtype: torch.dtype, backend: str) -> None:
     assert count > 5
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op.error_inputs_func], ids=lambda op: f"{op.name}-{op.variant_test_name}")
+@pytest.mark.parametrize(
+    "op", [op for op in OPS if op.error_inputs_func], ids=lambda op: f"{op.name}-{op.variant_test_name}"
+)
 def test_errors(op) -> None:
     count = 0
     for error in op.error_inputs("cpu"):

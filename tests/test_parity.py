@@ -40,7 +40,9 @@ def _logits(shape: tuple[int, ...], dtype: torch.dtype, peaked: bool = False) ->
     if rows == 1:
         target[0] = 0
     return {
-        "x": x.to(dtype), "target": target, "classes": torch.rand(vocab, generator=generator) + 0.5,
+        "x": x.to(dtype),
+        "target": target,
+        "classes": torch.rand(vocab, generator=generator) + 0.5,
         "probabilities": torch.rand(rows, vocab, generator=generator).softmax(-1),
         "g": torch.randn(rows, generator=generator),
     }
@@ -109,7 +111,13 @@ def _eager_cross_entropy(inputs: Inputs, **options: Any) -> Tensor:
 def _linear_cross_entropy(inputs: Inputs, backend: str, bias: bool = False, **options: Any) -> Tensor:
     target, options = _kwargs(inputs, options)
     loss = fastloss.linear_cross_entropy(
-        inputs["x"], inputs["weight"], target, linear_bias=inputs["bias"] if bias else None, backend=backend, **options)
+        inputs["x"],
+        inputs["weight"],
+        target,
+        linear_bias=inputs["bias"] if bias else None,
+        backend=backend,
+        **options,
+    )
     return _weighted(loss, inputs)
 
 
@@ -121,9 +129,16 @@ def _eager_linear(inputs: Inputs, bias: bool = False, **options: Any) -> Tensor:
 
 def _stats(inputs: Inputs, backend: str, outputs: tuple[str, ...], **options: Any) -> Tensor:
     inplace = options.get("inplace", False)
-    out = fastloss.token_stats(inputs["x"] * 1 if inplace else inputs["x"], inputs["target"], outputs=outputs,
-                               backend=backend, **options)
-    return sum((_weighted(getattr(out, name), inputs) * k for k, name in enumerate(outputs, 1)), torch.zeros(()))
+    out = fastloss.token_stats(
+        inputs["x"] * 1 if inplace else inputs["x"],
+        inputs["target"],
+        outputs=outputs,
+        backend=backend,
+        **options,
+    )
+    return sum(
+        (_weighted(getattr(out, name), inputs) * k for k, name in enumerate(outputs, 1)), torch.zeros(())
+    )
 
 
 def _eager_stats(inputs: Inputs, outputs: tuple[str, ...], **options: Any) -> Tensor:
@@ -131,17 +146,30 @@ def _eager_stats(inputs: Inputs, outputs: tuple[str, ...], **options: Any) -> Te
     logp = z.log_softmax(-1)
     kept = inputs["target"] != -100
     values = {
-        "logprobs": logp.gather(-1, inputs["target"].clamp(min=0)[:, None])[:, 0], "entropy": -(logp.exp() * logp).sum(-1),
-        "logsumexp": z.logsumexp(-1), "log_sum_sq_probs": (2 * logp).logsumexp(-1).detach(), "mean_logits": z.mean(-1).detach(),
+        "logprobs": logp.gather(-1, inputs["target"].clamp(min=0)[:, None])[:, 0],
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "logsumexp": z.logsumexp(-1),
+        "log_sum_sq_probs": (2 * logp).logsumexp(-1).detach(),
+        "mean_logits": z.mean(-1).detach(),
     }
     return sum((_weighted(values[n] * kept, inputs) * k for k, n in enumerate(outputs, 1)), torch.zeros(()))
 
 
-def _linear_stats(inputs: Inputs, backend: str, outputs: tuple[str, ...], bias: bool = False, **options: Any) -> Tensor:
+def _linear_stats(
+    inputs: Inputs, backend: str, outputs: tuple[str, ...], bias: bool = False, **options: Any
+) -> Tensor:
     out = fastloss.linear_token_stats(
-        inputs["x"], inputs["weight"], inputs["target"], linear_bias=inputs["bias"] if bias else None, outputs=outputs,
-        backend=backend, **options)
-    return sum((_weighted(getattr(out, name), inputs) * k for k, name in enumerate(outputs, 1)), torch.zeros(()))
+        inputs["x"],
+        inputs["weight"],
+        inputs["target"],
+        linear_bias=inputs["bias"] if bias else None,
+        outputs=outputs,
+        backend=backend,
+        **options,
+    )
+    return sum(
+        (_weighted(getattr(out, name), inputs) * k for k, name in enumerate(outputs, 1)), torch.zeros(())
+    )
 
 
 def _eager_linear_stats(inputs: Inputs, bias: bool = False, **options: Any) -> Tensor:
@@ -151,34 +179,75 @@ def _eager_linear_stats(inputs: Inputs, bias: bool = False, **options: Any) -> T
 
 
 CE_OPTIONS: list[dict[str, Any]] = [
-    {}, {"reduction": "sum"}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"z_loss": 0.01}, {"classes": True},
-    {"softcap": 5.0}, {"logit_scale": 0.3}, {"normalizer": 17}, {"probabilities": True},
+    {},
+    {"reduction": "sum"},
+    {"reduction": "none"},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"classes": True},
+    {"softcap": 5.0},
+    {"logit_scale": 0.3},
+    {"normalizer": 17},
+    {"probabilities": True},
     {"probabilities": True, "classes": True, "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 4.0},
     {"classes": True, "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 4.0, "logit_scale": 1.7},
-    {"classes": True, "label_smoothing": 0.2, "z_loss": 0.01, "softcap": 4.0, "logit_scale": 1.7, "reduction": "none"},
+    {
+        "classes": True,
+        "label_smoothing": 0.2,
+        "z_loss": 0.01,
+        "softcap": 4.0,
+        "logit_scale": 1.7,
+        "reduction": "none",
+    },
     {"label_smoothing": 1.0, "normalizer": torch.tensor(9.0)},
 ]
 STATS_OPTIONS: list[dict[str, Any]] = [
-    {"outputs": ("logprobs",)}, {"outputs": ("entropy",)}, {"outputs": ("logsumexp",)},
+    {"outputs": ("logprobs",)},
+    {"outputs": ("entropy",)},
+    {"outputs": ("logsumexp",)},
     {"outputs": ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits")},
     {"outputs": ("logprobs", "entropy"), "temperature": 0.7, "softcap": 6.0, "logit_scale": 2.0},
 ]
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(
-        _cross_entropy, _logits, _eager_cross_entropy,
-        CE_OPTIONS + [{"inplace": True}, {"inplace": True, "softcap": 5.0, "label_smoothing": 0.1},
-                      {"inplace": True, "reduction": "none", "classes": True}],
-        [(1, 1), (1, 2), (7, 33), (5, 1031)]),
+        _cross_entropy,
+        _logits,
+        _eager_cross_entropy,
+        CE_OPTIONS
+        + [
+            {"inplace": True},
+            {"inplace": True, "softcap": 5.0, "label_smoothing": 0.1},
+            {"inplace": True, "reduction": "none", "classes": True},
+        ],
+        [(1, 1), (1, 2), (7, 33), (5, 1031)],
+    ),
     "linear_cross_entropy": Loss(
-        _linear_cross_entropy, _hidden, _eager_linear,
-        CE_OPTIONS + [{"chunk_size": 3}, {"bias": True}, {"bias": True, "chunk_size": 4, "reduction": "none", "softcap": 3.0},
-                      {"bias": True, "chunk_size": 2, "classes": True, "label_smoothing": 0.1}],
-        [(1, 4, 2), (9, 16, 67)]),
-    "token_stats": Loss(_stats, _logits, _eager_stats, STATS_OPTIONS + [{"outputs": ("logprobs",), "inplace": True}],
-                        [(1, 1), (7, 33), (5, 1031)]),
-    "linear_token_stats": Loss(_linear_stats, _hidden, _eager_linear_stats,
-                               STATS_OPTIONS + [{"outputs": ("logprobs", "entropy"), "bias": True, "chunk_size": 2}],
-                               [(1, 4, 2), (9, 16, 67)]),
+        _linear_cross_entropy,
+        _hidden,
+        _eager_linear,
+        CE_OPTIONS
+        + [
+            {"chunk_size": 3},
+            {"bias": True},
+            {"bias": True, "chunk_size": 4, "reduction": "none", "softcap": 3.0},
+            {"bias": True, "chunk_size": 2, "classes": True, "label_smoothing": 0.1},
+        ],
+        [(1, 4, 2), (9, 16, 67)],
+    ),
+    "token_stats": Loss(
+        _stats,
+        _logits,
+        _eager_stats,
+        STATS_OPTIONS + [{"outputs": ("logprobs",), "inplace": True}],
+        [(1, 1), (7, 33), (5, 1031)],
+    ),
+    "linear_token_stats": Loss(
+        _linear_stats,
+        _hidden,
+        _eager_linear_stats,
+        STATS_OPTIONS + [{"outputs": ("logprobs", "entropy"), "bias": True, "chunk_size": 2}],
+        [(1, 4, 2), (9, 16, 67)],
+    ),
 }
 LEAVES = ("x", "weight", "bias")
 
@@ -200,10 +269,21 @@ def _cases() -> list[Any]:
     for name, loss in LOSSES.items():
         for backend in ALL:
             combos = list(itertools.product(dtypes(backend), loss.shapes, range(len(loss.options))))
-            if backend in ("triton", "cuda") and not full:  # interpreted and emulated: every option, dtypes in turn
-                combos = [c for k, c in enumerate(combos) if k % len(dtypes(backend)) == 0 or c[1] == loss.shapes[0]]
-            cases += [pytest.param(name, backend, *c, id=f"{name}-{backend}-{str(c[0])[6:]}-{'x'.join(map(str, c[1]))}-{c[2]}")
-                      for c in combos]
+            if (
+                backend in ("triton", "cuda") and not full
+            ):  # interpreted and emulated: every option, dtypes in turn
+                combos = [
+                    c for k, c in enumerate(combos) if k % len(dtypes(backend)) == 0 or c[1] == loss.shapes[0]
+                ]
+            cases += [
+                pytest.param(
+                    name,
+                    backend,
+                    *c,
+                    id=f"{name}-{backend}-{str(c[0])[6:]}-{'x'.join(map(str, c[1]))}-{c[2]}",
+                )
+                for c in combos
+            ]
     return cases
 
 
@@ -214,7 +294,10 @@ def test_parity(name: str, backend: str, dtype: torch.dtype, shape: tuple[int, .
     options = loss.options[option]
     inputs = loss.inputs(shape, dtype)
     exact_inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    exact = evaluate(lambda i: loss.run(i, "reference", **{k: v for k, v in options.items() if k != "inplace"}), exact_inputs)
+    exact = evaluate(
+        lambda i: loss.run(i, "reference", **{k: v for k, v in options.items() if k != "inplace"}),
+        exact_inputs,
+    )
     got = evaluate(lambda i: loss.run(i, backend, **options), inputs)
     eager = evaluate(lambda i: loss.eager(i, **options), inputs)
     assert got.keys() == exact.keys() == eager.keys()
@@ -222,7 +305,8 @@ def test_parity(name: str, backend: str, dtype: torch.dtype, shape: tuple[int, .
         error = (got[key] - want).abs().max().item()
         eager_error = (eager[key] - want).abs().max().item()
         assert error <= max(eager_error, _noise(key, want, dtype, shape)), (
-            f"{key}: error {error:.3g}, eager's {eager_error:.3g}")
+            f"{key}: error {error:.3g}, eager's {eager_error:.3g}"
+        )
 
 
 def _noise(key: str, want: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> float:
@@ -239,12 +323,16 @@ def _noise(key: str, want: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -
 def test_peaked_logits(backend: str, dtype: torch.dtype) -> None:
     need(backend)
     inputs = _logits((6, 513), dtype, peaked=True)
-    exact = evaluate(lambda i: _cross_entropy(i, "reference"), {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+    exact = evaluate(
+        lambda i: _cross_entropy(i, "reference"),
+        {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()},
+    )
     got = evaluate(lambda i: _cross_entropy(i, backend), inputs)
     eager = evaluate(_eager_cross_entropy, inputs)
     for key in exact:
         assert (got[key] - exact[key]).abs().max() <= max(
-            (eager[key] - exact[key]).abs().max(), 4 * torch.finfo(dtype).eps * exact[key].abs().max())
+            (eager[key] - exact[key]).abs().max(), 4 * torch.finfo(dtype).eps * exact[key].abs().max()
+        )
 
 
 @pytest.mark.parametrize("backend", KERNELS)
@@ -255,7 +343,9 @@ def test_bitwise_run_to_run_and_row_alone(backend: str) -> None:
 
     def run(rows: slice) -> tuple[Tensor, Tensor]:
         leaf = x[rows].clone().requires_grad_()
-        loss = fastloss.cross_entropy(leaf, target[rows], reduction="none", label_smoothing=0.1, backend=backend)
+        loss = fastloss.cross_entropy(
+            leaf, target[rows], reduction="none", label_smoothing=0.1, backend=backend
+        )
         loss.sum().backward()
         fused = x[rows].clone().requires_grad_()
         fastloss.cross_entropy(fused, target[rows], reduction="sum", backend=backend).backward()

@@ -25,7 +25,9 @@ def test_no_spills(target: str) -> None:
     pytest.importorskip("triton")
     import kernel_report_triton
 
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}  # the interpreter has no machine code
+    env = {
+        k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"
+    }  # the interpreter has no machine code
     command = [sys.executable, "-c", REPORT, str(TOOLS), target]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -103,7 +103,9 @@ def test_only_what_is_wanted() -> None:
         alone = launch.row_stats(logits, target, **o, want=(name,))
         assert set(alone) == {name}
         check_stats(alone, expected_stats(logits, target, o))
-    untargeted = launch.row_stats(logits, None, **o, want=("logsumexp", "entropy", "log_sum_sq_probs", "mean_logit"))
+    untargeted = launch.row_stats(
+        logits, None, **o, want=("logsumexp", "entropy", "log_sum_sq_probs", "mean_logit")
+    )
     check_stats(untargeted, expected_stats(logits, target, o))
     assert set(launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.0)) == {
         "loss", "logsumexp"}  # fmt: skip
@@ -133,7 +135,14 @@ def test_row_grad(dtype: torch.dtype, vocab: int, name: str, w_kind: str) -> Non
 
 
 def expected_grad(
-    logits: Tensor, target: Tensor, o: dict[str, Any], a: Any = 0, b: Any = 0, c: Any = 0, d: Any = 0, w: Any = None
+    logits: Tensor,
+    target: Tensor,
+    o: dict[str, Any],
+    a: Any = 0,
+    b: Any = 0,
+    c: Any = 0,
+    d: Any = 0,
+    w: Any = None,
 ) -> Tensor:
     """The formula of row_grad, the factor dz/dx by autograd."""
     x = logits.double().requires_grad_()
@@ -147,7 +156,13 @@ def expected_grad(
 
 
 def expected_cross_entropy(
-    logits: Tensor, target: Tensor | None, o: dict[str, Any], w: Tensor | None, eps: float, zeta: float, factor: float
+    logits: Tensor,
+    target: Tensor | None,
+    o: dict[str, Any],
+    w: Tensor | None,
+    eps: float,
+    zeta: float,
+    factor: float,
 ) -> tuple[Tensor, Tensor]:
     x = logits.double().requires_grad_()
     z = transformed(x, o)
@@ -171,7 +186,12 @@ def expected_cross_entropy(
 def test_row_cross_entropy(dtype: torch.dtype, vocab: int, name: str) -> None:
     logits, target = make(3, vocab, dtype)
     o = options(name, vocab)
-    for w_kind, eps, zeta in (("none", 0.0, 0.0), ("none", 0.1, 1e-2), ("vector", 0.0, 1e-2), ("vector", 0.1, 0.0)):
+    for w_kind, eps, zeta in (
+        ("none", 0.0, 0.0),
+        ("none", 0.1, 1e-2),
+        ("vector", 0.0, 1e-2),
+        ("vector", 0.1, 0.0),
+    ):
         w = w_of(w_kind, 3, vocab)
         grad = torch.full_like(logits, NAN)
         out = launch.row_cross_entropy(logits, target, **o, w=w, label_smoothing=eps, z_loss=zeta, grad=grad,
@@ -214,7 +234,9 @@ def test_strides_and_in_place(dtype: torch.dtype, vocab: int) -> None:
         assert torch.equal(value, stats[name])
 
     separate = torch.empty_like(dense)
-    launch.row_grad(dense, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w.contiguous(), out=separate)
+    launch.row_grad(
+        dense, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w.contiguous(), out=separate
+    )
     close(separate, expected_grad(dense, target, o, a, b, c, d, w), 1e-5)
     launch.row_grad(logits, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w, out=logits)
     assert torch.equal(logits, separate)
@@ -292,7 +314,9 @@ def test_masked_vocabulary(dtype: torch.dtype, vocab: int) -> None:
     grad = torch.empty_like(logits)
     launch.row_grad(logits, target, **o, lse=out["logsumexp"], a=c, b=c, c=c, out=grad)
     close(grad, expected_grad(logits, target, o, c, c, c), 1e-5)
-    loss = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.1, grad=grad)["loss"]
+    loss = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.1, grad=grad)[
+        "loss"
+    ]
     expected, expected_g = expected_cross_entropy(logits, target, o, None, 0.0, 0.1, 1.0)
     close(loss, expected)
     close(grad, expected_g, 1e-5)

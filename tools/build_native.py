@@ -318,7 +318,11 @@ def cuda_half(root: Path, folder: str) -> Half:
     lines.append(f"build {escape(f'{folder}/_cuda{EXT_SUFFIX}')}: cuda_link {' '.join(map(escape, objects))}")
     half.ninja = lines
     release = re.search(r"release ([\d.]+)", output_of([nvcc, "--version"]))
-    half.info = {"nvcc": release.group(1) if release else "unknown", "archs": ", ".join(archs)}
+    half.info = {
+        "nvcc": release.group(1) if release else "unknown",
+        "archs": ", ".join(arch.removesuffix("+PTX") for arch in archs),
+        "ptx": ", ".join(arch.removesuffix("+PTX") for arch in archs if arch.endswith("+PTX")),
+    }
     return half
 
 
@@ -404,7 +408,9 @@ def build(package: Path, root: Path = ROOT) -> list[Path]:
         if wanted:
             todo.write()
             if not todo.run_ninja(wanted):
-                failed = wanted if len(wanted) == 1 else [half for half in wanted if not todo.run_ninja([half])]
+                failed = (
+                    wanted if len(wanted) == 1 else [half for half in wanted if not todo.run_ninja([half])]
+                )
                 names = " and ".join(f"fastloss.{half.name}" for half in failed)
                 if not flag("FASTLOSS_ALLOW_NO_NATIVE"):
                     raise BuildError(

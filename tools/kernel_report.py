@@ -3,7 +3,7 @@
     python tools/kernel_report.py [--out FILE]        make kernels
 
 Exits with status 1 if a kernel spills or uses local memory. kernel_report_cuda.py and kernel_report_triton.py collect
-the rows: dicts with ``kernel``, ``target``, and numbers such as ``registers``, ``stack``, ``spills``, ``shared``.
+the rows: one dict per kernel, target and set of options.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has no machine code;
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 Row = dict[str, Any]
-GATE = ("stack", "spills", "spill", "spill_stores", "spill_loads", "local", "ldl", "stl", "ldl_stl")
+GATE = (
+    "stack",
+    "local",
+    "spills",
+    "spill_stores",
+    "spill_loads",
+    "ldl",
+    "stl",
+)  # LDL, STL: local loads and stores
 
 
 def collect() -> dict[str, list[Row]]:

@@ -1,6 +1,6 @@
 """Registers, spills, stack and local-memory instructions of every CUDA kernel, read from the machine code.
 
-    python tools/kernel_report_cuda.py [sm_90 ...]      exits 1 if any kernel touches local memory
+python tools/kernel_report_cuda.py [sm_90 ...]      exits 1 if any kernel touches local memory
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ def main(arguments: list[str]) -> int:
     columns = list(kernels[0])
     widths = {c: max(len(c), *(len(str(k[c])) for k in kernels)) for c in columns}
     for values in (dict.fromkeys(columns), *kernels):
-        print("  ".join(str(c if values[c] is None else values[c]).ljust(widths[c]) for c in columns).rstrip())
+        print(
+            "  ".join(str(c if values[c] is None else values[c]).ljust(widths[c]) for c in columns).rstrip()
+        )
     for fault in faults(kernels):
         print("local memory:", fault)
     return 1 if faults(kernels) else 0

@@ -30,7 +30,14 @@ GATE = ("stack", "local", "ldl", "stl", "spills")  # LDL, STL: loads and stores 
 
 # kernel -> option set -> arguments that are given (pointers) and flags that are on. The fullest sets are there with and
 # without a soft-cap, because the launch shape depends on it.
-STATS = ("logsumexp_ptr", "logprob_ptr", "entropy_ptr", "log_sum_sq_probs_ptr", "mean_logit_ptr", "is_top1_ptr")
+STATS = (
+    "logsumexp_ptr",
+    "logprob_ptr",
+    "entropy_ptr",
+    "log_sum_sq_probs_ptr",
+    "mean_logit_ptr",
+    "is_top1_ptr",
+)
 CASES: dict[str, dict[str, tuple[str, ...]]] = {
     "row_stats_kernel": {
         "plain": ("target_ptr", "logsumexp_ptr", "logprob_ptr"),
@@ -46,7 +53,16 @@ CASES: dict[str, dict[str, tuple[str, ...]]] = {
         "loss": ("target_ptr", "logsumexp_ptr"),
         "plain": ("target_ptr", "logsumexp_ptr", "grad_ptr"),
         "smoothed": ("target_ptr", "logsumexp_ptr", "grad_ptr", "grad_scale_ptr", "SPREAD"),
-        "full": ("target_ptr", "bias_ptr", "w_ptr", "grad_ptr", "grad_scale_ptr", "HAS_SOFTCAP", "SPREAD", *STATS),
+        "full": (
+            "target_ptr",
+            "bias_ptr",
+            "w_ptr",
+            "grad_ptr",
+            "grad_scale_ptr",
+            "HAS_SOFTCAP",
+            "SPREAD",
+            *STATS,
+        ),
         "uncapped": ("target_ptr", "bias_ptr", "w_ptr", "grad_ptr", "grad_scale_ptr", "SPREAD", *STATS),
         "probabilities": ("bias_ptr", "w_ptr", "grad_ptr", "HAS_SOFTCAP", "SPREAD", *STATS),
     },
@@ -58,7 +74,9 @@ ALIGNED = ("vocab", "row_stride", "out_row_stride", "grad_row_stride", "w_row_st
 
 def _type_of(name: str, dtype: str) -> str:
     if name.endswith("_ptr"):
-        return {"target_ptr": "*i64", "is_top1_ptr": "*u8"}.get(name, f"*{dtype if name in IN_LOGITS_DTYPE else 'fp32'}")
+        return {"target_ptr": "*i64", "is_top1_ptr": "*u8"}.get(
+            name, f"*{dtype if name in IN_LOGITS_DTYPE else 'fp32'}"
+        )
     return "i32" if name in ALIGNED or name == "ignore_index" else "fp32"
 
 
@@ -89,7 +107,11 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
         if arg.endswith("_ptr") or (arg in ALIGNED and vocab % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    gpu = GPUTarget("hip", target, warp) if warp == 64 else GPUTarget("cuda", int(target.removeprefix("sm_")), warp)
+    gpu = (
+        GPUTarget("hip", target, warp)
+        if warp == 64
+        else GPUTarget("cuda", int(target.removeprefix("sm_")), warp)
+    )
     compiled = triton.compile(source, target=gpu, options={"num_warps": shape["num_warps"]})
     row = {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
            "block": shape["BLOCK"], "warps": shape["num_warps"], "shared": compiled.metadata.shared}  # fmt: skip

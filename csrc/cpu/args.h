@@ -1,6 +1,7 @@
 // The arguments of the three row functions (docs/engine.md) as plain structs, and the table one ISA exports.
 // Reads and writes nothing: every pointer is the caller's memory.
-// Plain structs, because rows.cpp is compiled once per instruction set and must share no std template with the rest.
+// Plain structs, because rows.cpp is compiled once per instruction set and must share no std template with
+// the rest.
 #pragma once
 
 #include <cstdint>

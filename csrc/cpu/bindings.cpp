@@ -45,19 +45,20 @@ double scalar_at(Address p, int dtype) {
 }
 
 void row_stats(Address x, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
-               int64_t ignore_index, Address bias, double scale, double softcap, Address logsumexp, Address logprob,
-               Address entropy, Address log_sum_sq_probs, Address mean_logit, Address is_top1, int64_t threads) {
+               int64_t ignore_index, Address bias, double scale, double softcap, Address logsumexp,
+               Address logprob, Address entropy, Address log_sum_sq_probs, Address mean_logit,
+               Address is_top1, int64_t threads) {
   const Logits l = logits_of(x, dtype, rows, vocab, row_stride, target, ignore_index, bias, scale, softcap);
-  const Stats s{nullptr,           at(logsumexp),  at(logprob),         at(entropy), at(log_sum_sq_probs),
+  const Stats s{nullptr,        at(logsumexp),       at(logprob), at(entropy), at(log_sum_sq_probs),
                 at(mean_logit), at<uint8_t>(is_top1)};
   MaybeReleaseGil gil(rows * vocab);
   fastloss::row_stats(l, s, threads);
 }
 
 void row_grad(Address x, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
-              int64_t ignore_index, Address bias, double scale, double softcap, Address lse, Address a, Address b,
-              Address c, Address d, Address w, int64_t w_row_stride, Address out, int64_t out_row_stride,
-              int64_t threads) {
+              int64_t ignore_index, Address bias, double scale, double softcap, Address lse, Address a,
+              Address b, Address c, Address d, Address w, int64_t w_row_stride, Address out,
+              int64_t out_row_stride, int64_t threads) {
   const Logits l = logits_of(x, dtype, rows, vocab, row_stride, target, ignore_index, bias, scale, softcap);
   const Coefficients k{at(lse), at(a), at(b), at(c), at(d), at(w), w_row_stride, at(out), out_row_stride};
   MaybeReleaseGil gil(rows * vocab);
@@ -67,13 +68,14 @@ void row_grad(Address x, int dtype, int64_t rows, int64_t vocab, int64_t row_str
 void row_cross_entropy(Address x, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
                        int64_t ignore_index, Address bias, double scale, double softcap, Address w,
                        int64_t w_row_stride, double label_smoothing, double z_loss, double grad_scale,
-                       Address grad_scale_ptr, Address grad, int64_t grad_row_stride, Address loss, Address logsumexp,
-                       Address logprob, Address entropy, Address log_sum_sq_probs, Address mean_logit, Address is_top1,
-                       int64_t threads) {
+                       Address grad_scale_ptr, Address grad, int64_t grad_row_stride, Address loss,
+                       Address logsumexp, Address logprob, Address entropy, Address log_sum_sq_probs,
+                       Address mean_logit, Address is_top1, int64_t threads) {
   const Logits l = logits_of(x, dtype, rows, vocab, row_stride, target, ignore_index, bias, scale, softcap);
   if (!target && !w) throw std::invalid_argument("row_cross_entropy: target and w are both null");
-  const CrossEntropy c{at(w),    w_row_stride,   label_smoothing, z_loss, grad_scale * scalar_at(grad_scale_ptr, dtype),
-                       at(grad), grad_row_stride};
+  const CrossEntropy c{
+      at(w),    w_row_stride,   label_smoothing, z_loss, grad_scale * scalar_at(grad_scale_ptr, dtype),
+      at(grad), grad_row_stride};
   const Stats s{at(loss),       at(logsumexp),       at(logprob), at(entropy), at(log_sum_sq_probs),
                 at(mean_logit), at<uint8_t>(is_top1)};
   MaybeReleaseGil gil(rows * vocab);

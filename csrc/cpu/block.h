@@ -1,6 +1,7 @@
 // One block of a row: z and its maximum, exp(z - max) and its sum, the optional sums, the gradient.
-// Reads up to kBlock logits (and bias, w), writes z, e, slope to scratch that stays in L1, or e / dx to the row.
-// Separate short loops over L1: each option is one loop, not a factor in the number of template instances.
+// Reads up to kBlock logits (and bias, w), writes z, e, slope to scratch that stays in L1, or e / dx to the
+// row. Separate short loops over L1: each option is one loop, not a factor in the number of template
+// instances.
 #pragma once
 
 #include "args.h"
@@ -37,11 +38,11 @@ struct Transform {
         outer(S(l.scale * l.softcap)) {}
 };
 
-// z of the n logits at x, in `scratch` (or x itself), padded with -inf to whole vectors. `max` starts at the lowest
-// finite number, so that a block of only -inf subtracts to -inf and its exponentials are 0.
+// z of the n logits at x, in `scratch` (or x itself), padded with -inf to whole vectors. `max` starts at the
+// lowest finite number, so that a block of only -inf subtracts to -inf and its exponentials are 0.
 template <class T, class S = typename Acc<T>::S>
-FASTLOSS_INLINE const S* load_block(const Transform<T>& f, const T* x, int64_t start, int64_t n, S* scratch, S* slope,
-                                    S* max) {
+FASTLOSS_INLINE const S* load_block(const Transform<T>& f, const T* x, int64_t start, int64_t n, S* scratch,
+                                    S* slope, S* max) {
   using V = typename Lanes<S>::V;
   constexpr int64_t L = Lanes<S>::n;
   V m0 = V{} + lowest_finite<S>(), m1 = m0, m2 = m0, m3 = m0;
@@ -75,9 +76,8 @@ FASTLOSS_INLINE const S* load_block(const Transform<T>& f, const T* x, int64_t s
     }
   };
   const S* bias = f.bias ? f.bias + start : nullptr;
-  auto biased = [&](int64_t i, V v, int64_t count) __attribute__((always_inline)) {
-    return bias ? v + load_upto(bias + i, count) : v;
-  };
+  auto biased = [&](int64_t i, V v, int64_t count)
+                    __attribute__((always_inline)) { return bias ? v + load_upto(bias + i, count) : v; };
   if (f.plain) {
     each([](int64_t, V v, int64_t) __attribute__((always_inline)) { return v; });
   } else if (f.softcap > 0) {
@@ -88,13 +88,15 @@ FASTLOSS_INLINE const S* load_block(const Transform<T>& f, const T* x, int64_t s
       return f.outer * t;
     });
   } else {
-    each([&](int64_t i, V v, int64_t count) __attribute__((always_inline)) { return f.scale * biased(i, v, count); });
+    each([&](int64_t i, V v, int64_t count)
+             __attribute__((always_inline)) { return f.scale * biased(i, v, count); });
   }
   *max = max_lanes(max_or_second(m0, m1));
   return scratch;
 }
 
-// e = exp(z - ref), n elements of z padded to whole vectors, e written exactly; the sum in double. e may be z.
+// e = exp(z - ref), n elements of z padded to whole vectors, e written exactly; the sum in double. e may be
+// z.
 template <class S>
 FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e) {
   using V = typename Lanes<S>::V;
@@ -103,7 +105,8 @@ FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e) {
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
     const V e0 = exp_nonpositive<S>(load(z + i) - ref), e1 = exp_nonpositive<S>(load(z + i + L) - ref);
-    const V e2 = exp_nonpositive<S>(load(z + i + 2 * L) - ref), e3 = exp_nonpositive<S>(load(z + i + 3 * L) - ref);
+    const V e2 = exp_nonpositive<S>(load(z + i + 2 * L) - ref),
+            e3 = exp_nonpositive<S>(load(z + i + 3 * L) - ref);
     store(e + i, e0);
     store(e + i + L, e1);
     store(e + i + 2 * L, e2);
@@ -175,7 +178,8 @@ FASTLOSS_INLINE double dot_block(const S* w, const S* z, int64_t n) {
   constexpr int64_t H = W / 2;
   F64V s0{}, s1{};
   int64_t i = 0;
-  for (; i + 2 * H <= n; i += 2 * H) s0 += widen(w + i) * widen(z + i), s1 += widen(w + i + H) * widen(z + i + H);
+  for (; i + 2 * H <= n; i += 2 * H)
+    s0 += widen(w + i) * widen(z + i), s1 += widen(w + i + H) * widen(z + i + H);
   double sum = sum_lanes(s0 + s1);
   for (; i < n; ++i) sum += double(w[i]) * z[i];
   return sum;
@@ -207,7 +211,8 @@ FASTLOSS_INLINE void gradient_block(T* out, int64_t n, S d, const S* w, const S*
   if (!slope && d == S(0)) {  // d·w = 0 for every finite w; a NaN d compares unequal
     write_block(out, n, main);
   } else if (!slope && !w) {
-    write_block(out, n, [&](int64_t i, int64_t c) __attribute__((always_inline)) { return V(main(i, c) + d); });
+    write_block(out, n,
+                [&](int64_t i, int64_t c) __attribute__((always_inline)) { return V(main(i, c) + d); });
   } else {
     write_block(out, n, [&](int64_t i, int64_t c) __attribute__((always_inline)) {
       V g = main(i, c);

@@ -1,6 +1,6 @@
-// Chooses the instruction set at run time and spreads rows over threads; the small functions beside the kernels.
-// Reads and writes what docs/engine.md says.
-// Compiled once, without AVX flags: it runs before anyone knows what the processor can do.
+// Chooses the instruction set at run time and spreads rows over threads; the small functions beside the
+// kernels. Reads and writes what docs/engine.md says. Compiled once, without AVX flags: it runs before anyone
+// knows what the processor can do.
 
 #include "dispatch.h"
 
@@ -21,7 +21,8 @@ extern const Kernels kernels;
 namespace generic {
 extern const Kernels kernels;
 }
-#if defined(FASTLOSS_W16_TEST)  // the 16-lane source compiled for AVX2: tests the AVX-512 path's logic anywhere
+#if defined(FASTLOSS_W16_TEST)  // the 16-lane source compiled for AVX2: tests the AVX-512 path's logic
+                                // anywhere
 namespace wide16 {
 extern const Kernels kernels;
 }
@@ -87,8 +88,9 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t threads) {
 
 void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, int64_t threads) {
   const Kernels& k = kernels();
-  for_rows(l.rows, l.vocab, threads, k.scratch_bytes(l, c.grad != nullptr),
-           [&](int64_t begin, int64_t end, void* scratch) { k.row_cross_entropy(l, c, s, begin, end, scratch); });
+  for_rows(
+      l.rows, l.vocab, threads, k.scratch_bytes(l, c.grad != nullptr),
+      [&](int64_t begin, int64_t end, void* scratch) { k.row_cross_entropy(l, c, s, begin, end, scratch); });
 }
 
 void convert(const void* src, int src_dtype, void* dst, int dst_dtype, int64_t n, int64_t threads) {

@@ -58,7 +58,8 @@ FASTLOSS_INLINE ExpParts<S> exp_parts(V x) {
   return {r, q, bit_cast<V>(bits)};
 }
 
-// For x <= 0. The power of two is multiplied, not added to the exponent: NaN and the flush to 0 come for free.
+// For x <= 0. The power of two is multiplied, not added to the exponent: NaN and the flush to 0 come for
+// free.
 template <class S, class V = typename Lanes<S>::V>
 FASTLOSS_INLINE V exp_nonpositive(V x) {
   const ExpParts<S> e = exp_parts<S>(x);
@@ -73,8 +74,8 @@ FASTLOSS_INLINE V exp_any(V x) {
   return exp_nonpositive<S>(min_or_second(V{} + ExpConstants<S>::highest, x));
 }
 
-// tanh(y) = -expm1(-2|y|) / (2 + expm1(-2|y|)) with y's sign, and 1 - tanh^2 = 4q / (1+q)^2 with q = e^(-2|y|):
-// both keep their relative accuracy at 0 and far out.
+// tanh(y) = -expm1(-2|y|) / (2 + expm1(-2|y|)) with y's sign, and 1 - tanh^2 = 4q / (1+q)^2 with q =
+// e^(-2|y|): both keep their relative accuracy at 0 and far out.
 template <class S, class V = typename Lanes<S>::V>
 FASTLOSS_INLINE V tanh_and_slope(V y, V* slope) {
   using U = typename Lanes<S>::U;

@@ -1,6 +1,7 @@
 // Rows spread over OpenMP threads, each with its own scratch.
 // Writes nothing but the scratch, which the calling thread keeps for its next call.
-// Rows are handed out by a counter: ignored rows cost nothing, so equal shares of rows are not equal shares of work.
+// Rows are handed out by a counter: ignored rows cost nothing, so equal shares of rows are not equal shares
+// of work.
 #pragma once
 
 #include <atomic>
@@ -17,8 +18,8 @@ namespace fastloss {
 // Below this many elements a second thread (and giving up the GIL) costs more than it brings.
 constexpr int64_t kSmallWork = 32768;
 
-// Denormal results are flushed to 0 while rows run (p < 1e-38, where Intel cores would trap to microcode); the
-// caller's floating-point state is put back.
+// Denormal results are flushed to 0 while rows run (p < 1e-38, where Intel cores would trap to microcode);
+// the caller's floating-point state is put back.
 class FlushDenormals {
 #if defined(__SSE2__)
   unsigned saved_ = _mm_getcsr();

@@ -1,6 +1,7 @@
-// The three row functions of docs/engine.md: statistics, gradient from coefficients, cross-entropy with gradient.
-// Reads a row once from memory and writes its gradient once; exp(z) waits in the output row or an L2-sized scratch.
-// Built three times, -DFASTLOSS_ISA=avx512 (-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mavx2), avx2
+// The three row functions of docs/engine.md: statistics, gradient from coefficients, cross-entropy with
+// gradient. Reads a row once from memory and writes its gradient once; exp(z) waits in the output row or an
+// L2-sized scratch. Built three times, -DFASTLOSS_ISA=avx512 (-mavx512f -mavx512bw -mavx512dq -mavx512vl
+// -mfma -mf16c -mavx2), avx2
 // (-mavx2 -mfma -mf16c) and generic (no flags), each with -O3 -std=c++17 -fno-math-errno -ffp-contract=fast
 // -fvisibility=hidden -fopenmp and never -ffast-math; dispatch.cpp chooses at run time.
 
@@ -87,8 +88,8 @@ struct Wanted {
   bool entropy, square, sum_z;
 };
 
-// Pass one. e receives exp(z - its block's max): the whole row if keep, else block after block in the same place.
-// e may be the row x itself, so everything that needs z comes before exp_block writes.
+// Pass one. e receives exp(z - its block's max): the whole row if keep, else block after block in the same
+// place. e may be the row x itself, so everything that needs z comes before exp_block writes.
 template <class T, class S = typename Acc<T>::S>
 RowSums first_pass(const Logits& l, const Transform<T>& f, const T* x, int64_t t, const S* w, Wanted want,
                    const Scratch<T>& scratch, S* e, bool keep) {
@@ -117,7 +118,8 @@ RowSums first_pass(const Logits& l, const Transform<T>& f, const T* x, int64_t t
     }
     sums.max = max;
     sums.sum = exp_block(z, n, max, e_block);
-    // Where one logit dominates, its 1 swallows the low bits of its float lane; they are 1 - p, so add in double.
+    // Where one logit dominates, its 1 swallows the low bits of its float lane; they are 1 - p, so add in
+    // double.
     if (sums.sum < 2) sums.sum = sum_block(e_block, n);
     if (want.entropy) sums.entropy = entropy_block(z, e_block, n, max);
     if (want.square) sums.square = square_block(e_block, n);
@@ -163,7 +165,9 @@ void write_ignored(const Stats& s, int64_t row) {
   if (s.is_top1) s.is_top1[row] = 0;
 }
 
-Wanted wanted(const Stats& s) { return {s.entropy != nullptr, s.log_sum_sq_probs != nullptr, s.mean_logit != nullptr}; }
+Wanted wanted(const Stats& s) {
+  return {s.entropy != nullptr, s.log_sum_sq_probs != nullptr, s.mean_logit != nullptr};
+}
 
 template <class T>
 void row_stats(const Logits& l, const Stats& s, int64_t begin, int64_t end, void* memory) {
@@ -178,19 +182,23 @@ void row_stats(const Logits& l, const Stats& s, int64_t begin, int64_t end, void
     }
     const int64_t t = kind == RowKind::normal && l.target ? l.target[row] : -1;
     const T* x = static_cast<const T*>(l.x) + row * l.row_stride;
-    const RowSums r = first_pass<T>(l, f, x, t, static_cast<const S*>(nullptr), wanted(s), scratch, scratch.e, false);
+    const RowSums r =
+        first_pass<T>(l, f, x, t, static_cast<const S*>(nullptr), wanted(s), scratch, scratch.e, false);
     write_stats<S>(s, row, r, double(l.vocab), kind == RowKind::bad);
   }
 }
 
-// Pass two: b·p + d·w, times slope, over e = exp(z - its block's max). From the last block, the warmest, to the first.
+// Pass two: b·p + d·w, times slope, over e = exp(z - its block's max). From the last block, the warmest, to
+// the first.
 template <class T, class S = typename Acc<T>::S>
-void second_pass(const Logits& l, const Scratch<T>& scratch, const S* e, double b_over_sum, S d, const S* w, T* out) {
+void second_pass(const Logits& l, const Scratch<T>& scratch, const S* e, double b_over_sum, S d, const S* w,
+                 T* out) {
   for (int64_t k = block_count(l.vocab) - 1; k >= 0; --k) {
     const int64_t start = k * kBlock, n = l.vocab - start < kBlock ? l.vocab - start : kBlock;
     const S factor = S(b_over_sum * scratch.blocks[k].weight);
     const S* const e_block = e + start;
-    gradient_block(out + start, n, d, w ? w + start : nullptr, scratch.slope ? scratch.slope + start : nullptr,
+    gradient_block(out + start, n, d, w ? w + start : nullptr,
+                   scratch.slope ? scratch.slope + start : nullptr,
                    [=](int64_t i, int64_t count)
                        __attribute__((always_inline)) { return factor * load_upto(e_block + i, count); });
   }
@@ -221,8 +229,8 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
     if constexpr (sizeof(T) == sizeof(S)) {
       if (grad) e = grad;
     }
-    const RowSums r = first_pass<T>(l, f, static_cast<const T*>(l.x) + row * l.row_stride, t, sum_w ? w : nullptr,
-                                    want, scratch, e, grad != nullptr);
+    const RowSums r = first_pass<T>(l, f, static_cast<const T*>(l.x) + row * l.row_stride, t,
+                                    sum_w ? w : nullptr, want, scratch, e, grad != nullptr);
     write_stats<S>(s, row, r, vocab, bad);
     if (bad) {
       put<S>(s.loss, row, __builtin_nan(""));
@@ -271,8 +279,8 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
     const int64_t t = l.target ? l.target[row] : -1;
     const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
     const S* const w = c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
-    const double lse = get<S>(c.lse, row), ra = get<S>(c.a, row), rb = get<S>(c.b, row), rc = get<S>(c.c, row),
-                 rd = get<S>(c.d, row);
+    const double lse = get<S>(c.lse, row), ra = get<S>(c.a, row), rb = get<S>(c.b, row),
+                 rc = get<S>(c.c, row), rd = get<S>(c.d, row);
     const S b = S(rb * l.scale), cc = S(rc * l.scale), d = S(rd * l.scale);
     for (int64_t start = 0; start < l.vocab; start += kBlock) {
       const int64_t n = l.vocab - start < kBlock ? l.vocab - start : kBlock;
@@ -282,11 +290,15 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
       const double z_target = here ? double(z[t - start]) : 0.0;  // read before out overwrites it
       const S* const w_block = w ? w + start : nullptr;
       if (c.c) {
-        gradient_block(out + start, n, d, w_block, scratch.slope, [=](int64_t i, int64_t) __attribute__((
-                           always_inline)) { return gradient_from_z<true>(z + i, S(lse), b, cc); });
+        gradient_block(out + start, n, d, w_block, scratch.slope,
+                       [=](int64_t i, int64_t) __attribute__((always_inline)) {
+                         return gradient_from_z<true>(z + i, S(lse), b, cc);
+                       });
       } else {
-        gradient_block(out + start, n, d, w_block, scratch.slope, [=](int64_t i, int64_t) __attribute__((
-                           always_inline)) { return gradient_from_z<false>(z + i, S(lse), b, cc); });
+        gradient_block(out + start, n, d, w_block, scratch.slope,
+                       [=](int64_t i, int64_t) __attribute__((always_inline)) {
+                         return gradient_from_z<false>(z + i, S(lse), b, cc);
+                       });
       }
       if (!here) continue;
       const double log_p = z_target - lse, p = __builtin_exp(log_p), w_t = w ? double(w[t]) : 1.0;
@@ -299,8 +311,9 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
 template <class From, class To>
 void convert_as(const void* src, void* dst, int64_t begin, int64_t end) {
   const From* const from = static_cast<const From*>(src) + begin;
-  write_block(static_cast<To*>(dst) + begin, end - begin, [=](int64_t i, int64_t count) __attribute__((
-                  always_inline)) { return load_upto(from + i, count); });
+  write_block(static_cast<To*>(dst) + begin, end - begin,
+              [=](int64_t i, int64_t count)
+                  __attribute__((always_inline)) { return load_upto(from + i, count); });
 }
 
 void convert(const void* src, int src_dtype, void* dst, int dst_dtype, int64_t begin, int64_t end) {
@@ -333,7 +346,8 @@ void stats_of(const Logits& l, const Stats& s, int64_t begin, int64_t end, void*
 void grad_of(const Logits& l, const Coefficients& c, int64_t begin, int64_t end, void* m) {
   with_dtype(l.dtype, [&](auto type) { row_grad<decltype(type)>(l, c, begin, end, m); });
 }
-void cross_entropy_of(const Logits& l, const CrossEntropy& c, const Stats& s, int64_t begin, int64_t end, void* m) {
+void cross_entropy_of(const Logits& l, const CrossEntropy& c, const Stats& s, int64_t begin, int64_t end,
+                      void* m) {
   with_dtype(l.dtype, [&](auto type) { row_cross_entropy<decltype(type)>(l, c, s, begin, end, m); });
 }
 
@@ -342,7 +356,8 @@ void cross_entropy_of(const Logits& l, const CrossEntropy& c, const Stats& s, in
 #define FASTLOSS_STRING_OF(x) #x
 #define FASTLOSS_STRING(x) FASTLOSS_STRING_OF(x)
 extern const Kernels kernels;
-const Kernels kernels = {FASTLOSS_STRING(FASTLOSS_ISA), scratch_bytes, stats_of, grad_of, cross_entropy_of, convert};
+const Kernels kernels = {
+    FASTLOSS_STRING(FASTLOSS_ISA), scratch_bytes, stats_of, grad_of, cross_entropy_of, convert};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

@@ -1,6 +1,7 @@
-// Vectors of W floats (W/2 doubles) and their loads and stores from float32, bfloat16, float16, float64 memory.
-// Reads and writes only whole vectors, or the first `count` elements with load_n / store_n.
-// GCC vector extensions, so that one source is AVX-512, AVX2 and plain C++, and W=16 can be tested without AVX-512.
+// Vectors of W floats (W/2 doubles) and their loads and stores from float32, bfloat16, float16, float64
+// memory. Reads and writes only whole vectors, or the first `count` elements with load_n / store_n. GCC
+// vector extensions, so that one source is AVX-512, AVX2 and plain C++, and W=16 can be tested without
+// AVX-512.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,8 @@
 #pragma GCC diagnostic ignored "-Wpsabi"  // nothing here is called across an ABI: everything is inlined
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12, inside its own _mm512_cvtph_ps
 
-// The ISA's namespace holds every inline function below: the linker must never merge an AVX copy with a plain one.
+// The ISA's namespace holds every inline function below: the linker must never merge an AVX copy with a plain
+// one.
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
@@ -85,8 +87,8 @@ FASTLOSS_INLINE V load_raw(const P* p) {
   return v;
 }
 
-// The larger or smaller one; b where an operand is NaN. GCC 12 makes a compare and a blend of the ternary under AVX2,
-// which is exactly what vmaxps and vminps do in one instruction.
+// The larger or smaller one; b where an operand is NaN. GCC 12 makes a compare and a blend of the ternary
+// under AVX2, which is exactly what vmaxps and vminps do in one instruction.
 template <class V>
 FASTLOSS_INLINE V max_or_second(V a, V b) {
   return a > b ? a : b;

@@ -26,33 +26,35 @@ void check(const char* error) {
 }
 
 void row_stats(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
-               int64_t ignore_index, Address bias, double scale, double softcap, Address logsumexp, Address logprob,
-               Address entropy, Address log_sum_sq_probs, Address mean_logit, Address is_top1, Address stream) {
-  const cuda::Logits in = {at<void>(logits), dtype,        rows,     vocab,        row_stride,
+               int64_t ignore_index, Address bias, double scale, double softcap, Address logsumexp,
+               Address logprob, Address entropy, Address log_sum_sq_probs, Address mean_logit,
+               Address is_top1, Address stream) {
+  const cuda::Logits in = {at<void>(logits),    dtype,        rows,     vocab,        row_stride,
                            at<int64_t>(target), ignore_index, at(bias), float(scale), float(softcap)};
-  const cuda::Stats out = {nullptr,     at(logsumexp),        at(logprob),    at(entropy),
-                           at(log_sum_sq_probs), at(mean_logit), at<uint8_t>(is_top1)};
+  const cuda::Stats out = {
+      nullptr,        at(logsumexp),       at(logprob), at(entropy), at(log_sum_sq_probs),
+      at(mean_logit), at<uint8_t>(is_top1)};
   check(cuda::row_stats(in, out, at<void>(stream)));
 }
 
 void row_grad(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
-              int64_t ignore_index, Address bias, double scale, double softcap, Address lse, Address a, Address b,
-              Address c, Address d, Address w, int64_t w_row_stride, Address out, int64_t out_row_stride,
-              Address stream) {
-  const cuda::Logits in = {at<void>(logits), dtype,        rows,     vocab,        row_stride,
+              int64_t ignore_index, Address bias, double scale, double softcap, Address lse, Address a,
+              Address b, Address c, Address d, Address w, int64_t w_row_stride, Address out,
+              int64_t out_row_stride, Address stream) {
+  const cuda::Logits in = {at<void>(logits),    dtype,        rows,     vocab,        row_stride,
                            at<int64_t>(target), ignore_index, at(bias), float(scale), float(softcap)};
   const cuda::Coefficients k = {at(lse), at(a),        at(b),         at(c),         at(d),
                                 at(w),   w_row_stride, at<void>(out), out_row_stride};
   check(cuda::row_grad(in, k, at<void>(stream)));
 }
 
-void row_cross_entropy(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
-                       int64_t ignore_index, Address bias, double scale, double softcap, Address w,
-                       int64_t w_row_stride, double label_smoothing, double z_loss, double grad_scale,
-                       Address grad_scale_ptr, Address grad, int64_t grad_row_stride, Address loss, Address logsumexp,
-                       Address logprob, Address entropy, Address log_sum_sq_probs, Address mean_logit,
-                       Address is_top1, Address stream) {
-  const cuda::Logits in = {at<void>(logits), dtype,        rows,     vocab,        row_stride,
+void row_cross_entropy(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                       Address target, int64_t ignore_index, Address bias, double scale, double softcap,
+                       Address w, int64_t w_row_stride, double label_smoothing, double z_loss,
+                       double grad_scale, Address grad_scale_ptr, Address grad, int64_t grad_row_stride,
+                       Address loss, Address logsumexp, Address logprob, Address entropy,
+                       Address log_sum_sq_probs, Address mean_logit, Address is_top1, Address stream) {
+  const cuda::Logits in = {at<void>(logits),    dtype,        rows,     vocab,        row_stride,
                            at<int64_t>(target), ignore_index, at(bias), float(scale), float(softcap)};
   const cuda::CrossEntropy ce = {at(w),
                                  w_row_stride,
@@ -63,8 +65,9 @@ void row_cross_entropy(Address logits, int dtype, int64_t rows, int64_t vocab, i
                                  at(grad_scale_ptr),
                                  at<void>(grad),
                                  grad_row_stride};
-  const cuda::Stats out = {at(loss),    at(logsumexp),        at(logprob),    at(entropy),
-                           at(log_sum_sq_probs), at(mean_logit), at<uint8_t>(is_top1)};
+  const cuda::Stats out = {
+      at(loss),       at(logsumexp),       at(logprob), at(entropy), at(log_sum_sq_probs),
+      at(mean_logit), at<uint8_t>(is_top1)};
   check(cuda::row_cross_entropy(in, ce, out, at<void>(stream)));
 }
 

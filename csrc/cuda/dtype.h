@@ -112,14 +112,16 @@ __device__ inline Pack<T> load_pack_unaligned(const T* p) {
 template <class T>
 __device__ inline void store_pack(T* p, const float (&x)[Pack<T>::N]) {
   constexpr int per_word = kPerWord<T>;
-  const uint4 raw = {word_of<T>(x), word_of<T>(x + per_word), word_of<T>(x + 2 * per_word), word_of<T>(x + 3 * per_word)};
+  const uint4 raw = {word_of<T>(x), word_of<T>(x + per_word), word_of<T>(x + 2 * per_word),
+                     word_of<T>(x + 3 * per_word)};
   __stcs(reinterpret_cast<uint4*>(p), raw);
 }
 
 template <class T>
 __device__ inline void store_pack_unaligned(T* p, const Pack<T>& pack) {
 #pragma unroll
-  for (int k = 0; k < Pack<T>::N; ++k) p[k] = from_bits<T>(pack.word[k / kPerWord<T>] >> (k % kPerWord<T> * 16));
+  for (int k = 0; k < Pack<T>::N; ++k)
+    p[k] = from_bits<T>(pack.word[k / kPerWord<T>] >> (k % kPerWord<T> * 16));
 }
 
 // N floats at `v` of a bias or a weight vector, `absent` for each where there is no vector.

@@ -1,6 +1,6 @@
 // One row's statistics, its cross-entropy and, with `Grad`, the gradient: row_stats and row_cross_entropy.
-// Reads the row once from memory, writes the gradient once, over the logits if asked; a few numbers per row besides.
-// One block per row: the row is long, and the gradient needs the row's sum before its first element.
+// Reads the row once from memory, writes the gradient once, over the logits if asked; a few numbers per row
+// besides. One block per row: the row is long, and the gradient needs the row's sum before its first element.
 #pragma once
 
 #include "gradient.h"
@@ -15,8 +15,10 @@ __device__ inline void put(float* out, int64_t row, float value) {
 // Elements are dealt to threads by their index alone, never by the row's alignment: a row's bits are its own.
 template <class T, bool General, bool Extra, bool Grad>
 __device__ inline Running<Extra> read_row(const T* x, int vocab, const float* bias, const float* w,
-                                          const Transform<General>& transform, unsigned char* keep, int keep_packs) {
-  constexpr int N = Pack<T>::N, U = Extra || (General && N == 8) ? 2 : 4;  // loads in flight; more would spill
+                                          const Transform<General>& transform, unsigned char* keep,
+                                          int keep_packs) {
+  constexpr int N = Pack<T>::N,
+                U = Extra || (General && N == 8) ? 2 : 4;  // loads in flight; more would spill
   if (!General) bias = nullptr;
   if (!Extra) w = nullptr;
   const int packs = vocab / N, step = blockDim.x;
@@ -60,8 +62,8 @@ __device__ inline Running<Extra> read_row(const T* x, int vocab, const float* bi
 }
 
 template <class T, bool General, bool Extra, bool Grad>
-__global__ void __launch_bounds__(kMaxThreads, 2)
-    row_forward_kernel(Logits in, CrossEntropy ce, Stats out, int keep_packs) {
+__global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, CrossEntropy ce, Stats out,
+                                                                     int keep_packs) {
   FASTLOSS_DYNAMIC_SHARED(shared);
   const int vocab = int(in.vocab);
   const Transform<General> transform(in);
@@ -86,19 +88,21 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
     const int t = has_target ? int(wide_t) : -1;
     const float* w_row = ce.w ? ce.w + row * ce.w_row_stride : nullptr;
     const bool weighs_all = in.target == nullptr || ce.smooth != 0;  // else w is read at the target alone
-    // The copy of the row sits as the row does with respect to 16 bytes, so that the second pass reads it in vectors.
+
+    // The copy of the row sits as the row does with respect to 16 bytes, so that the second pass reads it in
+    // vectors.
     const int offset = misalignment(x);
     const bool congruent = Grad && offset == misalignment(grad);
     const int kept = congruent ? keep_packs : 0;
     Running<Extra> sums = read_row<T, General, Extra, Grad>(x, vocab, in.bias, weighs_all ? w_row : nullptr,
                                                             transform, shared + offset, kept);
-
-    // Read here: after the long loop, which needs the registers, and before the barriers that let the gradient begin.
+    // Read here: after the long loop, which needs the registers, and before the barriers that let the
+    // gradient begin.
     const float w_t = has_target && w_row ? w_row[t] : 1.0f;
     float z_t = 0, slope;
     if (leader && has_target) z_t = transform(to_float(x[t]), General && in.bias ? in.bias[t] : 0.0f, &slope);
-    sums.combine_over_block();
 
+    sums.combine_over_block();
     const float base = sums.base();
     const bool has_nan = sums.exps != sums.exps;
     if (fabsf(sums.max) == INFINITY) sums.exps = NAN;  // only -inf, or a +inf
@@ -132,8 +136,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
       const float a = in.target ? -ce.keep * w_t : 0.0f, d = in.target ? -ce.smooth : -1.0f;
       if (bad) b = NAN;
       const RowGradient g = {base, a * factor, b / sums.exps * factor, 0.0f, d * factor};
-      write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, t, transform,
-                                            g, Kept{shared, offset, kept * Pack<T>::N}, threadIdx.x, blockDim.x);
+      write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, t,
+                                            transform, g, Kept{shared, offset, kept * Pack<T>::N},
+                                            threadIdx.x, blockDim.x);
       __syncthreads();  // the next row's copy overwrites this one's
     }
   }

@@ -19,8 +19,8 @@ struct Kept {
   int elements;
 };
 
-// Elements [0, head) and [head + body, vocab) one by one, the body in packs. An `out` misaligned differently than
-// `x` has no body. Elementwise, so the split changes no bit of the result.
+// Elements [0, head) and [head + body, vocab) one by one, the body in packs. An `out` misaligned differently
+// than `x` has no body. Elementwise, so the split changes no bit of the result.
 struct Split {
   int head, packs, edges;
 
@@ -62,9 +62,9 @@ __device__ inline void gradient_of(const X& x, const float (&bias)[N], const flo
 
 // `x` may be `out`: each element is read by the thread that writes it, before it does.
 template <bool General, bool Weights, bool Entropy, class T>
-__device__ inline void write_gradient(const T* x, T* out, int vocab, const float* bias, const float* w, int target,
-                                      const Transform<General>& transform, const RowGradient& g, const Kept& kept,
-                                      int first, int step) {
+__device__ inline void write_gradient(const T* x, T* out, int vocab, const float* bias, const float* w,
+                                      int target, const Transform<General>& transform, const RowGradient& g,
+                                      const Kept& kept, int first, int step) {
   // Loads in flight: more would spill, and a row that is kept in shared memory needs few.
   constexpr int N = Pack<T>::N, U = !Entropy || ((General || Weights) && N == 8) ? 2 : 4;
   const Split split = Split::of(x, out, vocab);
@@ -81,7 +81,8 @@ __device__ inline void write_gradient(const T* x, T* out, int vocab, const float
     out[v] = from_float<T>(result[0]);
   }
 
-  const bool bias_aligned = bias && is_aligned(bias + split.head), w_aligned = w && is_aligned(w + split.head);
+  const bool bias_aligned = bias && is_aligned(bias + split.head),
+             w_aligned = w && is_aligned(w + split.head);
   for (int i = first; i < split.packs; i += U * step) {
     Pack<T> pack[U];
 #pragma unroll
@@ -135,9 +136,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_grad_kernel(Logits in, Coe
     }
     const RowGradient g = {k.lse[row], at_row(k.a, row) * in.scale, at_row(k.b, row) * in.scale,
                            at_row(k.c, row) * in.scale, at_row(k.d, row) * in.scale};
-    write_gradient<General, Weights, true>(static_cast<const T*>(in.x) + row * in.row_stride, out, vocab, in.bias,
-                                           k.w ? k.w + row * k.w_row_stride : nullptr, int(t), transform, g,
-                                           Kept{nullptr, 0, 0}, first, step);
+    write_gradient<General, Weights, true>(static_cast<const T*>(in.x) + row * in.row_stride, out, vocab,
+                                           in.bias, k.w ? k.w + row * k.w_row_stride : nullptr, int(t),
+                                           transform, g, Kept{nullptr, 0, 0}, first, step);
   }
 }
 

@@ -20,7 +20,8 @@
 namespace fastloss::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads =
+    448;  // two such blocks leave a thread 72 registers; 512 would leave 64, and spills
 constexpr int64_t kMaxBlocks = 2147483647;
 
 __device__ inline float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }

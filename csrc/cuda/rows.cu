@@ -14,7 +14,8 @@ namespace fastloss::cuda {
 namespace {
 
 constexpr int kPacksPerThread = 4;
-constexpr int64_t kMaxVocab = int64_t(1) << 30;  // indices within a row are 32-bit, with room for an unrolled step
+constexpr int64_t kMaxVocab = int64_t(1)
+                              << 30;  // indices within a row are 32-bit, with room for an unrolled step
 
 template <class T>
 int threads_for(int64_t vocab) {
@@ -27,7 +28,8 @@ const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr :
 
 const char* unusable(const Logits& in) {
   if (in.vocab < 1 || in.vocab > kMaxVocab) return "vocab must be between 1 and 2^30";
-  if (in.dtype < kFloat32 || in.dtype > kFloat16) return "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)";
+  if (in.dtype < kFloat32 || in.dtype > kFloat16)
+    return "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)";
   return nullptr;
 }
 
@@ -41,7 +43,8 @@ const char* with_dtype(int dtype, F f) {
 
 // Half of a multiprocessor's shared memory, so that one block reads while another reduces or writes.
 cudaError_t shared_per_block(int* bytes) {
-  constexpr int kStatic = 2048;  // the reduction's own, and the kilobyte that the system keeps of each block's
+  constexpr int kStatic =
+      2048;  // the reduction's own, and the kilobyte that the system keeps of each block's
   int device = 0, per_multiprocessor = 0, per_block = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
@@ -67,8 +70,8 @@ const char* launch_forward(const Logits& in, const CrossEntropy& ce, const Stats
     }
   }
   const dim3 grid(unsigned(std::min<int64_t>(in.rows, kMaxBlocks)));
-  FASTLOSS_LAUNCH(kernel, grid, dim3(threads_for<T>(in.vocab)), shared, static_cast<cudaStream_t>(stream), in, ce, out,
-                  keep_packs);
+  FASTLOSS_LAUNCH(kernel, grid, dim3(threads_for<T>(in.vocab)), shared, static_cast<cudaStream_t>(stream), in,
+                  ce, out, keep_packs);
   return text_of(cudaGetLastError());
 }
 
@@ -103,7 +106,8 @@ const char* row_cross_entropy(const Logits& in, const CrossEntropy& ce, const St
   const bool extra = sums_w || out.entropy || out.log_sum_sq_probs || out.mean_logit;
   const auto pick = [&](auto general, auto more) {
     constexpr bool G = decltype(general)::value, E = decltype(more)::value;
-    return ce.grad ? forward_of<G, E, true>(in, ce, out, stream) : forward_of<G, E, false>(in, ce, out, stream);
+    return ce.grad ? forward_of<G, E, true>(in, ce, out, stream)
+                   : forward_of<G, E, false>(in, ce, out, stream);
   };
   const std::true_type yes;
   const std::false_type no;
@@ -122,7 +126,8 @@ const char* row_grad(const Logits& in, const Coefficients& k, void* stream) {
   if (const char* error = unusable(in)) return error;
   return with_dtype(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (is_general(in)) return k.w ? launch_grad<T, true, true>(in, k, stream) : launch_grad<T, true, false>(in, k, stream);
+    if (is_general(in))
+      return k.w ? launch_grad<T, true, true>(in, k, stream) : launch_grad<T, true, false>(in, k, stream);
     return k.w ? launch_grad<T, false, true>(in, k, stream) : launch_grad<T, false, false>(in, k, stream);
   });
 }

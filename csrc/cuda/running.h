@@ -1,19 +1,21 @@
 // The online softmax of one thread, and its combination over the block.
 // Registers only, then 4 bytes per warp and sum through shared memory.
-// Two barriers per row; the order of every sum is fixed by the thread's index, so the same row gives the same bits.
+// Two barriers per row; the order of every sum is fixed by the thread's index, so the same row gives the same
+// bits.
 #pragma once
 
 #include "platform.h"
 
 namespace fastloss::cuda {
 
-// Sums are relative to base(), the maximum so far, or 0 while that is infinite: differences of large logits stay exact.
+// Sums are relative to base(), the maximum so far, or 0 while that is infinite: differences of large logits
+// stay exact.
 template <bool Extra>
 struct Running {
   float max = -INFINITY;
-  float exps = 0;                        // sum of e^(z - base)
-  float exps_z = 0, exps_squared = 0;    // sum of e (z - base), of e^2
-  float z = 0, count = 0, wz = 0, w = 0; // sum of z - base, of 1, of w (z - base), of w
+  float exps = 0;                         // sum of e^(z - base)
+  float exps_z = 0, exps_squared = 0;     // sum of e (z - base), of e^2
+  float z = 0, count = 0, wz = 0, w = 0;  // sum of z - base, of 1, of w (z - base), of w
 
   __device__ static float base_of(float max) { return fabsf(max) == INFINITY ? 0.0f : max; }
   __device__ float base() const { return base_of(max); }
@@ -80,7 +82,8 @@ struct Running {
       sums[i] = warp_sum(sums[i]);
       if (lane == 0) partial[i][warp] = sums[i];
     }
-    // A thread that is ahead writes maxima of the next row only after this barrier, and partial after the next one's first.
+    // A thread that is ahead writes maxima of the next row only after this barrier, and partial after the
+    // next one's first.
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < (Extra ? 7 : 1); ++i) sums[i] = warp_sum(lane < warps ? partial[i][lane] : 0.0f);
@@ -93,13 +96,15 @@ struct Running {
   // An exchange by xor adds the same two numbers in both lanes: all lanes end with the same bits.
   __device__ static float warp_sum(float x) {
 #pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      x += __shfl_xor_sync(0xffffffffu, x, distance);
     return x;
   }
 
   __device__ static float warp_max(float x) {
 #pragma unroll
-    for (int distance = kWarp / 2; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
+    for (int distance = kWarp / 2; distance > 0; distance /= 2)
+      x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, distance));
     return x;
   }
 };

@@ -9,7 +9,8 @@
 namespace fastloss::cuda {
 
 // tanh(y) = 1 - 2q/(1+q) with q = e^(-2|y|), which loses its digits near 0: there y + y^3 P(y^2), fitted on
-// [0, 0.6] in numpy (Chebyshev), 1.4 units of 2^-24. The slope 4q/(1+q)^2 keeps its digits far out, where 1 - tanh^2 has none.
+// [0, 0.6] in numpy (Chebyshev), 1.4 units of 2^-24. The slope 4q/(1+q)^2 keeps its digits far out, where 1 -
+// tanh^2 has none.
 __device__ inline float tanh_and_slope(float y, float* slope) {
   const float magnitude = fabsf(y);
   const float q = expf(-2.0f * magnitude);
@@ -44,7 +45,8 @@ struct Transform {
     if constexpr (!General) return scale * x;
     float u = x + bias;
     if (softcap > 0) {
-      // u / softcap with a correctly rounded quotient's error and no division; past 10, tanh is 1 and u may be inf.
+      // u / softcap with a correctly rounded quotient's error and no division; past 10, tanh is 1 and u may
+      // be inf.
       float y = u * inverse_softcap;
       if (fabsf(y) < 10.0f) y = fmaf(fmaf(-y, softcap, u), inverse_softcap, y);
       u = softcap * tanh_and_slope(y, slope);

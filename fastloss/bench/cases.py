@@ -40,7 +40,9 @@ def cases(quick: bool = False) -> list[Case]:
                 for cold in (False, True):
                     name = f"row-{_short(dtype)}-{rows}x{vocab}-{'inplace' if inplace else 'new'}-{'cold' if cold else 'warm'}"
                     out.append(Case(name, "row", rows, 0, vocab, dtype, inplace, cold))
-        out.append(Case(f"row-f32-{rows}x{vocab}-new-warm-peaked", "row", rows, 0, vocab, torch.float32, peaked=True))
+        out.append(
+            Case(f"row-f32-{rows}x{vocab}-new-warm-peaked", "row", rows, 0, vocab, torch.float32, peaked=True)
+        )
     for rows, dim, vocab in linear_shapes:
         for dtype in (torch.float32, torch.bfloat16):
             for frozen in (False, True):
@@ -70,8 +72,12 @@ def data(case: Case, device: str) -> Data:
             logits[torch.arange(case.rows), target] += 12.0
         logits = logits.to(case.dtype).to(device)
     else:
-        hidden = torch.randn(case.rows, case.dim, generator=generator).to(case.dtype).to(device).requires_grad_()
-        weight = (torch.randn(case.vocab, case.dim, generator=generator) / case.dim**0.5).to(case.dtype).to(device)
+        hidden = (
+            torch.randn(case.rows, case.dim, generator=generator).to(case.dtype).to(device).requires_grad_()
+        )
+        weight = (
+            (torch.randn(case.vocab, case.dim, generator=generator) / case.dim**0.5).to(case.dtype).to(device)
+        )
         weight.requires_grad_(not case.frozen)
     target[::8] = -100
     return Data(logits, hidden, weight, target.to(device))

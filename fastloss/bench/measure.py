@@ -30,7 +30,11 @@ class Flusher:
 
 
 def time_round_robin(
-    steps: dict[str, Callable[[], object]], device: str, repeats: int, budget: float, before: Callable[[], None] | None,
+    steps: dict[str, Callable[[], object]],
+    device: str,
+    repeats: int,
+    budget: float,
+    before: Callable[[], None] | None,
 ) -> dict[str, list[float]]:
     """Seconds of each call, providers in turn so that drift hits all alike; a slow provider gets fewer calls."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -53,8 +57,12 @@ def time_round_robin(
 def summary(times: list[float]) -> dict[str, float]:
     ordered = sorted(times)
     quarter = len(ordered) // 4
-    return {"median": statistics.median(ordered), "min": ordered[0],
-            "iqr": ordered[-1 - quarter] - ordered[quarter], "n": len(ordered)}
+    return {
+        "median": statistics.median(ordered),
+        "min": ordered[0],
+        "iqr": ordered[-1 - quarter] - ordered[quarter],
+        "n": len(ordered),
+    }
 
 
 def peak_extra_bytes(step: Callable[[], object], device: str) -> int:
@@ -93,7 +101,8 @@ def limit(case: Case, data: Data, device: str) -> dict[str, Callable[[], object]
         if dtype != case.dtype and device == "cuda":
             continue
         out[f"limit: GEMMs {str(dtype).removeprefix('torch.')}"] = _gemms(
-            data.hidden.detach().to(dtype), data.weight.detach().to(dtype), case.frozen)
+            data.hidden.detach().to(dtype), data.weight.detach().to(dtype), case.frozen
+        )
     return out
 
 
@@ -124,10 +133,14 @@ def exact_loss(case: Case, data: Data) -> float:
         if case.kind == "row":
             assert data.logits is not None
             blocks = zip(data.logits.split(256), data.target.split(256), strict=True)
-            total = sum(float(torch.nn.functional.cross_entropy(x.double(), t, reduction="sum")) for x, t in blocks)
+            total = sum(
+                float(torch.nn.functional.cross_entropy(x.double(), t, reduction="sum")) for x, t in blocks
+            )
         else:
             assert data.hidden is not None and data.weight is not None
             w = data.weight.double()
-            total = sum(float(torch.nn.functional.cross_entropy(h.double() @ w.t(), t, reduction="sum"))
-                        for h, t in zip(data.hidden.split(128), data.target.split(128), strict=True))
+            total = sum(
+                float(torch.nn.functional.cross_entropy(h.double() @ w.t(), t, reduction="sum"))
+                for h, t in zip(data.hidden.split(128), data.target.split(128), strict=True)
+            )
         return total / int((data.target != -100).sum())

@@ -61,14 +61,18 @@ def _eager_linear(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def _torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.linear_cross_entropy(hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128))
+    return F.linear_cross_entropy(
+        hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128)
+    )
 
 
 def _trl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     kept = target != -100
-    logprobs = ChunkedLogProbFunction.apply(hidden, weight, None, target.clamp(min=0), 1.0, 8192, None, 1.0, ())[0]
+    logprobs = ChunkedLogProbFunction.apply(
+        hidden, weight, None, target.clamp(min=0), 1.0, 8192, None, 1.0, ()
+    )[0]
     return -(logprobs * kept).sum() / kept.sum()
 
 
@@ -90,9 +94,13 @@ def providers(case: Case, data: Data) -> dict[str, Step | str]:
         if available[backend] != "available":
             out[name] = available[backend]
         elif case.kind == "row":
-            out[name] = _row_step(functools.partial(fastloss.cross_entropy, inplace=case.inplace, backend=backend), case, data)
+            out[name] = _row_step(
+                functools.partial(fastloss.cross_entropy, inplace=case.inplace, backend=backend), case, data
+            )
         else:
-            out[name] = _linear_step(functools.partial(fastloss.linear_cross_entropy, backend=backend), case, data)
+            out[name] = _linear_step(
+                functools.partial(fastloss.linear_cross_entropy, backend=backend), case, data
+            )
     if case.kind == "row":
         out["torch eager"] = _row_step(F.cross_entropy, case, data)
         out["torch.compile"] = _row_step(torch.compile(F.cross_entropy, dynamic=False), case, data)
@@ -102,7 +110,9 @@ def providers(case: Case, data: Data) -> dict[str, Step | str]:
     if hasattr(F, "linear_cross_entropy"):
         out["torch linear_cross_entropy"] = _linear_step(F.linear_cross_entropy, case, data)
         out["torch chunked"] = _linear_step(_torch_chunked, case, data)
-    out["trl"] = _missing("trl.kernels.chunked_logprob", "ChunkedLogProbFunction") or _linear_step(_trl, case, data)
+    out["trl"] = _missing("trl.kernels.chunked_logprob", "ChunkedLogProbFunction") or _linear_step(
+        _trl, case, data
+    )
     if device == "cuda":
         out.update(_gpu_peers(case, data))
     return out

@@ -48,7 +48,9 @@ def run_case(case: Case, device: str = "cpu", repeats: int = 9, budget: float = 
 
     if case.name == "tiny":  # too short for one call's clock
         steps = {name: _many(step) for name, step in steps.items()}
-    times = measure.time_round_robin(steps, device, repeats, budget, before if case.cold or source is not None else None)
+    times = measure.time_round_robin(
+        steps, device, repeats, budget, before if case.cold or source is not None else None
+    )
     figures = {name: measure.summary(t) for name, t in times.items()}
     floor = min(figures[name]["median"] for name in limits)
     ours = min((f["median"] for n, f in figures.items() if n.startswith("fastloss")), default=0.0)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastloss import coefficients
-from fastloss.dispatch import targets_are_validated
 from fastloss.checks import bad_target, reject_bad_targets
+from fastloss.dispatch import targets_are_validated
 from fastloss.ops import cpu_rows
 from fastloss.ops.native_rows import acc_dtype
 from fastloss.ops.once import once_differentiable
@@ -39,8 +39,15 @@ class Factor(NamedTuple):
 
 
 def loss_factor(
-    target: Tensor | None, class_weight: Tensor | None, reduction: str, normalizer: float | Tensor | None,
-    rows: int, vocab: int, ignore_index: int, acc: torch.dtype, traced: bool = False,
+    target: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    normalizer: float | Tensor | None,
+    rows: int,
+    vocab: int,
+    ignore_index: int,
+    acc: torch.dtype,
+    traced: bool = False,
 ) -> Factor:
     """The reduction's factor; on the way, targets are checked (on a GPU only with ``validate_targets(True)``)."""
     on_cpu = not traced and (target is None or target.device.type == "cpu")
@@ -92,15 +99,30 @@ def factor_is_late(dtype: torch.dtype) -> bool:
 
 
 def run(
-    call: CrossEntropyCall, logits: Tensor, target: Tensor | None, w: Tensor | None, bias: Tensor | None,
-    grad: Tensor | None, factor: Factor,
+    call: CrossEntropyCall,
+    logits: Tensor,
+    target: Tensor | None,
+    w: Tensor | None,
+    bias: Tensor | None,
+    grad: Tensor | None,
+    factor: Factor,
 ) -> dict[str, Tensor]:
     """One pass over the rows."""
     scaled = grad is not None and not factor_is_late(logits.dtype)
     return call.rows.row_cross_entropy(
-        logits, target, ignore_index=call.ignore_index, bias=bias, scale=call.scale, softcap=call.softcap, w=w,
-        label_smoothing=call.label_smoothing, z_loss=call.z_loss, grad_scale=factor.value if scaled else 1.0,
-        grad_scale_tensor=factor.tensor if scaled else None, grad=grad, want=call.want,
+        logits,
+        target,
+        ignore_index=call.ignore_index,
+        bias=bias,
+        scale=call.scale,
+        softcap=call.softcap,
+        w=w,
+        label_smoothing=call.label_smoothing,
+        z_loss=call.z_loss,
+        grad_scale=factor.value if scaled else 1.0,
+        grad_scale_tensor=factor.tensor if scaled else None,
+        grad=grad,
+        want=call.want,
     )
 
 
@@ -121,12 +143,22 @@ class CrossEntropy(torch.autograd.Function):
     """(logits, target, w) -> loss and the wanted statistics, which are detached."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor | None, w: Tensor | None, call: CrossEntropyCall,
-                factor: Factor) -> Any:
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor | None,
+        w: Tensor | None,
+        call: CrossEntropyCall,
+        factor: Factor,
+    ) -> Any:
         ctx.call, ctx.factor, ctx.grad = call, factor, None
         per_row = call.reduction == "none"
         if call.needs_grad and not per_row:
-            ctx.grad = logits if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            ctx.grad = (
+                logits
+                if call.inplace
+                else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            )
         out = run(call, logits, target, w, None, ctx.grad, factor)
         if ctx.grad is not None and call.inplace:
             torch.autograd.graph.increment_version(logits)
@@ -148,11 +180,28 @@ class CrossEntropy(torch.autograd.Function):
         if call.reduction == "none":
             target, w, logits, lse = ctx.saved_tensors
             k = coefficients.of_cross_entropy(
-                upstream, lse, target, w, logits.shape[1], call.label_smoothing, call.z_loss)
-            out = logits.detach() if call.inplace else torch.empty(
-                logits.shape, dtype=logits.dtype, device=logits.device)
-            call.rows.row_grad(logits, target, ignore_index=call.ignore_index, bias=None, scale=call.scale,
-                               softcap=call.softcap, lse=lse, a=k.a, b=k.b, c=k.c, d=k.d, w=w, out=out)
+                upstream, lse, target, w, logits.shape[1], call.label_smoothing, call.z_loss
+            )
+            out = (
+                logits.detach()
+                if call.inplace
+                else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            )
+            call.rows.row_grad(
+                logits,
+                target,
+                ignore_index=call.ignore_index,
+                bias=None,
+                scale=call.scale,
+                softcap=call.softcap,
+                lse=lse,
+                a=k.a,
+                b=k.b,
+                c=k.c,
+                d=k.d,
+                w=w,
+                out=out,
+            )
             if call.inplace:
                 torch.autograd.graph.increment_version(logits)
             return out, None, None, None, None
@@ -166,4 +215,10 @@ class CrossEntropy(torch.autograd.Function):
             target, w, logits, _ = ctx.saved_tensors
             grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
             run(call, logits, target, w, None, grad, ctx.factor)
-        return scale_gradient(grad, upstream, ctx.factor if factor_is_late(grad.dtype) else None), None, None, None, None
+        return (
+            scale_gradient(grad, upstream, ctx.factor if factor_is_late(grad.dtype) else None),
+            None,
+            None,
+            None,
+            None,
+        )

@@ -15,14 +15,25 @@ from fastloss.ops.once import once_differentiable
 
 
 def cross_entropy_rows(
-    h: Head, needs: Needs, target: Tensor | None, w: Tensor | None, call: ce.CrossEntropyCall, factor: ce.Factor
+    h: Head,
+    needs: Needs,
+    target: Tensor | None,
+    w: Tensor | None,
+    call: ce.CrossEntropyCall,
+    factor: ce.Factor,
 ) -> tuple[dict[str, Tensor], Grads]:
     """Losses and statistics of all rows, and the gradients of their sum times ``factor`` (late for float16)."""
 
     def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
         return ce.run(
-            call, z, None if target is None else target[start:stop], w if w is None or w.dim() == 1 else w[start:stop],
-            h.bias, z if overwrite else None, ce.Factor() if factor_is_late(h) else factor)
+            call,
+            z,
+            None if target is None else target[start:stop],
+            w if w is None or w.dim() == 1 else w[start:stop],
+            h.bias,
+            z if overwrite else None,
+            ce.Factor() if factor_is_late(h) else factor,
+        )
 
     return head.run(h, needs, row_function)
 
@@ -47,27 +58,47 @@ def _dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.
 
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk: int) -> Head:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    return Head(hidden.detach(), weight.detach(), None if bias is None else bias.detach().to(acc), dtype, chunk)
+    return Head(
+        hidden.detach(), weight.detach(), None if bias is None else bias.detach().to(acc), dtype, chunk
+    )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
     """(hidden, weight, bias, target, w) -> loss and detached statistics."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, w: Tensor | None,
-                call: ce.CrossEntropyCall, factor: ce.Factor, dtype: torch.dtype, chunk: int, needs: Needs) -> Any:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor | None,
+        w: Tensor | None,
+        call: ce.CrossEntropyCall,
+        factor: ce.Factor,
+        dtype: torch.dtype,
+        chunk: int,
+        needs: Needs,
+    ) -> Any:
         ctx.call, ctx.factor, ctx.dtype, ctx.chunk, ctx.needs = call, factor, dtype, chunk, needs
         h = _head(hidden, weight, bias, dtype, chunk)
         per_row = call.reduction == "none"
         # With a frozen weight a row's d hidden is its upstream gradient times a vector that can be made now.
         ctx.ahead = not per_row or not (ctx.needs.weight or ctx.needs.bias)
         out, grads = cross_entropy_rows(
-            h, ctx.needs if ctx.ahead else Needs(False, False, False), target, w, call,
-            ce.Factor() if per_row else factor)
+            h,
+            ctx.needs if ctx.ahead else Needs(False, False, False),
+            target,
+            w,
+            call,
+            ce.Factor() if per_row else factor,
+        )
         ctx.late = factor_is_late(h) and not per_row
         ctx.grads = grads if ctx.late else Grads(*finish(grads, _dtypes(hidden, weight, bias)))
         ctx.save_for_backward(hidden, weight, bias, target, w, out["logsumexp"] if not ctx.ahead else None)
-        loss = out["loss"].to(call.loss_dtype) if per_row else ce.reduced(out["loss"], factor, call.loss_dtype)
+        loss = (
+            out["loss"].to(call.loss_dtype) if per_row else ce.reduced(out["loss"], factor, call.loss_dtype)
+        )
         if not call.want:
             return loss
         stats = [out[name] for name in call.want]
@@ -84,16 +115,31 @@ class LinearCrossEntropy(torch.autograd.Function):
         rest = (None,) * 7
         if not ctx.ahead:
             k = coefficients.of_cross_entropy(
-                upstream, lse, target, w, weight.shape[0], call.label_smoothing, call.z_loss)
-            grads = head.backward(h, ctx.needs, call.rows, target, lse, k, w, ignore_index=call.ignore_index,
-                                  scale=call.scale, softcap=call.softcap)
+                upstream, lse, target, w, weight.shape[0], call.label_smoothing, call.z_loss
+            )
+            grads = head.backward(
+                h,
+                ctx.needs,
+                call.rows,
+                target,
+                lse,
+                k,
+                w,
+                ignore_index=call.ignore_index,
+                scale=call.scale,
+                softcap=call.softcap,
+            )
             return (*finish(grads, dtypes), *rest)
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # retain_graph: the first backward gave the buffers away
             _, grads = cross_entropy_rows(
-                h, ctx.needs, target, w, call, ce.Factor() if call.reduction == "none" else ctx.factor)
+                h, ctx.needs, target, w, call, ce.Factor() if call.reduction == "none" else ctx.factor
+            )
         if call.reduction == "none":
-            return (*finish(grads, dtypes, upstream.to(torch.promote_types(ctx.dtype, upstream.dtype))[:, None]), *rest)
+            return (
+                *finish(grads, dtypes, upstream.to(torch.promote_types(ctx.dtype, upstream.dtype))[:, None]),
+                *rest,
+            )
         return (*finish(grads, dtypes, _scale(upstream, ctx.factor if ctx.late else None, hidden)), *rest)
 
 
@@ -114,8 +160,17 @@ class LinearTokenStats(torch.autograd.Function):
     """(hidden, weight, bias, target) -> the wanted statistics; logprob, entropy and logsumexp carry gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None,
-                call: ts.StatsCall, dtype: torch.dtype, chunk: int, needs: Needs) -> Any:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor | None,
+        call: ts.StatsCall,
+        dtype: torch.dtype,
+        chunk: int,
+        needs: Needs,
+    ) -> Any:
         ctx.call, ctx.dtype, ctx.chunk, ctx.needs = call, dtype, chunk, needs
         ctx.set_materialize_grads(False)
         h = _head(hidden, weight, bias, dtype, chunk)
@@ -128,12 +183,24 @@ class LinearTokenStats(torch.autograd.Function):
             part = ts.stats(call, z, chunk_target, h.bias)
             if overwrite:
                 one = torch.ones_like(part["logsumexp"])
-                call.rows.row_grad(z, chunk_target, ignore_index=call.ignore_index, bias=h.bias, scale=call.scale,
-                                   softcap=call.softcap, lse=part["logsumexp"], a=one, b=-one, out=z)
+                call.rows.row_grad(
+                    z,
+                    chunk_target,
+                    ignore_index=call.ignore_index,
+                    bias=h.bias,
+                    scale=call.scale,
+                    softcap=call.softcap,
+                    lse=part["logsumexp"],
+                    a=one,
+                    b=-one,
+                    out=z,
+                )
             return part
 
         out, grads = head.run(h, ctx.needs if ctx.ahead else Needs(False, False, False), row_function)
-        ctx.save_for_backward(hidden, weight, bias, target, out["logsumexp"], out.get("entropy"), grads.hidden)
+        ctx.save_for_backward(
+            hidden, weight, bias, target, out["logsumexp"], out.get("entropy"), grads.hidden
+        )
         ctx.mark_non_differentiable(*[out[n] for n in call.want if n not in ts.DIFFERENTIABLE])
         return tuple(out[name] for name in call.want)
 
@@ -150,6 +217,16 @@ class LinearTokenStats(torch.autograd.Function):
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = ts.row_coefficients(call, upstream, entropy, lse.dtype)
         h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk)
-        grads = head.backward(h, ctx.needs, call.rows, target, lse, k, None, ignore_index=call.ignore_index,
-                              scale=call.scale, softcap=call.softcap)
+        grads = head.backward(
+            h,
+            ctx.needs,
+            call.rows,
+            target,
+            lse,
+            k,
+            None,
+            ignore_index=call.ignore_index,
+            scale=call.scale,
+            softcap=call.softcap,
+        )
         return (*finish(grads, _dtypes(hidden, weight, bias)), *none)

@@ -20,7 +20,9 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def empty_stats(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
     acc = acc_dtype(logits.dtype)
     return {
-        name: torch.empty(logits.shape[0], dtype=torch.uint8 if name == "is_top1" else acc, device=logits.device)
+        name: torch.empty(
+            logits.shape[0], dtype=torch.uint8 if name == "is_top1" else acc, device=logits.device
+        )
         for name in want
     }
 
@@ -41,33 +43,91 @@ class NativeRows:
         self.context = context
 
     def row_stats(
-        self, logits: Tensor, target: Tensor | None, *, ignore_index: int, bias: Tensor | None, scale: float,
-        softcap: float, want: Sequence[str],
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        *,
+        ignore_index: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float,
+        want: Sequence[str],
     ) -> dict[str, Tensor]:
         out = empty_stats(logits, want)
         rows, vocab = logits.shape
         self.module.row_stats(
-            logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, vocab, logits.stride(0), _ptr(target), ignore_index,
-            _ptr(bias), scale, softcap, *[_ptr(out.get(name)) for name in STATS], self.context(logits),
+            logits.data_ptr(),
+            DTYPE_CODES[logits.dtype],
+            rows,
+            vocab,
+            logits.stride(0),
+            _ptr(target),
+            ignore_index,
+            _ptr(bias),
+            scale,
+            softcap,
+            *[_ptr(out.get(name)) for name in STATS],
+            self.context(logits),
         )
         return out
 
     def row_grad(
-        self, logits: Tensor, target: Tensor | None, *, ignore_index: int, bias: Tensor | None, scale: float,
-        softcap: float, lse: Tensor, a: Tensor | None = None, b: Tensor | None = None, c: Tensor | None = None,
-        d: Tensor | None = None, w: Tensor | None = None, out: Tensor,
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        *,
+        ignore_index: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float,
+        lse: Tensor,
+        a: Tensor | None = None,
+        b: Tensor | None = None,
+        c: Tensor | None = None,
+        d: Tensor | None = None,
+        w: Tensor | None = None,
+        out: Tensor,
     ) -> None:
         rows, vocab = logits.shape
         self.module.row_grad(
-            logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, vocab, logits.stride(0), _ptr(target), ignore_index,
-            _ptr(bias), scale, softcap, lse.data_ptr(), _ptr(a), _ptr(b), _ptr(c), _ptr(d), _ptr(w), _w_stride(w),
-            out.data_ptr(), out.stride(0), self.context(logits),
+            logits.data_ptr(),
+            DTYPE_CODES[logits.dtype],
+            rows,
+            vocab,
+            logits.stride(0),
+            _ptr(target),
+            ignore_index,
+            _ptr(bias),
+            scale,
+            softcap,
+            lse.data_ptr(),
+            _ptr(a),
+            _ptr(b),
+            _ptr(c),
+            _ptr(d),
+            _ptr(w),
+            _w_stride(w),
+            out.data_ptr(),
+            out.stride(0),
+            self.context(logits),
         )
 
     def row_cross_entropy(
-        self, logits: Tensor, target: Tensor | None, *, ignore_index: int, bias: Tensor | None, scale: float,
-        softcap: float, w: Tensor | None, label_smoothing: float, z_loss: float, grad_scale: float = 1.0,
-        grad_scale_tensor: Tensor | None = None, grad: Tensor | None = None, want: Sequence[str] = (),
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        *,
+        ignore_index: int,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float,
+        w: Tensor | None,
+        label_smoothing: float,
+        z_loss: float,
+        grad_scale: float = 1.0,
+        grad_scale_tensor: Tensor | None = None,
+        grad: Tensor | None = None,
+        want: Sequence[str] = (),
     ) -> dict[str, Tensor]:
         rows, vocab = logits.shape
         out = empty_stats(logits, want)
@@ -75,9 +135,26 @@ class NativeRows:
             out["logsumexp"] = torch.empty(rows, dtype=acc_dtype(logits.dtype), device=logits.device)
         out["loss"] = torch.empty_like(out["logsumexp"])
         self.module.row_cross_entropy(
-            logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, vocab, logits.stride(0), _ptr(target), ignore_index,
-            _ptr(bias), scale, softcap, _ptr(w), _w_stride(w), label_smoothing, z_loss, grad_scale,
-            _ptr(grad_scale_tensor), _ptr(grad), 0 if grad is None else grad.stride(0), out["loss"].data_ptr(),
-            *[_ptr(out.get(name)) for name in STATS], self.context(logits),
+            logits.data_ptr(),
+            DTYPE_CODES[logits.dtype],
+            rows,
+            vocab,
+            logits.stride(0),
+            _ptr(target),
+            ignore_index,
+            _ptr(bias),
+            scale,
+            softcap,
+            _ptr(w),
+            _w_stride(w),
+            label_smoothing,
+            z_loss,
+            grad_scale,
+            _ptr(grad_scale_tensor),
+            _ptr(grad),
+            0 if grad is None else grad.stride(0),
+            out["loss"].data_ptr(),
+            *[_ptr(out.get(name)) for name in STATS],
+            self.context(logits),
         )
         return out

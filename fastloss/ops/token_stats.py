@@ -26,8 +26,15 @@ class StatsCall(NamedTuple):
 
 def stats(call: StatsCall, logits: Tensor, target: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:
     want = call.want if "logsumexp" in call.want else (*call.want, "logsumexp")
-    return call.rows.row_stats(logits, target, ignore_index=call.ignore_index, bias=bias, scale=call.scale,
-                               softcap=call.softcap, want=want)
+    return call.rows.row_stats(
+        logits,
+        target,
+        ignore_index=call.ignore_index,
+        bias=bias,
+        scale=call.scale,
+        softcap=call.softcap,
+        want=want,
+    )
 
 
 def row_coefficients(
@@ -58,9 +65,25 @@ class TokenStatsFunction(torch.autograd.Function):
         if all(g is None for g in upstream):
             return None, None, None
         k = row_coefficients(call, upstream, entropy, lse.dtype)
-        out = logits.detach() if call.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        call.rows.row_grad(logits, target, ignore_index=call.ignore_index, bias=None, scale=call.scale,
-                           softcap=call.softcap, lse=lse, a=k.a, b=k.b, c=k.c, d=k.d, out=out)
+        out = (
+            logits.detach()
+            if call.inplace
+            else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        )
+        call.rows.row_grad(
+            logits,
+            target,
+            ignore_index=call.ignore_index,
+            bias=None,
+            scale=call.scale,
+            softcap=call.softcap,
+            lse=lse,
+            a=k.a,
+            b=k.b,
+            c=k.c,
+            d=k.d,
+            out=out,
+        )
         if call.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, None, None

@@ -22,7 +22,11 @@ _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 def why_not() -> str:
     if _why_not:
         return _why_not
-    if not _interpreted and not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
+    if (
+        not _interpreted
+        and not torch.cuda.is_available()
+        and not (hasattr(torch, "xpu") and torch.xpu.is_available())
+    ):
         return "no GPU is there (TRITON_INTERPRET=1 runs the kernels, slowly, on the CPU)"
     return ""
 

@@ -34,7 +34,9 @@ def cross_entropy(
     else:
         kept = target != ignore_index
         # An ignored row must not reach the gradient, not even through a NaN.
-        logits = torch.where(kept.unsqueeze(-1), logits, torch.zeros((), dtype=logits.dtype, device=logits.device))
+        logits = torch.where(
+            kept.unsqueeze(-1), logits, torch.zeros((), dtype=logits.dtype, device=logits.device)
+        )
         z = effective_logits(logits, bias=bias, scale=scale, softcap=softcap)
         w = torch.ones(vocab, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
         bad = kept & ((target < 0) | (target >= vocab))

@@ -23,7 +23,9 @@ def token_stats(
     if target is not None:
         ignored = target == ignore_index
         # An ignored row must not reach the gradient, not even through a NaN.
-        logits = torch.where(ignored.unsqueeze(-1), torch.zeros((), dtype=logits.dtype, device=logits.device), logits)
+        logits = torch.where(
+            ignored.unsqueeze(-1), torch.zeros((), dtype=logits.dtype, device=logits.device), logits
+        )
     z = effective_logits(logits, bias=bias, scale=scale, softcap=softcap)
     logp = z.log_softmax(-1)
     p = logp.exp()
@@ -43,7 +45,12 @@ def token_stats(
 
 
 def linear_token_stats(
-    input: Tensor, linear_weight: Tensor, target: Tensor | None, *, linear_bias: Tensor | None = None, **options
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    *,
+    linear_bias: Tensor | None = None,
+    **options,
 ) -> dict[str, Tensor]:
     """``token_stats`` of the logits of a linear head."""
     return token_stats(linear_logits(input, linear_weight, linear_bias), target, **options)

@@ -12,8 +12,12 @@ from fastloss.bench.cases import cases, data
 from fastloss.bench.run import run_case
 
 
-@pytest.mark.parametrize("name", ["row-f32-16x2000-inplace-cold", "row-bf16-16x2000-new-warm", "linear-f32-32x16x500-frozen"])
-def test_providers_agree_with_float64_and_the_limit_is_measured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", ["row-f32-16x2000-inplace-cold", "row-bf16-16x2000-new-warm", "linear-f32-32x16x500-frozen"]
+)
+def test_providers_agree_with_float64_and_the_limit_is_measured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(measure, "FLUSH_BYTES", 1 << 20)
     monkeypatch.setattr(torch, "compile", lambda f, **_: f)
     case = next(c for c in cases(quick=True) if c.name == name)
@@ -38,7 +42,11 @@ def test_the_head_holds_less_than_the_logits() -> None:
     import fastloss
 
     extra = measure.peak_extra_bytes(
-        lambda: fastloss.linear_cross_entropy(inputs.hidden, inputs.weight, inputs.target, chunk_size=16).backward(), "cpu")
+        lambda: fastloss.linear_cross_entropy(
+            inputs.hidden, inputs.weight, inputs.target, chunk_size=16
+        ).backward(),
+        "cpu",
+    )
     assert extra - measure.gradient_bytes(case) < case.logits_bytes * 0.05 + 65536
 
 

@@ -16,8 +16,19 @@ ROOT = HERE.parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_emulation"
 # -ffp-contract=off as nvcc's -fmad=false: the only fused multiply-adds are the ones that are written.
-FLAGS = ["-std=c++20", "-O2", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off",
-         "-DFASTLOSS_EMULATE", "-pthread", f"-I{HERE}", f"-I{SOURCES}"]
+FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    "-DFASTLOSS_EMULATE",
+    "-pthread",
+    f"-I{HERE}",
+    f"-I{SOURCES}",
+]
 
 
 def compiler() -> str | None:
@@ -44,8 +55,18 @@ def build_emulated() -> ModuleType:
 
     out = _compile(
         BUILD / ("_cuda_emulated" + str(sysconfig.get_config_var("EXT_SUFFIX"))),
-        ["-shared", "-fPIC", "-fvisibility=hidden", "-DFASTLOSS_MODULE=_cuda_emulated", f"-I{pybind11.get_include()}",
-         f"-I{sysconfig.get_paths()['include']}", "-x", "c++", str(SOURCES / "rows.cu"), str(SOURCES / "bindings.cpp")],
+        [
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-DFASTLOSS_MODULE=_cuda_emulated",
+            f"-I{pybind11.get_include()}",
+            f"-I{sysconfig.get_paths()['include']}",
+            "-x",
+            "c++",
+            str(SOURCES / "rows.cu"),
+            str(SOURCES / "bindings.cpp"),
+        ],
     )
     spec = importlib.util.spec_from_file_location("_cuda_emulated", out)
     assert spec is not None and spec.loader is not None
@@ -58,6 +79,12 @@ def build_race_check() -> Path:
     """The kernels under ThreadSanitizer, with warps of 32 as on a GPU."""
     return _compile(
         BUILD / "tsan_main",
-        ["-fsanitize=thread", "-DFASTLOSS_EMULATED_WARP=32", "-x", "c++", str(SOURCES / "rows.cu"),
-         str(HERE / "tsan_main.cpp")],
+        [
+            "-fsanitize=thread",
+            "-DFASTLOSS_EMULATED_WARP=32",
+            "-x",
+            "c++",
+            str(SOURCES / "rows.cu"),
+            str(HERE / "tsan_main.cpp"),
+        ],
     )

@@ -1,6 +1,7 @@
 // Enough of CUDA for g++ to compile csrc/cuda/rows.cu unchanged and run it on the CPU.
 // One std::thread per CUDA thread; the blocks of a launch one after another, on the same threads.
-// Warps, blocks, the grid and shared memory are small here, so that every loop and every boundary is taken by short rows.
+// Warps, blocks, the grid and shared memory are small here, so that every loop and every boundary is taken by
+// short rows.
 #pragma once
 
 #include <algorithm>
@@ -63,7 +64,8 @@ struct Warp {
 inline std::unique_ptr<Barrier> block;
 inline std::vector<std::unique_ptr<Warp>> warps;
 inline std::vector<uint4> shared;
-inline int skipped_barrier = -1;  // the n-th __syncthreads of every launch is left out: the race detector must notice
+inline int skipped_barrier =
+    -1;  // the n-th __syncthreads of every launch is left out: the race detector must notice
 inline thread_local int barriers;
 
 template <class... Parameters, class... Arguments>
@@ -91,7 +93,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, int shared_byte
 
 #define FASTLOSS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), emulated::launch(kernel, grid, block, shared_bytes, __VA_ARGS__))
-#define FASTLOSS_DYNAMIC_SHARED(name) unsigned char* name = reinterpret_cast<unsigned char*>(emulated::shared.data())
+#define FASTLOSS_DYNAMIC_SHARED(name) \
+  unsigned char* name = reinterpret_cast<unsigned char*>(emulated::shared.data())
 
 inline void __syncthreads() {
   if (emulated::barriers++ != emulated::skipped_barrier) emulated::block->wait();

@@ -20,14 +20,27 @@ int main(int argc, char** argv) {
         std::vector<int64_t> target = {0, 1, -100, 4, 7777, 2};
         std::vector<float> ones(vocab, 1.0f), out(6 * rows);
         std::vector<uint8_t> top(rows);
-        const Logits in = {x.data(), dtype, rows, vocab, vocab, target.data(), -100, general ? ones.data() : nullptr,
-                           1.0f, general ? 30.0f : 0.0f};
-        const Stats stats = {out.data(), &out[rows], &out[2 * rows], general ? &out[3 * rows] : nullptr,
-                             nullptr, general ? &out[4 * rows] : nullptr, top.data()};
-        CrossEntropy ce = {general ? ones.data() : nullptr, 0, 0.9f, general ? 0.1f : 0.0f, 1e-4f, 1.0f, nullptr,
-                           grad.data(), vocab};
-        const Coefficients k = {&out[rows], &out[0], &out[0], &out[0], &out[0], general ? ones.data() : nullptr, 0,
-                                x.data(), vocab};
+        const Logits in = {x.data(), dtype,
+                           rows,     vocab,
+                           vocab,    target.data(),
+                           -100,     general ? ones.data() : nullptr,
+                           1.0f,     general ? 30.0f : 0.0f};
+        const Stats stats = {out.data(),     &out[rows],
+                             &out[2 * rows], general ? &out[3 * rows] : nullptr,
+                             nullptr,        general ? &out[4 * rows] : nullptr,
+                             top.data()};
+        CrossEntropy ce = {general ? ones.data() : nullptr,
+                           0,
+                           0.9f,
+                           general ? 0.1f : 0.0f,
+                           1e-4f,
+                           1.0f,
+                           nullptr,
+                           grad.data(),
+                           vocab};
+        const Coefficients k = {&out[rows], &out[0],  &out[0],
+                                &out[0],    &out[0],  general ? ones.data() : nullptr,
+                                0,          x.data(), vocab};
         const char* error = row_stats(in, stats, nullptr);
         if (!error) error = row_cross_entropy(in, ce, stats, nullptr);
         ce.grad = x.data();
