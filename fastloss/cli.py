@@ -47,7 +47,7 @@ def info() -> None:
     try:
         from fastloss import _build_info as build  # type: ignore[attr-defined]
     except ImportError:
-        build = None
+        build = None  # type: ignore[assignment]
     print(f"fastloss {fastloss.__version__}   torch {torch.__version__}   python {platform.python_version()}")
     print(
         f"threads {torch.get_num_threads()}   cpu capability (torch) {torch.backends.cpu.get_cpu_capability()}"

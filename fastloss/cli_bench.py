@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -52,7 +52,7 @@ def bench(
     chosen = [case for case in all_cases(quick) if fnmatch.fnmatch(case.name, cases)]
     if not chosen:
         raise typer.BadParameter(f"no case matches {cases!r}", param_hint="--cases")
-    results = {
+    results: dict[str, Any] = {
         "machine": report.machine(device),
         "quick": quick,
         "cases": [run_case(case, device, repeats) for case in track(chosen, "measuring", console=console)],

@@ -387,7 +387,7 @@ def _reference(
     if "bias" in more:
         more = {"bias": more["bias"]}
     with torch.no_grad():
-        stats = stats_of(
+        stats = stats_of(  # type: ignore[call-arg]
             *operands[:-1],
             None if probabilities else target,
             scale=options.scale,
@@ -525,6 +525,7 @@ def _unflatten(result: Any, lead: torch.Size, reduction: str, return_stats: bool
         loss = loss.reshape(lead)
     if not return_stats:
         return loss
+    assert stats is not None
     return loss, TokenStats(*(None if s is None else s.reshape(lead) for s in stats))
 
 

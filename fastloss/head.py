@@ -160,6 +160,7 @@ class _UpcastGemms(_Gemms):
         if d_hidden is not None:
             for vocab_block, weight in self._blocks():
                 torch.addmm(d_hidden, z[:, vocab_block], weight, out=d_hidden)
+            assert self.d_hidden is not None
             self.d_hidden[start:stop] = d_hidden
         if self.d_weight is not None:
             self._add_weight(z, hidden)

@@ -154,16 +154,16 @@ def test_ignore_index_of_any_sign(backend: str, ignore_index: int) -> None:
 def test_z_loss_has_the_mean_s_count_and_a_gradient(backend: str) -> None:
     x, t = _logits()
     t[0] = -100
-    eager = lambda v: F.cross_entropy(v, t) + 0.1 * v.logsumexp(-1)[1:].square().mean()  # noqa: E731
-    ours = lambda v: fastloss.cross_entropy(v, t, z_loss=0.1, backend=backend)  # noqa: E731
+    eager = lambda v: F.cross_entropy(v, t) + 0.1 * v.logsumexp(-1)[1:].square().mean()
+    ours = lambda v: fastloss.cross_entropy(v, t, z_loss=0.1, backend=backend)
     torch.testing.assert_close(ours(x), eager(x))
     _same_gradient(ours, eager, x)
 
 
 def test_softcap_before_scale_with_its_derivative(backend: str) -> None:
     x, t = _logits()
-    eager = lambda v: F.cross_entropy(3.0 * 2.0 * torch.tanh(v / 2.0), t)  # noqa: E731
-    ours = lambda v: fastloss.cross_entropy(v, t, softcap=2.0, logit_scale=3.0, backend=backend)  # noqa: E731
+    eager = lambda v: F.cross_entropy(3.0 * 2.0 * torch.tanh(v / 2.0), t)
+    ours = lambda v: fastloss.cross_entropy(v, t, softcap=2.0, logit_scale=3.0, backend=backend)
     torch.testing.assert_close(ours(x), eager(x))
     _same_gradient(ours, eager, x)
 
@@ -186,7 +186,7 @@ def test_tied_and_frozen_and_bias() -> None:
     table = torch.randn(11, 6, requires_grad=True)
     target = torch.tensor([1, 2, 3])
     tokens = torch.tensor([4, 5, 6])
-    run = lambda f: torch.autograd.grad(f(table[tokens], table, target), table)[0]  # noqa: E731
+    run = lambda f: torch.autograd.grad(f(table[tokens], table, target), table)[0]
     torch.testing.assert_close(
         run(fastloss.linear_cross_entropy), run(lambda h, w, t: F.cross_entropy(h @ w.t(), t))
     )

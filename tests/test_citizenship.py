@@ -88,7 +88,7 @@ def test_compiled_frozen_weight() -> None:
     torch._dynamo.reset()
     hidden, weight, _, target = _problem()
     weight = weight.detach()
-    f = lambda h: fastloss.linear_cross_entropy(h, weight, target)  # noqa: E731
+    f = lambda h: fastloss.linear_cross_entropy(h, weight, target)
     (got,) = _grads(torch.compile(f, fullgraph=True, backend="aot_eager")(hidden), hidden)
     torch.testing.assert_close(got, *_grads(f(hidden), hidden))
 
@@ -222,7 +222,7 @@ def test_autocast_follows_the_leaf(dtype: torch.dtype) -> None:
 
 def test_checkpoint() -> None:
     hidden, weight, _, target = _problem()
-    f = lambda h: fastloss.linear_cross_entropy(h, weight, target)  # noqa: E731
+    f = lambda h: fastloss.linear_cross_entropy(h, weight, target)
     torch.testing.assert_close(
         _grads(checkpoint(f, hidden, use_reentrant=False), hidden, weight), _grads(f(hidden), hidden, weight)
     )
@@ -235,7 +235,7 @@ def test_flops_are_counted(frozen: bool, grad: bool, gemms: int, how: str) -> No
     hidden, weight, _, target = _problem()
     if frozen:
         weight = weight.detach()
-    f = lambda h, w: fastloss.linear_cross_entropy(h, w, target, chunk_size=3)  # noqa: E731
+    f = lambda h, w: fastloss.linear_cross_entropy(h, w, target, chunk_size=3)
     if how == "compiled":
         f = torch.compile(f, backend="aot_eager")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
@@ -247,7 +247,7 @@ def test_flops_are_counted(frozen: bool, grad: bool, gemms: int, how: str) -> No
 
 def test_explain_counts_the_gemms() -> None:
     hidden, weight, _, target = _problem()
-    count = lambda *a, **k: fastloss.explain(*a, **k)["gemms"]  # noqa: E731
+    count = lambda *a, **k: fastloss.explain(*a, **k)["gemms"]
     assert count(fastloss.linear_cross_entropy, hidden, weight, target) == 3
     assert count(fastloss.linear_cross_entropy, hidden, weight.detach(), target) == 2
     assert count(fastloss.linear_cross_entropy, hidden, weight.detach(), target, reduction="none") == 2

@@ -293,7 +293,7 @@ def test_row_grad(dtype, opt, coefs):
         target[2] = -100
         o = options_for(opt, vocab, dtype)
         gen = torch.Generator().manual_seed(3)
-        value = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64).to(acc(dtype))  # noqa: E731
+        value = lambda *shape: torch.randn(*shape, generator=gen, dtype=torch.float64).to(acc(dtype))
         k = {name: value(4) for name in coefs if name in "abcd"}
         if "w" in coefs:
             k["w"] = value(vocab)
@@ -303,7 +303,7 @@ def test_row_grad(dtype, opt, coefs):
         lse = z.logsumexp(-1).to(acc(dtype))
         logp = z - lse.double()[:, None]
         p = logp.exp()
-        col = lambda name: k[name].double()[:, None] if name in k else 0.0  # noqa: E731
+        col = lambda name: k[name].double()[:, None] if name in k else 0.0
         want = (
             col("b") * p
             + col("c") * p * logp

@@ -6,6 +6,8 @@ give their gradient buffer away; the numbers are the same, both run the same row
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -20,7 +22,7 @@ from fastloss.ops.native_rows import STATS, acc_dtype
 NO_NEEDS = Needs(False, False, False)
 
 
-def _rows(backend: str) -> object:
+def _rows(backend: str) -> Any:
     adapter, reason = dispatch._load(backend)
     if reason:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
@@ -252,9 +254,8 @@ def _save_token_stats(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _stats_coefficients(want: str, upstream: list[Tensor], entropy: Tensor, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     names = want.split(",")
     g = {n: x for n, x in zip(STATS, upstream, strict=True) if n in names and n in ts.DIFFERENTIABLE}
-    return coefficients.of_token_stats(
-        *[coefficients.vector(g.get(n), dtype) for n in ts.DIFFERENTIABLE], entropy_value=entropy
-    )
+    made = [coefficients.vector(g.get(n), dtype) for n in ts.DIFFERENTIABLE]
+    return coefficients.of_token_stats(made[0], made[1], made[2], entropy)
 
 
 def _backward_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
@@ -471,7 +472,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
                 hidden.shape[0]
             )
         k = coefficients.of_cross_entropy(g, lse, target, w, weight.shape[0], ctx.label_smoothing, ctx.z_loss)
-        k = [None if x is None else x.contiguous() for x in k]
+        k = coefficients.Coefficients(*[None if x is None else x.contiguous() for x in k])
         grads = linear_row_grad(
             hidden,
             weight,

@@ -130,7 +130,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 softcap=call.softcap,
             )
             return (*finish(grads, dtypes), *rest)
-        grads, ctx.grads = ctx.grads, None
+        grads: Any = ctx.grads
+        ctx.grads = None
         if grads is None:  # retain_graph: the first backward gave the buffers away
             _, grads = cross_entropy_rows(
                 h, ctx.needs, target, w, call, ce.Factor() if call.reduction == "none" else ctx.factor
@@ -214,6 +215,7 @@ class LinearTokenStats(torch.autograd.Function):
             return (None, None, None, *none)
         if ctx.ahead:
             g = upstream[call.want.index("logprob")]
+            assert g is not None
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = ts.row_coefficients(call, upstream, entropy, lse.dtype)
         h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk)

@@ -19,7 +19,7 @@ def token_stats(
 ) -> dict[str, Tensor]:
     """All statistics of ``logits [..., V]`` at ``target [...]`` (None: those that need no target)."""
     vocab = logits.shape[-1]
-    ignored = None
+    ignored = torch.zeros((), dtype=torch.bool, device=logits.device)
     if target is not None:
         ignored = target == ignore_index
         # An ignored row must not reach the gradient, not even through a NaN.
