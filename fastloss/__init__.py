@@ -4,7 +4,7 @@ from fastloss import nn
 from fastloss._version import __version__
 from fastloss.cross_entropy import cross_entropy, linear_cross_entropy
 from fastloss.dispatch import backends, explain, use_backend, validate_targets
-from fastloss.ops import library as _library  # registers the torch.library operators
+from fastloss.ops import library as _library  # noqa: F401 - registers the torch.library operators
 from fastloss.token_stats import (
     TokenStats,
     entropy_from_logits,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 def main() -> None:
     try:
@@ -23,17 +25,20 @@ def _mount(app) -> None:  # type: ignore[no-untyped-def]
         app.add_typer(train, name="train", help="Train a language model through fastloss's losses.")
         app.command()(demo)
     except ImportError as error:
-        app.command(name="train", help=f"Not available: {error}")(lambda: _missing("train", str(error)))
+        app.command(name="train", help=f"Not available: {error}")(_missing("train", str(error)))
     try:
         from fastloss.cli_bench import bench
 
         app.command()(bench)
     except ImportError as error:
-        app.command(name="bench", help=f"Not available: {error}")(lambda: _missing("bench", str(error)))
+        app.command(name="bench", help=f"Not available: {error}")(_missing("bench", str(error)))
 
 
-def _missing(extra: str, why: str) -> None:
-    raise SystemExit(f"{why}; pip install 'fastloss[{extra}]'")
+def _missing(extra: str, why: str) -> Callable[[], None]:
+    def command() -> None:
+        raise SystemExit(f"{why}; pip install 'fastloss[{extra}]'")
+
+    return command
 
 
 def info() -> None:

@@ -30,7 +30,7 @@ def of_cross_entropy(
     z_loss: float,
 ) -> Coefficients:
     """Cross-entropy of each row times its upstream gradient; ``target=None`` is class probabilities in ``w``."""
-    g = upstream.to(lse.dtype)
+    g = upstream.to(lse.dtype).contiguous()
     if target is None:
         assert w is not None
         return Coefficients(b=g * (w.sum(-1) + 2 * z_loss * lse), d=-g)

@@ -1,7 +1,7 @@
 """The row functions of docs/engine.md over tensors: outputs allocated, one launch each.
 
 A row is read once from memory (twice by row_cross_entropy with a gradient, the second time from L2).
-Launch: one program per row, 8 or 16 elements per thread and block; see launch_shape.
+Launch: one program per row, 4 or 16 elements per thread and block; see launch_shape.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ MAX_VOCAB = 1 << 30  # indices within a row are 32-bit, with room for one block 
 def launch_shape(vocab: int, softcap: bool, warp: int = WARP) -> dict[str, int]:
     """BLOCK and num_warps for a row of ``vocab``.
 
-    Up to 1024 threads, so that few rows are in flight and a row is still in L2 when its gradient is written (reasoned,
-    not measured). 16 elements per thread fit the 64 registers that remain to each, 8 with a soft-cap, whose slope
-    lives beside its z: with 16 the fullest kernel spilled on sm_90 (tools/kernel_report_triton.py).
+    16 elements per thread; 4 with a soft-cap, whose slope lives beside its z. With 1024 threads and 16 elements, and
+    with a soft-cap and 8, ptxas spilled on sm_90 or sm_100 (tools/kernel_report_triton.py). Not tuned on a GPU.
     """
-    block = min(max(triton.next_power_of_2(vocab), 128), 8192 if softcap else 16384)
-    return {"BLOCK": block, "num_warps": max(1, min(block // (8 if softcap else 16), 1024) // warp)}
+    block = min(max(triton.next_power_of_2(vocab), 128), 4096 if softcap else 8192)
+    return {"BLOCK": block, "num_warps": max(1, block // (4 if softcap else 16) // warp)}
 
 
 def _on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

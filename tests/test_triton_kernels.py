@@ -28,7 +28,6 @@ INF, NAN = float("inf"), float("nan")
 ROWS = 3
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "scaled": {"scale": 0.7},
     "bias": {"bias": True, "scale": 1.3},
     "softcap": {"softcap": 5.0},
     "all": {"bias": True, "softcap": 3.0, "scale": -1.7},
@@ -311,7 +310,7 @@ def test_ignore_index_may_be_a_class(ignore: int) -> None:
     close(out["loss"][1:], expected_cross_entropy(logits[1:], target[1:], o, None, 0.1, 0.0, 1.0)[0])
 
 
-@pytest.mark.parametrize("vocab", [33, 20000])
+@pytest.mark.parametrize("vocab", [33, 4097])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_vocabulary(dtype: torch.dtype, vocab: int) -> None:
     """-inf logits: p = 0, gradient 0, finite entropy; also where the first block is nothing else."""

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("fp32", "bf16", "fp16")
-LONG, SHORT = 32768, 1000  # the largest launch shape; one block, not divisible by 16
+LONG, ODD, SHORT = 32768, 50257, 1000  # many blocks; many without alignment; one block, not divisible by 16
 GATE = ("stack", "local", "ldl", "stl", "spills")  # LDL, STL: loads and stores of local memory
 
 # kernel -> option set -> arguments that are given (pointers) and flags that are on. The fullest sets are there with and
@@ -114,7 +114,7 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     )
     compiled = triton.compile(source, target=gpu, options={"num_warps": shape["num_warps"]})
     row = {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
-           "block": shape["BLOCK"], "warps": shape["num_warps"], "shared": compiled.metadata.shared}  # fmt: skip
+           "vocab": vocab, "block": shape["BLOCK"], "warps": shape["num_warps"], "shared": compiled.metadata.shared}  # fmt: skip
     asm = compiled.asm
     return row | (_amd_numbers(asm["amdgcn"]) if warp == 64 else _nvidia_numbers(asm["cubin"]))
 
@@ -169,6 +169,7 @@ def cases(targets: Sequence[str]) -> Iterator[tuple[str, str, str, str, int]]:
             for options in option_sets:
                 for dtype in DTYPES:
                     yield target, name, options, dtype, LONG
+                yield target, name, options, "bf16", ODD
                 yield target, name, options, "bf16", SHORT
 
 

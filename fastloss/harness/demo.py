@@ -45,6 +45,9 @@ def run_demo(config: PretrainConfig = DEMO, console: Console | None = None) -> d
     for loss, name in NAMES.items():
         one = replace(config, loss=loss, out=str(folder / loss))
         results[loss] = run(one, overwrite=True, data=data, console=console, title=name)
+        if results[loss].done < config.steps:
+            console.print(f"stopped by a signal at step {results[loss].done} of {name}'s run: no comparison")
+            return results
     compare(folder, config, results, in_turns(config, results, data), console)
     return results
 

@@ -59,7 +59,11 @@ def _dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.
 def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk: int) -> Head:
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     return Head(
-        hidden.detach(), weight.detach(), None if bias is None else bias.detach().to(acc), dtype, chunk
+        hidden.detach(),
+        weight.detach(),
+        None if bias is None else bias.detach().to(acc).contiguous(),
+        dtype,
+        chunk,
     )
 
 
@@ -130,7 +134,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 softcap=call.softcap,
             )
             return (*finish(grads, dtypes), *rest)
-        grads: Any = ctx.grads
+        grads = ctx.grads
         ctx.grads = None
         if grads is None:  # retain_graph: the first backward gave the buffers away
             _, grads = cross_entropy_rows(
