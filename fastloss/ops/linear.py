@@ -121,7 +121,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             k = coefficients.of_cross_entropy(
                 upstream, lse, target, w, weight.shape[0], call.label_smoothing, call.z_loss
             )
-            grads = head.backward(
+            recomputed = head.backward(
                 h,
                 ctx.needs,
                 call.rows,
@@ -133,13 +133,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                 scale=call.scale,
                 softcap=call.softcap,
             )
-            return (*finish(grads, dtypes), *rest)
+            return (*finish(recomputed, dtypes), *rest)
         grads = ctx.grads
         ctx.grads = None
         if grads is None:  # retain_graph: the first backward gave the buffers away
-            _, grads = cross_entropy_rows(
+            grads = cross_entropy_rows(
                 h, ctx.needs, target, w, call, ce.Factor() if call.reduction == "none" else ctx.factor
-            )
+            )[1]
         if call.reduction == "none":
             return (
                 *finish(grads, dtypes, upstream.to(torch.promote_types(ctx.dtype, upstream.dtype))[:, None]),
