@@ -13,8 +13,8 @@ from fastloss.bench.cases import IGNORE, Case
 from fastloss.bench.providers import Provider
 from fastloss.bench.steps import Loss
 
-# The tile of TRL's trainer (SFTConfig's default vocabulary chunk).
-TRL_CHUNK = 8192
+# The vocabulary tile of TRL 1.16's trainers (trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE).
+TRL_CHUNK = 32768
 
 
 @functools.cache
@@ -32,10 +32,11 @@ def _needs(
 ) -> Callable[[Case, str], str | None]:
     def available(case: Case, device: str) -> str | None:
         if case.kind != kind:
-            return f"for a {kind} case only"
+            return ""
         if gpu and device != "cuda":
             return "needs a GPU"
-        return also(case) or missing(module, attribute)
+        reason = also(case)
+        return missing(module, attribute) if reason is None else reason
 
     return available
 
@@ -62,15 +63,18 @@ def _trl(case: Case) -> Loss:
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         kept = target != IGNORE
+        if hidden.is_cuda:  # as its trainers: ignored tokens are dropped on a GPU, masked on a CPU
+            logprobs = function.apply(hidden[kept], weight, None, target[kept], 1.0, TRL_CHUNK, None, 1.0, ())
+            return -logprobs[0].mean()
         safe = target.clamp(min=0)
-        logprobs = function.apply(hidden, weight, None, safe, 1.0, TRL_CHUNK, None, 1.0, ())[0]
-        return -(logprobs * kept).sum() / kept.sum()
+        logprobs = function.apply(hidden, weight, None, safe, 1.0, TRL_CHUNK, None, 1.0, ())
+        return -(logprobs[0] * kept).sum() / kept.sum()
 
     return loss
 
 
 def _only_in_place(case: Case) -> str | None:
-    return None if case.inplace else "for a gradient over the logits only"
+    return None if case.inplace else ""
 
 
 def _quack_rows(case: Case) -> Loss:
