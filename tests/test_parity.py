@@ -315,7 +315,9 @@ def _noise(key: str, want: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -
     size = want.abs().max().item()
     if key == "value":
         return 32 * acc * max(size, 1.0) + 2 * torch.finfo(dtype).eps * size
-    return 8 * torch.finfo(dtype).eps * size + (4 * acc if shape[-1] <= 2 else 0.0)
+    if dtype == torch.float64:  # the definition that both are measured against is no better itself
+        return 64 * acc * max(size, 1.0)
+    return 16 * torch.finfo(dtype).eps * size + (4 * acc if shape[-1] <= 2 else 0.0)
 
 
 @pytest.mark.parametrize("backend", KERNELS)

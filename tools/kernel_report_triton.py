@@ -112,7 +112,7 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
         if warp == 64
         else GPUTarget("cuda", int(target.removeprefix("sm_")), warp)
     )
-    compiled = triton.compile(source, target=gpu, options={"num_warps": shape["num_warps"]})
+    compiled = triton.compile(source, target=gpu, options={k: v for k, v in shape.items() if k != "BLOCK"})
     row = {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
            "vocab": vocab, "block": shape["BLOCK"], "warps": shape["num_warps"], "shared": compiled.metadata.shared}  # fmt: skip
     asm = compiled.asm

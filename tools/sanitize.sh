@@ -12,7 +12,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 
 sanitize=(-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
 [ -n "${PLAIN:-}" ] && sanitize=(-O3)
-flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenmp -fPIC -Wall -Wextra "${sanitize[@]}")
+flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenmp -fPIC -Wall -Wextra -Wno-psabi "${sanitize[@]}")
 avx2=(-mavx2 -mfma -mf16c)
 avx512=(-mavx512f -mavx512bw -mavx512dq -mavx512vl "${avx2[@]}")
 cd "$root/csrc/cpu"

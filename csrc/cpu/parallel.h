@@ -56,21 +56,26 @@ class Buffer {
   }
 };
 
+// One per calling thread, whatever function asks (a local of the template below would be one for each).
+inline Buffer& thread_buffer() {
+  static thread_local Buffer buffer;
+  return buffer;
+}
+
 // run(begin, end, scratch) over all of [0, rows).
 template <class Run>
 void for_rows(int64_t rows, int64_t row_elements, int64_t threads, int64_t scratch_bytes, Run&& run) {
-  static thread_local Buffer buffer;
   if (rows <= 0) return;
   if (threads > rows) threads = rows;
   if (threads <= 1 || rows * row_elements < kSmallWork) {
-    char* const scratch = buffer.at_least(scratch_bytes);
+    char* const scratch = thread_buffer().at_least(scratch_bytes);
     FlushDenormals flush;
     run(int64_t(0), rows, scratch);
     return;
   }
   // A page between two threads' scratch, so that no line is shared and the sets of the cache differ.
   const int64_t stride = (scratch_bytes + 4095) / 4096 * 4096 + 4096;
-  char* const scratch = buffer.at_least(stride * threads);
+  char* const scratch = thread_buffer().at_least(stride * threads);
   // Few enough grabs that the counter costs nothing, many enough that no thread waits long at the end.
   int64_t step = kSmallWork / (row_elements + 1) + 1;
   if (step > rows / (threads * 4) + 1) step = rows / (threads * 4) + 1;

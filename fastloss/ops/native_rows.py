@@ -55,6 +55,8 @@ class NativeRows:
     ) -> dict[str, Tensor]:
         out = empty_stats(logits, want)
         rows, vocab = logits.shape
+        if rows == 0:  # an empty tensor has no address
+            return out
         self.module.row_stats(
             logits.data_ptr(),
             DTYPE_CODES[logits.dtype],
@@ -89,6 +91,8 @@ class NativeRows:
         out: Tensor,
     ) -> None:
         rows, vocab = logits.shape
+        if rows == 0:  # an empty tensor has no address
+            return
         self.module.row_grad(
             logits.data_ptr(),
             DTYPE_CODES[logits.dtype],
@@ -134,6 +138,8 @@ class NativeRows:
         if "logsumexp" not in out:
             out["logsumexp"] = torch.empty(rows, dtype=acc_dtype(logits.dtype), device=logits.device)
         out["loss"] = torch.empty_like(out["logsumexp"])
+        if rows == 0:  # an empty tensor has no address
+            return out
         self.module.row_cross_entropy(
             logits.data_ptr(),
             DTYPE_CODES[logits.dtype],
