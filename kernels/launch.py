@@ -24,11 +24,11 @@ MAX_VOCAB = 1 << 30  # indices within a row are 32-bit, with room for one block 
 def launch_shape(vocab: int, softcap: bool, warp: int = WARP) -> dict[str, int]:
     """BLOCK and Triton's launch options for a row of ``vocab``.
 
-    16 elements per thread; 4 with a soft-cap, whose slope lives beside its z. With 1024 threads and 16 elements, and
-    with a soft-cap and 8, ptxas spilled on sm_90 or sm_100 (tools/kernel_report_triton.py). Not tuned on a GPU.
+    512 threads at most, so that a thread may have 128 registers; 8 elements per thread, 4 with a soft-cap, whose slope
+    lives beside its z. More of either spilled (tools/kernel_report_triton.py). Not tuned on a GPU.
     """
-    block = min(max(triton.next_power_of_2(vocab), 128), 4096 if softcap else 8192)
-    warps = max(1, block // (4 if softcap else 16) // warp)
+    block = min(max(triton.next_power_of_2(vocab), 128), 2048 if softcap else 4096)
+    warps = max(1, block // (4 if softcap else 8) // warp)
     return {
         "BLOCK": block,
         "num_warps": warps,
