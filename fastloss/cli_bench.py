@@ -10,11 +10,14 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastloss.bench import report
+from fastloss.bench.cases import Case
 from fastloss.bench.cases import cases as all_cases
+from fastloss.bench.machine import machine, slug
 from fastloss.bench.run import run_case
 
 
@@ -22,51 +25,97 @@ def bench(
     cases: Annotated[
         str, typer.Option(help="Only cases that match this pattern, e.g. 'row-*-inplace-*'.")
     ] = "*",
+    providers: Annotated[str, typer.Option(help="Only providers that match this pattern.")] = "*",
     quick: Annotated[
-        bool, typer.Option(help="Small shapes: checks that everything runs, says nothing of speed.")
+        bool,
+        typer.Option("--quick", help="Small shapes: checks that everything runs, says nothing of speed."),
+    ] = False,
+    list_cases: Annotated[
+        bool, typer.Option("--list", help="Print the cases' names, measure nothing.")
     ] = False,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 keeps PyTorch's choice.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    repeats: Annotated[int, typer.Option(help="Calls of each provider, at most.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each provider, at most.")] = 15,
+    budget: Annotated[float, typer.Option(help="Seconds that a provider may take in a case.")] = 6.0,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; default benchmarks/results/<machine>.")
     ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="OLD.json NEW.json: compare two runs, measure nothing.")
+        tuple[Path, Path] | None,
+        typer.Option(metavar="OLD.json NEW.json", help="Compare two runs, measure nothing."),
     ] = None,
 ) -> None:
     """Time, memory and error of fastloss and its peers, over the limit measured in the same run."""
     console = Console()
     if compare is not None:
-        old, new = (json.loads(path.read_text()) for path in compare)
-        _print(
-            console,
-            ("case", "provider", "new / old (of the limit)"),
-            [(c, p, f"{r:.3f}") for c, p, r in report.compare(old, new)],
-        )
+        _compare(console, *compare)
         return
+    chosen = [case for case in all_cases(quick) if fnmatch.fnmatch(case.name, cases)]
+    if not chosen:
+        raise typer.BadParameter(f"no case matches {cases!r}", param_hint="--cases")
+    if list_cases:
+        console.print("\n".join(case.name for case in chosen), highlight=False)
+        return
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device is there, nothing was measured", param_hint="--device")
     if threads:
         torch.set_num_threads(threads)
-    chosen = [case for case in all_cases(quick) if fnmatch.fnmatch(case.name, cases)]
-    if not chosen:
-        raise typer.BadParameter(f"no case matches {cases!r}", param_hint="--cases")
-    results: dict[str, Any] = {
-        "machine": report.machine(device),
-        "quick": quick,
-        "cases": [run_case(case, device, repeats) for case in track(chosen, "measuring", console=console)],
-    }
-    _print(console, report.COLUMNS, report.rows(results))
-    folder = out or Path("benchmarks/results") / (
-        ("quick-" if quick else "") + report.slug(results["machine"])
-    )
+    results: dict[str, Any] = {"machine": machine(device), "quick": quick, "cases": []}
+    folder = out or Path("benchmarks/results") / ("quick-" * quick + slug(results["machine"]))
+    try:
+        _measure(
+            console, chosen, results, folder, device=device, repeats=repeats, budget=budget, pattern=providers
+        )
+    except KeyboardInterrupt:
+        console.print("interrupted: what was measured so far follows")
+    if not results["cases"]:
+        raise typer.Exit(1)
     report.save(results, folder)
+    if not quick and report.goal_rows(results):
+        _print(console, "to reach", report.GOAL_COLUMNS, report.goal_rows(results))
+    for (name, reason), names in report.reasons(results).items():
+        console.print(
+            escape(f"{name} was not measured in {len(names)} of {len(results['cases'])} cases: {reason}")
+        )
     console.print(f"written to {folder}: results.json, results.md, results.png")
 
 
-def _print(console: Console, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(*columns)
+def _measure(
+    console: Console, chosen: list[Case], results: dict[str, Any], folder: Path, **options: Any
+) -> None:
+    """Every case's table as it is done; the JSON is written after each, so that a long run loses nothing."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for case in chosen:
+
+            def tell(what: str, name: str = case.name) -> None:
+                progress.update(task, description=escape(f"{name}: {what}"))
+
+            result = run_case(case, tell=tell, **options)
+            results["cases"].append(result)
+            (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+            _print(console, report.title(result), report.COLUMNS, report.rows(result))
+            progress.advance(task)
+
+
+def _compare(console: Console, old: Path, new: Path) -> None:
+    before, after = (json.loads(path.read_text()) for path in (old, new))
+    lines = report.compare(before, after)
+    if not lines:
+        raise typer.BadParameter("the two runs have no case and provider in common", param_hint="--compare")
+    if slug(before["machine"]) != slug(after["machine"]):
+        console.print("different machines: only the last column means something")
+    _print(console, f"{old} → {new}", report.COMPARE_COLUMNS, lines)
+
+
+def _print(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    table = Table(title=escape(title), title_justify="left")
+    for k, column in enumerate(columns):
+        table.add_column(column, justify="left" if k == 0 else "right", no_wrap=k == 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console.print(table)

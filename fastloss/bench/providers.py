@@ -1,137 +1,109 @@
-"""Who is measured: forward and backward of a fresh graph per call."""
+"""Who is measured. A provider says why it cannot run a case, or hands out the loss that it would run."""
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.cases import Case, Data
-
-Step = Callable[[], Tensor]
-
-
-class _Start(torch.autograd.Function):
-    """Gives logits a graph node without copying them, and swallows the gradient without copying it."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, logits: Tensor) -> Tensor:
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        _Start.last = grad
-        return None, None
-
-    last: Tensor | None = None
+from fastloss.bench.cases import Case
+from fastloss.bench.steps import Loss
 
 
-def _row_step(loss: Callable[..., Tensor], case: Case, data: Data) -> Step:
-    assert data.logits is not None
-    logits = data.logits.detach()
-    anchor = torch.zeros((), requires_grad=True)
-
-    def step() -> Tensor:
-        _Start.last = None
-        value = loss(_Start.apply(anchor, logits), data.target)
-        value.backward()
-        return value
-
-    return step
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    available: Callable[[Case, str], str | None]  # why not, on this device; "" where the case is not its kind
+    loss: Callable[[Case], Loss]  # (logits, target) or (hidden, weight, target) -> mean loss
+    compiles: bool = False  # the first call is spent on compiling
 
 
-def _linear_step(loss: Callable[..., Tensor], case: Case, data: Data) -> Step:
-    def step() -> Tensor:
-        assert data.hidden is not None and data.weight is not None
-        data.hidden.grad = data.weight.grad = None
-        value = loss(data.hidden, data.weight, data.target)
-        value.backward()
-        return value
-
-    return step
-
-
-def _eager_linear(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def eager_linear(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight), target)
 
 
-def _torch_chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.linear_cross_entropy(
-        hidden, weight, target, options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=128)
-    )
+def _always(case: Case, device: str) -> str | None:
+    return None
 
 
-def _trl(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+def _fastloss(backend: str) -> Provider:
+    def available(case: Case, device: str) -> str | None:
+        state = fastloss.backends()[backend]
+        if state != "available":
+            return state
+        if (backend == "cpu") != (device == "cpu"):
+            return ""
+        return None
 
-    kept = target != -100
-    logprobs = ChunkedLogProbFunction.apply(
-        hidden, weight, None, target.clamp(min=0), 1.0, 8192, None, 1.0, ()
-    )[0]
-    return -(logprobs * kept).sum() / kept.sum()
+    def loss(case: Case) -> Loss:
+        if case.kind == "linear":
+            return functools.partial(fastloss.linear_cross_entropy, backend=backend)
+        return functools.partial(fastloss.cross_entropy, inplace=case.inplace, backend=backend)
 
-
-def _missing(module: str, attribute: str = "") -> str:
-    try:
-        found = __import__(module, fromlist=["_"])
-    except Exception as error:  # a peer may fail to import in any way
-        return f"{module}: {error}"
-    return "" if not attribute or hasattr(found, attribute) else f"{module} has no {attribute}"
-
-
-def providers(case: Case, data: Data) -> dict[str, Step | str]:
-    """Name to a step, or to the reason why it cannot run here."""
-    out: dict[str, Step | str] = {}
-    available = fastloss.backends()
-    device = data.target.device.type
-    for backend in ("cpu",) if device == "cpu" else ("cuda", "triton"):
-        name = f"fastloss[{backend}]"
-        if available[backend] != "available":
-            out[name] = available[backend]
-        elif case.kind == "row":
-            out[name] = _row_step(
-                functools.partial(fastloss.cross_entropy, inplace=case.inplace, backend=backend), case, data
-            )
-        else:
-            out[name] = _linear_step(
-                functools.partial(fastloss.linear_cross_entropy, backend=backend), case, data
-            )
-    if case.kind == "row":
-        out["torch eager"] = _row_step(F.cross_entropy, case, data)
-        out["torch.compile"] = _row_step(torch.compile(F.cross_entropy, dynamic=False), case, data)
-        return out
-    out["torch eager"] = _linear_step(_eager_linear, case, data)
-    out["torch.compile"] = _linear_step(torch.compile(_eager_linear, dynamic=False), case, data)
-    if hasattr(F, "linear_cross_entropy"):
-        out["torch linear_cross_entropy"] = _linear_step(F.linear_cross_entropy, case, data)
-        out["torch chunked"] = _linear_step(_torch_chunked, case, data)
-    out["trl"] = _missing("trl.kernels.chunked_logprob", "ChunkedLogProbFunction") or _linear_step(
-        _trl, case, data
-    )
-    if device == "cuda":
-        out.update(_gpu_peers(case, data))
-    return out
+    return Provider(f"fastloss[{backend}]", available, loss)
 
 
-def _gpu_peers(case: Case, data: Data) -> dict[str, Step | str]:
-    out: dict[str, Step | str] = {}
-    reason = _missing("liger_kernel.transformers.functional")
-    if reason:
-        out["liger"] = reason
-    else:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+def _eager(case: Case) -> Loss:
+    return F.cross_entropy if case.kind == "row" else eager_linear
 
-        out["liger"] = _linear_step(liger_fused_linear_cross_entropy, case, data)
-    reason = _missing("cut_cross_entropy")
-    if reason:
-        out["cut-cross-entropy"] = reason
-    else:
-        from cut_cross_entropy import linear_cross_entropy
 
-        out["cut-cross-entropy"] = _linear_step(linear_cross_entropy, case, data)
-    return out
+def _compiled(case: Case) -> Loss:
+    return torch.compile(_eager(case), dynamic=False)
+
+
+def _has_linear(case: Case, device: str) -> str | None:
+    if case.kind != "linear":
+        return ""
+    return None if hasattr(F, "linear_cross_entropy") else "torch has no linear_cross_entropy"
+
+
+def _torch_linear(case: Case) -> Loss:
+    return F.linear_cross_entropy
+
+
+def _torch_chunked(case: Case) -> Loss:
+    """Eight chunks of rows."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=max(1, case.rows // 8))
+    return functools.partial(F.linear_cross_entropy, options=options)
+
+
+def _torch_chunked_auto(case: Case) -> Loss:
+    """Chunks and accumulation as PyTorch picks them for the device and dtype."""
+    return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def registry() -> list[Provider]:
+    from fastloss.bench import peers
+
+    return [
+        _fastloss("cpu"),
+        _fastloss("cuda"),
+        _fastloss("triton"),
+        Provider("torch eager", _always, _eager),
+        Provider("torch.compile", _always, _compiled, compiles=True),
+        Provider("torch linear_cross_entropy", _has_linear, _torch_linear),
+        Provider("torch chunked", _has_linear, _torch_chunked),
+        Provider("torch chunked auto", _has_linear, _torch_chunked_auto),
+        *peers.registry(),
+    ]
+
+
+def chosen(case: Case, device: str, pattern: str = "*") -> tuple[list[Provider], dict[str, str]]:
+    """Those that can run the case, and the reasons of those that can't."""
+    found, reasons = [], {}
+    for provider in registry():
+        wanted = any(fnmatch.fnmatch(provider.name, p) for p in case.only)
+        if not wanted or not fnmatch.fnmatch(provider.name, pattern):
+            continue
+        reason = provider.available(case, device)
+        if reason is None:
+            found.append(provider)
+        elif reason:
+            reasons[provider.name] = reason
+    return found, reasons

@@ -1,159 +1,142 @@
-"""Results as JSON, Markdown, a terminal table and a plot."""
+"""Results as tables, Markdown and JSON; two runs compared."""
 
 from __future__ import annotations
 
 import json
-import platform
-import re
-import subprocess
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
+from fastloss.bench import goals, limits
+from fastloss.bench.plot import plot
 
-import fastloss
-
-
-def machine(device: str) -> dict[str, Any]:
-    model, flags = platform.processor(), ""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        text = info.read_text()
-        found = re.search(r"model name\s*:\s*(.*)", text)
-        model = found.group(1) if found else model
-        found = re.search(r"flags\s*:\s*(.*)", text)
-        flags = " ".join(
-            f for f in (found.group(1).split() if found else []) if f.startswith(("avx", "amx", "fma"))
-        )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "cpu": model,
-        "flags": flags,
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "torch": torch.__version__,
-        "fastloss": fastloss.__version__,
-        "commit": commit,
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def slug(info: dict[str, Any]) -> str:
-    name = (
-        info["gpu"]
-        or f"{info['cpu']}-{info['threads']}t-{'avx512' if 'avx512f' in info['flags'] else 'avx2' if 'avx2' in info['flags'] else 'cpu'}"
-    )
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
+Lines = list[tuple[str, ...]]
 
 COLUMNS = (
-    "case",
     "provider",
     "median ms",
-    "iqr ms",
+    "IQR ms",
     "n",
     "× limit",
+    "vs eager",
     "fastloss is",
-    "peak extra MiB",
-    "% of logits",
-    "loss error",
+    "extra MiB",
+    "of logits",
+    "RSS MiB",
+    "loss err",
+    "grad err",
 )
+GOAL_COLUMNS = ("goal", "case", "measured", "to reach", "")
+COMPARE_COLUMNS = ("case", "provider", "old ms", "new ms", "new / old", "new / old, of the limit")
 
 
-def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    out = []
+def rows(case: dict[str, Any]) -> Lines:
+    """One line per provider that ran; an arrow marks the limit that the ratios are to."""
+    return [_row(case, p) for p in case["providers"] if "reason" not in p]
+
+
+def _row(case: dict[str, Any], p: dict[str, Any]) -> tuple[str, ...]:
+    digits = 4 if case["calls"] > 1 else 2
+    error = p.get("errors", {})
+    gradients = [value for name, value in error.items() if name != "loss"]
+    extra, resident = p.get("extra_bytes"), p.get("resident_bytes")
+    return (
+        "→ " * (p["name"] == case["limit"]) + p["name"],
+        f"{p['median'] * 1e3:.{digits}f}",
+        f"{p['iqr'] * 1e3:.{digits}f}" if p["n"] > 1 else "–",
+        str(p["n"]),
+        _number(p.get("over_limit"), ".2f"),
+        _number(p.get("speedup_over_eager"), ".2f", "×"),
+        _number(p.get("fastloss_speedup"), ".2f", "× as fast"),
+        "" if extra is None else f"{extra / 2**20:.1f}",
+        "" if extra is None else f"{100 * extra / case['logits_bytes']:.1f}%",
+        "" if resident is None else f"{resident / 2**20:.1f}",
+        _number(error.get("loss"), ".1e"),
+        f"{max(gradients):.1e}" if gradients else "",
+    )
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
+
+
+def title(case: dict[str, Any]) -> str:
+    largest = ", ".join(f"{name} {value:.1e}" for name, value in case["gradient_scale"].items())
+    return f"{case['name']} (load {case['load'][0]:.1f}; largest gradient: {largest})"
+
+
+def reasons(results: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """(provider, why it did not run) to the cases."""
+    out: dict[tuple[str, str], list[str]] = {}
     for case in results["cases"]:
         for p in case["providers"]:
             if "reason" in p:
-                out.append((case["name"], p["name"], p["reason"], *[""] * 7))
+                out.setdefault((p["name"], p["reason"]), []).append(case["name"])
+    return out
+
+
+def goal_rows(results: dict[str, Any]) -> Lines:
+    return [
+        (o.what, o.case, f"{o.measured:.3g}", o.bound, "reached" if o.reached else "not reached")
+        for o in goals.met(results)
+    ]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    out = _head(results["machine"])
+    if results["quick"]:
+        out += ["", "Small shapes (`--quick`): says that everything runs, nothing of speed."]
+    elif goal_rows(results):
+        out += ["", "## To reach", "", *_table(GOAL_COLUMNS, goal_rows(results))]
+    for case in results["cases"]:
+        out += ["", f"## {title(case)}", "", *_table(COLUMNS, rows(case))]
+    if costs := goals.per_token(results):
+        lines: Lines = [(str(n), f"{seconds * 1e6:.2f}") for n, seconds in costs.items()]
+        out += ["", "## fastloss: cost per token", "", *_table(("tokens", "µs per token"), lines)]
+    if why := reasons(results):
+        lines = [(name, reason, str(len(names))) for (name, reason), names in why.items()]
+        out += ["", "## Not measured", "", *_table(("provider", "why", "cases"), lines)]
+    return "\n".join(out) + "\n"
+
+
+def _head(info: dict[str, Any]) -> list[str]:
+    caches = ", ".join(f"{name} {size}" for name, size in info["caches"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
+    return [
+        f"# {info['gpu'] or info['cpu']}, {info['threads']} threads",
+        "",
+        f"fastloss {info['fastloss']} at {info['commit'] or 'no commit'}, {versions}; Python {info['python']}; "
+        f"{info['date']}.",
+        f"{info['cores']} cores ({' '.join(info['flags'])}), caches {caches or 'not known'}; load at the start "
+        f"{info['load'][0]:.1f}. Made by `fastloss bench`; docs/benchmarks.md says how to read it.",
+    ]
+
+
+def _table(columns: tuple[str, ...], lines: Lines) -> list[str]:
+    cells = [tuple(cell.replace("|", "\\|") for cell in line) for line in lines]
+    return ["| " + " | ".join(line) + " |" for line in (columns, ("---",) * len(columns), *cells)]
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> Lines:
+    """What both runs measured: times, their ratio, and the ratio after each is divided by its own run's limit."""
+    before = {(c["name"], p["name"]): p for c in old["cases"] for p in c["providers"] if "reason" not in p}
+    out: Lines = []
+    for case in new["cases"]:
+        for p in case["providers"]:
+            was = before.get((case["name"], p["name"]))
+            if was is None or "reason" in p:
                 continue
-            extra = p.get("extra_bytes")
+            both = "over_limit" in p and "over_limit" in was and not p["name"].startswith(limits.PREFIX)
             out.append(
                 (
                     case["name"],
                     p["name"],
-                    f"{p['median'] * 1e3:.2f}",
-                    f"{p['iqr'] * 1e3:.2f}",
-                    str(p["n"]),
-                    f"{p['over_limit']:.2f}",
-                    f"{p['fastloss_speedup']:.2f}× faster" if p.get("fastloss_speedup") else "",
-                    "" if extra is None else f"{extra / 2**20:.1f}",
-                    "" if extra is None else f"{100 * extra / case['logits_bytes']:.1f}%",
-                    "" if p.get("error") is None else f"{p['error']:.1e}",
+                    f"{was['median'] * 1e3:.4g}",
+                    f"{p['median'] * 1e3:.4g}",
+                    f"{p['median'] / was['median']:.3f}",
+                    f"{p['over_limit'] / was['over_limit']:.3f}" if both else "",
                 )
             )
     return out
-
-
-def markdown(results: dict[str, Any]) -> str:
-    info = results["machine"]
-    lines = [
-        f"# {info['gpu'] or info['cpu']}, {info['threads']} threads",
-        "",
-        f"fastloss {info['fastloss']} ({info['commit']}), torch {info['torch']}, {info['date']}. Flags: {info['flags']}.",
-        "Made by `fastloss bench`; docs/benchmarks.md says how to read it.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + " --- |" * len(COLUMNS),
-    ]
-    lines += ["| " + " | ".join(row) + " |" for row in rows(results)]
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [c for c in results["cases"] if c["name"] != "tiny"]
-    names = list(
-        dict.fromkeys(
-            p["name"]
-            for c in shown
-            for p in c["providers"]
-            if "reason" not in p and not p["name"].startswith("limit")
-        )
-    )
-    figure, axis = plt.subplots(figsize=(11, 0.5 * len(shown) + 2))
-    height = 0.8 / max(1, len(names))
-    for k, name in enumerate(names):
-        at = [
-            (i + k * height, p["over_limit"])
-            for i, c in enumerate(shown)
-            for p in c["providers"]
-            if p["name"] == name and "reason" not in p
-        ]
-        axis.barh([y for y, _ in at], [x for _, x in at], height=height, label=name)
-    axis.set_yticks([i + 0.4 for i in range(len(shown))], [c["name"] for c in shown], fontsize=7)
-    axis.set_xscale("log")
-    axis.axvline(1.0, color="black", linewidth=0.8)
-    axis.set_xlabel("time over the limit measured in the same run (1 = the hardware's own)")
-    axis.invert_yaxis()
-    axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
-def compare(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, str, float]]:
-    """(case, provider, new time over old), both taken relative to their own run's limit."""
-    before = {
-        (c["name"], p["name"]): p["over_limit"]
-        for c in old["cases"]
-        for p in c["providers"]
-        if "reason" not in p
-    }
-    return [
-        (c["name"], p["name"], p["over_limit"] / before[c["name"], p["name"]])
-        for c in new["cases"]
-        for p in c["providers"]
-        if "reason" not in p and (c["name"], p["name"]) in before and not p["name"].startswith("limit")
-    ]
 
 
 def save(results: dict[str, Any], folder: Path) -> None:

@@ -2,74 +2,135 @@
 
 from __future__ import annotations
 
+import gc
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastloss.bench import measure
-from fastloss.bench.cases import Case, data
-from fastloss.bench.providers import providers
+from fastloss.bench import clock, limits, memory
+from fastloss.bench.cases import Case, Data, data, short
+from fastloss.bench.exact import Exact, errors, exact, scale
+from fastloss.bench.providers import Provider, chosen
+from fastloss.bench.steps import Step, step
+
+EAGER = "torch eager"
 
 
-def run_case(case: Case, device: str = "cpu", repeats: int = 9, budget: float = 6.0) -> dict[str, Any]:
+def run_case(
+    case: Case,
+    device: str = "cpu",
+    repeats: int = 15,
+    budget: float = 6.0,
+    pattern: str = "*",
+    tell: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """``repeats`` calls of each provider, fewer if they take longer than ``budget`` seconds together."""
     inputs = data(case, device)
-    exact = measure.exact_loss(case, inputs)
-    found = providers(case, inputs)
-    limits = measure.limit(case, inputs, device)
-    steps: dict[str, Any] = {**limits, **{n: s for n, s in found.items() if not isinstance(s, str)}}
-    reasons = {n: s for n, s in found.items() if isinstance(s, str)}
-    source = inputs.logits.detach().clone() if case.inplace and inputs.logits is not None else None
-
-    def restore() -> None:
-        """Outside the timed region, for every provider alike: in-place losses ate their logits."""
-        if source is not None:
-            assert inputs.logits is not None
-            inputs.logits.data.copy_(source)
-
-    errors, extra = {}, {}
-    for name in list(steps):
-        if name.startswith("limit"):
-            continue
+    tell("float64")
+    truth = exact(case, inputs)
+    providers, reasons = chosen(case, device, pattern)
+    steps: dict[str, Any] = {**limits.limits(case, inputs, device), **limits.references(case, inputs)}
+    entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in steps}
+    times: dict[str, list[float]] = {}
+    for provider in providers:
+        tell(f"{provider.name}: first call")
         try:
-            restore()
-            errors[name] = abs(float(steps[name]()) - exact)  # also the warm-up
-            restore()
-            peak = measure.peak_extra_bytes(steps[name], device)
-            extra[name] = max(0, peak - measure.gradient_bytes(case))
+            candidate = step(provider.loss(case), case, inputs)
+            entry, first = _first_calls(provider, candidate, case, inputs, truth, device, budget)
         except Exception as error:  # a peer that cannot run a case is reported, not hidden
-            reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            del steps[name]
-    flusher = measure.Flusher(device) if case.cold else None
+            reasons[provider.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        entries[provider.name] = entry
+        if first is None:
+            steps[provider.name] = candidate
+        else:
+            times[provider.name] = [first]
+    flush = clock.Flusher(device) if case.cold else lambda: None
 
     def before() -> None:
-        restore()
-        if flusher is not None:
-            flusher()
+        inputs.restore()
+        flush()
 
-    if case.name == "tiny":  # too short for one call's clock
-        steps = {name: _many(step) for name, step in steps.items()}
-    times = measure.time_round_robin(
-        steps, device, repeats, budget, before if case.cold or source is not None else None
-    )
-    figures = {name: measure.summary(t) for name, t in times.items()}
-    floor = min(figures[name]["median"] for name in limits)
-    ours = min((f["median"] for n, f in figures.items() if n.startswith("fastloss")), default=0.0)
-    out: list[dict[str, Any]] = []
-    for name, figure in figures.items():
-        entry = {"name": name, **figure, "times": times[name], "over_limit": figure["median"] / floor}
-        if name in errors:
-            entry.update(error=errors[name], extra_bytes=extra[name])
-        if ours and not name.startswith(("fastloss", "limit")):
-            entry["fastloss_speedup"] = figure["median"] / ours
-        out.append(entry)
-    out += [{"name": name, "reason": reason} for name, reason in reasons.items()]
+    gc.collect()
+    load = os.getloadavg()
+    times.update(clock.round_robin(steps, device, repeats, budget, before, not case.cold, tell))
     torch.compiler.reset()
-    return {"name": case.name, "logits_bytes": case.logits_bytes, "providers": out}
+    return {
+        "name": case.name,
+        "kind": case.kind,
+        "shape": [case.rows, case.dim, case.vocab],
+        "dtype": short(case.dtype),
+        "logits_bytes": case.logits_bytes,
+        "calls": case.calls,
+        "gradient_scale": scale(truth),
+        "load": list(load),
+        **_figures(case, entries, times, reasons),
+    }
 
 
-def _many(step: Any, calls: int = 200) -> Any:
-    def repeated() -> None:
-        for _ in range(calls):
-            step()
+def _first_calls(
+    provider: Provider,
+    candidate: Step,
+    case: Case,
+    inputs: Data,
+    truth: Exact,
+    device: str,
+    budget: float,
+) -> tuple[dict[str, Any], float | None]:
+    """Error and peak memory, and the time of a call so long that it must stand for all (else None)."""
+    values: list[Tensor] = []
+    seconds: list[float] = []
 
-    return repeated
+    def measured() -> None:
+        start = clock.time.perf_counter()
+        values.append(candidate())
+        clock.synchronize(device)
+        seconds.append(clock.time.perf_counter() - start)
+
+    def call() -> memory.Peak:
+        candidate.prepare()
+        inputs.restore()
+        return memory.peak(measured, device)
+
+    if provider.compiles or device == "cuda":  # compiles, autotunes: not what a step costs
+        inputs.restore()
+        candidate()
+    peak = call()
+    if seconds[0] < budget / 2:  # the first call may have filled caches that stay: the second one counts
+        peak = call()
+    entry = {
+        "name": provider.name,
+        "errors": errors(truth, values[-1], {} if case.nograd else candidate.gradients()),
+        "extra_bytes": max(0, peak.allocated - case.gradient_bytes),
+        "resident_bytes": None if peak.resident is None else max(0, peak.resident - case.gradient_bytes),
+    }
+    candidate.prepare()
+    inputs.restore()
+    return entry, seconds[0] if len(seconds) == 1 else None
+
+
+def _figures(
+    case: Case, entries: dict[str, dict[str, Any]], times: dict[str, list[float]], reasons: dict[str, str]
+) -> dict[str, Any]:
+    for name, entry in entries.items():
+        entry["times"] = [seconds / case.calls for seconds in times[name]]
+        entry.update(clock.summary(entry["times"]))
+    floors = {n: e["median"] for n, e in entries.items() if n.startswith(limits.PREFIX)}
+    if not floors and EAGER in entries:
+        floors = {EAGER: entries[EAGER]["median"]}
+    floor = min(floors, key=floors.__getitem__, default=None)
+    ours = min((e["median"] for n, e in entries.items() if n.startswith("fastloss")), default=None)
+    for name, entry in entries.items():
+        if floor is not None:
+            entry["over_limit"] = entry["median"] / floors[floor]
+        if name.startswith((limits.PREFIX, limits.CLONE)):
+            continue
+        if EAGER in entries:
+            entry["speedup_over_eager"] = entries[EAGER]["median"] / entry["median"]
+        if ours is not None and not name.startswith("fastloss"):
+            entry["fastloss_speedup"] = entry["median"] / ours
+    missing = [{"name": name, "reason": reason} for name, reason in reasons.items()]
+    return {"limit": floor, "providers": [*entries.values(), *missing]}

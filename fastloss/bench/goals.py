@@ -1,0 +1,91 @@
+"""What the project set out to reach, and what a run measured of it."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+@dataclass(frozen=True)
+class Goal:
+    what: str
+    cases: str  # pattern of the cases' names
+    key: str  # "over_limit", "extra" (of the logits' bytes), or a pattern of the peers to be faster than
+    bound: float  # at most for "over_limit" and "extra"; at least, a factor, for peers
+
+
+class Outcome(NamedTuple):
+    what: str
+    case: str
+    measured: float
+    bound: str
+    reached: bool
+
+
+GOALS = (
+    Goal("in place, warm: over a copy", "row-f32-*-inplace-warm", "over_limit", 1.2),
+    Goal("in place, cold: against eager", "row-f32-*-inplace-cold", "torch eager", 7.0),
+    Goal("in place, cold: against compile", "row-f32-*-inplace-cold", "torch.compile", 4.5),
+    Goal("in place, cold: against eager", "row-bf16-*-inplace-cold", "torch eager", 7.0),
+    Goal("in place, cold: against compile", "row-bf16-*-inplace-cold", "torch.compile", 4.0),
+    Goal("new tensor, warm: against eager", "row-f32-*-new-warm", "torch eager", 7.0),
+    Goal("new tensor, warm: against compile", "row-f32-*-new-warm", "torch.compile", 5.0),
+    Goal("new tensor, cold: against eager", "row-f32-*-new-cold", "torch eager", 2.5),
+    Goal("new tensor, cold: against compile", "row-f32-*-new-cold", "torch.compile", 1.6),
+    Goal("linear head: over three GEMMs", "linear-bf16-*[0-9]", "over_limit", 1.10),
+    Goal("linear head, frozen: over two GEMMs", "linear-bf16-*-frozen", "over_limit", 1.10),
+    Goal("linear head: faster than every peer", "linear-bf16-*[0-9]", "*", 1.0),
+    Goal("linear head: extra memory, of the logits", "linear-bf16-*[0-9]", "extra", 0.05),
+    Goal("tiny tensor: over torch's own", "tiny", "over_limit", 1.5),
+)
+FLAT = 0.10  # cost per token over the lengths: (largest - least) / least
+
+
+def met(results: dict[str, Any]) -> list[Outcome]:
+    """Every goal whose cases and providers were measured."""
+    outcomes = [
+        outcome
+        for goal in GOALS
+        for case in results["cases"]
+        if fnmatch.fnmatch(case["name"], goal.cases) and (outcome := _outcome(goal, case)) is not None
+    ]
+    costs = per_token(results)
+    if len(costs) > 1:
+        spread = max(costs.values()) / min(costs.values()) - 1
+        lengths = f"tokens {min(costs)} … {max(costs)}"
+        what = "cost per token: spread over lengths"
+        outcomes.append(Outcome(what, lengths, spread, f"≤ {FLAT:g}", spread <= FLAT))
+    return outcomes
+
+
+def _outcome(goal: Goal, case: dict[str, Any]) -> Outcome | None:
+    ours = _fastest(case)
+    if ours is None:
+        return None
+    if goal.key in ("over_limit", "extra"):
+        share = ours["extra_bytes"] / case["logits_bytes"]
+        value = ours.get("over_limit") if goal.key == "over_limit" else share
+        if value is None:
+            return None
+        return Outcome(goal.what, case["name"], value, f"≤ {goal.bound:g}", value <= goal.bound)
+    peers = [p for p in case["providers"] if "fastloss_speedup" in p and fnmatch.fnmatch(p["name"], goal.key)]
+    if not peers:
+        return None
+    least = min(p["fastloss_speedup"] for p in peers)
+    return Outcome(goal.what, case["name"], least, f"≥ {goal.bound:g}", least >= goal.bound)
+
+
+def _fastest(case: dict[str, Any]) -> dict[str, Any] | None:
+    ours = [p for p in case["providers"] if p["name"].startswith("fastloss") and "reason" not in p]
+    return min(ours, key=lambda p: p["median"], default=None)
+
+
+def per_token(results: dict[str, Any]) -> dict[int, float]:
+    """Rows of a batch to fastloss's seconds per token."""
+    out = {}
+    for case in results["cases"]:
+        ours = _fastest(case)
+        if case["name"].startswith("tokens-") and ours is not None:
+            out[case["shape"][0]] = ours["median"] / case["shape"][0]
+    return out

@@ -1,0 +1,66 @@
+"""The clock and the memory meter, on steps whose cost is known."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from fastloss.bench import clock, memory
+
+MIB = 1 << 20
+
+
+class Sleep:
+    def __init__(self, seconds: float):
+        self.seconds, self.calls, self.prepared = seconds, 0, 0
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def __call__(self) -> None:
+        self.calls += 1
+        time.sleep(self.seconds)
+
+
+def test_a_known_allocation_is_found() -> None:
+    kept: list[torch.Tensor] = []
+    found = memory.peak(lambda: kept.append(torch.ones(16 * MIB) + torch.ones(16 * MIB)), "cpu")
+    assert 192 * MIB <= found.allocated <= 192 * MIB + 4096  # two operands and their sum, 64 MiB each
+    assert found.resident is None or 190 * MIB <= found.resident <= 220 * MIB
+
+
+def test_native_memory_shows_in_the_resident_set() -> None:
+    found = memory.peak(lambda: bytearray(64 * MIB), "cpu")
+    if found.resident is None:
+        pytest.skip("no /proc/self/clear_refs")
+    assert found.allocated < MIB and found.resident >= 60 * MIB
+
+
+def test_turns_budget_and_what_is_not_timed() -> None:
+    fast, slow = Sleep(0.001), Sleep(0.05)
+    order: list[str] = []
+    flushed: list[float] = []
+
+    def before() -> None:
+        flushed.append(time.perf_counter())
+        time.sleep(0.02)
+
+    times = clock.round_robin({"fast": fast, "slow": slow}, "cpu", 4, 0.12, before, False, order.append)
+    assert order[:4] == ["fast", "slow", "fast", "slow"]
+    assert len(times["fast"]) == 4 and len(times["slow"]) == 2 and slow.calls == 2
+    assert len(flushed) == 6 and fast.prepared == 8
+    assert min(times["fast"]) < 0.02 <= 0.05 <= min(times["slow"])
+
+
+def test_back_to_back_discards_the_call_that_warms() -> None:
+    step = Sleep(0.0)
+    times = clock.round_robin({"step": step}, "cpu", 3, 1.0, lambda: None, True)
+    assert len(times["step"]) == 3 and step.calls == 6
+
+
+def test_summary() -> None:
+    found = clock.summary([4.0, 1.0, 2.0, 3.0, 5.0])
+    assert found == {"median": 3.0, "min": 1.0, "iqr": 2.0, "n": 5}
+    assert clock.summary([2.0])["iqr"] == 0
