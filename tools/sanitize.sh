@@ -10,7 +10,7 @@ trap 'rm -rf "$build"' EXIT
 python=${PYTHON:-$root/.venv/bin/python}
 [ -x "$python" ] || python=python3
 
-sanitize=(-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
+sanitize=(-O2 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
 [ -n "${PLAIN:-}" ] && sanitize=(-O3)
 flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenmp -fPIC -Wall -Wextra -Wno-psabi "${sanitize[@]}")
 avx2=(-mavx2 -mfma -mf16c)

@@ -96,14 +96,20 @@ FASTLOSS_INLINE const S* load_block(const Transform<T>& f, const T* x, int64_t s
 }
 
 // e = exp(z - ref), n elements of z padded to whole vectors, e written exactly; the sum in double. e may be
-// z.
-template <class S>
-FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e) {
+// z. Meanwhile it prefetches the next block, from `next` on, and where the next output goes, unless
+// `next_out` is 0: the arithmetic here hides the memory that the next maximum and store would wait for. Both
+// may be past the end: a prefetch does not fault.
+template <class T, class S = typename Acc<T>::S>
+FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e, uintptr_t next, uintptr_t next_out) {
   using V = typename Lanes<S>::V;
   constexpr int64_t L = Lanes<S>::n;
   V s0{}, s1{}, s2{}, s3{};
   int64_t i = 0;
   for (; i + 4 * L <= n; i += 4 * L) {
+    for (unsigned byte = 0; byte < 4 * L * sizeof(T); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next + i * sizeof(T) + byte));
+      if (next_out) __builtin_prefetch(reinterpret_cast<const void*>(next_out + i * sizeof(T) + byte), 1);
+    }
     const V e0 = exp_nonpositive<S>(load(z + i) - ref), e1 = exp_nonpositive<S>(load(z + i + L) - ref);
     const V e2 = exp_nonpositive<S>(load(z + i + 2 * L) - ref),
             e3 = exp_nonpositive<S>(load(z + i + 3 * L) - ref);

@@ -50,6 +50,11 @@ struct Scratch {
   }
 };
 
+template <bool kValue>
+struct Constant {
+  static constexpr bool value = kValue;
+};
+
 enum class RowKind { normal, ignored, bad };
 
 RowKind kind_of(const Logits& l, int64_t row) {
@@ -92,7 +97,8 @@ struct Wanted {
 // place. e may be the row x itself, so everything that needs z comes before exp_block writes.
 template <class T, class S = typename Acc<T>::S>
 RowSums first_pass(const Logits& l, const Transform<T>& f, const T* x, int64_t t, const S* w, Wanted want,
-                   const Scratch<T>& scratch, S* e, bool keep) {
+                   const Scratch<T>& scratch, S* e, const T* grad) {
+  const bool keep = grad != nullptr;
   RowSums r;
   const int64_t nblocks = block_count(l.vocab);
   r.max = lowest_finite<S>();
@@ -117,7 +123,9 @@ RowSums first_pass(const Logits& l, const Transform<T>& f, const T* x, int64_t t
       z = scratch.z;
     }
     sums.max = max;
-    sums.sum = exp_block(z, n, max, e_block);
+    const uintptr_t ahead = (start + kBlock) * sizeof(T);
+    sums.sum = exp_block<T>(z, n, max, e_block, reinterpret_cast<uintptr_t>(x) + ahead,
+                            grad && grad != x ? reinterpret_cast<uintptr_t>(grad) + ahead : 0);
     // Where one logit dominates, its 1 swallows the low bits of its float lane; they are 1 - p, so add in
     // double.
     if (sums.sum < 2) sums.sum = sum_block(e_block, n);
@@ -183,7 +191,7 @@ void row_stats(const Logits& l, const Stats& s, int64_t begin, int64_t end, void
     const int64_t t = kind == RowKind::normal && l.target ? l.target[row] : -1;
     const T* x = static_cast<const T*>(l.x) + row * l.row_stride;
     const RowSums r =
-        first_pass<T>(l, f, x, t, static_cast<const S*>(nullptr), wanted(s), scratch, scratch.e, false);
+        first_pass<T>(l, f, x, t, static_cast<const S*>(nullptr), wanted(s), scratch, scratch.e, nullptr);
     write_stats<S>(s, row, r, double(l.vocab), kind == RowKind::bad);
   }
 }
@@ -230,7 +238,7 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
       if (grad) e = grad;
     }
     const RowSums r = first_pass<T>(l, f, static_cast<const T*>(l.x) + row * l.row_stride, t,
-                                    sum_w ? w : nullptr, want, scratch, e, grad != nullptr);
+                                    sum_w ? w : nullptr, want, scratch, e, grad);
     write_stats<S>(s, row, r, vocab, bad);
     if (bad) {
       put<S>(s.loss, row, __builtin_nan(""));
@@ -289,16 +297,21 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
       const bool here = t >= start && t < start + n;
       const double z_target = here ? double(z[t - start]) : 0.0;  // read before out overwrites it
       const S* const w_block = w ? w + start : nullptr;
+      // As in exp_block: the next block comes while the arithmetic of this one runs.
+      const uintptr_t next = reinterpret_cast<uintptr_t>(x) + (start + kBlock) * sizeof(T);
+      const uintptr_t next_out = reinterpret_cast<uintptr_t>(out) + (start + kBlock) * sizeof(T);
+      const auto write = [&](auto with_c) __attribute__((always_inline)) {
+        gradient_block(out + start, n, d, w_block, scratch.slope,
+                       [=](int64_t i, int64_t) __attribute__((always_inline)) {
+                         __builtin_prefetch(reinterpret_cast<const void*>(next + i * sizeof(T)));
+                         __builtin_prefetch(reinterpret_cast<const void*>(next_out + i * sizeof(T)), 1);
+                         return gradient_from_z<decltype(with_c)::value>(z + i, S(lse), b, cc);
+                       });
+      };
       if (c.c) {
-        gradient_block(out + start, n, d, w_block, scratch.slope,
-                       [=](int64_t i, int64_t) __attribute__((always_inline)) {
-                         return gradient_from_z<true>(z + i, S(lse), b, cc);
-                       });
+        write(Constant<true>{});
       } else {
-        gradient_block(out + start, n, d, w_block, scratch.slope,
-                       [=](int64_t i, int64_t) __attribute__((always_inline)) {
-                         return gradient_from_z<false>(z + i, S(lse), b, cc);
-                       });
+        write(Constant<false>{});
       }
       if (!here) continue;
       const double log_p = z_target - lse, p = __builtin_exp(log_p), w_t = w ? double(w[t]) : 1.0;
