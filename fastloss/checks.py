@@ -86,6 +86,13 @@ def normalizer_value(normalizer: Any, reduction: str, device: torch.device) -> f
     return number("normalizer", normalizer, low=0.0)
 
 
+def chunk_size_value(chunk_size: Any) -> None:
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
+        raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
+
+
 def reject_bad_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError that names the first target outside [0, vocab) which is not ignore_index."""
     bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)

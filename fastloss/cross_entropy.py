@@ -487,10 +487,7 @@ def linear_cross_entropy(
         raise ShapeError("ignore_index cannot be specified when target contains probabilities")
     if chunk_size is None and options is not None:
         chunk_size = getattr(options, "batch_chunk_size", None)
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
+    checks.chunk_size_value(chunk_size)
     opts = _Options(
         reduction,
         -100 if ignore_index is None else ignore_index,

@@ -156,10 +156,7 @@ def linear_token_stats(
     want = _check_outputs(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
+    checks.chunk_size_value(chunk_size)
     scale = _scale(temperature, logit_scale)
     cap = checks.softcap_value(softcap)
     flat = None if target is None else target.reshape(-1).contiguous()
