@@ -22,6 +22,10 @@ def missing(module: str, attribute: str) -> str | None:
     """Why ``module.attribute`` cannot be had; a peer may fail to import in any way."""
     try:
         getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name == module.split(".")[0]:
+            return f"{error.name} is not installed"
+        return f"ModuleNotFoundError: {error}"
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

@@ -120,7 +120,8 @@ def compare(
     step_memory = theirs.cost.step_peak.bytes / max(1, ours.cost.step_peak.bytes)
     sections = [
         f"**The largest difference between the loss curves is {difference[worst]:.2e}** (step {worst + 1}, "
-        f"loss {curves['PyTorch'][worst]:.4f}) over {len(difference)} steps from seed {config.seed}.",
+        f"loss {curves['PyTorch'][worst]:.4f}) over {len(difference)} steps from seed {config.seed}; "
+        f"over the first 30, before rounding has grown, {max(difference[:30]):.2e}.",
         report.table(["", *curves], rows),
         f"PyTorch ÷ fastloss: time of the loss {loss_time:.2f}, of forward + backward {step_time:.2f}; "
         f"memory of the loss {loss_memory:.2f}, of forward + backward {step_memory:.2f}. "

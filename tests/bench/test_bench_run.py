@@ -128,3 +128,10 @@ def test_gpu_peers_give_their_reason_and_trl_its_own_tile() -> None:
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
         assert TRL_CHUNK == _CHUNKED_LOGPROB_CHUNK_SIZE
+
+
+def test_a_peer_that_is_not_there_is_said_to_be() -> None:
+    from fastloss.bench import peers
+
+    assert peers.missing("no_such_peer.kernels", "f") == "no_such_peer is not installed"
+    assert peers.missing("json", "no_such_function").startswith("AttributeError")
