@@ -41,6 +41,8 @@ ISAS = {
     "generic": [],
 }
 CUDA_ARCHS = "80;90;100;120+PTX"
+# csrc/cpu sources compiled once per instruction set, each in its own namespace; every other one is plain C++.
+PER_ISA = ("rows.cpp", "policy.cpp", "gemm.cpp")
 
 
 class Missing(Exception):
@@ -230,7 +232,7 @@ def link_flags() -> list[str]:
 
 
 def cpu_half(root: Path, folder: str) -> Half:
-    """rows.cpp once per instruction set (FASTLOSS_ISA names its namespace), every other source once."""
+    """PER_ISA sources once per instruction set (FASTLOSS_ISA names its namespace), every other source once."""
     half = Half("_cpu")
     try:
         if os.name != "posix":
@@ -254,7 +256,7 @@ def cpu_half(root: Path, folder: str) -> Half:
         lines += rule(f"cpu_{isa}", [*compile, *flags, f"-DFASTLOSS_ISA={isa}"], tail)
     for source in sources:
         stem = source.removesuffix(".cpp")
-        for isa in isas if source == "rows.cpp" else [None]:
+        for isa in isas if source in PER_ISA else [None]:
             output = f"{folder}/cpu/{stem}{f'.{isa}' if isa else ''}.o"
             lines.append(f"build {escape(output)}: cpu_{isa or 'cxx'} {escape(f'csrc/cpu/{source}')}")
             objects.append(output)
