@@ -1,0 +1,18 @@
+// policy_loss as the bindings see it, and the table that one ISA exports.
+// Reads and writes what docs/sequences.md, 7, says.
+// Apart from the kernels' args.h: nothing here concerns rows of logits.
+#pragma once
+
+#include "../policy_args.h"
+
+namespace fastloss {
+
+// Sequences [begin, end): their gradients, and their rows of call.sums.
+struct PolicyKernels {
+  const char* name;
+  void (*policy_loss)(const policy::Call&, int dtype, int64_t begin, int64_t end);
+};
+
+void policy_loss(const policy::Call& call, int dtype, int64_t threads);
+
+}  // namespace fastloss

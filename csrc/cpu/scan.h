@@ -1,0 +1,12 @@
+// gae and discounted_returns as the bindings see them.
+// Reads and writes what docs/sequences.md, 8, says.
+// One function: without values it is discounted_returns.
+#pragma once
+
+#include "../scan_args.h"
+
+namespace fastloss {
+
+void scan(const Scan& a, int dtype, int64_t threads);
+
+}  // namespace fastloss

@@ -1,0 +1,15 @@
+// The launchers of policy.cu and scan.cu.
+// Reads and writes nothing: every pointer is device memory of the caller.
+// Free of CUDA's headers, as args.h.
+#pragma once
+
+#include "../policy_args.h"
+#include "../scan_args.h"
+
+namespace fastloss::cuda {
+
+// Each returns null, or the text of the error that stopped the launch.
+const char* policy_loss(const policy::Call& call, void* stream);
+const char* scan(const Scan& a, void* stream);
+
+}  // namespace fastloss::cuda

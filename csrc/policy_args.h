@@ -1,0 +1,90 @@
+// The arguments of policy_loss (docs/sequences.md, 7) as plain structs, shared by the CPU's and CUDA's
+// kernels. Reads and writes nothing: every pointer is the caller's memory. The names of the options are
+// those of fastloss/ops/policy_options.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+namespace fastloss {
+namespace policy {
+
+enum Surrogate : int { kClip, kLogprob, kCispo, kSapo, kVespo, kRatio };
+enum Level : int { kToken, kSequence, kSequenceSum, kGeometric };
+enum KlKind : int { kK1, kK2, kK3, kAbs, kLowVar };
+enum Correction : int { kNone, kTokenTruncate, kTokenMask, kSequenceTruncate, kSequenceMask };
+enum Aggregation : int { kTokenMean, kSeqMeanTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSumNorm };
+
+// The places of out[16], and of a sequence's sums: there kLoss and kPolicy are not scaled, kScale is unused.
+enum Sum : int {
+  kLoss,
+  kScale,
+  kTokens,
+  kLowClipped,
+  kHighClipped,
+  kDualClipped,
+  kK1Sum,
+  kK3Sum,
+  kKl,
+  kEntropy,
+  kMinRatio,
+  kMaxRatio,
+  kRatioSum,
+  kRatioSquared,
+  kCut,
+  kPolicy,
+  kSums
+};
+
+template <class S>
+struct Options {
+  int surrogate, level, kl_kind, correction, aggregation;
+  bool kl_unbiased;
+  S ratio_low, ratio_high;  // 1 - clip_low, 1 + clip_high
+  S log_low, log_high, delta, dual_clip, cispo_low, cispo_high, sapo_pos, sapo_neg;
+  S vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, kl_cov_coef, beta, entropy_coef;
+  S cap, floor, log_cap, log_floor, off_policy_threshold, max_length;
+
+  template <class R>
+  Options<R> as() const {
+    return {surrogate,       level,
+            kl_kind,         correction,
+            aggregation,     kl_unbiased,
+            R(ratio_low),    R(ratio_high),
+            R(log_low),      R(log_high),
+            R(delta),        R(dual_clip),
+            R(cispo_low),    R(cispo_high),
+            R(sapo_pos),     R(sapo_neg),
+            R(vespo_k_pos),  R(vespo_lambda_pos),
+            R(vespo_k_neg),  R(vespo_lambda_neg),
+            R(kl_cov_coef),  R(beta),
+            R(entropy_coef), R(cap),
+            R(floor),        R(log_cap),
+            R(log_floor),    R(off_policy_threshold),
+            R(max_length)};
+  }
+};
+
+struct Call {
+  const void *logprobs, *old, *advantages;  // acc [n]; old may be null; advantages [n], or [count]
+  bool advantage_of_sequence;
+  const uint8_t* mask;                                 // [n]
+  const void *ref, *entropy, *sampler, *token_weight;  // acc [n] or null
+  const uint8_t* select;                               // [n] or null
+  const void* agg;                                     // acc [n] or null
+  const int64_t* offsets;                              // [count + 1] or null
+  int64_t n, length, count;
+  Options<double> options;
+  // The loss is divided by normalizer (the number, or the one in memory) times normalizer_factor where there
+  // is one, else by the tokens, or by `divisor`: sequences, times max_length if the aggregation wants it.
+  bool has_normalizer, by_tokens;
+  double normalizer, normalizer_factor, divisor;
+  const void* normalizer_ptr;  // acc [1] or null
+  void *grad, *grad_entropy;   // acc [n]; grad_entropy may be null
+  void* out;                   // acc [16]
+  double* sums;                // [count, 16]
+  unsigned* ticket;            // a GPU's: 0 before and after a launch
+};
+
+}  // namespace policy
+}  // namespace fastloss

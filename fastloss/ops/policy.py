@@ -1,0 +1,190 @@
+"""Autograd of the policy-gradient loss over log-probs, its metrics, and its selections over the batch."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss.ops.once import once_differentiable
+from fastloss.ops.policy_batch import Batch
+from fastloss.ops.policy_options import PolicyOptions
+
+
+class PolicyCall(NamedTuple):
+    """Everything about a call but what carries gradients."""
+
+    rows: Any
+    batch: Batch
+    options: PolicyOptions
+    normalizer: float | Tensor | None
+    token_weight: Tensor | None
+    select: Tensor | None
+
+    def arguments(self) -> dict[str, Any]:
+        b = self.batch
+        return {
+            "old": b.old,
+            "advantages": b.advantages,
+            "mask": b.mask,
+            "ref": b.ref,
+            "sampler": b.sampler,
+            "token_weight": self.token_weight,
+            "select": self.select,
+            "agg": None,
+            "offsets": b.offsets,
+            "length": b.length,
+            "count": b.count,
+            "options": self.options,
+            "normalizer": self.normalizer,
+        }
+
+
+class PolicyLossFunction(torch.autograd.Function):
+    """(logprobs, entropy) -> (loss, out [16]); both carry gradients, made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, entropy: Tensor | None, call: PolicyCall) -> Any:
+        result = call.rows.policy_loss(logprobs, entropy=entropy, **call.arguments())
+        out = result["out"]
+        ctx.save_for_backward(result["grad"], result["grad_entropy"], out)
+        ctx.mark_non_differentiable(out)
+        return out[0].clone(), out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        grad, grad_entropy, out = ctx.saved_tensors
+        scale = upstream * out[1]
+        need_logprobs, need_entropy, _ = ctx.needs_input_grad
+        return (
+            grad * scale if need_logprobs else None,
+            grad_entropy * scale if need_entropy and grad_entropy is not None else None,
+            None,
+        )
+
+
+def policy_loss(logprobs: Tensor, entropy: Tensor | None, call: PolicyCall) -> tuple[Tensor, Tensor]:
+    """Loss and ``out [16]`` through the kernels, or through the definition where ``call.rows`` is None."""
+    if call.rows is None:
+        return reference.policy_loss(logprobs, entropy=entropy, **call.arguments())
+    if logprobs.numel() == 0:
+        nothing = logprobs.sum() if entropy is None else logprobs.sum() + entropy.sum()
+        return nothing * 0, empty_out(logprobs)
+    return PolicyLossFunction.apply(logprobs, entropy, call)
+
+
+def empty_out(like: Tensor) -> Tensor:
+    """The statistics of no tokens at all."""
+    out = torch.zeros(16, dtype=like.dtype, device=like.device)
+    out[1] = out[10] = out[11] = 1
+    return out
+
+
+def combine_out(parts: Tensor) -> Tensor:
+    """``out [chunks, 16]`` of chunks whose scale is the same -> ``[16]``."""
+    out = parts.sum(0)
+    seen = parts[:, 2] > 0  # a chunk without tokens says 1 for its extremes
+    one = torch.ones((), dtype=parts.dtype, device=parts.device)
+    inf = one * torch.inf
+    out[1] = parts[0, 1]
+    out[10] = torch.where(seen.any(), torch.where(seen, parts[:, 10], inf).amin(), one)
+    out[11] = torch.where(seen.any(), torch.where(seen, parts[:, 11], -inf).amax(), one)
+    return out
+
+
+def metrics_from(
+    out: Tensor, *, with_ref: bool, with_entropy: bool, with_correction: bool
+) -> dict[str, Tensor]:
+    """The public metrics, on the device, without a synchronisation. Means are over unmasked tokens."""
+    with torch.no_grad():
+        tokens = out[2].clamp(min=1)
+        means = (out / tokens).unbind()
+        sums = out.unbind()
+        metrics = {
+            "policy_loss": sums[15] * sums[1],
+            "clip_ratio/low": means[3],
+            "clip_ratio/high": means[4],
+            "clip_ratio/region": means[3] + means[4],
+            "clip_ratio/dual": means[5],
+            "approx_kl": means[6],
+            "approx_kl_k3": means[7],
+            "ratio/mean": means[12],
+            "ratio/min": sums[10],
+            "ratio/max": sums[11],
+            "ess": means[12] * sums[12] / sums[13].clamp(min=torch.finfo(out.dtype).tiny),
+        }
+        if with_ref:
+            metrics["kl"] = means[8]
+        if with_entropy:
+            metrics["entropy"] = means[9]
+        if with_correction:
+            metrics["importance/cut_fraction"] = means[14]
+        return metrics
+
+
+# --- selections over the whole batch: sorts and quantiles, PyTorch's ------------------------------------------------
+
+
+def top_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """The unmasked tokens whose entropy is at least the (1 - quantile) quantile of the batch's (arXiv:2506.01939)."""
+    mask = mask.bool()
+    tokens = mask.sum()
+    ordered = torch.where(mask, entropy.detach(), torch.inf).sort().values
+    rank = (1 - quantile) * (tokens - 1).clamp(min=0).to(entropy.dtype)
+    below = rank.floor()
+    lower, upper = (ordered[i.long().clamp(max=max(ordered.numel() - 1, 0))] for i in (below, rank.ceil()))
+    threshold = torch.lerp(lower, upper, rank - below)
+    return mask & (entropy.detach() >= threshold)
+
+
+def covariance(logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """A token's part of the covariance of advantage and log-prob over the batch (arXiv:2505.22617)."""
+    mask = mask.bool()
+    tokens = mask.sum().to(logprobs.dtype).clamp(min=1)
+    logprobs = torch.where(mask, logprobs.detach(), 0)
+    advantages = torch.where(mask, advantages, 0)
+    return (advantages - advantages.sum() / tokens) * (logprobs - logprobs.sum() / tokens)
+
+
+def largest(keys: Tensor, eligible: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """The ``max(1, ⌊fraction · tokens⌋)`` eligible tokens with the largest keys; none where fraction is 0."""
+    if fraction == 0:
+        return torch.zeros_like(eligible)
+    order = torch.where(eligible, keys, -torch.inf).argsort(descending=True, stable=True)
+    k = (mask.bool().sum().double() * fraction).floor().clamp(min=1)
+    chosen = torch.arange(keys.numel(), device=keys.device) < k
+    return torch.zeros_like(eligible).scatter(0, order, chosen) & eligible
+
+
+def clip_cov_weight(
+    logprobs: Tensor,
+    batch: Batch,
+    options: PolicyOptions,
+    fraction: float,
+    low: float,
+    high: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Weights of clip_cov: 0 for the tokens taken out, 1 elsewhere. Of those whose covariance lies in (low, high) and
+    that PPO's clip leaves alone, at random with a generator, else those with the largest covariance."""
+    mask, adv = batch.mask.bool(), batch.advantage_per_token()
+    cov = covariance(logprobs, adv, mask)
+    rho = torch.ones_like(logprobs)
+    if batch.old is not None:
+        rho = torch.where(mask, (logprobs.detach() - batch.old).clamp(-20, 20), 0).exp()
+    already = rho.clamp(1 - options.clip_low, 1 + options.clip_high) * adv < rho * adv
+    eligible = mask & ~already & (cov > low) & (cov < high)
+    keys = cov
+    if generator is not None:
+        keys = torch.rand(cov.shape, generator=generator, device=generator.device).to(cov.device)
+    return (~largest(keys, eligible, mask, fraction)).to(logprobs.dtype)
+
+
+def kl_cov_select(logprobs: Tensor, batch: Batch, fraction: float) -> Tensor:
+    """kl_cov's tokens: those with the largest covariance."""
+    mask = batch.mask.bool()
+    cov = covariance(logprobs, batch.advantage_per_token(), mask)
+    return largest(cov, mask, mask, fraction).to(torch.uint8)

@@ -1,0 +1,57 @@
+"""gae and discounted_returns of docs/sequences.md, 8: A_t = δ_t + γλ A_next, δ_t = r_t + γ V_next - V_t; G_t = r_t + γ G_next.
+
+Bytes per token: 17 (9 without values): rewards, values, mask; advantages, returns.
+One program per sequence, tiles of tokens from its end: x = b + a x_next is a pair (a, b) per token, and pairs compose, so
+that a tile is one associative scan and the tile after it one more pair. A masked token passes on what follows: (1, 0).
+"""
+
+import triton
+import triton.language as tl
+
+from .pairs import bounds
+
+
+@triton.jit
+def after(next_a, next_b, a, b):
+    """The pair of a token after that of what follows it; a = 0 takes nothing, not even a NaN."""
+    return a * next_a, tl.where(a == 0.0, b, a * next_b + b)
+
+
+@triton.jit
+def backwards(a, b, carry):
+    """x of each token of a tile from its pairs, ``carry`` the x of what follows the tile; and the new carry."""
+    scanned_a, scanned_b = tl.associative_scan((a, b), 0, after, reverse=True)
+    x = tl.where(scanned_a == 0.0, scanned_b, scanned_a * carry + scanned_b)
+    place = tl.arange(0, x.shape[0])
+    return x, tl.sum(tl.where(place == 0, x, 0.0), 0)
+
+
+@triton.jit
+def scan_kernel(
+    rewards_ptr, values_ptr, mask_ptr, offsets_ptr, length, gamma, lam, advantages_ptr, returns_ptr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0).to(tl.int64)
+    begin, end = bounds(offsets_ptr, s, length)
+    value_carry = 0.0
+    carry = 0.0
+    decay = gamma
+    if values_ptr is not None:
+        decay = gamma * lam
+    for done in range(0, end - begin, BLOCK):
+        t = end - done - BLOCK + tl.arange(0, BLOCK)
+        live = tl.load(mask_ptr + t, mask=t >= begin, other=0) != 0
+        x = tl.load(rewards_ptr + t, mask=live, other=0.0)
+        value = tl.zeros([BLOCK], tl.float32)
+        if values_ptr is not None:
+            value = tl.load(values_ptr + t, mask=live, other=0.0)
+            # V_next of t is that of t + 1, or what that one passes on.
+            following = (t + 1 >= begin) & (t + 1 < end)
+            passes = tl.load(mask_ptr + t + 1, mask=following, other=0) == 0
+            next_value = tl.load(values_ptr + t + 1, mask=following & (passes == 0), other=0.0)
+            next_value, value_carry = backwards(tl.where(passes, 1.0, 0.0), next_value, value_carry)
+            x = x + gamma * next_value - value
+        x, carry = backwards(tl.where(live, decay, 1.0), tl.where(live, x, 0.0), carry)
+        if values_ptr is not None:
+            tl.store(advantages_ptr + t, tl.where(live, x, 0.0), mask=t >= begin)
+        tl.store(returns_ptr + t, tl.where(live, x + value, 0.0), mask=t >= begin)
