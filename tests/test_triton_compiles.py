@@ -32,5 +32,8 @@ def test_no_spills(target: str) -> None:
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert {row["kernel"] for row in rows} == {"row_stats", "row_grad", "row_cross_entropy"}
+    assert {row["kernel"] for row in rows} >= {
+        "row_stats", "row_grad", "row_cross_entropy", "segment_sum", "segment_expand", "pair_loss", "unpaired_loss",
+        "policy_loss", "policy_total", "scan",
+    }  # fmt: skip
     assert [row for row in rows if kernel_report_triton.offends(row)] == []

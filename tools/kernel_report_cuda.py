@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SOURCE = Path(__file__).resolve().parents[1] / "csrc" / "cuda" / "rows.cu"
+SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ARCHES = ("sm_80", "sm_90", "sm_100", "sm_120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 FAULTS = ("stack", "spill_stores", "spill_loads", "ldl", "stl")
@@ -52,9 +52,11 @@ def _run(name: str, *arguments: str) -> str:
 
 def _readable(symbol: str) -> str:
     """row_grad_kernel<float16, 0, 1> from the mangled name; the names here are simple enough for two patterns."""
-    name = re.search(r"\d+(row_\w+?_kernel)", symbol)
+    name = re.search(r"(?<=\d)([a-z_]+_kernel)", symbol)
     if name is None:
         return symbol
+    if symbol[name.end()] != "I":  # not a template
+        return name[1]
     arguments = symbol[name.end() : symbol.index("EEv", name.end())]
     dtype = next((t for t in ("bfloat16", "float16") if t in arguments), "float")
     return f"{name[1]}<{', '.join([dtype, *re.findall(r'Lb([01])', arguments)])}>"
@@ -72,14 +74,18 @@ def _number(pattern: str, text: str) -> int:
 
 
 def collect_arch(arch: str) -> list[dict[str, Any]]:
+    return [kernel for source in sorted(SOURCES.glob("*.cu")) for kernel in _collect_source(arch, source)]
+
+
+def _collect_source(arch: str, source: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = str(Path(folder) / "rows.cubin")
-        log = _run("nvcc", *NVCC_FLAGS, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(SOURCE), "-o", cubin)
+        cubin = str(Path(folder) / f"{source.stem}.cubin")
+        log = _run("nvcc", *NVCC_FLAGS, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(source), "-o", cubin)
         usage = _section(_run("cuobjdump", "--dump-resource-usage", cubin), r"Function (\w+):")
         code = _section(_run("cuobjdump", "-sass", cubin), r"Function : (\w+)")
     spills = _section(log, r"Function properties for (\w+)")
     if not usage or set(usage) != set(code) or not set(usage) <= set(spills):
-        raise RuntimeError(f"{arch}: the tools list different kernels")
+        raise RuntimeError(f"{arch} {source.name}: the tools list different kernels")
     return [
         {
             "arch": arch,

@@ -82,10 +82,6 @@ def _type_of(name: str, dtype: str) -> str:
 
 def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     """Compile (target, kernel, options, dtype, vocab) and return its row of the report."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from kernels import rows
     from kernels.launch import launch_shape
 
@@ -106,17 +102,27 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
         signature[arg] = _type_of(arg, dtype)
         if arg.endswith("_ptr") or (arg in ALIGNED and vocab % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
+    numbers = compile_kernel(kernel, signature, constexprs, attributes, shape, target)
+    return {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
+            "vocab": vocab, "block": shape["BLOCK"], "warps": shape["num_warps"]} | numbers  # fmt: skip
+
+
+def compile_kernel(
+    kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], attributes: dict[Any, Any], shape: dict[str, Any],
+    target: str,
+) -> dict[str, int]:  # fmt: skip
+    """Shared memory, registers, stack and spills of one kernel compiled for ``target``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    gpu = (
-        GPUTarget("hip", target, warp)
-        if warp == 64
-        else GPUTarget("cuda", int(target.removeprefix("sm_")), warp)
-    )
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=gpu, options={k: v for k, v in shape.items() if k != "BLOCK"})
-    row = {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
-           "vocab": vocab, "block": shape["BLOCK"], "warps": shape["num_warps"], "shared": compiled.metadata.shared}  # fmt: skip
     asm = compiled.asm
-    return row | (_amd_numbers(asm["amdgcn"]) if warp == 64 else _nvidia_numbers(asm["cubin"]))
+    numbers = _amd_numbers(asm["amdgcn"]) if amd else _nvidia_numbers(asm["cubin"])
+    return {"shared": compiled.metadata.shared} | numbers
 
 
 def _tool(name: str) -> Path:
@@ -179,9 +185,12 @@ def collect(targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no machine code")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))  # and, through multiprocessing, in the workers
+    import kernel_report_pointwise
+
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(compile_case, cases(targets), chunksize=4))
+        pointwise = pool.map(kernel_report_pointwise.compile_case, kernel_report_pointwise.cases(targets))
+        return [*pool.map(compile_case, cases(targets), chunksize=4), *pointwise]
 
 
 def offends(row: dict[str, Any]) -> bool:

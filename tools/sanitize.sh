@@ -16,12 +16,17 @@ flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenm
 avx2=(-mavx2 -mfma -mf16c)
 avx512=(-mavx512f -mavx512bw -mavx512dq -mavx512vl "${avx2[@]}")
 cd "$root/csrc/cpu"
-g++ "${flags[@]}" -DFASTLOSS_ISA=avx512 "${avx512[@]}" -c rows.cpp -o "$build/avx512.o"
-g++ "${flags[@]}" -DFASTLOSS_ISA=avx2 "${avx2[@]}" -c rows.cpp -o "$build/avx2.o"
-g++ "${flags[@]}" -DFASTLOSS_ISA=generic -c rows.cpp -o "$build/generic.o"
-g++ "${flags[@]}" -DFASTLOSS_ISA=wide16 -DFASTLOSS_VECTOR_BYTES=64 "${avx2[@]}" -c rows.cpp -o "$build/wide16.o"
-g++ "${flags[@]}" -DFASTLOSS_W16_TEST -c dispatch.cpp -o "$build/dispatch.o"
-g++ "${flags[@]}" $("$python" -m pybind11 --includes) -c bindings.cpp -o "$build/bindings.o"
+per_isa=" $("$python" -c 'import sys; sys.path.insert(0, "../../tools"); import build_native; print(*build_native.PER_ISA)') "
+for source in *.cpp; do
+  if [[ $per_isa == *" $source "* ]]; then
+    g++ "${flags[@]}" -DFASTLOSS_ISA=avx512 "${avx512[@]}" -c "$source" -o "$build/$source.avx512.o"
+    g++ "${flags[@]}" -DFASTLOSS_ISA=avx2 "${avx2[@]}" -c "$source" -o "$build/$source.avx2.o"
+    g++ "${flags[@]}" -DFASTLOSS_ISA=generic -c "$source" -o "$build/$source.generic.o"
+    g++ "${flags[@]}" -DFASTLOSS_ISA=wide16 -DFASTLOSS_VECTOR_BYTES=64 "${avx2[@]}" -c "$source" -o "$build/$source.wide16.o"
+  else
+    g++ "${flags[@]}" -I.. -DFASTLOSS_W16_TEST $("$python" -m pybind11 --includes) -c "$source" -o "$build/$source.o"
+  fi
+done
 g++ -shared "${flags[@]}" "$build"/*.o -o "$build/_cpu.so"
 
 export FASTLOSS_CPU_MODULE=$build/_cpu.so
@@ -31,3 +36,4 @@ if [ -z "${PLAIN:-}" ]; then
 fi
 cd "$root"
 "$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py "$@"
+"$python" -m pytest -q -p no:cacheprovider tests/test_pairs_kernels.py -k cpu "$@"

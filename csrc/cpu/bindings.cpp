@@ -10,6 +10,13 @@
 #include "dispatch.h"
 #include "parallel.h"
 
+namespace fastloss {
+void bind_pairs(pybind11::module_&);
+void bind_policy(pybind11::module_&);
+void bind_vocab_blocks(pybind11::module_&);
+void bind_small_call(pybind11::module_&);
+}
+
 namespace py = pybind11;
 using fastloss::Coefficients;
 using fastloss::CrossEntropy;
@@ -109,4 +116,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(fastloss::kernels().name); });
   m.def("set_isa", &fastloss::set_isa);
   m.def("supported_isas", &fastloss::supported_isas);
+  fastloss::bind_pairs(m);
+  fastloss::bind_policy(m);
+  fastloss::bind_vocab_blocks(m);
+  fastloss::bind_small_call(m);
 }

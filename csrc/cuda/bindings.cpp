@@ -11,6 +11,11 @@
 #define FASTLOSS_MODULE _cuda
 #endif
 
+namespace fastloss::cuda {
+void bind_pairs(pybind11::module_&);
+void bind_policy(pybind11::module_&);
+}
+
 namespace {
 
 namespace cuda = fastloss::cuda;
@@ -79,4 +84,6 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
   m.def("row_stats", &row_stats, unlocked);
   m.def("row_grad", &row_grad, unlocked);
   m.def("row_cross_entropy", &row_cross_entropy, unlocked);
+  cuda::bind_pairs(m);
+  cuda::bind_policy(m);
 }

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss.ops.native_pairs import NativePairs
+from fastloss.ops.native_policy import NativePolicy
 from fastloss.ops.native_rows import DTYPE_CODES, NativeRows
 
 try:
@@ -19,6 +21,11 @@ except ImportError as error:
 
 rows = NativeRows(native, lambda _: torch.get_num_threads())
 row_stats, row_grad, row_cross_entropy = rows.row_stats, rows.row_grad, rows.row_cross_entropy
+pairs = NativePairs(native, lambda _: torch.get_num_threads())
+segment_sum, segment_expand = pairs.segment_sum, pairs.segment_expand
+pair_loss, unpaired_loss = pairs.pair_loss, pairs.unpaired_loss
+policies = NativePolicy(native, lambda _: torch.get_num_threads())
+policy_loss, gae, discounted_returns = policies.policy_loss, policies.gae, policies.discounted_returns
 
 
 def why_not() -> str:

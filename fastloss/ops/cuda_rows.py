@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss.ops.native_pairs import NativePairs
+from fastloss.ops.native_policy import NativePolicy
 from fastloss.ops.native_rows import DTYPE_CODES, NativeRows
 
 try:
@@ -38,7 +40,38 @@ class _DeviceGuarded(NativeRows):
             return super().row_cross_entropy(logits, *args, **kwargs)
 
 
+class _GuardedPairs(NativePairs):
+    def _call(self, name: str, tensor: Tensor, *arguments: Any) -> None:
+        with torch.cuda.device_of(tensor):
+            super()._call(name, tensor, *arguments)
+
+
+_tickets: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _ticket(tensor: Tensor) -> Tensor:
+    """The counter of finished blocks: 0 between launches, one per stream; a CUDA graph being captured has its own."""
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(1, dtype=torch.int32, device=tensor.device)
+    key = (tensor.device, _stream(tensor))
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(1, dtype=torch.int32, device=tensor.device)
+    return _tickets[key]
+
+
+class _GuardedPolicy(NativePolicy):
+    def policy_loss(self, logprobs: Tensor, **kwargs: Any) -> dict[str, Any]:
+        with torch.cuda.device_of(logprobs):
+            return super().policy_loss(logprobs, **kwargs)
+
+    def _scan(self, rewards: Tensor, *args: Any) -> tuple[Tensor | None, Tensor]:
+        with torch.cuda.device_of(rewards):
+            return super()._scan(rewards, *args)
+
+
 rows = _DeviceGuarded(native, _stream)
+pairs: NativePairs = _GuardedPairs(native, _stream)
+policies: NativePolicy = _GuardedPolicy(native, _stream, _ticket)
 _emulated = False
 
 
@@ -54,10 +87,40 @@ def row_cross_entropy(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return rows.row_cross_entropy(*args, **kwargs)
 
 
+def segment_sum(*args: Any, **kwargs: Any) -> Tensor:
+    return pairs.segment_sum(*args, **kwargs)
+
+
+def segment_expand(*args: Any, **kwargs: Any) -> Tensor:
+    return pairs.segment_expand(*args, **kwargs)
+
+
+def pair_loss(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    return pairs.pair_loss(*args, **kwargs)
+
+
+def unpaired_loss(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    return pairs.unpaired_loss(*args, **kwargs)
+
+
+def policy_loss(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    return policies.policy_loss(*args, **kwargs)
+
+
+def gae(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    return policies.gae(*args, **kwargs)
+
+
+def discounted_returns(*args: Any, **kwargs: Any) -> Tensor:
+    return policies.discounted_returns(*args, **kwargs)
+
+
 def emulate(module: Any) -> None:
     """Run the CUDA source compiled for the CPU (tests/cuda_emulation) in place of the GPU's."""
-    global rows, _emulated, _why_not
+    global rows, pairs, policies, _emulated, _why_not
     rows, _emulated, _why_not = NativeRows(module, lambda _: 0), True, ""  # type: ignore[assignment]
+    pairs = NativePairs(module, lambda _: 0)
+    policies = NativePolicy(module, lambda _: 0, _ticket)
 
 
 def why_not() -> str:

@@ -9,12 +9,27 @@ from torch import Tensor
 
 try:
     from fastloss.kernels.launch import row_cross_entropy, row_grad, row_stats
+    from fastloss.kernels.launch_pairs import pair_loss, segment_expand, segment_sum, unpaired_loss
+    from fastloss.kernels.launch_policy import discounted_returns, gae, policy_loss
 
     _why_not = ""
 except ImportError as error:
     _why_not = f"triton cannot be imported ({error})"
 
-__all__ = ["row_cross_entropy", "row_grad", "row_stats", "why_not", "why_not_for"]
+__all__ = [
+    "discounted_returns",
+    "gae",
+    "pair_loss",
+    "policy_loss",
+    "row_cross_entropy",
+    "row_grad",
+    "row_stats",
+    "segment_expand",
+    "segment_sum",
+    "unpaired_loss",
+    "why_not",
+    "why_not_for",
+]
 
 _interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 

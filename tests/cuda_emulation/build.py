@@ -36,7 +36,13 @@ def compiler() -> str | None:
 
 
 def _compile(out: Path, arguments: list[str]) -> Path:
-    inputs = [*SOURCES.iterdir(), *HERE.glob("*.h"), *HERE.glob("*.cpp"), Path(__file__)]
+    inputs = [
+        *SOURCES.iterdir(),
+        *SOURCES.parent.glob("*.h"),
+        *HERE.glob("*.h"),
+        *HERE.glob("*.cpp"),
+        Path(__file__),
+    ]
     if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = out.with_suffix(f".{os.getpid()}")  # two test processes may build at once
@@ -64,8 +70,8 @@ def build_emulated() -> ModuleType:
             f"-I{sysconfig.get_paths()['include']}",
             "-x",
             "c++",
-            str(SOURCES / "rows.cu"),
-            str(SOURCES / "bindings.cpp"),
+            *map(str, sorted(SOURCES.glob("*.cu"))),
+            *map(str, sorted(SOURCES.glob("*.cpp"))),
         ],
     )
     spec = importlib.util.spec_from_file_location("_cuda_emulated", out)
@@ -84,7 +90,7 @@ def build_race_check() -> Path:
             "-DFASTLOSS_EMULATED_WARP=32",
             "-x",
             "c++",
-            str(SOURCES / "rows.cu"),
+            *map(str, sorted(SOURCES.glob("*.cu"))),
             str(HERE / "tsan_main.cpp"),
         ],
     )

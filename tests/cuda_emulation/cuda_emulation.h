@@ -58,7 +58,7 @@ class Barrier {
 
 struct Warp {
   Barrier barrier{FASTLOSS_EMULATED_WARP};
-  float lanes[FASTLOSS_EMULATED_WARP];
+  double lanes[FASTLOSS_EMULATED_WARP];  // holds a float too
 };
 
 inline std::unique_ptr<Barrier> block;
@@ -100,15 +100,32 @@ inline void __syncthreads() {
   if (emulated::barriers++ != emulated::skipped_barrier) emulated::block->wait();
 }
 
-inline float __shfl_xor_sync(unsigned, float value, int mask) {
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
   emulated::Warp& warp = *emulated::warps[threadIdx.x / FASTLOSS_EMULATED_WARP];
   const int lane = threadIdx.x % FASTLOSS_EMULATED_WARP;
   warp.lanes[lane] = value;
   warp.barrier.wait();
-  value = warp.lanes[lane ^ mask];
+  value = T(warp.lanes[lane ^ mask]);
   warp.barrier.wait();
   return value;
 }
+
+template <class T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  emulated::Warp& warp = *emulated::warps[threadIdx.x / FASTLOSS_EMULATED_WARP];
+  const int lane = threadIdx.x % FASTLOSS_EMULATED_WARP;
+  warp.lanes[lane] = value;
+  warp.barrier.wait();
+  value = T(warp.lanes[lane < distance ? lane : lane - distance]);
+  warp.barrier.wait();
+  return value;
+}
+
+inline unsigned atomicAdd(unsigned* p, unsigned value) {
+  return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
+}
+inline void __threadfence() {}
 
 template <class T>
 T __ldg(const T* p) {

@@ -6,6 +6,8 @@
 
 #include "args.h"
 #include "cuda_emulation.h"
+#include "tsan_pairs.h"
+#include "tsan_policy.h"
 
 using namespace fastloss::cuda;
 
@@ -50,5 +52,7 @@ int main(int argc, char** argv) {
       }
     }
   }
+  if (const char* error = run_pairs()) return std::printf("%s\n", error), 2;
+  if (const char* error = run_policy()) return std::printf("%s\n", error), 2;
   return 0;
 }
