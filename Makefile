@@ -1,4 +1,4 @@
-# make setup | demo | test | bench | lint | format | native | gpu | wheel | kernels | sanitize | clean
+# make setup | demo | demo-chain | test | bench | lint | format | native | gpu | wheel | kernels | golden | sanitize | clean
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" for the smaller build without CUDA
@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 export PIP_NO_INPUT = 1
 
-.PHONY: setup native demo test bench lint format gpu wheel kernels sanitize clean
+.PHONY: setup native demo demo-chain test bench lint format gpu wheel kernels golden sanitize clean
 
 setup: $(VENV)/.installed
 
@@ -29,6 +29,9 @@ native: setup
 
 demo: native
 	$(BIN)/fastloss demo
+
+demo-chain: native
+	$(BIN)/fastloss demo --chain
 
 test: native
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests
@@ -56,6 +59,10 @@ wheel: setup
 
 kernels: setup
 	$(BIN)/python tools/kernel_report.py
+
+# PYTHONPATH=… for the peers that are not TRL: tests/golden/README.md.
+golden: setup
+	$(BIN)/python tests/golden/make_golden.py
 
 sanitize: setup
 	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
