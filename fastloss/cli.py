@@ -18,6 +18,9 @@ def main() -> None:
 
 def _mount(app) -> None:  # type: ignore[no-untyped-def]
     """The parts whose extras are installed."""
+    from fastloss.cli_plan import plan
+
+    app.command()(plan)
     try:
         from fastloss.cli_train import app as train
         from fastloss.cli_train import demo
