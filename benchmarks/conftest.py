@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fastloss.bench import limits
-from fastloss.bench.cases import Case, cases, data
+from fastloss.bench.case import Case
+from fastloss.bench.cases import cases, data, exact
 from fastloss.bench.clock import Flusher, synchronize
-from fastloss.bench.exact import errors, exact
+from fastloss.bench.exact import errors
 from fastloss.bench.providers import chosen, registry
 from fastloss.bench.steps import step
 
@@ -20,11 +21,12 @@ FULL = os.environ.get("FASTLOSS_BENCH_FULL") == "1"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    kind = getattr(metafunc.module, "KIND", None)
-    if "case" in metafunc.fixturenames and kind is not None:
-        found = [case for case in cases(quick=not FULL) if case.kind == kind]
+    kinds = getattr(metafunc.module, "KINDS", ())
+    if "case" in metafunc.fixturenames and kinds:
+        found = [case for case in cases(quick=not FULL) if case.kind in kinds]
+        names = dict.fromkeys(["limit", *(p.name for p in registry())])
         metafunc.parametrize("case", found, ids=lambda case: case.name)
-        metafunc.parametrize("provider", ["limit", *(p.name for p in registry())])
+        metafunc.parametrize("provider", names)
 
 
 @pytest.fixture

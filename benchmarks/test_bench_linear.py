@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-KIND = "linear"
+KINDS = ("linear",)
 
 
 def test_linear(case, provider: str, run) -> None:

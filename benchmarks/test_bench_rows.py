@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-KIND = "row"
+KINDS = ("row",)
 
 
 def test_rows(case, provider: str, run) -> None:

@@ -12,13 +12,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fastloss.bench import report
-from fastloss.bench.cases import Case
+from fastloss.bench.case import Case
 from fastloss.bench.cases import cases as all_cases
 from fastloss.bench.machine import machine, slug
 from fastloss.bench.run import run_case
+from fastloss.cli_tables import console as wide_console
+from fastloss.cli_tables import show
+
+WIDE = 176  # columns that the tables want
 
 
 def bench(
@@ -46,7 +49,7 @@ def bench(
     ] = None,
 ) -> None:
     """Time, memory and error of fastloss and its peers, over the limit measured in the same run."""
-    console = Console()
+    console = wide_console(WIDE)
     if compare is not None:
         _compare(console, *compare)
         return
@@ -74,7 +77,7 @@ def bench(
         raise typer.Exit(1)
     report.save(results, folder)
     if not quick and report.goal_rows(results):
-        _print(console, "to reach", report.GOAL_COLUMNS, report.goal_rows(results))
+        show(console, "to reach", report.GOAL_COLUMNS, report.goal_rows(results), words=2)
     for (name, reason), names in report.reasons(results).items():
         console.print(
             escape(f"{name} was not measured in {len(names)} of {len(results['cases'])} cases: {reason}")
@@ -98,7 +101,7 @@ def _measure(
             result = run_case(case, tell=tell, **options)
             results["cases"].append(result)
             (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-            _print(console, report.title(result), report.COLUMNS, report.rows(result))
+            _print_case(console, result)
             progress.advance(task)
 
 
@@ -109,13 +112,14 @@ def _compare(console: Console, old: Path, new: Path) -> None:
         raise typer.BadParameter("the two runs have no case and provider in common", param_hint="--compare")
     if slug(before["machine"]) != slug(after["machine"]):
         console.print("different machines: only the last column means something")
-    _print(console, f"{old} → {new}", report.COMPARE_COLUMNS, lines)
+    show(console, f"{old} → {new}", report.COMPARE_COLUMNS, lines, words=2)
 
 
-def _print(console: Console, title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    table = Table(title=escape(title), title_justify="left")
-    for k, column in enumerate(columns):
-        table.add_column(column, justify="left" if k == 0 else "right", no_wrap=k == 0)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+def _print_case(console: Console, result: dict[str, Any]) -> None:
+    """A narrow terminal gets fewer columns, none cut; the files have all."""
+    columns: tuple[str, ...] = report.COLUMNS
+    rows = report.rows(result)
+    if console.width < WIDE:
+        shown = [columns.index(name) for name in report.NARROW]
+        columns, rows = report.NARROW, [tuple(row[k] for k in shown) for row in rows]
+    show(console, report.title(result), columns, rows)

@@ -54,20 +54,29 @@ def round_robin(
     before: Callable[[], None],
     back_to_back: bool,
     tell: Callable[[str], None] = lambda name: None,
+    fail: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of each call. A provider whose next call would pass its ``budget`` (seconds) stops there, after one
-    at least. ``back_to_back``: each turn is a call that warms the caches and a call that counts."""
+    at least. ``back_to_back``: each turn is a call that warms the caches and a call that counts. One that raises is told
+    to ``fail`` and left out from there on."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
-            seen = times[name]
-            if seen and sum(seen) + seen[-1] > budget:
+            seen = times.get(name)
+            if seen is None or (seen and sum(seen) + seen[-1] > budget):
                 continue
             tell(name)
             warms = back_to_back and (not seen or seen[-1] < LONG)
-            seconds = once(step, device, before)
-            if warms and seconds < LONG:
+            try:
                 seconds = once(step, device, before)
+                if warms and seconds < LONG:
+                    seconds = once(step, device, before)
+            except Exception as error:
+                if fail is None:
+                    raise
+                fail(name, error)
+                del times[name]
+                continue
             seen.append(seconds)
             step.prepare()
     return times

@@ -1,68 +1,99 @@
-"""The loss and its gradients in float64, by PyTorch, and the distance of everybody's from them."""
+"""A loss and its gradients in float64, by PyTorch, and the distance of everybody's from them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.bench.cases import IGNORE, Case, Data
+from fastloss.bench.case import IGNORE, Case, Data, Loss
 
 BLOCK = 128  # rows at a time: float64 logits of a whole case would not fit everywhere
 
 
 class Exact(NamedTuple):
-    loss: float
+    loss: Tensor
     gradients: dict[str, Tensor]
 
 
+Truth = Callable[[Case, Data], Exact]
 _last: dict[tuple[object, ...], Exact] = {}
 
 
-def exact(case: Case, data: Data) -> Exact:
+def cached(case: Case, data: Data, truth: Truth) -> Exact:
     """Kept for the next case if its inputs are the same."""
-    key = (*case.inputs, str(data.target.device))
+    key = (*case.inputs, data.device)
     if key not in _last:
         _last.clear()
-        _last[key] = _rows(data) if case.kind == "row" else _linear(data)
+        _last[key] = truth(case, data)
     return _last[key]
 
 
-def _block(logits: Tensor, target: Tensor, count: int) -> tuple[float, Tensor]:
-    leaf = logits.detach().requires_grad_()
-    loss = F.cross_entropy(leaf, target, reduction="sum", ignore_index=IGNORE) / count
-    return float(loss.detach()), torch.autograd.grad(loss, leaf)[0]
+def token(logits: Tensor, target: Tensor, entropy: bool) -> tuple[Tensor, ...]:
+    """The target's log-prob per row, and the entropy if asked for; 0 where the target is ignored."""
+    logprobs = logits.log_softmax(-1)
+    kept = target != IGNORE
+    out = (logprobs.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1) * kept,)
+    return (*out, -(logprobs.exp() * logprobs).sum(-1) * kept) if entropy else out
 
 
-def _rows(data: Data) -> Exact:
-    assert data.logits is not None
-    source = data.logits if data.pristine is None else data.pristine
-    count, total, grads = int((data.target != IGNORE).sum()), 0.0, []
-    for logits, target in zip(source.split(BLOCK), data.target.split(BLOCK)):
-        loss, grad = _block(logits.double(), target, count)
-        total += loss
-        grads.append(grad)
-    return Exact(total, {"logits": torch.cat(grads)})
+def no_gradient_tokens(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """float64 log-probs of ``target [...]`` under a head, block by block."""
+    dim = weight.shape[1]
+    rows, flat, columns = hidden.detach().reshape(-1, dim), target.reshape(-1), weight.detach().double().t()
+    blocks = zip(rows.split(BLOCK), flat.split(BLOCK))
+    return torch.cat([token(h.double() @ columns, t, False)[0] for h, t in blocks]).view(target.shape)
 
 
-def _linear(data: Data) -> Exact:
-    assert data.hidden is not None and data.weight is not None
-    hidden, weight = data.hidden.detach(), data.weight.detach().double()
-    count, total, d_hidden, d_weight = int((data.target != IGNORE).sum()), 0.0, [], torch.zeros_like(weight)
-    for block, target in zip(hidden.split(BLOCK), data.target.split(BLOCK)):
-        rows = block.double()
-        loss, grad = _block(rows @ weight.t(), target, count)
-        total += loss
-        d_hidden.append(grad @ weight)
-        d_weight.addmm_(grad.t(), rows)
-    return Exact(total, {"hidden": torch.cat(d_hidden), "weight": d_weight})
+def over_vocabulary(data: Data, target: Tensor, tail: Callable[..., Tensor], entropy: bool = False) -> Exact:
+    """``tail(logprobs, entropy)``, of the shape of ``target``, over logits or over a head. The first pass makes the
+    numbers per token; the second has their gradients and makes those of the logits or of the head."""
+    linear = "hidden" in data.tensors
+    source = (
+        data["hidden"] if linear else data["logits"] if data.pristine is None else data.pristine
+    ).detach()
+    rows, flat = source.reshape(-1, source.shape[-1]), target.reshape(-1)
+    weight = data["weight"].detach().double() if linear else None
+    blocks = list(zip(rows.split(BLOCK), flat.split(BLOCK)))
+
+    def logits(block: Tensor) -> Tensor:
+        return block.double() if weight is None else block.double() @ weight.t()
+
+    parts = zip(*(token(logits(block), t, entropy) for block, t in blocks))
+    leaves = [torch.cat(part).view(target.shape).requires_grad_() for part in parts]
+    loss = tail(*leaves)
+    upstream = [g.reshape(-1) for g in torch.autograd.grad(loss, leaves)]
+    d_rows, d_weight = [], None if weight is None else torch.zeros_like(weight)
+    for k, (block, t) in enumerate(blocks):
+        leaf = logits(block).requires_grad_()
+        rows_here = slice(k * BLOCK, k * BLOCK + len(t))
+        (grad,) = torch.autograd.grad(token(leaf, t, entropy), leaf, [g[rows_here] for g in upstream])
+        d_rows.append(grad if weight is None else grad @ weight)
+        if d_weight is not None:
+            d_weight.addmm_(grad.t(), block.double())
+    d_source = torch.cat(d_rows).view(source.shape)
+    gradients = {"logits": d_source} if d_weight is None else {"hidden": d_source, "weight": d_weight}
+    return Exact(loss.detach(), gradients)
+
+
+def over_numbers(data: Data, loss: Loss) -> Exact:
+    """Of losses that begin at log-probs: their own expression in float64."""
+    double = {n: t.detach().double() if t.is_floating_point() else t for n, t in data.tensors.items()}
+    leaves = {name: double[name].requires_grad_() for name in data.leaves}
+    value = loss(*double.values())
+    grads = torch.autograd.grad(value, list(leaves.values())) if leaves else ()
+    return Exact(value.detach(), dict(zip(leaves, grads)))
+
+
+def cross_entropy_tail(target: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda logprobs: -logprobs.sum() / (target != IGNORE).sum()
 
 
 def errors(truth: Exact, loss: Tensor, gradients: dict[str, Tensor]) -> dict[str, float]:
     """Largest absolute difference, of the loss and of each gradient; NaN where either is NaN."""
-    out = {"loss": abs(float(loss) - truth.loss)}
+    out = {"loss": float((loss.detach().double() - truth.loss).abs().max())}
     for name, grad in gradients.items():
         blocks = zip(grad.split(BLOCK), truth.gradients[name].split(BLOCK))
         out[name] = float(torch.stack([(g.double() - e).abs().max() for g, e in blocks]).max())

@@ -38,6 +38,19 @@ GOALS = (
     Goal("linear head: faster than every peer", "linear-bf16-*[0-9]", "*", 1.0),
     Goal("linear head: extra memory, of the logits", "linear-bf16-*[0-9]", "extra", 0.05),
     Goal("tiny tensor: over torch's own", "tiny", "over_limit", 1.5),
+    Goal("preference from the head: over 1 + 3 GEMMs", "preference-linear-bf16-*[0-9]", "over_limit", 1.15),
+    Goal("preference from the head: against TRL", "preference-linear-bf16-*[0-9]", "trl", 3.0),
+    Goal("preference from the head: against Liger", "preference-linear-bf16-*[0-9]", "liger*", 1.0),
+    Goal("preference from the head: extra memory", "preference-linear-bf16-*[0-9]", "extra", 0.05),
+    Goal("preference from log-probs: against eager", "preference-*-64", "torch eager", 3.0),
+    Goal("policy from the head: over three GEMMs", "policy-linear-bf16-*[0-9]", "over_limit", 1.15),
+    Goal("policy from the head: against TRL", "policy-linear-bf16-*[0-9]", "trl", 3.0),
+    Goal("policy from the head: against Liger", "policy-linear-bf16-*[0-9]", "liger*", 1.0),
+    Goal("policy from the head: extra memory", "policy-linear-bf16-*[0-9]", "extra", 0.05),
+    Goal("policy from log-probs: against eager", "policy-ppo-*", "torch eager", 5.0),
+    Goal("policy from log-probs: against eager", "policy-gspo-*", "torch eager", 5.0),
+    Goal("advantages: against verl's loop", "gae-*", "torch eager", 20.0),
+    Goal("advantages: against TRL's loop", "gae-*", "trl", 20.0),
 )
 FLAT = 0.10  # cost per token over the lengths: (largest - least) / least
 
@@ -64,8 +77,9 @@ def _outcome(goal: Goal, case: dict[str, Any]) -> Outcome | None:
     if ours is None:
         return None
     if goal.key in ("over_limit", "extra"):
-        share = ours["extra_bytes"] / case["logits_bytes"]
-        value = ours.get("over_limit") if goal.key == "over_limit" else share
+        value = ours.get("over_limit")
+        if goal.key == "extra":
+            value = ours["extra_bytes"] / case["logits_bytes"]
         if value is None:
             return None
         return Outcome(goal.what, case["name"], value, f"≤ {goal.bound:g}", value <= goal.bound)

@@ -7,14 +7,17 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastloss.bench.cases import IGNORE, Case
-from fastloss.bench.providers import Provider
-from fastloss.bench.steps import Loss
+from fastloss.bench.case import IGNORE, Case, Loss
+from fastloss.bench.kinds import policy, preference, token_stats
+from fastloss.bench.providers import Provider, emulated
 
 # The vocabulary tile of TRL 1.16's trainers (trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE).
 TRL_CHUNK = 32768
+TRL = ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
+LIGER = "liger_kernel.chunked_loss"
 
 
 @functools.cache
@@ -32,14 +35,18 @@ def missing(module: str, attribute: str) -> str | None:
 
 
 def _needs(
-    module: str, attribute: str, kind: str, gpu: bool, also: Callable[[Case], str | None] = lambda case: None
+    module: str,
+    attribute: str,
+    kind: str,
+    gpu: bool = False,
+    also: Callable[[Case, str], str | None] = lambda case, device: None,
 ) -> Callable[[Case, str], str | None]:
     def available(case: Case, device: str) -> str | None:
         if case.kind != kind:
             return ""
         if gpu and device != "cuda":
             return "needs a GPU"
-        reason = also(case)
+        reason = also(case, device)
         return missing(module, attribute) if reason is None else reason
 
     return available
@@ -50,7 +57,7 @@ def _function(module: str, attribute: str) -> Any:
 
 
 def _first(result: Any) -> Tensor:
-    """Some versions give (loss, z_loss, …)."""
+    """Some give (loss, z_loss or metrics, …)."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -62,22 +69,114 @@ def _plain(module: str, attribute: str) -> Callable[[Case], Loss]:
     return loss
 
 
-def _trl(case: Case) -> Loss:
-    function = _function("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
+def _trl_stats(hidden: Tensor, weight: Tensor, target: Tensor, outputs: tuple[str, ...] = ()) -> list[Tensor]:
+    """Log-probs, and what else ``outputs`` says, per token of ``target [...]``; 0 where it is ignored."""
+    function, kept, flat = _function(*TRL), target != IGNORE, hidden.reshape(-1, hidden.shape[-1])
+    compact = hidden.is_cuda  # as its trainers: ignored tokens are dropped on a GPU, masked on a CPU
+    rows = flat[kept.reshape(-1)] if compact else flat
+    labels = target[kept] if compact else target.clamp(min=0).reshape(-1)
+    out = function.apply(rows, weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, outputs)
+    found = [value for value in out if value is not None]
+    if compact:
+        return [value.new_zeros(kept.shape).masked_scatter(kept, value) for value in found]
+    return [value.view(kept.shape).masked_fill(~kept, 0) for value in found]
 
+
+def _trl_linear(case: Case) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        kept = target != IGNORE
-        if hidden.is_cuda:  # as its trainers: ignored tokens are dropped on a GPU, masked on a CPU
-            logprobs = function.apply(hidden[kept], weight, None, target[kept], 1.0, TRL_CHUNK, None, 1.0, ())
-            return -logprobs[0].mean()
-        safe = target.clamp(min=0)
-        logprobs = function.apply(hidden, weight, None, safe, 1.0, TRL_CHUNK, None, 1.0, ())
-        return -(logprobs[0] * kept).sum() / kept.sum()
+        return -_trl_stats(hidden, weight, target)[0].sum() / (target != IGNORE).sum()
 
     return loss
 
 
-def _only_in_place(case: Case) -> str | None:
+def _trl_token_stats(case: Case) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return token_stats.mean(*_trl_stats(hidden, weight, target, ("entropy",)))
+
+    return loss
+
+
+def _trl_preference(case: Case) -> Loss:
+    """DPOTrainer: both models, with the metrics that it asks for beside the log-probs."""
+    outputs = ("entropy", "mean_logits", "is_top1")
+
+    def loss(
+        hidden: Tensor, weight: Tensor, target: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+    ) -> Tensor:
+        logprobs = _trl_stats(hidden, weight, target, outputs)[0]
+        with torch.no_grad():
+            reference = _trl_stats(ref_hidden, ref_weight, target, outputs)[0]
+        return preference.of_answers(logprobs, reference)
+
+    return loss
+
+
+def _trl_policy(case: Case) -> Loss:
+    """GRPOTrainer: the entropy is a metric there, without a gradient."""
+    surrogate = policy.surrogate(case)
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Tensor) -> Tensor:
+        return surrogate(_trl_stats(hidden, weight, target, ("entropy",))[0], *rest)
+
+    return loss
+
+
+def _trl_gae(case: Case) -> Loss:
+    """Its PPO trainer's loop. It knows no mask: rewards and values are 0 in the padding."""
+
+    def advantages(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        last: Tensor | float = 0.0
+        reversed_advantages, length = [], rewards.shape[1]
+        for t in reversed(range(length)):
+            next_values = values[:, t + 1] if t < length - 1 else 0.0
+            delta = rewards[:, t] + policy.GAMMA * next_values - values[:, t]
+            last = delta + policy.GAMMA * policy.LAMBDA * last
+            reversed_advantages.append(last)
+        return torch.stack(reversed_advantages[::-1], dim=1)
+
+    return advantages
+
+
+def _liger_preference(compiled: bool) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
+        module = _function(LIGER, "LigerFusedLinearDPOLoss")(beta=preference.BETA, compiled=compiled)
+
+        def loss(
+            hidden: Tensor, weight: Tensor, target: Tensor, ref_hidden: Tensor, ref_weight: Tensor
+        ) -> Tensor:
+            own = target.view(
+                target.shape
+            )  # it marks its targets as dynamic for torch.compile: not everybody's
+            return _first(module(weight, hidden, own, ref_input=ref_hidden, ref_weight=ref_weight))
+
+        return loss
+
+    return make
+
+
+def _liger_policy(compiled: bool) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
+        option = policy.OPTIONS["dapo"]
+        module = _function(LIGER, "LigerFusedLinearGRPOLoss")(
+            beta=option["beta"],
+            epsilon_low=option["clip_low"],
+            epsilon_high=option["clip_high"],
+            loss_type="dapo",
+            use_ref_model=False,
+            compiled=compiled,
+        )
+
+        def loss(
+            hidden: Tensor, weight: Tensor, target: Tensor, old: Tensor, advantages: Tensor, mask: Tensor
+        ) -> Tensor:
+            return _first(module(hidden, weight, target, mask, advantages, old_per_token_logps=old))
+
+        return loss
+
+    return make
+
+
+def _only_in_place(case: Case, device: str) -> str | None:
     return None if case.inplace else ""
 
 
@@ -92,18 +191,38 @@ def _quack_linear(case: Case) -> Loss:
 
 
 def registry() -> list[Provider]:
-    trl = ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
     liger_rows = ("liger_kernel.transformers.functional", "liger_cross_entropy")
     liger_linear = ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    liger_dpo, liger_grpo = (LIGER, "LigerFusedLinearDPOLoss"), (LIGER, "LigerFusedLinearGRPOLoss")
     cut = ("cut_cross_entropy", "linear_cross_entropy")
     quack_rows = ("quack.cross_entropy", "cross_entropy")
     quack_linear = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+    dpo = functools.partial(_needs, *liger_dpo, "preference-linear")
+    grpo = _needs(*liger_grpo, kind="policy-linear")
     return [
-        Provider("trl", _needs(*trl, kind="linear", gpu=False), _trl),
+        Provider("trl", _needs(*TRL, kind="linear"), _trl_linear),
+        Provider("trl", _needs(*TRL, kind="stats-linear"), _trl_token_stats),
+        Provider("trl", _needs(*TRL, kind="preference-linear"), _trl_preference),
+        Provider("trl", _needs(*TRL, kind="policy-linear"), _trl_policy),
+        Provider("trl", lambda case, device: None if case.kind == "gae" else "", _trl_gae),
         Provider(
             "liger", _needs(*liger_rows, kind="row", gpu=True, also=_only_in_place), _plain(*liger_rows)
         ),
         Provider("liger linear", _needs(*liger_linear, kind="linear", gpu=True), _plain(*liger_linear)),
+        Provider("liger dpo", dpo(), _liger_preference(False)),
+        Provider(
+            "liger dpo, compiled",
+            dpo(also=emulated),
+            _liger_preference(True),
+            compiles=True,
+        ),
+        Provider("liger grpo", grpo, _liger_policy(False)),
+        Provider(
+            "liger grpo, compiled",
+            grpo,
+            _liger_policy(True),
+            compiles=True,
+        ),
         Provider("cut-cross-entropy", _needs(*cut, kind="linear", gpu=True), _plain(*cut)),
         Provider("quack", _needs(*quack_rows, kind="row", gpu=True), _quack_rows),
         Provider("quack linear", _needs(*quack_linear, kind="linear", gpu=True), _quack_linear),

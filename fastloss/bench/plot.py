@@ -28,8 +28,9 @@ def plot(results: dict[str, Any], path: Path) -> None:
         for k, p in enumerate(providers):
             left.barh(top + k, p["over_limit"], height=0.9, color=colors[p["name"]])
             left.text(p["over_limit"] * 1.03, top + k, f"{p['over_limit']:.2f}", va="center", fontsize=5)
-            share = max(p["extra_bytes"] / case["logits_bytes"], LEAST_SHARE)
-            right.barh(top + k, share, height=0.9, color=colors[p["name"]])
+            if case["logits_bytes"]:
+                share = max(p["extra_bytes"] / case["logits_bytes"], LEAST_SHARE)
+                right.barh(top + k, share, height=0.9, color=colors[p["name"]])
         ticks.append(top + (len(providers) - 1) / 2)
         top += len(providers) + 1
     left.set_yticks(ticks, [case["name"] for case, _ in cases], fontsize=7)

@@ -12,24 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.cases import Case
-from fastloss.bench.steps import Loss
+from fastloss.bench.case import Case, Loss
+from fastloss.bench.kinds import KINDS
+
+# Python steps that torch.compile would have to unroll.
+UNROLLED = 256
 
 
 @dataclass(frozen=True)
 class Provider:
     name: str
     available: Callable[[Case, str], str | None]  # why not, on this device; "" where the case is not its kind
-    loss: Callable[[Case], Loss]  # (logits, target) or (hidden, weight, target) -> mean loss
+    loss: Callable[[Case], Loss]  # of the case's tensors -> what is differentiated
     compiles: bool = False  # the first call is spent on compiling
-
-
-def eager_linear(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), target)
-
-
-def _always(case: Case, device: str) -> str | None:
-    return None
 
 
 def _fastloss(backend: str) -> Provider:
@@ -41,20 +36,42 @@ def _fastloss(backend: str) -> Provider:
             return ""
         return None
 
-    def loss(case: Case) -> Loss:
-        if case.kind == "linear":
-            return functools.partial(fastloss.linear_cross_entropy, backend=backend)
-        return functools.partial(fastloss.cross_entropy, inplace=case.inplace, backend=backend)
+    return Provider(f"fastloss[{backend}]", available, lambda case: KINDS[case.kind].ours(case, backend))
 
-    return Provider(f"fastloss[{backend}]", available, loss)
+
+def emulated(case: Case, device: str) -> str | None:
+    """Low-precision GEMMs that this CPU only emulates would take minutes a call."""
+    if case.emulated(device):
+        return "this CPU emulates low-precision GEMMs: minutes a call (see 'torch eager, f32 GEMMs')"
+    return None
 
 
 def _eager(case: Case) -> Loss:
-    return F.cross_entropy if case.kind == "row" else eager_linear
+    return KINDS[case.kind].eager(case)
+
+
+def _eager_f32(case: Case) -> Loss:
+    """What one does about it: the same expression over float32 copies."""
+    loss = KINDS[case.kind].eager(case)
+
+    def upcast(*tensors: Tensor) -> Tensor:
+        return loss(*(t.float() if t.is_floating_point() else t for t in tensors))
+
+    return upcast
+
+
+def _only_emulated(case: Case, device: str) -> str | None:
+    return None if case.emulated(device) else ""
 
 
 def _compiled(case: Case) -> Loss:
     return torch.compile(_eager(case), dynamic=False)
+
+
+def _compiles(case: Case, device: str) -> str | None:
+    if case.kind == "gae" and case.length > UNROLLED:
+        return "would unroll a Python loop over time"
+    return emulated(case, device)
 
 
 def _has_linear(case: Case, device: str) -> str | None:
@@ -85,8 +102,9 @@ def registry() -> list[Provider]:
         _fastloss("cpu"),
         _fastloss("cuda"),
         _fastloss("triton"),
-        Provider("torch eager", _always, _eager),
-        Provider("torch.compile", _always, _compiled, compiles=True),
+        Provider("torch eager", emulated, _eager),
+        Provider("torch eager, f32 GEMMs", _only_emulated, _eager_f32),
+        Provider("torch.compile", _compiles, _compiled, compiles=True),
         Provider("torch linear_cross_entropy", _has_linear, _torch_linear),
         Provider("torch chunked", _has_linear, _torch_chunked),
         Provider("torch chunked auto", _has_linear, _torch_chunked_auto),

@@ -17,6 +17,7 @@ COLUMNS = (
     "IQR ms",
     "n",
     "× limit",
+    "× kept",
     "vs eager",
     "fastloss is",
     "extra MiB",
@@ -25,6 +26,8 @@ COLUMNS = (
     "loss err",
     "grad err",
 )
+# What a terminal of 80 columns has room for.
+NARROW = ("provider", "median ms", "× limit", "fastloss is", "of logits")
 GOAL_COLUMNS = ("goal", "case", "measured", "to reach", "")
 COMPARE_COLUMNS = ("case", "provider", "old ms", "new ms", "new / old", "new / old, of the limit")
 
@@ -45,10 +48,11 @@ def _row(case: dict[str, Any], p: dict[str, Any]) -> tuple[str, ...]:
         f"{p['iqr'] * 1e3:.{digits}f}" if p["n"] > 1 else "–",
         str(p["n"]),
         _number(p.get("over_limit"), ".2f"),
+        _number(p.get("over_kept"), ".2f"),
         _number(p.get("speedup_over_eager"), ".2f", "×"),
         _number(p.get("fastloss_speedup"), ".2f", "× as fast"),
         "" if extra is None else f"{extra / 2**20:.1f}",
-        "" if extra is None else f"{100 * extra / case['logits_bytes']:.1f}%",
+        f"{100 * extra / case['logits_bytes']:.1f}%" if extra is not None and case["logits_bytes"] else "",
         "" if resident is None else f"{resident / 2**20:.1f}",
         _number(error.get("loss"), ".1e"),
         f"{max(gradients):.1e}" if gradients else "",
@@ -61,7 +65,8 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 
 def title(case: dict[str, Any]) -> str:
     largest = ", ".join(f"{name} {value:.1e}" for name, value in case["gradient_scale"].items())
-    return f"{case['name']} (load {case['load'][0]:.1f}; largest gradient: {largest})"
+    gradients = f"; largest gradient: {largest}" if largest else ""
+    return f"{case['name']} (load {case['load'][0]:.1f}{gradients})"
 
 
 def reasons(results: dict[str, Any]) -> dict[tuple[str, str], list[str]]:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastloss.bench import clock, limits, memory
-from fastloss.bench.cases import Case, Data, data, short
-from fastloss.bench.exact import Exact, errors, exact, scale
+from fastloss.bench.case import Case, Data, short
+from fastloss.bench.cases import data, exact
+from fastloss.bench.exact import Exact, errors, scale
 from fastloss.bench.providers import Provider, chosen
 from fastloss.bench.steps import Step, step
 
@@ -32,16 +33,22 @@ def run_case(
     tell("float64")
     truth = exact(case, inputs)
     providers, reasons = chosen(case, device, pattern)
-    steps: dict[str, Any] = {**limits.limits(case, inputs, device), **limits.references(case, inputs)}
+    steps: dict[str, Any] = {**limits.limits(case, inputs, device), **limits.references(case, inputs, device)}
     entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in steps}
     times: dict[str, list[float]] = {}
+
+    def fail(name: str, error: Exception) -> None:
+        """A peer that cannot run a case is reported, not hidden."""
+        reasons[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        entries.pop(name, None)
+
     for provider in providers:
         tell(f"{provider.name}: first call")
         try:
             candidate = step(provider.loss(case), case, inputs)
             entry, first = _first_calls(provider, candidate, case, inputs, truth, device, budget)
-        except Exception as error:  # a peer that cannot run a case is reported, not hidden
-            reasons[provider.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        except Exception as error:
+            fail(provider.name, error)
             continue
         entries[provider.name] = entry
         if first is None:
@@ -56,7 +63,7 @@ def run_case(
 
     gc.collect()
     load = os.getloadavg()
-    times.update(clock.round_robin(steps, device, repeats, budget, before, not case.cold, tell))
+    times.update(clock.round_robin(steps, device, repeats, budget, before, not case.cold, tell, fail))
     torch.compiler.reset()
     return {
         "name": case.name,
@@ -104,8 +111,8 @@ def _first_calls(
     entry = {
         "name": provider.name,
         "errors": errors(truth, values[-1], {} if case.nograd else candidate.gradients()),
-        "extra_bytes": max(0, peak.allocated - case.gradient_bytes),
-        "resident_bytes": None if peak.resident is None else max(0, peak.resident - case.gradient_bytes),
+        "extra_bytes": max(0, peak.allocated - inputs.gradient_bytes),
+        "resident_bytes": None if peak.resident is None else max(0, peak.resident - inputs.gradient_bytes),
     }
     candidate.prepare()
     inputs.restore()
@@ -122,11 +129,14 @@ def _figures(
     if not floors and EAGER in entries:
         floors = {EAGER: entries[EAGER]["median"]}
     floor = min(floors, key=floors.__getitem__, default=None)
+    kept = min((e["median"] for n, e in entries.items() if n.startswith(limits.KEPT)), default=None)
     ours = min((e["median"] for n, e in entries.items() if n.startswith("fastloss")), default=None)
     for name, entry in entries.items():
         if floor is not None:
             entry["over_limit"] = entry["median"] / floors[floor]
-        if name.startswith((limits.PREFIX, limits.CLONE)):
+        if kept is not None:
+            entry["over_kept"] = entry["median"] / kept
+        if name.startswith((limits.PREFIX, limits.KEPT, limits.CLONE)):
             continue
         if EAGER in entries:
             entry["speedup_over_eager"] = entries[EAGER]["median"] / entry["median"]

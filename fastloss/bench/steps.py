@@ -8,9 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.bench.cases import Case, Data
-
-Loss = Callable[..., Tensor]
+from fastloss.bench.case import Case, Data, Loss
 
 
 class _Start(torch.autograd.Function):
@@ -35,8 +33,8 @@ class RowStep:
     """Over logits that another node of the graph made, as a model's are."""
 
     def __init__(self, loss: Loss, case: Case, data: Data):
-        assert data.logits is not None
-        self.loss, self.target, self.logits = loss, data.target, data.logits.detach()
+        self.loss, self.logits = loss, data["logits"].detach()
+        self.rest = [tensor for name, tensor in data.tensors.items() if name != "logits"]
         self.anchor = torch.zeros((), requires_grad=True)
         self.box: list[Tensor] = []
 
@@ -45,7 +43,7 @@ class RowStep:
         self.box.clear()
 
     def __call__(self) -> Tensor:
-        value = self.loss(_Start.apply(self.anchor, self.logits, self.box), self.target)
+        value = self.loss(_Start.apply(self.anchor, self.logits, self.box), *self.rest)
         value.backward()
         return value.detach()
 
@@ -54,51 +52,33 @@ class RowStep:
 
 
 class LeafStep:
-    """Over a small leaf, many calls: the overhead of a call, without the cost of a Python node."""
+    """Over leaves that have no gradient yet; many calls where one is too short for the clock."""
 
     def __init__(self, loss: Loss, case: Case, data: Data):
-        assert data.logits is not None
-        self.loss, self.target, self.calls = loss, data.target, case.calls
-        self.logits = data.logits.detach().clone().requires_grad_()
+        self.loss, self.calls = loss, case.calls
+        self.arguments = list(data.tensors.values())
+        self.leaves = {name: data[name] for name in data.leaves}
 
     def prepare(self) -> None:
-        self.logits.grad = None
+        for leaf in self.leaves.values():
+            leaf.grad = None
 
     def __call__(self) -> Tensor:
-        loss, logits, target = self.loss, self.logits, self.target
+        if not self.leaves:
+            with torch.no_grad():
+                for _ in range(self.calls):
+                    value = self.loss(*self.arguments)
+                return value
+        loss, arguments, leaves = self.loss, self.arguments, list(self.leaves.values())
         for _ in range(self.calls):
-            logits.grad = None
-            value = loss(logits, target)
+            for leaf in leaves:
+                leaf.grad = None
+            value = loss(*arguments)
             value.backward()
         return value.detach()
 
     def gradients(self) -> dict[str, Tensor]:
-        assert self.logits.grad is not None
-        return {"logits": self.logits.grad}
-
-
-class LinearStep:
-    """Over hidden states and the vocabulary matrix, both leaves that have no gradient yet."""
-
-    def __init__(self, loss: Loss, case: Case, data: Data):
-        assert data.hidden is not None and data.weight is not None
-        self.loss, self.hidden, self.weight, self.target = loss, data.hidden, data.weight, data.target
-        self.nograd = case.nograd
-
-    def prepare(self) -> None:
-        self.hidden.grad = self.weight.grad = None
-
-    def __call__(self) -> Tensor:
-        if self.nograd:
-            with torch.no_grad():
-                return self.loss(self.hidden, self.weight, self.target)
-        value = self.loss(self.hidden, self.weight, self.target)
-        value.backward()
-        return value.detach()
-
-    def gradients(self) -> dict[str, Tensor]:
-        both = {"hidden": self.hidden.grad, "weight": self.weight.grad}
-        return {name: grad for name, grad in both.items() if grad is not None}
+        return {name: leaf.grad for name, leaf in self.leaves.items() if leaf.grad is not None}
 
 
 class LimitStep:
@@ -116,10 +96,9 @@ class LimitStep:
         return self.result
 
 
-Step = RowStep | LeafStep | LinearStep
+Step = RowStep | LeafStep
 
 
 def step(loss: Loss, case: Case, data: Data) -> Step:
-    if case.kind == "linear":
-        return LinearStep(loss, case, data)
-    return LeafStep(loss, case, data) if case.calls > 1 else RowStep(loss, case, data)
+    over_rows = "logits" in data.tensors and case.calls == 1 and not case.nograd
+    return RowStep(loss, case, data) if over_rows else LeafStep(loss, case, data)

@@ -38,7 +38,14 @@ def test_native_memory_shows_in_the_resident_set() -> None:
     assert found.allocated < MIB and found.resident >= 60 * MIB
 
 
-def test_turns_budget_and_what_is_not_timed() -> None:
+def test_turns_budget_and_what_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "sleep", sleep)
     fast, slow = Sleep(0.001), Sleep(0.05)
     order: list[str] = []
     flushed: list[float] = []
@@ -51,13 +58,27 @@ def test_turns_budget_and_what_is_not_timed() -> None:
     assert order[:4] == ["fast", "slow", "fast", "slow"]
     assert len(times["fast"]) == 4 and len(times["slow"]) == 2 and slow.calls == 2
     assert len(flushed) == 6 and fast.prepared == 8
-    assert min(times["fast"]) < 0.02 <= 0.05 <= min(times["slow"])
+    assert times["fast"] == pytest.approx([0.001] * 4) and times["slow"] == pytest.approx([0.05] * 2)
 
 
 def test_back_to_back_discards_the_call_that_warms() -> None:
     step = Sleep(0.0)
     times = clock.round_robin({"step": step}, "cpu", 3, 1.0, lambda: None, True)
     assert len(times["step"]) == 3 and step.calls == 6
+
+
+def test_one_that_raises_later_is_left_out() -> None:
+    class Second(Sleep):
+        def __call__(self) -> None:
+            super().__call__()
+            if self.calls > 1:
+                raise RuntimeError("out of memory")
+
+    failed: dict[str, Exception] = {}
+    steps = {"good": Sleep(0.0), "bad": Second(0.0)}
+    times = clock.round_robin(steps, "cpu", 3, 1.0, lambda: None, False, fail=failed.__setitem__)
+    assert len(times["good"]) == 3 and set(times) == {"good"} and str(failed["bad"]) == "out of memory"
+    assert steps["bad"].calls == 2
 
 
 def test_summary() -> None:

@@ -76,6 +76,14 @@ def test_names_in_brackets_reach_the_terminal(tmp_path) -> None:
     assert "fastloss[cpu]" in CliRunner().invoke(APP, arguments).output
 
 
+def test_a_narrow_terminal_gets_whole_columns(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = ["--quick", "--cases", CASE, "--repeats", "1", "--out", str(tmp_path)]
+    shown = CliRunner().invoke(APP, [*arguments, "--providers", "torch*"]).output
+    assert "…" not in shown and "median ms" in shown and "RSS MiB" not in shown
+    assert "RSS MiB" in (tmp_path / "results.md").read_text()
+
+
 def test_goals() -> None:
     def run(name: str, ours: float, eager: float) -> dict:
         providers = [

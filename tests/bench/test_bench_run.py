@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastloss.bench import clock
-from fastloss.bench.cases import Case, cases, data
-from fastloss.bench.exact import errors, exact
+from fastloss.bench.case import Case
+from fastloss.bench.cases import cases, data, exact
+from fastloss.bench.exact import errors
 from fastloss.bench.peers import TRL_CHUNK, missing
 from fastloss.bench.providers import chosen
 from fastloss.bench.run import run_case
@@ -38,7 +39,7 @@ def test_every_provider_agrees_with_float64(name: str) -> None:
             continue
         assert p["errors"]["loss"] < tolerance, p["name"]
         gradients = {k: v for k, v in p["errors"].items() if k != "loss"}
-        assert len(gradients) == (0 if case.nograd else 1 if case.kind == "row" or case.frozen else 2)
+        assert set(gradients) == set(data(case, "cpu").leaves)
         for key, error in gradients.items():
             assert error < tolerance * result["gradient_scale"][key], (p["name"], key)
     assert not [p for p in result["providers"] if "rror:" in p.get("reason", "")], "a provider failed"
@@ -56,13 +57,13 @@ def test_the_limit_is_the_least_of_those_measured() -> None:
 def test_an_in_place_loss_gets_its_logits_back() -> None:
     case = QUICK["row-f32-16x2000-inplace-warm"]
     inputs = data(case, "cpu")
-    assert inputs.logits is not None and inputs.pristine is not None
-    inputs.logits.zero_()
-    run_case_inputs = inputs.pristine.clone()
+    assert inputs.pristine is not None
+    before = inputs.pristine.clone()
+    inputs["logits"].zero_()
     inputs.restore()
-    assert torch.equal(inputs.logits, run_case_inputs)
+    assert torch.equal(inputs["logits"], before)
     truth = exact(case, inputs)
-    inputs.logits.zero_()
+    inputs["logits"].zero_()
     assert exact(dataclasses.replace(case, name="again"), inputs).loss == truth.loss
 
 
@@ -85,8 +86,7 @@ def test_a_row_step_neither_copies_logits_nor_gradient() -> None:
 
     candidate = step(lambda logits, target: Loss.apply(logits), case, inputs)
     candidate()
-    assert inputs.logits is not None
-    assert seen[0].data_ptr() == inputs.logits.data_ptr()
+    assert seen[0].data_ptr() == inputs["logits"].data_ptr()
     assert candidate.gradients()["logits"].data_ptr() == seen[1].data_ptr()
 
 
@@ -96,7 +96,7 @@ def test_a_wrong_gradient_is_seen() -> None:
     truth = exact(case, inputs)
     wrong = {name: grad.float() for name, grad in truth.gradients.items()}
     wrong["weight"][-1, -1] += 0.5
-    found = errors(truth, torch.tensor(truth.loss + 0.25), wrong)
+    found = errors(truth, truth.loss + 0.25, wrong)
     assert found["loss"] == pytest.approx(0.25, abs=1e-5) and found["weight"] == pytest.approx(0.5, abs=1e-5)
     assert found["hidden"] < 1e-6
 
@@ -116,9 +116,43 @@ def test_a_peer_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ignored_and_frozen_are_what_they_say() -> None:
     case = dataclasses.replace(QUICK["linear-f32-32x16x500-frozen"], ignored=0.25)
     inputs = data(case, "cpu")
-    assert int((inputs.target == -100).sum()) == 8
-    assert inputs.weight is not None and not inputs.weight.requires_grad and case.gemms == 2
+    assert int((inputs["target"] == -100).sum()) == 8 and inputs.kept == 24
+    assert not inputs["weight"].requires_grad and case.gemms == 2
     assert QUICK["linear-f32-32x16x500-nograd"].gemms == 1
+
+
+def test_the_rows_with_a_loss_have_a_line_of_their_own() -> None:
+    result = run_case(QUICK["linear-f32-32x16x500-half-ignored"], repeats=3, pattern="torch eager")
+    found = {p["name"]: p for p in result["providers"]}
+    kept, eager = found["kept rows: 3 GEMMs f32"], found["torch eager"]
+    assert result["limit"] == "limit: 3 GEMMs f32" and "fastloss_speedup" not in kept
+    assert eager["over_kept"] == pytest.approx(eager["median"] / kept["median"])
+    assert eager["over_limit"] == pytest.approx(eager["median"] / found[result["limit"]]["median"])
+
+
+def test_where_low_precision_is_emulated_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastloss import head
+    from fastloss.bench import case as module
+
+    monkeypatch.setattr(head, "upcasts", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(module, "EMULATED_WORK", 1)
+    result = run_case(QUICK["policy-linear-bf16-32x16x500"], repeats=1, pattern="torch*")
+    measured = {p["name"]: "reason" not in p for p in result["providers"]}
+    assert (
+        measured["torch eager, f32 GEMMs"] and not measured["torch eager"] and not measured["torch.compile"]
+    )
+    assert "limit: 3 GEMMs f32" in measured and "limit: 3 GEMMs bf16" not in measured
+
+
+@pytest.mark.parametrize(
+    "name", ["preference-sigmoid-64", "policy-ppo-4x64", "gae-4x64", "stats-f32-16x2000"]
+)
+def test_truth_has_every_gradient_and_no_rounding(name: str) -> None:
+    case = QUICK[name]
+    inputs = data(case, "cpu")
+    truth = exact(case, inputs)
+    assert set(truth.gradients) == set(inputs.leaves) and truth.loss.dtype == torch.float64
+    assert all(grad.dtype == torch.float64 and bool(grad.any()) for grad in truth.gradients.values())
 
 
 def test_gpu_peers_give_their_reason_and_trl_its_own_tile() -> None:

@@ -1,0 +1,55 @@
+"""What a kind of case brings along."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastloss.bench.case import IGNORE, Case, Data, Loss
+from fastloss.bench.exact import Truth
+
+
+@dataclass(frozen=True)
+class Kind:
+    cases: Callable[[bool], Iterable[Case]]  # of quick
+    tensors: Callable[[Case, torch.Generator], dict[str, Tensor]]  # the loss's arguments, in order
+    leaves: Callable[[Case], tuple[str, ...]]  # that get a gradient
+    ours: Callable[[Case, str], Loss]  # with a backend
+    eager: Callable[[Case], Loss]  # what one writes in PyTorch
+    truth: Truth
+    limit: tuple[str, Callable[[Case, Data], Callable[[], object]]] | None = None  # None: the GEMMs
+    kept: Callable[[dict[str, Tensor]], int] = lambda tensors: int((tensors["target"] != IGNORE).sum())
+
+
+def head_tensors(case: Case, generator: torch.Generator, target: Tensor) -> dict[str, Tensor]:
+    """Hidden states of ``target``'s shape and a vocabulary matrix."""
+    hidden = torch.randn(*target.shape, case.dim, generator=generator)
+    weight = torch.randn(case.vocab, case.dim, generator=generator) / case.dim**0.5
+    if case.peaked:
+        hidden += 12.0 * weight[target]
+    return {"hidden": hidden, "weight": weight, "target": target}
+
+
+def head_leaves(case: Case) -> tuple[str, ...]:
+    return ("hidden",) if case.frozen else ("hidden", "weight")
+
+
+def random_targets(case: Case, generator: torch.Generator) -> Tensor:
+    shape = (case.rows // case.length, case.length) if case.length else (case.rows,)
+    return torch.randint(0, case.vocab, shape, generator=generator)
+
+
+def ignore_some(case: Case, target: Tensor, generator: torch.Generator) -> Tensor:
+    ignored = torch.randperm(case.rows, generator=generator)[: round(case.rows * case.ignored)]
+    return target.index_fill(0, ignored, IGNORE)
+
+
+def eager_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """float32 log-probs of ``target [...]`` by PyTorch; 0 where it is ignored."""
+    logits = F.linear(hidden, weight).flatten(0, -2).float()
+    loss = F.cross_entropy(logits, target.flatten(), reduction="none", ignore_index=IGNORE)
+    return -loss.view(target.shape)

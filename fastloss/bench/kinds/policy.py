@@ -1,0 +1,214 @@
+"""Policy-gradient losses from log-probs ("policy") and from the head ("policy-linear"), and advantages ("gae")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastloss
+from fastloss.bench.case import Case, Data, Loss, short
+from fastloss.bench.exact import Exact, no_gradient_tokens, over_numbers, over_vocabulary
+from fastloss.bench.kinds.base import Kind, eager_logprobs, head_leaves, head_tensors, random_targets
+
+GAMMA, LAMBDA = 0.99, 0.95
+# Drawn from, so that every branch of the clip is taken and none hangs on a rounding: log 0.8 and log 1.2 are far.
+LOG_RATIOS = torch.tensor([-0.5, -0.1, -0.05, 0.0, 0.05, 0.1, 0.5])
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ppo": {"clip_low": 0.2, "clip_high": 0.2, "beta": 0.04, "aggregation": "token-mean"},
+    "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "beta": 0.0, "aggregation": "seq-mean-token-mean"},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.2, "beta": 0.0, "aggregation": "token-mean"},
+}
+
+
+def cases(quick: bool) -> Iterator[Case]:
+    sequences, length = (4, 64) if quick else (64, 4096)
+    for name in ("ppo", "gspo"):
+        yield Case(
+            f"policy-{name}-{sequences}x{length}",
+            "policy",
+            sequences * length,
+            0,
+            0,
+            torch.float32,
+            length=length,
+            options=(("loss_type", name),),
+        )
+
+
+def linear_cases(quick: bool) -> Iterator[Case]:
+    rows, length, dim, vocab = (32, 8, 16, 500) if quick else (4096, 512, 512, 32000)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"policy-linear-{short(dtype)}-{rows}x{dim}x{vocab}"
+        options = (("loss_type", "dapo"),)
+        yield Case(name, "policy-linear", rows, dim, vocab, dtype, length=length, options=options)
+
+
+def gae_cases(quick: bool) -> Iterator[Case]:
+    sequences, length = (4, 64) if quick else (64, 4096)
+    name, only = f"gae-{sequences}x{length}", ("fastloss*", "torch eager", "trl")
+    yield Case(name, "gae", sequences * length, 0, 0, torch.float32, nograd=True, length=length, only=only)
+
+
+def _mask(case: Case) -> Tensor:
+    """Padding at the end of each sequence."""
+    mask = torch.ones(case.rows // case.length, case.length, dtype=torch.bool)
+    mask[:, round(case.length * (1 - case.ignored)) :] = False
+    return mask
+
+
+def _log_ratios(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return LOG_RATIOS[torch.randint(0, len(LOG_RATIOS), tuple(shape), generator=generator)]
+
+
+def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    mask = _mask(case)
+    logprobs = -2.0 * torch.rand(mask.shape, generator=generator)
+    return {
+        "logprobs": logprobs,
+        "old": logprobs - _log_ratios(mask.shape, generator),
+        "advantages": torch.randn(len(mask), generator=generator),
+        "mask": mask,
+        "ref": logprobs + 0.1 * torch.randn(mask.shape, generator=generator),
+    }
+
+
+def _linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    tensors, mask = head_tensors(case, generator, random_targets(case, generator)), _mask(case)
+    now = no_gradient_tokens(tensors["hidden"], tensors["weight"], tensors["target"]).float()
+    return {
+        **tensors,
+        "old": now - _log_ratios(mask.shape, generator),
+        "advantages": torch.randn(len(mask), generator=generator),
+        "mask": mask,
+    }
+
+
+def _gae_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    mask = _mask(case)
+    rewards, values = torch.randn(2, *mask.shape, generator=generator) * mask
+    return {"rewards": rewards, "values": values, "mask": mask}
+
+
+def surrogate(case: Case) -> Callable[..., Tensor]:
+    """As TRL 1.16's GRPOTrainer writes it: clipped ratio per token or sequence, k3 to the reference, aggregation."""
+    name = dict(case.options)["loss_type"]
+    option = OPTIONS[name]
+    low, high = 1 - option["clip_low"], 1 + option["clip_high"]
+
+    def loss(
+        logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor | None = None
+    ) -> Tensor:
+        log_ratio, per_sequence = logprobs - old, advantages.unsqueeze(1)
+        if name == "gspo":
+            log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
+        ratio = torch.exp(log_ratio)
+        per_token = -torch.min(ratio * per_sequence, torch.clamp(ratio, low, high) * per_sequence)
+        if ref is not None and option["beta"]:
+            per_token = per_token + option["beta"] * (torch.exp(ref - logprobs) - (ref - logprobs) - 1)
+        if option["aggregation"] == "token-mean":
+            return (per_token * mask).sum() / mask.sum().clamp(min=1.0)
+        return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+
+    return loss
+
+
+def _ours(case: Case, backend: str) -> Loss:
+    name = dict(case.options)["loss_type"]
+    options = {"loss_type": name, "backend": backend, **OPTIONS[name]}
+
+    def loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
+        reference = ref if OPTIONS[name]["beta"] else None
+        return fastloss.policy_loss(logprobs, old, advantages, mask, ref_logprobs=reference, **options).loss
+
+    return loss
+
+
+def _ours_linear(case: Case, backend: str) -> Loss:
+    name = dict(case.options)["loss_type"]
+    options = {"loss_type": name, "backend": backend, **OPTIONS[name]}
+    return lambda *tensors: fastloss.linear_policy_loss(*tensors, **options).loss
+
+
+def _ours_gae(case: Case, backend: str) -> Loss:
+    return lambda rewards, values, mask: fastloss.gae(
+        rewards, values, mask, gamma=GAMMA, lam=LAMBDA, backend=backend
+    )[0]
+
+
+def _eager_linear(case: Case) -> Loss:
+    loss = surrogate(case)
+    return lambda hidden, weight, target, *rest: loss(eager_logprobs(hidden, weight, target), *rest)
+
+
+def _eager_gae(case: Case) -> Loss:
+    """verl's loop (core_algos.compute_gae_advantage_return), without its whitening."""
+
+    def advantages(rewards: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+        next_values: Tensor | float = 0.0
+        last: Tensor | float = 0.0
+        kept, reversed_advantages = mask.to(rewards.dtype), []
+        for t in reversed(range(rewards.shape[1])):
+            delta = rewards[:, t] + GAMMA * next_values - values[:, t]
+            here = delta + GAMMA * LAMBDA * last
+            next_values = values[:, t] * kept[:, t] + (1 - kept[:, t]) * next_values
+            last = here * kept[:, t] + (1 - kept[:, t]) * last
+            reversed_advantages.append(last)
+        return torch.stack(reversed_advantages[::-1], dim=1) * kept
+
+    return advantages
+
+
+def _truth(case: Case, data: Data) -> Exact:
+    return over_numbers(data, surrogate(case))
+
+
+def _gae_truth(case: Case, data: Data) -> Exact:
+    return over_numbers(data, _eager_gae(case))
+
+
+def _linear_truth(case: Case, data: Data) -> Exact:
+    loss, rest = surrogate(case), (data["old"].double(), data["advantages"].double(), data["mask"])
+    return over_vocabulary(data, data["target"], lambda logprobs: loss(logprobs, *rest))
+
+
+def _read_all_write_one(case: Case, data: Data) -> Callable[[], object]:
+    """Every number per token read once, one written."""
+    sources = [t.detach().float() for t in data.tensors.values() if t.shape == data["mask"].shape]
+    into = sources[0].clone()
+
+    def run() -> None:
+        into.copy_(sources[0])
+        for source in sources[1:]:
+            source.sum()
+
+    return run
+
+
+def _kept(tensors: dict[str, Tensor]) -> int:
+    return int(tensors["mask"].sum())
+
+
+def _leaves(case: Case) -> tuple[str, ...]:
+    return ("logprobs",)
+
+
+TRAFFIC = ("read all, write one", _read_all_write_one)
+KINDS = {
+    "policy": Kind(cases, _tensors, _leaves, _ours, surrogate, _truth, TRAFFIC, _kept),
+    "policy-linear": Kind(
+        linear_cases, _linear_tensors, head_leaves, _ours_linear, _eager_linear, _linear_truth, kept=_kept
+    ),
+    "gae": Kind(
+        gae_cases,
+        _gae_tensors,
+        lambda case: (),
+        _ours_gae,
+        _eager_gae,
+        _gae_truth,
+        TRAFFIC,
+        _kept,
+    ),
+}
