@@ -39,6 +39,7 @@ enum Divergence : int { kReverseKl, kForwardKl, kJsDivergence, kAlphaDivergence,
 enum UnpairedTerm : int { kKto, kApoZeroUnpaired, kBco, kUnpairedTerms };
 
 constexpr double kLargestExponent = 80;  // e^80 is finite in float32
+constexpr double kLargestMargin = 1e16;  // its square, summed over a batch, is finite in float32
 constexpr double kNearlyOne = 1e-6;      // closer to alpha = 1, the alpha-divergence is its limit
 
 FASTLOSS_HD inline float exp_of(float x) { return expf(x); }
@@ -173,6 +174,8 @@ FASTLOSS_HD inline Valued<T> discopop(T u, T tau) {
 template <class T>
 FASTLOSS_HD inline Term<T> ipo(const Pair<T>& pair) {
   const T d = pair.sc.value / pair.lc - pair.sr.value / pair.lr - T(0.5) / pair.beta;
+  const T limit = T(kLargestMargin);
+  if (d > limit || d < -limit) return {limit * limit, T(0), T(0), T(0)};
   return {d * d, T(2) * d * pair.sc.slope / pair.lc, T(-2) * d * pair.sr.slope / pair.lr, T(0)};
 }
 

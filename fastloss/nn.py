@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastloss.cross_entropy import cross_entropy, linear_cross_entropy
+from fastloss.cross_entropy import cross_entropy
+from fastloss.linear_cross_entropy import linear_cross_entropy
+from fastloss.policy_gradient import PolicyOutput, policy_loss
+from fastloss.preference import PreferenceOutput, preference_loss
+from fastloss.reward_model import RewardOutput, reward_model_loss
 from fastloss.token_stats import TokenStats, linear_token_stats
 
 
@@ -109,6 +113,53 @@ class LinearCrossEntropyLoss(nn.Module):
         return f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.linear_bias is not None}"
 
 
+class PreferenceLoss(nn.Module):
+    """:func:`fastloss.preference_loss` with its options kept.
+
+    >>> import torch, fastloss
+    >>> same = torch.tensor([-3.0])
+    >>> round(fastloss.nn.PreferenceLoss(loss_type="hinge", beta=0.2)(same, same, same, same).loss.item(), 4)
+    1.0
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self,
+        chosen_logps: Tensor,
+        rejected_logps: Tensor,
+        ref_chosen_logps: Tensor | None = None,
+        ref_rejected_logps: Tensor | None = None,
+        **options: Any,
+    ) -> PreferenceOutput:
+        options = {**self.options, **options}
+        return preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class RewardModelLoss(nn.Module):
+    """:func:`fastloss.reward_model_loss` with its options kept.
+
+    >>> import torch, fastloss
+    >>> round(fastloss.nn.RewardModelLoss()(torch.zeros(2), torch.zeros(2)).loss.item(), 4)
+    0.6931
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options = options
+
+    def forward(self, chosen_rewards: Tensor, rejected_rewards: Tensor, **options: Any) -> RewardOutput:
+        return reward_model_loss(chosen_rewards, rejected_rewards, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
 class LinearHead(nn.Linear):
     """A vocabulary head that can give logits, a loss, or token statistics.
 
@@ -154,3 +205,30 @@ class LinearHead(nn.Linear):
         self, input: Tensor, target: Tensor | None, stats: tuple[str, ...], options: dict[str, Any]
     ) -> TokenStats:
         return linear_token_stats(input, self.weight, target, linear_bias=self.bias, outputs=stats, **options)
+
+
+class PolicyLoss(nn.Module):
+    """:func:`fastloss.policy_loss` with its options fixed; the call takes the tensors and may override options.
+
+    >>> import torch, fastloss
+    >>> loss = fastloss.nn.PolicyLoss(loss_type="grpo", clip_high=0.28)
+    >>> loss(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1), torch.ones(1, 2)).loss
+    tensor(-1.)
+    """
+
+    def __init__(self, loss_type: str = "dapo", **options: Any):
+        super().__init__()
+        self.options = {"loss_type": loss_type, **options}
+
+    def forward(
+        self,
+        logprobs: Tensor,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        mask: Tensor | None,
+        **options: Any,
+    ) -> PolicyOutput:
+        return policy_loss(logprobs, old_logprobs, advantages, mask, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

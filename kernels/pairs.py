@@ -13,6 +13,7 @@ import triton.language as tl
 from .exact import at_most, exp, expm1, log, log1p, logistic
 
 LARGEST_EXPONENT = tl.constexpr(80.0)
+LARGEST_MARGIN = tl.constexpr(1e16)  # its square, summed over a batch, is finite
 BCO = tl.constexpr(2)
 
 
@@ -155,7 +156,10 @@ def pair_term(
     zero = 0.0 * c
     if CODE == 2:  # ipo
         d = tl.div_rn(sc, lc) - tl.div_rn(sr, lr) - tl.div_rn(0.5 + 0.0 * beta, beta)
-        return d * d, tl.div_rn(2.0 * d * sc_slope, lc), -tl.div_rn(2.0 * d * sr_slope, lr), zero
+        inside = tl.abs(d) <= LARGEST_MARGIN
+        slope = tl.where(inside, 2.0 * d, 0.0)
+        d = tl.where(d > LARGEST_MARGIN, LARGEST_MARGIN, tl.where(d < -LARGEST_MARGIN, -LARGEST_MARGIN, d))
+        return d * d, tl.div_rn(slope * sc_slope, lc), -tl.div_rn(slope * sr_slope, lr), zero
     elif CODE == 4:  # nca_pair
         p, q, log_p, log_q = logistic(beta * xc)
         r_p, _, _, r_log_q = logistic(beta * xr)

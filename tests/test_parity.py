@@ -178,6 +178,127 @@ def _eager_linear_stats(inputs: Inputs, bias: bool = False, **options: Any) -> T
     return _eager_stats({**inputs, "x": logits}, **options)
 
 
+def _policy(shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+    """Log-probs [B, T], or of a linear head over rows: packed sequences."""
+    inputs = _hidden(shape, dtype) if len(shape) == 3 else {}
+    generator = torch.Generator().manual_seed(11)
+    lead = shape[:1] if len(shape) == 3 else shape
+    logprobs = -3 * torch.rand(lead, generator=generator)
+    inputs["mask"] = torch.rand(lead, generator=generator) > 0.3
+    if len(shape) == 3:
+        inputs["mask"] = inputs["target"] != -100
+        logits = inputs["x"].double() @ inputs["weight"].double().t()
+        chosen = inputs["target"].clamp(min=0)[:, None]
+        logprobs = logits.log_softmax(-1).gather(-1, chosen)[:, 0].float()
+        inputs["cu_seqlens"] = torch.tensor([0, shape[0] // 2, shape[0]])
+    else:
+        inputs["x"] = logprobs.to(dtype)
+    inputs["old"], inputs["ref"] = (logprobs + 0.4 * torch.randn(lead, generator=generator) for _ in range(2))
+    inputs["advantages"] = torch.randn(lead, generator=generator)
+    return inputs
+
+
+def _policy_loss(inputs: Inputs, backend: str, bias: bool = False, **options: Any) -> Tensor:
+    fixed = (inputs["old"], inputs["advantages"], inputs["mask"])
+    options |= {"ref_logprobs": inputs["ref"], "backend": backend}
+    if "weight" not in inputs:
+        return fastloss.policy_loss(inputs["x"], *fixed, **options).loss * 1.5
+    options |= {"cu_seqlens": inputs["cu_seqlens"], "linear_bias": inputs["bias"] if bias else None}
+    out = fastloss.linear_policy_loss(inputs["x"], inputs["weight"], inputs["target"], *fixed, **options)
+    return out.loss * 1.5
+
+
+def _eager_policy_loss(inputs: Inputs, bias: bool = False, **options: Any) -> Tensor:
+    """Token-level clip and cispo, as trainers write them."""
+    x, a, m, entropy = inputs["x"], inputs["advantages"], inputs["mask"], None
+    if "weight" in inputs:
+        options.pop("chunk_size", None)
+        z = _eager_transform(F.linear(x, inputs["weight"], inputs["bias"] if bias else None), options)
+        logp = (z / options.pop("temperature", 1.0)).log_softmax(-1)
+        x = logp.gather(-1, inputs["target"].clamp(min=0)[:, None])[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1)
+    rho = (x - inputs["old"]).exp()
+    if options.get("loss_type") == "cispo":
+        loss = -rho.detach().clamp(max=1.2) * a * x
+    else:
+        loss = -torch.min(rho * a, rho.clamp(0.8, 1.2) * a)
+    delta = inputs["ref"] - x
+    loss = loss + options.get("beta", 0.0) * (delta.exp() - delta - 1)
+    if entropy is not None:
+        loss = loss - options.get("entropy_coef", 0.0) * entropy
+    if options.get("loss_type") == "grpo":
+        return ((loss * m).sum(-1) / m.sum(-1).clamp(min=1)).mean() * 1.5
+    return (loss * m).sum() / options.get("normalizer", m.sum().clamp(min=1)) * 1.5
+
+
+def _preference(shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
+    """Σ log p of pairs, x [2, B]; or sequences of a linear head, x [2B, T, D]."""
+    generator = torch.Generator().manual_seed(13)
+    if len(shape) == 1:
+        x = (-5 * torch.rand(2, *shape, generator=generator) - 0.5).to(dtype)
+        inputs = {"x": x, "lengths": torch.randint(1, 9, (2, *shape), generator=generator)}
+        reference = x.float() + 2 * torch.randn(2, *shape, generator=generator)
+    else:
+        pairs, length, dim, vocab = shape
+        inputs = _hidden((2 * pairs * length, dim, vocab), dtype)
+        inputs["target"] = inputs["target"].reshape(2 * pairs, length)
+        inputs["x"] = inputs["x"].reshape(2 * pairs, length, dim)
+        inputs["lengths"] = (inputs["target"] != -100).sum(-1).reshape(2, pairs)
+        reference = -2.0 * inputs["lengths"] + torch.randn(2, pairs, generator=generator)
+    inputs["reference"] = reference
+    inputs["upstream"] = torch.rand(reference.shape[1], generator=generator) + 0.5
+    inputs["beta"] = torch.rand(reference.shape[1], generator=generator) + 0.1
+    return inputs
+
+
+def _preference_loss(inputs: Inputs, backend: str, bias: bool = False, **options: Any) -> Tensor:
+    if options.pop("per_pair", False):
+        options |= {"beta": inputs["beta"], "weights": inputs["upstream"]}
+    names = ("ref_chosen_logps", "ref_rejected_logps")
+    options |= {"backend": backend, **dict(zip(names, inputs["reference"], strict=True))}
+    if "weight" in inputs:
+        options["linear_bias"] = inputs["bias"] if bias else None
+        out = fastloss.linear_preference_loss(inputs["x"], inputs["weight"], inputs["target"], **options)
+    else:
+        options |= dict(zip(("chosen_lengths", "rejected_lengths"), inputs["lengths"], strict=True))
+        out = fastloss.preference_loss(*inputs["x"], **options)
+    return (out.loss * (inputs["upstream"].to(out.loss.dtype) if out.loss.dim() else 1.5)).sum()
+
+
+def _eager_preference_loss(inputs: Inputs, bias: bool = False, **options: Any) -> Tensor:
+    """As TRL writes them."""
+    x = inputs["x"]
+    if "weight" in inputs:
+        z = _eager_transform(F.linear(x, inputs["weight"], inputs["bias"] if bias else None), options)
+        picked = z.log_softmax(-1).gather(-1, inputs["target"].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        x = (picked * (inputs["target"] != -100)).sum(-1).reshape(2, -1)
+    c, r = x - inputs["reference"]
+    lc, lr = inputs["lengths"].clamp(min=1)
+    beta = inputs["beta"] if options.get("per_pair") else options.get("beta", 0.1)
+    smoothing = options.get("label_smoothing", 0.0)
+    u = beta * (c - r)
+    terms = {
+        "sigmoid": -F.logsigmoid(u) * (1 - smoothing) - F.logsigmoid(-u) * smoothing,
+        "hinge": torch.relu(1 - u),
+        "ipo": (c / lc - r / lr - 1 / (2 * beta)) ** 2,
+        "apo_zero": 1 - torch.sigmoid(beta * c) + torch.sigmoid(beta * r),
+    }
+    names = options.get("loss_type", "sigmoid")
+    names = [names] if isinstance(names, str) else names
+    weights = options.get("loss_weights", [1.0] * len(names))
+    loss = sum(w * terms[n] for n, w in zip(names, weights, strict=True))
+    if options.get("reduction") == "none":
+        return (loss * inputs["upstream"]).sum()
+    return (loss * inputs["upstream"] if options.get("per_pair") else loss).mean() * 1.5
+
+
+PREFERENCE_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"loss_type": "ipo", "beta": 0.3},
+    {"label_smoothing": 0.2, "reduction": "none"},
+    {"per_pair": True},
+    {"loss_type": ["sigmoid", "hinge", "apo_zero"], "loss_weights": [0.8, 0.2, 1.0], "beta": 0.5},
+]
 CE_OPTIONS: list[dict[str, Any]] = [
     {},
     {"reduction": "sum"},
@@ -247,6 +368,34 @@ LOSSES: dict[str, Loss] = {
         _eager_linear_stats,
         STATS_OPTIONS + [{"outputs": ("logprobs", "entropy"), "bias": True, "chunk_size": 2}],
         [(1, 4, 2), (9, 16, 67)],
+    ),
+    "policy_loss": Loss(
+        _policy_loss,
+        _policy,
+        _eager_policy_loss,
+        [{}, {"beta": 0.1}, {"loss_type": "grpo"}, {"loss_type": "cispo", "normalizer": 5, "beta": 0.1}],
+        [(1, 1), (7, 33), (2, 1031)],
+    ),
+    "linear_policy_loss": Loss(
+        _policy_loss,
+        _policy,
+        _eager_policy_loss,
+        [
+            {},
+            {"beta": 0.1, "entropy_coef": 0.1, "chunk_size": 2},
+            {"loss_type": "cispo", "bias": True, "temperature": 0.7, "softcap": 6.0, "chunk_size": 4},
+        ],
+        [(1, 4, 2), (9, 16, 67)],
+    ),
+    "preference_loss": Loss(
+        _preference_loss, _preference, _eager_preference_loss, PREFERENCE_OPTIONS, [(1,), (7,), (301,)]
+    ),
+    "linear_preference_loss": Loss(
+        _preference_loss,
+        _preference,
+        _eager_preference_loss,
+        [*PREFERENCE_OPTIONS, {"bias": True, "softcap": 5.0}],
+        [(1, 2, 4, 2), (3, 4, 16, 67)],
     ),
 }
 LEAVES = ("x", "weight", "bias")

@@ -1,6 +1,32 @@
 """The definitions: plain PyTorch, one readable function per loss, any float dtype, differentiable twice."""
 
+from fastloss.reference.advantages import discounted_returns, gae
 from fastloss.reference.cross_entropy import cross_entropy, linear_cross_entropy
+from fastloss.reference.policy_gradient import (
+    Sequences,
+    correction,
+    kl_estimate,
+    policy_loss,
+    shares,
+    value_loss,
+)
+from fastloss.reference.preference import pair_loss, segment_sum, unpaired_loss
 from fastloss.reference.token_stats import linear_token_stats, token_stats
 
-__all__ = ["cross_entropy", "linear_cross_entropy", "linear_token_stats", "token_stats"]
+__all__ = [
+    "Sequences",
+    "correction",
+    "cross_entropy",
+    "discounted_returns",
+    "gae",
+    "kl_estimate",
+    "linear_cross_entropy",
+    "linear_token_stats",
+    "pair_loss",
+    "policy_loss",
+    "segment_sum",
+    "shares",
+    "token_stats",
+    "unpaired_loss",
+    "value_loss",
+]

@@ -1,0 +1,265 @@
+"""Definitions of the preference losses: one function per term, from sequence log-probs (docs/sequences.md, 4 to 6)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Number = float | Tensor
+MAX_EXPONENT = 80.0  # e^80 is finite in float32
+MAX_MARGIN = 1e16  # its square, summed over a batch, is finite in float32
+
+
+def segment_sum(
+    values: Tensor, weights: Tensor | None, offsets: Tensor | None, length: int, count: int
+) -> Tensor:
+    """Σ w·v over each of ``count`` sequences, ``[count]``: rows of ``length``, or ``[offsets[s], offsets[s + 1])``."""
+    if weights is not None:  # where the weight is 0 not even a NaN counts
+        values = torch.where(weights == 0, torch.zeros_like(values), values) * weights
+    if offsets is None:
+        return values.reshape(count, length).sum(1)
+    sequence = torch.repeat_interleave(offsets.diff())  # [N]
+    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, sequence, values)
+
+
+class Pair(NamedTuple):
+    """What a term sees: numbers, or one per pair ``[B]``."""
+
+    c: Tensor  # Σ log p of the chosen response
+    r: Tensor  # Σ log p of the rejected response
+    xc: Tensor  # log-ratios to the reference
+    xr: Tensor
+    sc: Tensor  # scores: the log-ratios through the f-divergence
+    sr: Tensor
+    lc: Number  # tokens, at least 1
+    lr: Number
+    nll: Tensor  # Σ log p that the sft term takes
+    tokens: Number  # Σ tokens of the chosen responses / B
+    beta: Number
+    smoothing: Number
+    margin: Number
+    delta: Number
+    tau: float
+
+    @property
+    def u(self) -> Tensor:
+        return self.beta * (self.sc - self.sr) - self.margin
+
+
+def smoothed(u: Tensor, smoothing: Number) -> Tensor:
+    """Cross-entropy of ``sigmoid(u)`` and a label that is wrong with probability ``smoothing``."""
+    return -(1 - smoothing) * F.logsigmoid(u) - smoothing * F.logsigmoid(-u)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x), x < 0."""
+    x = x.clamp(max=-1e-15 if x.dtype == torch.float64 else -1e-7)
+    near = x > -math.log(2)
+    return torch.where(
+        near,
+        torch.log(-torch.expm1(torch.where(near, x, torch.full_like(x, -0.5)))),
+        torch.log1p(-torch.exp(torch.where(near, torch.full_like(x, -1.0), x))),
+    )
+
+
+def sigmoid(p: Pair) -> Tensor:
+    return smoothed(p.u, p.smoothing)
+
+
+def hinge(p: Pair) -> Tensor:
+    return torch.relu(1 - p.u)
+
+
+def ipo(p: Pair) -> Tensor:
+    return (p.sc / p.lc - p.sr / p.lr - 1 / (2 * p.beta)).clamp(-MAX_MARGIN, MAX_MARGIN) ** 2
+
+
+def exo_pair(p: Pair) -> Tensor:
+    smoothing = torch.as_tensor(p.smoothing, dtype=p.u.dtype, device=p.u.device)
+    won = torch.sigmoid(p.u) * (F.logsigmoid(p.u) - torch.log1p(-smoothing))
+    return won + torch.sigmoid(-p.u) * (F.logsigmoid(-p.u) - torch.log(smoothing))
+
+
+def nca_pair(p: Pair) -> Tensor:
+    won, lost = p.beta * p.xc, p.beta * p.xr
+    return -F.logsigmoid(won) - 0.5 * F.logsigmoid(-won) - 0.5 * F.logsigmoid(-lost)
+
+
+def robust(p: Pair) -> Tensor:
+    clean, flipped = -F.logsigmoid(p.u), -F.logsigmoid(-p.u)
+    return ((1 - p.smoothing) * clean - p.smoothing * flipped) / (1 - 2 * p.smoothing)
+
+
+def bco_pair(p: Pair) -> Tensor:
+    return -F.logsigmoid(p.beta * p.xc - p.delta) - F.logsigmoid(-(p.beta * p.xr - p.delta))
+
+
+def sppo_hard(p: Pair) -> Tensor:
+    return (p.xc - 1 / (2 * p.beta)) ** 2 + (p.xr + 1 / (2 * p.beta)) ** 2
+
+
+def apo_zero(p: Pair) -> Tensor:
+    return torch.sigmoid(-p.beta * p.xc) + torch.sigmoid(p.beta * p.xr)  # 1 - σ(x) = σ(-x)
+
+
+def apo_down(p: Pair) -> Tensor:
+    return torch.sigmoid(p.beta * p.xc) + torch.sigmoid(-p.beta * (p.xc - p.xr))
+
+
+def discopop(p: Pair) -> Tensor:
+    mix = torch.sigmoid(p.u / p.tau)
+    exponential = (-p.u).clamp(max=MAX_EXPONENT).exp()
+    return -F.logsigmoid(p.u) * (1 - mix) + exponential * mix
+
+
+def sft(p: Pair) -> Tensor:
+    if isinstance(p.tokens, Tensor):
+        return torch.where(p.tokens > 0, -p.nll / p.tokens.clamp(min=1e-30), torch.zeros_like(p.nll))
+    return -p.nll / p.tokens
+
+
+def sigmoid_norm(p: Pair) -> Tensor:
+    return smoothed(p.beta * (p.sc / p.lc - p.sr / p.lr) - p.margin, p.smoothing)
+
+
+def simpo(p: Pair) -> Tensor:
+    return smoothed(p.beta * (p.c / p.lc - p.r / p.lr) - p.margin, p.smoothing)
+
+
+def orpo(p: Pair) -> Tensor:
+    return -p.beta * F.logsigmoid(log_odds(p.c / p.lc, p.r / p.lr))
+
+
+def log_odds(c: Tensor, r: Tensor) -> Tensor:
+    """log odds(chosen) - log odds(rejected) from log-probs per token."""
+    return (c - r) - (log1mexp(c) - log1mexp(r))
+
+
+def center(p: Pair) -> Tensor:
+    return (p.c + p.r) ** 2
+
+
+# A term's code is its position here.
+PAIR_TERMS = (
+    sigmoid,
+    hinge,
+    ipo,
+    exo_pair,
+    nca_pair,
+    robust,
+    bco_pair,
+    sppo_hard,
+    apo_zero,
+    apo_down,
+    discopop,
+    sft,
+    sigmoid_norm,
+    simpo,
+    orpo,
+    center,
+)
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+
+def f_divergence(x: Tensor, divergence: int, alpha: float) -> Tensor:
+    """f'(e^x) up to a constant: the score that replaces the log-ratio (arXiv:2309.16240)."""
+    if divergence == 1:
+        return 1 - (-x).clamp(max=MAX_EXPONENT).exp()
+    if divergence == 2:
+        return math.log(2) + F.logsigmoid(x)
+    if divergence == 3:
+        return (((alpha - 1) * x).clamp(max=MAX_EXPONENT).exp() - 1) / (alpha - 1)
+    return x
+
+
+def pair_loss(
+    c: Tensor,
+    r: Tensor,
+    *,
+    rc: Tensor | None = None,
+    rr: Tensor | None = None,
+    lc: Tensor | None = None,
+    lr: Tensor | None = None,
+    nll: Tensor | None = None,
+    terms: list[tuple[int, float]],
+    divergence: int = 0,
+    alpha: float = 0.5,
+    beta: Number = 0.1,
+    smoothing: Number = 0.0,
+    margin: Number = 0.0,
+    weight: Tensor | None = None,
+    delta: Number = 0.0,
+    tau: float = 0.05,
+    average_rewards: bool = False,
+) -> dict[str, Tensor]:
+    """``weight · Σ_k term_weight_k · term_k`` per pair ``[B]``, the rewards, and the seven sums of docs/sequences.md."""
+    xc, xr = c if rc is None else c - rc, r if rr is None else r - rr
+    pair = Pair(
+        c,
+        r,
+        xc,
+        xr,
+        f_divergence(xc, divergence, alpha),
+        f_divergence(xr, divergence, alpha),
+        1.0 if lc is None else lc.clamp(min=1),
+        1.0 if lr is None else lr.clamp(min=1),
+        c if nll is None else nll,
+        1.0 if lc is None else lc.mean(),
+        beta,
+        smoothing,
+        margin,
+        delta,
+        tau,
+    )
+    loss = torch.zeros_like(c)
+    for code, term_weight in terms:
+        loss = loss + term_weight * PAIR_TERMS[code](pair)
+    if weight is not None:
+        loss = loss * weight
+    with torch.no_grad():
+        won, lost = beta * xc, beta * xr
+        if average_rewards:
+            won, lost = won / pair.lc, lost / pair.lr
+        each = (loss, won, lost, (won > lost).to(c.dtype), won - lost, c, r)
+        sums = torch.stack([x.sum() for x in each])
+    return {"loss": loss, "chosen_reward": won, "rejected_reward": lost, "sums": sums}
+
+
+UNPAIRED_TERMS = ("kto", "apo_zero_unpaired", "bco")
+
+
+def unpaired_loss(
+    logps: Tensor,
+    *,
+    ref: Tensor | None = None,
+    desirable: Tensor,
+    weight: Tensor | None = None,
+    kl: Tensor | None = None,
+    code: int = 0,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> dict[str, Tensor]:
+    """KTO, APO-zero and BCO of sequences that are good or bad on their own, ``[B]`` (docs/sequences.md, 6)."""
+    x = logps if ref is None else logps - ref
+    good = desirable.bool()
+    sign = torch.where(good, 1.0, -1.0).to(x.dtype)
+    kl_value = torch.zeros((), dtype=x.dtype, device=x.device) if kl is None else kl.reshape(())
+    if UNPAIRED_TERMS[code] == "kto":
+        loss = torch.sigmoid(-sign * beta * (x - kl_value))
+    elif UNPAIRED_TERMS[code] == "apo_zero_unpaired":
+        loss = torch.sigmoid(-sign * beta * x)
+    else:
+        loss = -F.logsigmoid(sign * (beta * x - kl_value))
+    loss = loss * torch.where(good, torch.full_like(x, desirable_weight), undesirable_weight)
+    if weight is not None:
+        loss = loss * weight
+    with torch.no_grad():
+        reward, g = beta * x, good.to(x.dtype)
+        each = (loss, g, reward * g, reward * (1 - g), logps * g, logps * (1 - g), torch.zeros_like(g))
+        sums = torch.stack([v.sum() for v in each])
+    return {"loss": loss, "reward": reward, "sums": sums}
