@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import typer
 
 from .harness import config as configs
-from .harness.config import PretrainConfig, TrainConfig
+from .harness.config import (
+    DpoConfig,
+    GrpoConfig,
+    PpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+    TrainConfig,
+)
 
 app = typer.Typer(help="Train a language model.", no_args_is_help=True)
 
@@ -22,15 +30,16 @@ def stages() -> None:
     """Train a language model, one stage at a time."""
 
 
-def add_stage(name: str, kind: type[TrainConfig], run: Callable[..., object], help: str) -> None:
-    """A command with one option per field of ``kind``.
+def add_stage(name: str, kind: type[TrainConfig], help: str) -> None:
+    """A command with one option per field of ``kind``; it calls ``run`` of the harness's file of its name.
 
     What is not given comes from --config, or with --resume from the run's config.json, or is the default.
     """
     hints = get_type_hints(kind)
     parameters = []
     for field in dataclasses.fields(kind):
-        hint = list[str] if field.name == "data" else hints[field.name]
+        hint = hints[field.name]
+        hint = list[str] if hint == tuple[str, ...] else hint
         flag = "--" + field.name.replace("_", "-")
         shown = field.default if field.default not in ("", ()) else None
         text = field.metadata["help"] + (f" [default: {shown}]" if shown is not None else "")
@@ -60,7 +69,8 @@ def add_stage(name: str, kind: type[TrainConfig], run: Callable[..., object], he
             if resume and start is None and own.is_file():
                 start = own
             base = configs.load(kind, start) if start else kind()
-            run(dataclasses.replace(base, **given), resume=resume, overwrite=overwrite)
+            stage = importlib.import_module(f"fastloss.harness.{name}")
+            stage.run(dataclasses.replace(base, **given), resume=resume, overwrite=overwrite)
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -82,25 +92,38 @@ class errors:
             raise typer.Exit(2) from error
 
 
-def _pretrain(config: PretrainConfig, *, resume: bool, overwrite: bool) -> None:
-    from .harness.pretrain import run
-
-    run(config, resume=resume, overwrite=overwrite)
-
-
-add_stage("pretrain", PretrainConfig, _pretrain, "Pretrain from random weights: tokenizer, model, report.")
+add_stage("pretrain", PretrainConfig, "Pretrain from random weights: tokenizer, model, report.")
+add_stage("sft", SftConfig, "Instruction tuning: cross-entropy on the answers alone.")
+add_stage("reward", RewardConfig, "A reward model from pairs of a better and a worse answer.")
+add_stage("dpo", DpoConfig, "Direct preference optimisation on such pairs.")
+add_stage("grpo", GrpoConfig, "Reinforcement with groups of samples and a reward function.")
+add_stage("ppo", PpoConfig, "Reinforcement with a value head and a reward function.")
 
 
 def demo(
-    out: str = typer.Option("runs/demo", help="folder of the two runs and the report"),
+    out: str = typer.Option(
+        "", help="folder of the runs and the report [default: runs/demo, runs/chain]", show_default=False
+    ),
+    chain: bool = typer.Option(
+        False, "--chain", help="all stages, each from the model of the one before: pretrain … ppo"
+    ),
     steps: int = typer.Option(
-        0, help="optimizer steps of each run; 0 takes the demo's own", show_default=False
+        0, help="optimizer steps of each run, at most; 0 takes the demo's own", show_default=False
     ),
     seed: int = typer.Option(0, help="weights and order of the data"),
     threads: int = typer.Option(0, help="CPU threads; 0 leaves torch's choice", show_default=False),
 ) -> None:
     """Train one small model twice, with fastloss and with PyTorch's loss: curves, time and memory."""
     with errors():
+        if chain:
+            from .harness.chain import run_chain
+
+            run_chain(out or "runs/chain", seed=seed, threads=threads, steps=steps)
+            return
         from .harness.demo import DEMO, run_demo
 
-        run_demo(dataclasses.replace(DEMO, out=out, steps=steps or DEMO.steps, seed=seed, threads=threads))
+        run_demo(
+            dataclasses.replace(
+                DEMO, out=out or DEMO.out, steps=steps or DEMO.steps, seed=seed, threads=threads
+            )
+        )

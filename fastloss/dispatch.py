@@ -15,6 +15,8 @@ from torch import Tensor
 
 log = logging.getLogger("fastloss")
 
+# Read once: looking it up at each call costs as much as a tiny kernel.
+_FROM_ENVIRONMENT = os.environ.get("FASTLOSS_BACKEND", "auto")
 NAMES = ("reference", "cpu", "cuda", "triton")
 
 
@@ -113,7 +115,7 @@ def choose(backend: str, tensor: Tensor, *, unsupported: str = "") -> Choice:
     origin = "backend="
     if name == "auto":
         name, origin = (
-            _state.backend or os.environ.get("FASTLOSS_BACKEND", "auto"),
+            _state.backend or _FROM_ENVIRONMENT,
             "use_backend / FASTLOSS_BACKEND",
         )
     if name == "auto":
@@ -126,6 +128,13 @@ def choose(backend: str, tensor: Tensor, *, unsupported: str = "") -> Choice:
     if reason:
         raise RuntimeError(f"backend {name!r} cannot run this call: {reason}")
     return Choice(name, adapter, f"chosen by {origin}")
+
+
+def is_default(backend: str) -> bool:
+    """Whether a call on the CPU takes the ``cpu`` backend without anybody having to be told."""
+    if _explaining.active or not (backend == "auto" or backend == "cpu"):
+        return False
+    return backend == "cpu" or (_state.backend or _FROM_ENVIRONMENT) in ("auto", "cpu")
 
 
 def _choose_automatically(tensor: Tensor, unsupported: str) -> Choice:

@@ -5,14 +5,16 @@ The logits of all rows are never held (32 rows or fewer are one chunk). The numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastloss.coefficients import Coefficients
+from fastloss.ops.gemm_bf16 import gemm_bf16, supports_gemm_bf16
 from fastloss.ops.native_rows import acc_dtype
+from fastloss.ops.new_gradient import new_gradient
 
 # Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
 UPCAST_BLOCK = 2048
@@ -43,6 +45,9 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     dtype: torch.dtype
     chunk: int
+    by_vocabulary: bool = (
+        False  # cross-entropy goes over blocks of the vocabulary (ops/vocab_blocks.py) instead
+    )
 
     @property
     def buffer_dtype(self) -> torch.dtype:
@@ -86,39 +91,60 @@ def chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
 class _Gemms:
     """The three products of a chunk, in the head's dtype, weight gradient accumulated in float32 (acc)."""
 
-    def __init__(self, head: Head, needs: Needs):
+    def __init__(self, head: Head, needs: Needs, keep: Tensor | None):
         vocab, dim = head.weight.shape
         rows = head.hidden.shape[0]
         device = head.hidden.device
+        self.keep = keep
         self.hidden = head.hidden.to(head.dtype)
         self.weight = head.weight.to(head.dtype)
         self.acc = acc_dtype(head.dtype)
         self.buffer = torch.empty((min(head.chunk, rows), vocab), dtype=head.buffer_dtype, device=device)
-        self.d_hidden = torch.empty((rows, dim), dtype=head.dtype, device=device) if needs.hidden else None
-        self.d_weight = torch.zeros((vocab, dim), dtype=self.acc, device=device) if needs.weight else None
+        new = torch.empty if keep is None else torch.zeros
+        self.d_hidden = new((rows, dim), dtype=head.dtype, device=device) if needs.hidden else None
+        # Its first chunk writes it: no zeros to make and read.
+        self.d_weight = new_gradient((vocab, dim), self.acc, device) if needs.weight else None
+        self.weight_begun = False
         self.d_bias = torch.zeros(vocab, dtype=self.acc, device=device) if needs.bias else None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The chunk's hidden states, in the GEMMs' dtype."""
+        if self.keep is None:
+            return self.hidden[start:stop]
+        return self.hidden.index_select(0, self.keep[start:stop])
 
     def logits(self, start: int, stop: int) -> Tensor:
         z = self.buffer[: stop - start]
-        torch.mm(self.hidden[start:stop], self.weight.t(), out=z)
+        torch.mm(self.rows(start, stop), self.weight.t(), out=z)
         return z
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:
         """From the chunk's d logits."""
         if self.d_hidden is not None:
-            torch.mm(z, self.weight, out=self.d_hidden[start:stop])
+            if self.keep is None:
+                torch.mm(z, self.weight, out=self.d_hidden[start:stop])
+            else:
+                self.d_hidden.index_copy_(0, self.keep[start:stop], torch.mm(z, self.weight))
         if self.d_weight is not None:
-            self._add_weight(z, self.hidden[start:stop])
+            self._add_weight(z, self.rows(start, stop))
         self._add_bias(z)
 
     def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
         assert self.d_weight is not None
+        beta, self.weight_begun = int(self.weight_begun), True
         if z.dtype == self.acc:
-            torch.addmm(self.d_weight, z.t(), hidden, out=self.d_weight)
+            torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out=self.d_weight)
         elif z.is_cuda:
-            torch.addmm(self.d_weight, z.t(), hidden, out_dtype=self.acc, out=self.d_weight)
+            torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out_dtype=self.acc, out=self.d_weight)
+        elif z.dtype == torch.bfloat16 and supports_gemm_bf16() and hidden.stride(1) == 1:
+            gemm_bf16(self.d_weight, z.t(), hidden, accumulate=bool(beta))
         else:
-            torch.addmm(self.d_weight, z.t().to(self.acc), hidden.to(self.acc), out=self.d_weight)
+            torch.addmm(self.d_weight, z.t().to(self.acc), hidden.to(self.acc), beta=beta, out=self.d_weight)
+
+    def finish(self) -> Grads:
+        if self.d_weight is not None and not self.weight_begun:  # no rows
+            self.d_weight.zero_()
+        return Grads(self.d_hidden, self.d_weight, self.d_bias)
 
     def _add_bias(self, z: Tensor) -> None:
         if self.d_bias is not None:
@@ -128,16 +154,16 @@ class _Gemms:
 class _UpcastGemms(_Gemms):
     """The same with float32 GEMMs over blocks of the vocabulary, for CPUs without low-precision GEMMs."""
 
-    def __init__(self, head: Head, needs: Needs):
-        super().__init__(
-            head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None), Needs(False, False, False)
-        )
+    def __init__(self, head: Head, needs: Needs, keep: Tensor | None):
+        nothing = Needs(False, False, False)
+        super().__init__(head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None), nothing, keep)
         vocab, dim = head.weight.shape
         rows = head.hidden.shape[0]
         self.weight = head.weight
         self.buffer = torch.empty((min(head.chunk, rows), vocab))
-        self.d_hidden = torch.empty((rows, dim), dtype=head.hidden.dtype) if needs.hidden else None
-        self.d_weight = torch.zeros((vocab, dim)) if needs.weight else None
+        new = torch.empty if keep is None else torch.zeros
+        self.d_hidden = new((rows, dim), dtype=head.hidden.dtype) if needs.hidden else None
+        self.d_weight = new_gradient((vocab, dim), self.acc, self.hidden.device) if needs.weight else None
         self.d_bias = torch.zeros(vocab) if needs.bias else None
         self.block = torch.empty((min(UPCAST_BLOCK, vocab), dim))
 
@@ -150,51 +176,96 @@ class _UpcastGemms(_Gemms):
 
     def logits(self, start: int, stop: int) -> Tensor:
         z = self.buffer[: stop - start]
+        hidden = self.rows(start, stop)
         for vocab_block, weight in self._blocks():
-            torch.mm(self.hidden[start:stop], weight.t(), out=z[:, vocab_block])
+            torch.mm(hidden, weight.t(), out=z[:, vocab_block])
         return z
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:
-        hidden = self.hidden[start:stop]
+        hidden = self.rows(start, stop)
         d_hidden = torch.zeros_like(hidden) if self.d_hidden is not None else None
         if d_hidden is not None:
             for vocab_block, weight in self._blocks():
                 torch.addmm(d_hidden, z[:, vocab_block], weight, out=d_hidden)
             assert self.d_hidden is not None
-            self.d_hidden[start:stop] = d_hidden
+            if self.keep is None:
+                self.d_hidden[start:stop] = d_hidden
+            else:
+                self.d_hidden.index_copy_(0, self.keep[start:stop], d_hidden.to(self.d_hidden.dtype))
         if self.d_weight is not None:
             self._add_weight(z, hidden)
         self._add_bias(z)
 
 
-def _gemms(head: Head, needs: Needs) -> _Gemms:
-    return _UpcastGemms(head, needs) if upcasts(head.hidden.device, head.dtype) else _Gemms(head, needs)
+def _gemms(head: Head, needs: Needs, keep: Tensor | None) -> _Gemms:
+    kind = _UpcastGemms if upcasts(head.hidden.device, head.dtype) else _Gemms
+    return kind(head, needs, keep)
 
 
 RowFunction = Callable[[Tensor, int, int, bool], dict[str, Tensor]]
 
 
-def run(head: Head, needs: Needs, row_function: RowFunction) -> tuple[dict[str, Tensor], Grads]:
+def kept_rows(target: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The rows that carry a target, int64 and ascending; None where all do, or where counting them would make a GPU
+    wait for the CPU."""
+    if target is None or target.device.type != "cpu":
+        return None
+    keep = (target != ignore_index).nonzero().view(-1)
+    return None if keep.numel() == target.numel() else keep
+
+
+def count_kept(rows: int, target: Tensor | None, ignore_index: int) -> int:
+    """How many of ``rows`` are computed: all of them where :func:`kept_rows` is None."""
+    if target is None or target.device.type != "cpu":
+        return rows
+    return int((target != ignore_index).sum())
+
+
+def pick(per_row: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """``per_row`` of the kept rows."""
+    return per_row if per_row is None or keep is None else per_row.index_select(0, keep)
+
+
+def run(
+    head: Head,
+    needs: Needs,
+    row_function: RowFunction,
+    *,
+    keep: Tensor | None = None,
+    bounds: Iterable[tuple[int, int]] | None = None,
+) -> tuple[dict[str, Tensor], Grads]:
     """1 GEMM, plus one for each of d hidden and d weight that is needed.
 
     ``row_function(z, start, stop, overwrite)`` gets a chunk's logits, returns statistics per row and, where
     ``overwrite``, leaves d logits in their place.
+
+    With ``keep`` (from :func:`kept_rows`) only those rows are computed, and start and stop count them: what the row
+    function reads per row has gone through :func:`pick`. The other rows' statistics and d hidden are 0, and nothing of
+    their hidden states, NaN included, reaches anything. ``bounds`` are the chunks, of at most ``head.chunk`` rows; None is equal ones.
     """
+    rows = head.hidden.shape[0] if keep is None else keep.numel()
     with torch.autocast(head.hidden.device.type, enabled=False), torch.no_grad():
-        gemms = _gemms(head, needs)
+        gemms = _gemms(head, needs, keep)
         parts: list[dict[str, Tensor]] = []
-        for start, stop in chunks(head.hidden.shape[0], head.chunk):
+        for start, stop in chunks(rows, head.chunk) if bounds is None else bounds:
             z = gemms.logits(start, stop)
             parts.append(row_function(z, start, stop, bool(needs)))
             if needs:
                 gemms.gradients(z, start, stop)
         if not parts:  # no rows at all
-            parts.append(row_function(gemms.buffer, 0, 0, False))
+            parts.append(row_function(gemms.buffer[:0], 0, 0, False))
         out = {
             name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
             for name in parts[0]
         }
-        return out, Grads(gemms.d_hidden, gemms.d_weight, gemms.d_bias)
+        return spread_all(out, keep, head.hidden.shape[0]), gemms.finish()
+
+
+def spread_all(out: dict[str, Tensor], keep: Tensor | None, rows: int) -> dict[str, Tensor]:
+    """Statistics of the kept rows as those of all rows, 0 for the others."""
+    if keep is None:
+        return out
+    return {name: x.new_zeros((rows, *x.shape[1:])).index_copy_(0, keep, x) for name, x in out.items()}
 
 
 def backward(
@@ -211,6 +282,9 @@ def backward(
     softcap: float,
 ) -> Grads:
     """Recomputes the logits: 1 GEMM, plus one for each of d hidden and d weight."""
+    keep = kept_rows(target, ignore_index)
+    target, lse = pick(target, keep), cast(Tensor, pick(lse, keep))
+    k = Coefficients(*(pick(x, keep) for x in k))
 
     def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
         part = k.rows(start, stop)
@@ -231,7 +305,7 @@ def backward(
         )
         return {}
 
-    return run(head, needs, row_function)[1]
+    return run(head, needs, row_function, keep=keep)[1]
 
 
 def gemm_count(needs: Needs, recompute: bool) -> int:

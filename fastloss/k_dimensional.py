@@ -22,7 +22,7 @@ def k_dimensional(
     backend: str,
 ) -> Any:
     """``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities ``[N, C, d1, …]``)."""
-    from fastloss.cross_entropy import linear_cross_entropy
+    from fastloss.linear_cross_entropy import linear_cross_entropy
 
     vocab, *places, dim = linear_weight.shape
     heads = linear_weight.reshape(vocab, -1, dim)

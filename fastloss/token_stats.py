@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastloss import checks, dispatch, head, reference
+from fastloss.calls import check_linear, compiled_backend, compute_dtype, is_traced, refuse_inplace
 from fastloss.checks import ShapeError
 from fastloss.head import Needs
 from fastloss.ops import linear
 from fastloss.ops import token_stats as ts
 from fastloss.ops.native_rows import STATS
+from fastloss.token_stats_type import ENGINE_NAMES, TokenStats, from_engine
 
 NO_TARGET = ("entropy", "logsumexp", "log_sum_sq_probs", "mean_logits")
-_ENGINE = {"logprobs": "logprob", "mean_logits": "mean_logit"}
-
-
-class TokenStats(NamedTuple):
-    """Statistics per token, float32 (float64 for float64 input) of shape ``[...]``; None where not asked for."""
-
-    logprobs: Tensor | None = None
-    entropy: Tensor | None = None
-    logsumexp: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-
-
-def from_engine(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
-    """Engine names to public ones."""
-    values = {}
-    for public in TokenStats._fields:
-        name = _ENGINE.get(public, public)
-        if name in want:
-            values[public] = out[name].bool() if name == "is_top1" else out[name]
-    return TokenStats(**values)
 
 
 def token_stats(
@@ -83,9 +61,9 @@ def token_stats(
     cap = checks.softcap_value(softcap)
     rows = logits.reshape(-1, vocab)
     flat = None if target is None else target.reshape(-1).contiguous()
-    traced = _traced(logits)
+    traced = is_traced(logits)
     if traced:
-        name, adapter = _compiled_name(backend, logits.device.type, logits.dtype), None
+        name, adapter = compiled_backend(backend, logits.device.type, logits.dtype), None
     else:
         name, adapter, _ = choice = dispatch.choose(
             backend, logits, unsupported=dispatch.tracing_reason(logits, target)
@@ -100,9 +78,7 @@ def token_stats(
     if rows.stride(1) != 1 and vocab > 1:
         rows = rows.contiguous()
     elif inplace and not traced:
-        from fastloss.cross_entropy import _refuse_inplace
-
-        _refuse_inplace(rows)
+        refuse_inplace(rows)
     if traced:
         from fastloss.ops import library
 
@@ -148,11 +124,9 @@ def linear_token_stats(
         raise ShapeError(
             f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}"
         )
-    from fastloss.cross_entropy import _check_linear, compute_dtype
-
     lead, vocab = input.shape[:-1], linear_weight.shape[0]
     hidden = input.reshape(-1, input.shape[-1])
-    _check_linear(hidden, linear_weight, linear_bias)
+    check_linear(hidden, linear_weight, linear_bias)
     want = _check_outputs(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
@@ -161,17 +135,15 @@ def linear_token_stats(
     cap = checks.softcap_value(softcap)
     flat = None if target is None else target.reshape(-1).contiguous()
     dtype = compute_dtype(input)
-    traced = _traced(input)
+    traced = is_traced(input)
     if traced:
-        name, adapter = _compiled_name(backend, input.device.type, dtype), None
+        name, adapter = compiled_backend(backend, input.device.type, dtype), None
     else:
         name, adapter, _ = choice = dispatch.choose(
             backend, input, unsupported=dispatch.tracing_reason(input, linear_weight, linear_bias, target)
         )
-        chunk = min(
-            chunk_size or head.default_chunk(hidden.shape[0], vocab, dtype, input.device),
-            max(hidden.shape[0], 1),
-        )
+        computed = head.count_kept(hidden.shape[0], flat, ignore_index)
+        chunk = min(chunk_size or head.default_chunk(computed, vocab, dtype, input.device), max(computed, 1))
         on = torch.is_grad_enabled()
         needs = Needs(
             on and input.requires_grad,
@@ -187,6 +159,7 @@ def linear_token_stats(
                 if name == "reference"
                 else {
                     "gemms": head.gemm_count(needs, bool(needs) and not ahead),
+                    "rows": computed,
                     "chunk_rows": chunk,
                     "buffer_bytes": head.Head(hidden, linear_weight, None, dtype, chunk).buffer_bytes,
                 }
@@ -282,7 +255,7 @@ def _check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str
         checks.is_one_of("outputs", name, TokenStats._fields)
         if target is None and name not in NO_TARGET:
             raise ValueError(f"target: expected a tensor for outputs={name!r}, got None")
-    return tuple(dict.fromkeys(_ENGINE.get(name, name) for name in outputs))
+    return tuple(dict.fromkeys(ENGINE_NAMES.get(name, name) for name in outputs))
 
 
 def _scale(temperature: float, logit_scale: float) -> float:
@@ -299,15 +272,3 @@ def _check_targets(target: Tensor | None, vocab: int, ignore_index: int) -> None
 
 def _select(out: dict[str, Tensor], outputs: tuple[str, ...], lead: torch.Size) -> TokenStats:
     return TokenStats(**{name: out[name].reshape(lead) for name in outputs})
-
-
-def _traced(tensor: Tensor) -> bool:
-    from fastloss.cross_entropy import _is_traced
-
-    return _is_traced(tensor)
-
-
-def _compiled_name(backend: str, device: str, dtype: torch.dtype) -> str:
-    from fastloss.cross_entropy import _compiled_backend
-
-    return _compiled_backend(backend, device, dtype)

@@ -533,3 +533,66 @@ def test_rows_beyond_32_bit_offsets():
     grad = x
     cross_entropy(x, torch.tensor([3, 4]), grad)
     assert abs(float(grad[1].double().sum())) < 1e-2
+
+
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (7, 70, 9), (97, 130, 33), (200, 513, 64)])
+@pytest.mark.parametrize("column_major", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_gemm_bf16(m, n, k, column_major, accumulate):
+    if not cpu.supports_gemm_bf16():
+        pytest.skip("AVX512_BF16 alone has it")
+    generator = torch.Generator().manual_seed(m)
+    a = torch.randn(m, k, generator=generator).bfloat16()
+    b = torch.randn(k, n + 3, generator=generator).bfloat16()[:, :n]  # a view: its rows are further apart
+    c = torch.randn(m, n, generator=generator)
+    stored = a.t().contiguous().t() if column_major else a
+    exact = a.double() @ b.double() + (c.double() if accumulate else 0)
+    once = None
+    for threads in (1, 3):
+        out = c.clone()
+        cpu.gemm_bf16(
+            stored.data_ptr(), *stored.stride(), b.data_ptr(), b.stride(0), out.data_ptr(), n, m, n, k, accumulate, threads,
+        )  # fmt: skip
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
+        assert once is None or torch.equal(out, once)
+        once = out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("widths", [(5,), (3, 2), (1, 1, 3), (2048, 300, 7), (320, 320, 320, 40)])
+@pytest.mark.parametrize("opt", [{}, {"softcap": 4.0, "scale": 0.7}, {"eps": 0.2, "zeta": 1e-2}])
+def test_blocks_of_the_vocabulary_give_the_rows_numbers(dtype, widths, opt):
+    vocab = sum(widths)
+    generator = torch.Generator().manual_seed(vocab)
+    x = (4 * torch.randn(6, vocab, generator=generator)).to(dtype)
+    x[1, 0] = float("-inf")
+    target = torch.tensor([0, vocab - 1, vocab // 2, -100, 1, vocab - 1])
+    if opt.get("eps"):
+        x[1, 0] = 0
+    grad = torch.empty_like(x)
+    whole = cross_entropy(x, target, grad=grad, gs=0.3, **opt)
+    out = new_stats(x)
+    loss = torch.empty(6, dtype=acc(dtype))
+    state = torch.empty(6, cpu.ROW_STATE_DOUBLES, dtype=torch.float64)
+    call = cpu.vocab_call(
+        CODES[dtype], 6, vocab, target.data_ptr(), -100, 0, opt.get("scale", 1.0), opt.get("softcap", 0.0), 0, 0,
+        opt.get("eps", 0.0), opt.get("zeta", 0.0), 0.3, loss.data_ptr(), *map(ptr, out.values()), state.data_ptr(), 2,
+    )  # fmt: skip
+    blocks = [part.contiguous() for part in x.split(widths, 1)]
+    starts = [sum(widths[:k]) for k in range(len(widths))]
+    for block, start, width in zip(blocks, starts, widths, strict=True):
+        call.forward(block.data_ptr(), 0, 2, width, start, width)
+        call.forward(block[2:].data_ptr(), 2, 6, width, start, width)
+    call.finish()
+    for block, start, width in zip(blocks, starts, widths, strict=True):
+        call.backward(block.data_ptr(), block.data_ptr(), 0, 6, width, start, width)
+    tight = {
+        "rtol": 1e-12 if dtype == torch.float64 else 3e-6,
+        "atol": 1e-12 if dtype == torch.float64 else 3e-6,
+    }
+    torch.testing.assert_close(loss, whole["loss"], **tight)
+    for name, value in out.items():
+        torch.testing.assert_close(value, whole[name], **tight, msg=name)
+    torch.testing.assert_close(
+        torch.cat(blocks, 1), grad, rtol=4 * EPS[dtype] + 3e-6 * (dtype != torch.float64), atol=1e-9
+    )

@@ -77,17 +77,26 @@ def _policy(
 CASES |= {
     ("policy", "policy_loss_kernel"): {
         **{f"surrogate {code}": _policy((*POLICY, "old_ptr"), code, 0) for code in range(6)},
-        **{f"level {level}, full": _policy(POLICY_ALL, 0, level, 1 + level, 1 + level, True) for level in range(4)},
+        **{
+            f"level {level}, full": _policy(POLICY_ALL, 0, level, 1 + level, 1 + level, True)
+            for level in range(4)
+        },
         **{f"surrogate {code}, full": _policy(POLICY_ALL, code, 3, 2, 4, True) for code in range(1, 6)},
         "shares": _policy((*POLICY, "old_ptr", "agg_ptr"), 0, 0),
     },
     ("policy", "policy_total_kernel"): {
         "tokens": (("sums_ptr", "out_ptr"), {"HAS_NORMALIZER": False, "BY_TOKENS": True}),
-        "normalizer": (("sums_ptr", "normalizer_ptr", "out_ptr"), {"HAS_NORMALIZER": True, "BY_TOKENS": False}),
+        "normalizer": (
+            ("sums_ptr", "normalizer_ptr", "out_ptr"),
+            {"HAS_NORMALIZER": True, "BY_TOKENS": False},
+        ),
     },
     ("scan", "scan_kernel"): {
         "gae": (("rewards_ptr", "values_ptr", "mask_ptr", "advantages_ptr", "returns_ptr"), {}),
-        "packed": (("rewards_ptr", "values_ptr", "mask_ptr", "offsets_ptr", "advantages_ptr", "returns_ptr"), {}),
+        "packed": (
+            ("rewards_ptr", "values_ptr", "mask_ptr", "offsets_ptr", "advantages_ptr", "returns_ptr"),
+            {},
+        ),
         "returns": (("rewards_ptr", "mask_ptr", "returns_ptr"), {}),
     },
 }

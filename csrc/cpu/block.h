@@ -228,10 +228,11 @@ FASTLOSS_INLINE void gradient_block(T* out, int64_t n, S d, const S* w, const S*
   }
 }
 
-// b·p + c·p·log p with p = exp(z - lse), 0·(-inf) = 0. z is padded to whole vectors.
+// b·p + c·p·log p with p = exp((z - ref) - rest), ref + rest = lse, 0·(-inf) = 0. z is padded to whole
+// vectors.
 template <bool kC, class S, class V = typename Lanes<S>::V>
-FASTLOSS_INLINE V gradient_from_z(const S* z, S lse, S b, S c) {
-  const V log_p = load(z) - lse;
+FASTLOSS_INLINE V gradient_from_z(const S* z, S ref, S rest, S b, S c) {
+  const V log_p = (load(z) - ref) - rest;
   const V p = exp_any<S>(log_p);
   if (!kC) return b * p;
   const V g = p * (b + c * log_p);

@@ -9,7 +9,7 @@
 #error "rows.cpp is compiled once per instruction set, with -DFASTLOSS_ISA=avx512, avx2 or generic"
 #endif
 
-#include "block.h"
+#include "row_math.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
@@ -19,11 +19,6 @@ constexpr int64_t kAlign = 64;
 
 int64_t rounded(int64_t bytes) { return (bytes + kAlign - 1) / kAlign * kAlign; }
 int64_t block_count(int64_t vocab) { return (vocab + kBlock - 1) / kBlock; }
-
-struct BlockSums {
-  double max, sum, entropy, square;
-  double weight;  // exp(max - the row's max)
-};
 
 // A thread's scratch, carved from one piece of memory.
 template <class T>
@@ -55,44 +50,6 @@ struct Constant {
   static constexpr bool value = kValue;
 };
 
-enum class RowKind { normal, ignored, bad };
-
-RowKind kind_of(const Logits& l, int64_t row) {
-  if (!l.target) return RowKind::normal;
-  const int64_t t = l.target[row];
-  if (t == l.ignore_index) return RowKind::ignored;
-  return t < 0 || t >= l.vocab ? RowKind::bad : RowKind::normal;
-}
-
-template <class S>
-void put(void* p, int64_t row, double value) {
-  if (p) static_cast<S*>(p)[row] = S(value);
-}
-
-template <class S>
-double get(const void* p, int64_t row) {
-  return p ? double(static_cast<const S*>(p)[row]) : 0.0;
-}
-
-template <class T>
-void fill_row(T* out, int64_t n, typename Acc<T>::S value) {
-  using S = typename Acc<T>::S;
-  write_block(out, n, [=](int64_t, int64_t) { return typename Lanes<S>::V{} + value; });
-}
-
-// What the first pass over a row finds out.
-struct RowSums {
-  double max = 0, sum = 0, log_sum = 0, lse = 0;  // sum = Σ exp(z - max)
-  double z_target = 0, slope_target = 1;
-  double sum_z = 0, sum_w = 0, sum_wz = 0;
-  double entropy = 0, log_sum_sq = 0;
-  bool is_top1 = false;
-};
-
-struct Wanted {
-  bool entropy, square, sum_z;
-};
-
 // Pass one. e receives exp(z - its block's max): the whole row if keep, else block after block in the same
 // place. e may be the row x itself, so everything that needs z comes before exp_block writes.
 template <class T, class S = typename Acc<T>::S>
@@ -107,30 +64,10 @@ RowSums first_pass(const Logits& l, const Transform<T>& f, const T* x, int64_t t
     S* const e_block = keep ? e + start : e;
     S* const slope = scratch.slope && keep ? scratch.slope + start : scratch.slope;
     BlockSums& sums = scratch.blocks[k];
-    S max;
-    const S* z = load_block(f, x + start, start, n, scratch.z, slope, &max);
-    if (t >= start && t < start + n) {
-      r.z_target = z[t - start];
-      if (slope) r.slope_target = slope[t - start];
-    }
-    if (want.sum_z) r.sum_z += sum_block(z, n);
-    if (w) {
-      r.sum_w += sum_block(w + start, n);
-      r.sum_wz += dot_block(w + start, z, n);
-    }
-    if (want.entropy && z == e_block) {  // in place: exp_block would overwrite the z that entropy_block needs
-      memcpy(scratch.z, z, n * sizeof(S));
-      z = scratch.z;
-    }
-    sums.max = max;
     const uintptr_t ahead = (start + kBlock) * sizeof(T);
-    sums.sum = exp_block<T>(z, n, max, e_block, reinterpret_cast<uintptr_t>(x) + ahead,
-                            grad && grad != x ? reinterpret_cast<uintptr_t>(grad) + ahead : 0);
-    // Where one logit dominates, its 1 swallows the low bits of its float lane; they are 1 - p, so add in
-    // double.
-    if (sums.sum < 2) sums.sum = sum_block(e_block, n);
-    if (want.entropy) sums.entropy = entropy_block(z, e_block, n, max);
-    if (want.square) sums.square = square_block(e_block, n);
+    block_pass<T>(f, x + start, start, n, t, w ? w + start : nullptr, want, scratch.z, slope, e_block,
+                  reinterpret_cast<uintptr_t>(x) + ahead,
+                  grad && grad != x ? reinterpret_cast<uintptr_t>(grad) + ahead : 0, &sums, &r);
     if (sums.max > r.max) r.max = sums.max;
   }
   double entropy = 0, square = 0;
@@ -142,39 +79,8 @@ RowSums first_pass(const Logits& l, const Transform<T>& f, const T* x, int64_t t
     if (want.square) square += sums.weight * sums.weight * sums.square;
     if (want.entropy && sums.weight != 0) entropy += sums.weight * (sums.entropy + sums.sum * below);
   }
-  const bool all_minus_inf = r.sum == 0;
-  r.is_top1 = all_minus_inf || (r.z_target >= r.max && (r.sum == r.sum || r.max > 1.8e308L));
-  if (all_minus_inf) r.sum = __builtin_nan("");
-  r.log_sum = __builtin_log(r.sum);
-  r.lse = r.max + r.log_sum;
-  if (want.entropy) r.entropy = r.log_sum - entropy / r.sum;
-  if (want.square) r.log_sum_sq = __builtin_log(square) - 2 * r.log_sum;
+  finish_sums(want, entropy, square, &r);
   return r;
-}
-
-template <class S>
-void write_stats(const Stats& s, int64_t row, const RowSums& r, double vocab, bool bad) {
-  put<S>(s.logsumexp, row, r.lse);
-  put<S>(s.logprob, row, bad ? __builtin_nan("") : (r.z_target - r.max) - r.log_sum);
-  put<S>(s.entropy, row, r.entropy);
-  put<S>(s.log_sum_sq_probs, row, r.log_sum_sq);
-  put<S>(s.mean_logit, row, r.sum_z / vocab);
-  if (s.is_top1) s.is_top1[row] = !bad && r.is_top1;
-}
-
-template <class S>
-void write_ignored(const Stats& s, int64_t row) {
-  put<S>(s.loss, row, 0);
-  put<S>(s.logsumexp, row, 0);
-  put<S>(s.logprob, row, 0);
-  put<S>(s.entropy, row, 0);
-  put<S>(s.log_sum_sq_probs, row, 0);
-  put<S>(s.mean_logit, row, 0);
-  if (s.is_top1) s.is_top1[row] = 0;
-}
-
-Wanted wanted(const Stats& s) {
-  return {s.entropy != nullptr, s.log_sum_sq_probs != nullptr, s.mean_logit != nullptr};
 }
 
 template <class T>
@@ -218,10 +124,8 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
   using S = typename Acc<T>::S;
   const Scratch<T> scratch(l, c.grad != nullptr, memory);
   const Transform<T> f(l);
-  const double vocab = double(l.vocab), eps = c.label_smoothing, k = c.grad_scale * l.scale;
-  Wanted want = wanted(s);
-  const bool sum_w = !l.target || (eps > 0 && c.w);  // Σ w and Σ w z are terms of the loss
-  if (eps > 0 && l.target && !c.w) want.sum_z = true;
+  const double vocab = double(l.vocab), k = c.grad_scale * l.scale;
+  const Wanted want = wanted(s, l, c);
   for (int64_t row = begin; row < end; ++row) {
     const RowKind kind = kind_of(l, row);
     T* const grad = c.grad ? static_cast<T*>(c.grad) + row * c.grad_row_stride : nullptr;
@@ -238,36 +142,20 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
       if (grad) e = grad;
     }
     const RowSums r = first_pass<T>(l, f, static_cast<const T*>(l.x) + row * l.row_stride, t,
-                                    sum_w ? w : nullptr, want, scratch, e, grad);
+                                    want.sum_w ? w : nullptr, want, scratch, e, grad);
     write_stats<S>(s, row, r, vocab, bad);
     if (bad) {
       put<S>(s.loss, row, __builtin_nan(""));
       if (grad) fill_row<T>(grad, l.vocab, S(__builtin_nanf("")));
       continue;
     }
-    double loss = c.z_loss != 0 ? c.z_loss * r.lse * r.lse : 0, a = 0, b = 2 * c.z_loss * r.lse, d = 0;
-    if (c.z_loss == 0) b = 0;
-    if (l.target) {
-      const double w_t = w ? double(w[t]) : 1.0, hit = (1 - eps) * w_t;
-      loss += hit * (r.log_sum - (r.z_target - r.max));
-      a = -hit, b += hit;
-      if (eps > 0) {
-        const double sum = w ? r.sum_w : vocab, sum_z = w ? r.sum_wz : r.sum_z;
-        loss += eps / vocab * (sum * r.lse - sum_z);
-        b += eps / vocab * sum;
-        d = -eps / vocab;
-      }
-    } else {
-      loss += r.sum_w * r.lse - r.sum_wz;
-      b += r.sum_w;
-      d = -1;
-    }
-    put<S>(s.loss, row, loss);
+    const RowLoss g = loss_of_row(c, l.target != nullptr, t, w, vocab, r);
+    put<S>(s.loss, row, g.loss);
     if (!grad) continue;
-    second_pass<T>(l, scratch, e, b * k / r.sum, S(d * k), w, grad);
+    second_pass<T>(l, scratch, e, g.b * k / r.sum, S(g.d * k), w, grad);
     if (l.target) {
-      const double p = __builtin_exp(r.z_target - r.max) / r.sum, w_t = w ? double(w[t]) : 1.0;
-      store_one(grad + t, S((a + b * p + (d != 0 ? d * w_t : 0.0)) * k * r.slope_target));
+      const double p = __builtin_exp(r.z_target - r.max) / r.sum;
+      store_one(grad + t, S((g.a + g.b * p + (g.d != 0 ? g.d * g.w_t : 0.0)) * k * r.slope_target));
     }
   }
 }
@@ -305,7 +193,7 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
                        [=](int64_t i, int64_t) __attribute__((always_inline)) {
                          __builtin_prefetch(reinterpret_cast<const void*>(next + i * sizeof(T)));
                          __builtin_prefetch(reinterpret_cast<const void*>(next_out + i * sizeof(T)), 1);
-                         return gradient_from_z<decltype(with_c)::value>(z + i, S(lse), b, cc);
+                         return gradient_from_z<decltype(with_c)::value>(z + i, S(lse), S(0), b, cc);
                        });
       };
       if (c.c) {

@@ -13,10 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> None:
+def save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any],
+    carry: dict[str, Tensor] | None = None,
+) -> None:  # fmt: skip
     """Written beside ``path``, flushed to disk, then renamed: a failure leaves the old checkpoint as it was.
 
-    ``progress`` is the run's own JSON: step, data position, seconds so far …
+    ``progress`` is the run's own JSON: step, data position, seconds so far …; ``carry`` are tensors that a stage
+    hands from step to step.
     """
     tensors = {f"model/{name}": t for name, t in _weights(model).items()}
     state = optimizer.state_dict()["state"]
@@ -27,6 +31,7 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progres
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
                 plain[f"{name}/{key}"] = value
+    tensors |= {f"carry/{name}": t for name, t in (carry or {}).items()}
     tensors["rng/cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -46,8 +51,10 @@ def read_progress(path: Path) -> dict[str, Any]:
         return json.loads((file.metadata() or {})["progress"])
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights, optimizer state and random state back in place; returns ``progress``."""
+def load(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carry: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """Weights, optimizer state, random state and ``carry`` back in place; returns ``progress``."""
     with safe_open(path, framework="pt") as file:
         meta = file.metadata() or {}
         saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -65,6 +72,10 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         if values:
             state[index] = values
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if carry is not None:
+        device = next(model.parameters()).device
+        names = [key for key in saved if key.startswith("carry/")]
+        carry.update({key.removeprefix("carry/"): saved[key].to(device) for key in names})
     torch.set_rng_state(saved["rng/cpu"])
     if "rng/cuda" in saved and torch.cuda.is_available():
         torch.cuda.set_rng_state(saved["rng/cuda"])

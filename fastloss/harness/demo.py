@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import shutil
-import statistics
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from rich.console import Console
 
 from . import measure, plots, report
 from .config import PretrainConfig
-from .losses import loss_named
-from .model import head_of
-from .pretrain import Data, Result, make_step, prepare, run
+from .cost import in_turns
+from .pretrain import prepare, run
+from .run import Result
 
+ROUNDS = 12  # of measuring the two losses in turns
 NAMES = {"fastloss": "fastloss", "torch": "PyTorch"}
 
 # two cores: the head is half of the step's time, as in small real models, and both runs take minutes
@@ -48,43 +46,16 @@ def run_demo(config: PretrainConfig = DEMO, console: Console | None = None) -> d
         if results[loss].done < config.steps:
             console.print(f"stopped by a signal at step {results[loss].done} of {name}'s run: no comparison")
             return results
-    compare(folder, config, results, in_turns(config, results, data), console)
+    times = in_turns(results["fastloss"].stage, list(results), ROUNDS)
+    compare(folder, config, results, times, console)
     return results
-
-
-class Times(NamedTuple):
-    """Medians, in seconds."""
-
-    step: float  # forward + backward
-    loss: float  # of it the loss
-
-
-def in_turns(
-    config: PretrainConfig, results: dict[str, Result], data: Data, rounds: int = 12
-) -> dict[str, Times]:
-    """Both losses on one batch of one trained model, one after the other in each round.
-
-    The two runs lie minutes apart, and another job beside one of them would be taken for a difference of the losses.
-    """
-    model = results["fastloss"].model
-    seen: dict[str, list[tuple[float, float]]] = {loss: [] for loss in results}
-    for round_ in range(rounds + 1):
-        for loss in results:
-            step = make_step(model, head_of(model), loss_named(loss), data.train, config)
-            model.zero_grad(set_to_none=True)
-            started = time.perf_counter()
-            metrics = step(0)
-            measure.synchronize(next(model.parameters()).device)
-            if round_:  # the first one warms up
-                seen[loss].append((time.perf_counter() - started, float(metrics["loss_s"])))
-    return {loss: Times(*map(statistics.median, zip(*rows, strict=True))) for loss, rows in seen.items()}
 
 
 def compare(
     folder: Path,
     config: PretrainConfig,
     results: dict[str, Result],
-    times: dict[str, Times],
+    times: dict[str, tuple[float, float]],
     console: Console,
 ) -> None:
     curves = {NAMES[loss]: [row["loss"] for row in result.rows] for loss, result in results.items()}
@@ -95,16 +66,16 @@ def compare(
     both = list(results.values())
     ours, theirs = both
     rows = [
-        ["loss, first step", *(f"{r.summary['first_loss']:.4f}" for r in both)],
-        ["loss, mean of the last 10", *(f"{r.summary['last_loss']:.4f}" for r in both)],
-        ["held-back perplexity", *(f"{r.summary['perplexity']:.2f}" for r in both)],
-        ["in turns: forward + backward", *(f"{t.step * 1e3:.0f} ms" for t in times.values())],
-        ["in turns: of it the loss", *(f"{t.loss * 1e3:.0f} ms" for t in times.values())],
+        ["loss, first step", *(f"{r.summary['first']:.4f}" for r in both)],
+        ["loss, mean of the last 10", *(f"{r.summary['last']:.4f}" for r in both)],
+        ["held-back perplexity", *(f"{r.after['perplexity']:.2f}" for r in both)],
+        ["in turns: forward + backward", *(f"{step * 1e3:.0f} ms" for step, _ in times.values())],
+        ["in turns: of it the loss", *(f"{loss * 1e3:.0f} ms" for _, loss in times.values())],
         [
             "in turns: the loss's share of step time",
-            *(report.percent(t.loss / t.step) for t in times.values()),
+            *(report.percent(loss / step) for step, loss in times.values()),
         ],
-        ["peak extra memory of the loss", *(report.mebibytes(r.cost.loss_peak.bytes) for r in both)],
+        ["peak extra memory of the loss", *(report.mebibytes(loss_peak(r)) for r in both)],
         ["peak of forward + backward", *(report.mebibytes(r.cost.step_peak.bytes) for r in both)],
         ["the loss's memory / that peak", *(report.percent(memory_share(r)) for r in both)],
         ["whole run: step (median)", *(f"{r.summary['step_s'] * 1e3:.0f} ms" for r in both)],
@@ -114,9 +85,8 @@ def compare(
         ["whole run: device-hours", *(f"{r.summary['device_hours']:.4f}" for r in both)],
     ]
     weight = ours.model.get_output_embeddings().weight.nbytes
-    loss_time = times["torch"].loss / times["fastloss"].loss
-    step_time = times["torch"].step / times["fastloss"].step
-    loss_memory = theirs.cost.loss_peak.bytes / max(1, ours.cost.loss_peak.bytes)
+    step_time, loss_time = (t / f for t, f in zip(times["torch"], times["fastloss"], strict=True))
+    loss_memory = loss_peak(theirs) / max(1, loss_peak(ours))
     step_memory = theirs.cost.step_peak.bytes / max(1, ours.cost.step_peak.bytes)
     sections = [
         f"**The largest difference between the loss curves is {difference[worst]:.2e}** (step {worst + 1}, "
@@ -131,7 +101,7 @@ def compare(
         f"Machine: {measure.machine(next(ours.model.parameters()).device)}. Time, in turns: medians over rounds "
         "in which both losses take the same batch of the same trained model one after the other, so that another job "
         "on the machine meets both; whole run: medians over its steps, minutes apart from the other's. "
-        f"Memory: {ours.cost.loss_peak.how}; the loss alone on one batch, then a whole forward and backward, "
+        f"Memory: {ours.cost.step_peak.how}; the loss alone on one batch, then a whole forward and backward, "
         "each beyond what the process held before; a warm-up run comes first. Each run's own report: "
         + ", ".join(f"`{loss}/report.md`" for loss in results)
         + ".",
@@ -141,5 +111,9 @@ def compare(
     report.write(folder / "report.md", "fastloss demo", sections, console)
 
 
+def loss_peak(result: Result) -> int:
+    return result.cost.loss_peak.bytes if result.cost.loss_peak else 0
+
+
 def memory_share(result: Result) -> float:
-    return result.cost.loss_peak.bytes / max(1, result.cost.step_peak.bytes)
+    return loss_peak(result) / max(1, result.cost.step_peak.bytes)

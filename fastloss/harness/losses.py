@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 from .data import IGNORE
 from .model import Head
 
+T = TypeVar("T")
 Loss = Callable[[Tensor, Head, Tensor, int], Tensor]
 
 
@@ -43,25 +45,30 @@ def torch_linear_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: in
 
 
 def describe(name: str, head: Head, rows: int, dtype: torch.dtype) -> str:
-    """Who computes the loss of ``rows`` tokens here: for fastloss its backend and the reason for it."""
+    """Who computes the cross-entropy of ``rows`` tokens here: for fastloss its backend and the reason for it."""
+    import fastloss
+
+    hidden, weight = example(head, rows, dtype)
+    target = torch.zeros(rows, device=weight.device, dtype=torch.long)
+    return explained(
+        name, fastloss.linear_cross_entropy, hidden, weight, target, linear_bias=head.bias, ignore_index=IGNORE,
+        logit_scale=head.scale, softcap=head.softcap, normalizer=rows,
+    )  # fmt: skip
+
+
+def example(head: Head, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Hidden states and a vocabulary matrix as a step of ``rows`` tokens hands them to its loss."""
+    hidden = torch.zeros(rows, head.weight.shape[1], device=head.weight.device, dtype=dtype)
+    return hidden.requires_grad_(), head.weight.detach().to(dtype).requires_grad_()
+
+
+def explained(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> str:
+    """What fastloss would do in this call, in words; for the other losses, that it is PyTorch's."""
     if name != "fastloss":
         return f"PyTorch {torch.__version__}"
     import fastloss
 
-    device = head.weight.device
-    hidden = torch.empty(rows, head.weight.shape[1], device=device, dtype=dtype, requires_grad=True)
-    target = torch.zeros(rows, device=device, dtype=torch.long)
-    plan = fastloss.explain(
-        fastloss.linear_cross_entropy,
-        hidden,
-        head.weight.detach().to(dtype).requires_grad_(),
-        target,
-        linear_bias=head.bias,
-        ignore_index=IGNORE,
-        logit_scale=head.scale,
-        softcap=head.softcap,
-        normalizer=rows,
-    )
+    plan = fastloss.explain(function, *args, **options)
     text = f"fastloss {fastloss.__version__}, backend {plan['backend']} ({plan['reason']})"
     if "gemms" in plan and plan["backend"] != "reference":
         text += f", {plan['gemms']} GEMMs, {plan['chunk_rows']} rows a chunk"
@@ -72,6 +79,10 @@ LOSSES: dict[str, Loss] = {"fastloss": fastloss_loss, "torch": torch_loss, "torc
 
 
 def loss_named(name: str) -> Loss:
-    if name not in LOSSES:
-        raise ValueError(f"loss: expected one of {', '.join(map(repr, LOSSES))}, got {name!r}")
-    return LOSSES[name]
+    return named(LOSSES, name)
+
+
+def named(losses: Mapping[str, T], name: str) -> T:
+    if name not in losses:
+        raise ValueError(f"loss: expected one of {', '.join(map(repr, losses))}, got {name!r}")
+    return losses[name]

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers.utils import logging
 
-from .config import PretrainConfig
+from .config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Head:
         return z if self.scale == 1.0 else z * self.scale
 
 
-def model_config(config: PretrainConfig) -> PretrainedConfig:
+def model_config(config: TrainConfig) -> PretrainedConfig:
     if config.model:
         folder = Path(config.model)
         if not (folder / "config.json").is_file():
@@ -59,6 +60,23 @@ def build_model(config: PretrainedConfig, seed: int, device: str) -> nn.Module:
     return model.to(device).train()
 
 
+def load_model(folder: str, device: str, auto: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """The float32 weights of a transformers folder."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"model: expected a transformers folder with config.json, got {folder!r}")
+    logging.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # a new head is what some stages ask for, and no reason to warn
+    try:
+        model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
+    except OSError as error:
+        raise ValueError(f"model: cannot load {folder}: {str(error).splitlines()[0]}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    model.config.use_cache = False
+    return model.to(device)
+
+
 def head_of(model: Any) -> Head:
     layer, config = model.get_output_embeddings(), model.config.get_text_config()
     if layer is None or not isinstance(layer, nn.Linear):
@@ -72,9 +90,10 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, layer.bias, scale, float(softcap) if softcap else None)
 
 
-def hidden_states(model: Any, inputs: Tensor) -> Tensor:
-    """The body alone: what the head would read.  # [B, T, D]"""
-    return model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
+def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The body alone: what the head would read. Positions that restart at 0 part a row's documents.  # [B, T, D]"""
+    options = {} if positions is None else {"position_ids": positions}
+    return model.base_model(input_ids=inputs, use_cache=False, **options).last_hidden_state
 
 
 @torch.no_grad()
@@ -90,6 +109,22 @@ def check_head(model: Any, inputs: Tensor) -> None:
         raise ValueError(
             f"model: the logits of {type(model).__name__} are not scale · softcap(hidden · weight): "
             "fastloss does not know this head"
+        )
+
+
+@torch.no_grad()
+def check_packing(model: Any, vocab_size: int) -> None:
+    """A document gives the same hidden states in a packed row and alone, or packing is an error."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    ids = torch.arange(1, 13, device=device)[None] % vocab_size
+    positions = torch.tensor([[*range(5), *range(7)]], device=device)
+    together = hidden_states(model, ids, positions)
+    apart = torch.cat([hidden_states(model, ids[:, :5]), hidden_states(model, ids[:, 5:])], 1)
+    model.train(training)
+    if not torch.allclose(together, apart, rtol=1e-3, atol=1e-4 * float(apart.abs().max())):
+        raise ValueError(
+            f"packing: {type(model).__name__} looks from one document into another; use --no-packing"
         )
 
 

@@ -1,19 +1,30 @@
-"""The picture of a run."""
+"""The pictures of a run."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+
+def curves(path: Path, columns: Mapping[str, str], rows: Sequence[Mapping[str, float]], title: str) -> None:
+    """One panel per column of the log, over the steps."""
+    figure = _figure(8, 3 + 1.8 * len(columns))
+    panels = figure.subplots(len(columns), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (column, label) in zip(panels, columns.items(), strict=True):
+        axis.plot([row["step"] + 1 for row in rows], [row[column] for row in rows], linewidth=1.4)
+        axis.set(ylabel=label)
+        axis.grid(alpha=0.3)
+    panels[0].set(title=title)
+    panels[-1].set_xlabel("step")
+    figure.savefig(path, dpi=130)
 
 
 def loss_curves(
     path: Path, curves: dict[str, list[float]], title: str, difference: list[float] | None = None
 ) -> None:
     """One line per run; with ``difference``, a second panel with it on a log axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6 if difference else 4.5), layout="constrained")  # no pyplot: no global state
-    FigureCanvasAgg(figure)
+    figure = _figure(8, 6 if difference else 4.5)
     heights = [3, 1] if difference else [1]
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for (name, losses), style in zip(curves.items(), ("-", "--", ":", "-."), strict=False):
@@ -29,3 +40,28 @@ def loss_curves(
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=130)
+
+
+def chain(path: Path, stages: Sequence[tuple[str, Mapping[str, str], Sequence[Mapping[str, float]]]]) -> None:
+    """A panel per stage: the first column of its curves."""
+    across = min(3, len(stages))
+    down = -(-len(stages) // across)
+    figure = _figure(4.2 * across, 3 * down)
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for axis, (title, columns, rows) in zip(panels, stages, strict=False):
+        column, label = next(iter(columns.items()))
+        axis.plot([row["step"] + 1 for row in rows], [row[column] for row in rows], linewidth=1.2)
+        axis.set(title=title, ylabel=label, xlabel="step")
+        axis.grid(alpha=0.3)
+    for axis in panels[len(stages) :]:
+        axis.set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")  # no pyplot: no global state
+    FigureCanvasAgg(figure)
+    return figure

@@ -10,16 +10,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 END = "<|endoftext|>"  # between documents; id 0
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")  # before a message; text never holds them
+PAD = "<|pad|>"  # apart from END, so that a padded batch still shows where its texts end
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """At most ``vocab_size`` tokens: a small corpus may run out of pairs to merge before that."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(
+                individual_digits=True
+            ),  # a digit is a token: else 12+3 has nothing of 1 or 2
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END],
+        special_tokens=[END, *ROLES, PAD],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -12,6 +12,7 @@ from fastloss.checks import bad_target, reject_bad_targets
 from fastloss.dispatch import targets_are_validated
 from fastloss.ops import cpu_rows
 from fastloss.ops.native_rows import acc_dtype
+from fastloss.ops.new_gradient import new_gradient
 from fastloss.ops.once import once_differentiable
 
 
@@ -154,11 +155,7 @@ class CrossEntropy(torch.autograd.Function):
         ctx.call, ctx.factor, ctx.grad = call, factor, None
         per_row = call.reduction == "none"
         if call.needs_grad and not per_row:
-            ctx.grad = (
-                logits
-                if call.inplace
-                else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            )
+            ctx.grad = logits if call.inplace else new_gradient(logits.shape, logits.dtype, logits.device)
         out = run(call, logits, target, w, None, ctx.grad, factor)
         if ctx.grad is not None and call.inplace:
             torch.autograd.graph.increment_version(logits)
@@ -182,11 +179,7 @@ class CrossEntropy(torch.autograd.Function):
             k = coefficients.of_cross_entropy(
                 upstream, lse, target, w, logits.shape[1], call.label_smoothing, call.z_loss
             )
-            out = (
-                logits.detach()
-                if call.inplace
-                else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-            )
+            out = logits.detach() if call.inplace else new_gradient(logits.shape, logits.dtype, logits.device)
             call.rows.row_grad(
                 logits,
                 target,
@@ -213,7 +206,7 @@ class CrossEntropy(torch.autograd.Function):
                     "overwritten by the gradient; use inplace=False with retain_graph=True"
                 )
             target, w, logits, _ = ctx.saved_tensors
-            grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+            grad = new_gradient(logits.shape, logits.dtype, logits.device)
             run(call, logits, target, w, None, grad, ctx.factor)
         return (
             scale_gradient(grad, upstream, ctx.factor if factor_is_late(grad.dtype) else None),

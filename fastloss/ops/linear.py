@@ -11,7 +11,53 @@ from fastloss import coefficients, head
 from fastloss.head import Grads, Head, Needs
 from fastloss.ops import cross_entropy as ce
 from fastloss.ops import token_stats as ts
+from fastloss.ops import vocab_blocks
 from fastloss.ops.once import once_differentiable
+
+# In place of a number of rows: cross-entropy goes over blocks of the vocabulary.
+BY_VOCABULARY = 0
+
+
+def chunk_of_cross_entropy(
+    backend: str,
+    dtype: torch.dtype,
+    weight: Tensor,
+    rows: int,
+    needs: Needs,
+    chunk_size: int | None,
+    per_row: bool,
+) -> int:
+    """Rows per chunk of a call that computes ``rows``, or ``BY_VOCABULARY``."""
+    if vocab_blocks.why_not(backend, dtype, weight, rows, needs, chunk_size, per_row) == "":
+        return BY_VOCABULARY
+    chunk = chunk_size or head.default_chunk(rows, weight.shape[0], dtype, weight.device)
+    return min(chunk, max(rows, 1))
+
+
+def plan_of_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    chunk: int,
+    rows: int,
+    needs: Needs,
+    per_row: bool,
+) -> dict[str, Any]:
+    """What ``explain`` tells."""
+    if chunk == BY_VOCABULARY:
+        return {
+            "gemms": vocab_blocks.gemms(needs, rows, weight.shape[1]),
+            "rows": rows,
+            "chunk_rows": rows,
+            "chunk_columns": min(vocab_blocks.WIDTH, weight.shape[0]),
+            "buffer_bytes": vocab_blocks.buffer_bytes(rows, dtype),
+        }
+    return {
+        "gemms": head.gemm_count(needs, per_row and (needs.weight or needs.bias)),
+        "rows": rows,
+        "chunk_rows": min(chunk, rows),
+        "buffer_bytes": Head(hidden, weight, None, dtype, min(chunk, rows)).buffer_bytes,
+    }
 
 
 def cross_entropy_rows(
@@ -23,6 +69,12 @@ def cross_entropy_rows(
     factor: ce.Factor,
 ) -> tuple[dict[str, Tensor], Grads]:
     """Losses and statistics of all rows, and the gradients of their sum times ``factor`` (late for float16)."""
+    keep = head.kept_rows(target, call.ignore_index)
+    target = head.pick(target, keep)
+    if h.by_vocabulary:
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            out, grads = vocab_blocks.run(h, needs, keep, target, w, call, factor)
+        return head.spread_all(out, keep, h.hidden.shape[0]), grads
 
     def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
         return ce.run(
@@ -35,7 +87,7 @@ def cross_entropy_rows(
             ce.Factor() if factor_is_late(h) else factor,
         )
 
-    return head.run(h, needs, row_function)
+    return head.run(h, needs, row_function, keep=keep)
 
 
 def factor_is_late(h: Head) -> bool:
@@ -64,6 +116,7 @@ def _head(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtyp
         None if bias is None else bias.detach().to(acc).contiguous(),
         dtype,
         chunk,
+        chunk == BY_VOCABULARY,
     )
 
 
@@ -179,12 +232,15 @@ class LinearTokenStats(torch.autograd.Function):
         ctx.call, ctx.dtype, ctx.chunk, ctx.needs = call, dtype, chunk, needs
         ctx.set_materialize_grads(False)
         h = _head(hidden, weight, bias, dtype, chunk)
-        differentiable = [name for name in call.want if name in ts.DIFFERENTIABLE]
+        differentiable = [name for name in call.want if name in call.differentiable]
         # With a frozen weight, and only logprob to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
         ctx.ahead = differentiable == ["logprob"] and ctx.needs == Needs(True, False, False)
 
+        keep = head.kept_rows(target, call.ignore_index)
+        kept_target = head.pick(target, keep)
+
         def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
-            chunk_target = None if target is None else target[start:stop]
+            chunk_target = None if kept_target is None else kept_target[start:stop]
             part = ts.stats(call, z, chunk_target, h.bias)
             if overwrite:
                 one = torch.ones_like(part["logsumexp"])
@@ -202,11 +258,13 @@ class LinearTokenStats(torch.autograd.Function):
                 )
             return part
 
-        out, grads = head.run(h, ctx.needs if ctx.ahead else Needs(False, False, False), row_function)
+        out, grads = head.run(
+            h, ctx.needs if ctx.ahead else Needs(False, False, False), row_function, keep=keep
+        )
         ctx.save_for_backward(
             hidden, weight, bias, target, out["logsumexp"], out.get("entropy"), grads.hidden
         )
-        ctx.mark_non_differentiable(*[out[n] for n in call.want if n not in ts.DIFFERENTIABLE])
+        ctx.mark_non_differentiable(*[out[n] for n in call.want if n not in call.differentiable])
         return tuple(out[name] for name in call.want)
 
     @staticmethod

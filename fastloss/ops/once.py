@@ -31,10 +31,10 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *upstream: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
         with torch.no_grad():
             grads = backward(ctx, *upstream)
-        if not torch.is_grad_enabled():
-            return grads
         anchor = torch.zeros((), requires_grad=True)
         return tuple(_Refuse.apply(g, anchor) if isinstance(g, Tensor) else g for g in grads)
 

@@ -22,6 +22,7 @@ class StatsCall(NamedTuple):
     softcap: float
     inplace: bool
     want: tuple[str, ...]  # engine names, in the order of the function's outputs
+    differentiable: tuple[str, ...] = DIFFERENTIABLE  # of those, what carries a gradient
 
 
 def stats(call: StatsCall, logits: Tensor, target: Tensor | None, bias: Tensor | None) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,13 @@ pytest.importorskip("tokenizers")
 import torch
 from rich.console import Console
 
-from fastloss.harness import measure
+from fastloss.harness import builtin, chat, measure, plots, run, tokenizer
 from fastloss.harness.config import PretrainConfig
+from fastloss.harness.cost import Cost
+from fastloss.harness.export import export
+from fastloss.harness.model import build_model, model_config
+
+SHAPE: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +33,18 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def short_matmul_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "matmul_rate", partial(measure.matmul_rate, seconds=0.01))
+    monkeypatch.setattr(run, "measure_costs", partial(run.measure_costs, rounds=1))
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without their measurements and pictures, which other tests look at."""
+    none = Cost("not measured", 1, None, measure.Peak(0, "not measured"), 1.0, 1.0)
+    monkeypatch.setattr(run, "measure_costs", lambda stage, names: dict.fromkeys(names, none))
+    monkeypatch.setattr(measure, "count_flops", lambda step: 1)
+    monkeypatch.setattr(plots, "curves", lambda *args: None)
 
 
 @pytest.fixture
@@ -55,13 +71,33 @@ def tiny(tmp_path: Path, text_file: Path) -> PretrainConfig:
         data=(str(text_file),),
         loss="torch",
         vocab_size=512,
-        hidden=32,
-        layers=2,
-        heads=2,
-        intermediate=64,
         seq_len=32,
         batch_size=2,
         steps=6,
         warmup=2,
         save_every=0,
+        **SHAPE,
     )
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    """A model folder as pretraining leaves it, with random weights: what the later stages start from."""
+    texts = [json.loads(line)["text"] for line in text_file.read_text(encoding="utf-8").splitlines()]
+    bpe = tokenizer.train_bpe(texts, 400)
+    config = PretrainConfig(vocab_size=bpe.get_vocab_size(), seq_len=128, **SHAPE)
+    folder = tmp_path_factory.mktemp("base") / "model"
+    export(build_model(model_config(config), 0, "cpu"), chat.wrap(bpe), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Preference pairs that a tiny model can tell apart: the right answer to a sum, and a wrong one."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for row in builtin.arithmetic(8):
+            wrong = [{"role": "assistant", "content": f"{row['answer']} or so"}]
+            pair = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": wrong}
+            file.write(json.dumps(pair) + "\n")
+    return path

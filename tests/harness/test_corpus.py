@@ -63,7 +63,12 @@ def test_a_line_separator_inside_a_row_does_not_end_it(tmp_path: Path) -> None:
 
 
 def test_bpe_round_trip_and_determinism() -> None:
-    texts = ["the cat sat on the mat", "def f(x):\n\treturn x  # café ☕ 日本", tokenizer.END] * 5
+    texts = [
+        "the cat sat on the mat",
+        "def f(x):\n\treturn x  # café ☕ 日本",
+        tokenizer.END,
+        *tokenizer.ROLES,
+    ] * 5
     bpe = tokenizer.train_bpe(texts, 300)
     assert bpe.to_str() == tokenizer.train_bpe(texts, 300).to_str()
     ids = tokenizer.encode(bpe, texts)
@@ -87,9 +92,9 @@ def test_rows_cover_the_stream_and_pad_its_end() -> None:
 def test_order_is_a_function_of_seed_and_position() -> None:
     tokens = torch.arange(400, dtype=torch.int32)
     a, b, c = Rows(tokens, 8, seed=1), Rows(tokens, 8, seed=1), Rows(tokens, 8, seed=2)
-    there = [a.at(i) for i in range(120)]
-    assert [b.at(i) for i in reversed(range(120))] == there[::-1]
-    assert [c.at(i) for i in range(120)] != there
+    there = [a.order.at(i) for i in range(120)]
+    assert [b.order.at(i) for i in reversed(range(120))] == there[::-1]
+    assert [c.order.at(i) for i in range(120)] != there
     assert sorted(there[:50]) == list(range(50)) == sorted(there[50:100])  # each epoch sees each row once
     assert there[:50] != there[50:100]
 

@@ -49,7 +49,7 @@ def test_resume_bit_for_bit(
     assert pretrain.run(replace(half, stop_after=3), console=quiet).done == 3
     rest = pretrain.run(half, resume=True, console=quiet)
     assert [[r[key] for key in FIXED] for r in whole.rows] == [[r[key] for key in FIXED] for r in rest.rows]
-    assert whole.val_loss == rest.val_loss
+    assert whole.after == rest.after and whole.before == rest.before
     for (name, p), q in zip(whole.model.named_parameters(), rest.model.parameters(), strict=True):
         assert torch.equal(p, q), name
 
@@ -115,11 +115,17 @@ def test_losses_give_one_curve(tiny: PretrainConfig, quiet: Console, tmp_path: P
         config = replace(tiny, loss=loss, steps=12, out=str(tmp_path / loss))
         result = pretrain.run(config, console=quiet)
         curves[loss] = torch.tensor([row["loss"] for row in result.rows])
-        assert result.val_loss is not None and math.isfinite(result.val_loss)
-        # every loss's FLOPs are seen by the counter (bug 37), and are the model's
-        assert result.cost.model_flops > 0
-        assert result.cost.counted_flops == pytest.approx(result.cost.model_flops, rel=0.03), loss
-        assert result.cost.loss_peak.bytes >= 0 and 0 < result.summary["loss_share"] < 1
+        assert result.after["loss"] < result.before["loss"]
+        # every loss's FLOPs are seen by the counter (bug 37), and are the model's; fastloss may make logits twice
+        again = (
+            2 * config.batch_size * config.seq_len * head_of(result.model).weight.numel()
+            if loss == "fastloss"
+            else 0
+        )
+        flops = result.summary["model_flops"]
+        assert 0 < 0.97 * flops <= result.cost.counted_flops <= 1.03 * flops + again, loss
+        assert result.cost.loss_peak is not None and result.cost.loss_peak.bytes >= 0
+        assert 0 < result.summary["loss_share"] < 1
     torch.testing.assert_close(curves["fastloss"], curves["torch"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(curves["torch-linear"], curves["torch"], rtol=1e-5, atol=1e-5)
     assert curves["torch"][-1] < curves["torch"][0]
@@ -165,7 +171,7 @@ def test_cut_graph_gives_the_gradients_of_one_backward(tiny: PretrainConfig, tie
     pretrain.make_step(model, head_of(model), torch_loss, rows, config)(0)
     cut = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    inputs, targets = rows.batch(0, 2)
+    inputs, targets, _ = rows.batch(0, 2)
     logits = model(input_ids=inputs).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     for p, grad in zip(model.parameters(), cut, strict=True):
@@ -250,7 +256,11 @@ def test_command_line_end_to_end(tiny: PretrainConfig, tmp_path: Path) -> None:
     assert again.exit_code == 2 and "holds a checkpoint" in again.output
     resumed = CliRunner().invoke(app, ["pretrain", "--resume", "--out", str(out), "--stop-after", "0"])
     assert resumed.exit_code == 0, resumed.output
-    assert "resumed at step 2" in resumed.output and "held-back perplexity" in resumed.output
+    assert (
+        "resumed at step 2" in resumed.output
+        and "held back" in resumed.output
+        and "perplexity" in resumed.output
+    )
     rows = logging.read(out / "log.jsonl")
     assert [row["step"] for row in rows] == list(range(6))
     assert set(rows[0]) == {

@@ -1,0 +1,161 @@
+// What the row kernels (rows.cpp) and the kernels over blocks of the vocabulary (vocab_blocks.cpp) share: the
+// sums of a block, the statistics, loss and coefficients of a row (docs/engine.md).
+// Reads up to kBlock logits, writes one number per row and output.
+// Inline, in the ISA's namespace: each of the two files is compiled once per instruction set.
+#pragma once
+
+#include "block.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+namespace {
+
+struct BlockSums {
+  double max, sum, entropy, square;
+  double weight;  // exp(max - the row's max)
+};
+
+enum class RowKind { normal, ignored, bad };
+
+RowKind kind_of(const Logits& l, int64_t row) {
+  if (!l.target) return RowKind::normal;
+  const int64_t t = l.target[row];
+  if (t == l.ignore_index) return RowKind::ignored;
+  return t < 0 || t >= l.vocab ? RowKind::bad : RowKind::normal;
+}
+
+template <class S>
+void put(void* p, int64_t row, double value) {
+  if (p) static_cast<S*>(p)[row] = S(value);
+}
+
+template <class S>
+double get(const void* p, int64_t row) {
+  return p ? double(static_cast<const S*>(p)[row]) : 0.0;
+}
+
+template <class T>
+void fill_row(T* out, int64_t n, typename Acc<T>::S value) {
+  using S = typename Acc<T>::S;
+  write_block(out, n, [=](int64_t, int64_t) { return typename Lanes<S>::V{} + value; });
+}
+
+// What the first pass over a row finds out.
+struct RowSums {
+  double max = 0, sum = 0, log_sum = 0, lse = 0;  // sum = Σ exp(z - max)
+  double z_target = 0, slope_target = 1;
+  double sum_z = 0, sum_w = 0, sum_wz = 0;
+  double entropy = 0, log_sum_sq = 0;
+  bool is_top1 = false;
+};
+
+struct Wanted {
+  bool entropy, square, sum_z, sum_w;
+};
+
+// One block: its maximum, and with exp(z - max) in e its sums. What a row needs of the block's z itself goes
+// into r. e may be x itself, so everything that needs z comes before exp_block writes. w is the block's.
+template <class T, class S = typename Acc<T>::S>
+FASTLOSS_INLINE void block_pass(const Transform<T>& f, const T* x, int64_t start, int64_t n, int64_t t,
+                                const S* w, Wanted want, S* z_scratch, S* slope, S* e, uintptr_t next,
+                                uintptr_t next_out, BlockSums* sums, RowSums* r) {
+  S max;
+  const S* z = load_block(f, x, start, n, z_scratch, slope, &max);
+  if (t >= start && t < start + n) {
+    r->z_target = z[t - start];
+    if (slope) r->slope_target = slope[t - start];
+  }
+  if (want.sum_z) r->sum_z += sum_block(z, n);
+  if (w) {
+    r->sum_w += sum_block(w, n);
+    r->sum_wz += dot_block(w, z, n);
+  }
+  if (want.entropy && z == e) {  // in place: exp_block would overwrite the z that entropy_block needs
+    memcpy(z_scratch, z, n * sizeof(S));
+    z = z_scratch;
+  }
+  sums->max = max;
+  sums->sum = exp_block<T>(z, n, max, e, next, next_out);
+  // Where one logit dominates, its 1 swallows the low bits of its float lane; they are 1 - p, so add in
+  // double.
+  if (sums->sum < 2) sums->sum = sum_block(e, n);
+  if (want.entropy) sums->entropy = entropy_block(z, e, n, max);
+  if (want.square) sums->square = square_block(e, n);
+}
+
+// From the sums over the whole row; entropy = Σ e (z - max), square = Σ e².
+inline void finish_sums(Wanted want, double entropy, double square, RowSums* r) {
+  const bool all_minus_inf = r->sum == 0;
+  r->is_top1 = all_minus_inf || (r->z_target >= r->max && (r->sum == r->sum || r->max > 1.8e308L));
+  if (all_minus_inf) r->sum = __builtin_nan("");
+  r->log_sum = __builtin_log(r->sum);
+  r->lse = r->max + r->log_sum;
+  if (want.entropy) r->entropy = r->log_sum - entropy / r->sum;
+  if (want.square) r->log_sum_sq = __builtin_log(square) - 2 * r->log_sum;
+}
+
+template <class S>
+void write_stats(const Stats& s, int64_t row, const RowSums& r, double vocab, bool bad) {
+  put<S>(s.logsumexp, row, r.lse);
+  put<S>(s.logprob, row, bad ? __builtin_nan("") : (r.z_target - r.max) - r.log_sum);
+  put<S>(s.entropy, row, r.entropy);
+  put<S>(s.log_sum_sq_probs, row, r.log_sum_sq);
+  put<S>(s.mean_logit, row, r.sum_z / vocab);
+  if (s.is_top1) s.is_top1[row] = !bad && r.is_top1;
+}
+
+template <class S>
+void write_ignored(const Stats& s, int64_t row) {
+  put<S>(s.loss, row, 0);
+  put<S>(s.logsumexp, row, 0);
+  put<S>(s.logprob, row, 0);
+  put<S>(s.entropy, row, 0);
+  put<S>(s.log_sum_sq_probs, row, 0);
+  put<S>(s.mean_logit, row, 0);
+  if (s.is_top1) s.is_top1[row] = 0;
+}
+
+Wanted wanted(const Stats& s) {
+  return {s.entropy != nullptr, s.log_sum_sq_probs != nullptr, s.mean_logit != nullptr, false};
+}
+
+// Σ w and Σ w z (Σ z where there is no w) are terms of the loss.
+Wanted wanted(const Stats& s, const Logits& l, const CrossEntropy& c) {
+  Wanted want = wanted(s);
+  want.sum_w = !l.target || (c.label_smoothing > 0 && c.w);
+  if (c.label_smoothing > 0 && l.target && !c.w) want.sum_z = true;
+  return want;
+}
+
+struct RowLoss {
+  double loss, a, b, d, w_t;
+};
+
+template <class S>
+RowLoss loss_of_row(const CrossEntropy& c, bool index_target, int64_t t, const S* w, double vocab,
+                    const RowSums& r) {
+  const double eps = c.label_smoothing;
+  RowLoss g{0, 0, 0, 0, 1};
+  if (c.z_loss != 0) g.loss = c.z_loss * r.lse * r.lse, g.b = 2 * c.z_loss * r.lse;
+  if (index_target) {
+    g.w_t = w ? double(w[t]) : 1.0;
+    const double hit = (1 - eps) * g.w_t;
+    g.loss += hit * (r.log_sum - (r.z_target - r.max));
+    g.a = -hit, g.b += hit;
+    if (eps > 0) {
+      const double sum = w ? r.sum_w : vocab, sum_z = w ? r.sum_wz : r.sum_z;
+      g.loss += eps / vocab * (sum * r.lse - sum_z);
+      g.b += eps / vocab * sum;
+      g.d = -eps / vocab;
+    }
+  } else {
+    g.loss += r.sum_w * r.lse - r.sum_wz;
+    g.b += r.sum_w;
+    g.d = -1;
+  }
+  return g;
+}
+
+}  // namespace
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

@@ -1,0 +1,168 @@
+// The loss of docs/engine.md, statistics and gradient of all rows, from logits that come a block of the
+// vocabulary at a time. forward: reads the block, adds to the row's running sums (rescaled where the maximum
+// rises). finish: loss, statistics, coefficients. backward: dz = a·[v = target] + b·p + d·w over the block's
+// logits, p from the final sums.
+
+#ifndef FASTLOSS_ISA
+#error "vocab_blocks.cpp is compiled once per instruction set, with -DFASTLOSS_ISA=avx512, avx2 or generic"
+#endif
+
+#include "vocab_blocks.h"
+
+#include "row_math.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+namespace {
+
+template <class S>
+struct BlockScratch {
+  S *z, *e, *slope;
+  explicit BlockScratch(void* memory)
+      : z(static_cast<S*>(memory)), e(z + kBlock + W), slope(e + kBlock + W) {}
+};
+constexpr int64_t kScratch = 3 * (kBlock + W) * sizeof(double);
+
+template <class S>
+const S* weights_of(const CrossEntropy& c, int64_t row) {
+  return c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
+}
+
+template <class T>
+void forward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const Stats& s, RowState* state,
+             int64_t begin, int64_t end, void* memory) {
+  using S = typename Acc<T>::S;
+  const BlockScratch<S> scratch(memory);
+  const Transform<T> f(l);
+  const Wanted want = wanted(s, l, c);
+  for (int64_t row = begin; row < end; ++row) {
+    RowState& so_far = state[row];
+    if (block.start == 0) {
+      so_far = RowState{};
+      so_far.max = lowest_finite<S>();
+      so_far.slope_target = 1;
+    }
+    const RowKind kind = kind_of(l, row);
+    if (kind == RowKind::ignored) continue;
+    const int64_t t = kind == RowKind::normal && l.target ? l.target[row] : -1;
+    const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
+    const S* const w = want.sum_w ? weights_of<S>(c, row) : nullptr;
+    RowSums r;
+    r.z_target = so_far.z_target, r.slope_target = so_far.slope_target;
+    BlockSums sums;
+    block_pass<T>(f, x, block.start, block.width, t, w ? w + block.start : nullptr, want, scratch.z,
+                  l.softcap > 0 ? scratch.slope : nullptr, scratch.e,
+                  reinterpret_cast<uintptr_t>(x + l.row_stride), 0, &sums, &r);
+    so_far.z_target = r.z_target, so_far.slope_target = r.slope_target;
+    so_far.sum_z += r.sum_z, so_far.sum_w += r.sum_w, so_far.sum_wz += r.sum_wz;
+    // One of the two factors is 1.
+    const double max = sums.max > so_far.max ? sums.max : so_far.max;
+    const double below = so_far.max - max, block_below = sums.max - max;
+    const double keep = below == 0 ? 1.0 : __builtin_exp(below);
+    const double add = block_below == 0 ? 1.0 : __builtin_exp(block_below);
+    if (want.entropy) {  // Σ e (z - max), before the sums it needs change
+      const double old = keep != 0 ? keep * (so_far.entropy + so_far.sum * below) : 0.0;
+      so_far.entropy = old + (add != 0 ? add * (sums.entropy + sums.sum * block_below) : 0.0);
+    }
+    if (want.square) so_far.square = keep * keep * so_far.square + add * add * sums.square;
+    so_far.sum = keep * so_far.sum + add * sums.sum;
+    so_far.max = max;
+  }
+}
+
+template <class S>
+void finish(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* state) {
+  const Wanted want = wanted(s, l, c);
+  const double k = c.grad_scale * l.scale;
+  for (int64_t row = 0; row < l.rows; ++row) {
+    RowState& so_far = state[row];
+    const RowKind kind = kind_of(l, row);
+    so_far.kind = double(kind);
+    if (kind == RowKind::ignored) {
+      write_ignored<S>(s, row);
+      continue;
+    }
+    const bool bad = kind == RowKind::bad;
+    RowSums r;
+    r.max = so_far.max, r.sum = so_far.sum, r.z_target = so_far.z_target,
+    r.slope_target = so_far.slope_target;
+    r.sum_z = so_far.sum_z, r.sum_w = so_far.sum_w, r.sum_wz = so_far.sum_wz;
+    finish_sums(want, so_far.entropy, so_far.square, &r);
+    write_stats<S>(s, row, r, double(l.vocab), bad);
+    if (bad) {
+      put<S>(s.loss, row, __builtin_nan(""));
+      continue;
+    }
+    const RowLoss g = loss_of_row(c, l.target != nullptr, l.target ? l.target[row] : -1,
+                                  weights_of<S>(c, row), double(l.vocab), r);
+    put<S>(s.loss, row, g.loss);
+    so_far.log_sum = r.log_sum;
+    so_far.a = (g.a + (g.d != 0 ? g.d * g.w_t : 0.0)) * k, so_far.b = g.b * k, so_far.d = g.d * k;
+  }
+}
+
+template <class T>
+void backward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const RowState* state,
+              int64_t begin, int64_t end, void* memory) {
+  using S = typename Acc<T>::S;
+  const BlockScratch<S> scratch(memory);
+  const Transform<T> f(l);
+  for (int64_t row = begin; row < end; ++row) {
+    const RowState& so_far = state[row];
+    const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
+    T* const out = static_cast<T*>(c.grad) + row * c.grad_row_stride;
+    if (so_far.kind != 0) {
+      fill_row<T>(out, block.width, so_far.kind == double(RowKind::bad) ? S(__builtin_nanf("")) : S(0));
+      continue;
+    }
+    S max;
+    S* const slope = l.softcap > 0 ? scratch.slope : nullptr;
+    const S* const z = load_block(f, x, block.start, block.width, scratch.z, scratch.slope, &max);
+    const int64_t t = l.target ? l.target[row] - block.start : -1;
+    const double z_target = t >= 0 && t < block.width ? double(z[t]) : 0.0;  // read before it is overwritten
+    const S* const w = weights_of<S>(c, row);
+    const S ref = S(so_far.max), log_sum = S(so_far.log_sum), b = S(so_far.b);
+    gradient_block(out, block.width, S(so_far.d), w ? w + block.start : nullptr, slope,
+                   [=](int64_t i, int64_t) __attribute__((always_inline)) {
+                     return gradient_from_z<false>(z + i, ref, log_sum, b, S(0));
+                   });
+    if (t < 0 || t >= block.width) continue;
+    const double p = __builtin_exp((z_target - so_far.max) - so_far.log_sum);
+    store_one(out + t, S((so_far.a + so_far.b * p) * (slope ? double(slope[t]) : 1.0)));
+  }
+}
+
+template <class F>
+auto with_dtype(int dtype, F&& f) {
+  switch (dtype) {
+    case kBFloat16:
+      return f(BF16{});
+    case kFloat16:
+      return f(F16{});
+    case kFloat64:
+      return f(double{});
+    default:
+      return f(float{});
+  }
+}
+
+void forward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const Stats& s,
+                RowState* state, int64_t begin, int64_t end, void* m) {
+  with_dtype(l.dtype, [&](auto type) { forward<decltype(type)>(l, block, c, s, state, begin, end, m); });
+}
+void finish_of(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* state) {
+  if (l.dtype == kFloat64) return finish<double>(l, c, s, state);
+  finish<float>(l, c, s, state);
+}
+void backward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const RowState* state,
+                 int64_t begin, int64_t end, void* m) {
+  with_dtype(l.dtype, [&](auto type) { backward<decltype(type)>(l, block, c, state, begin, end, m); });
+}
+
+}  // namespace
+
+extern const VocabKernels vocab_kernels;
+const VocabKernels vocab_kernels = {kScratch, forward_of, finish_of, backward_of};
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

@@ -1,0 +1,109 @@
+"""The whole chain on one small model: pretrain, sft, reward, dpo, grpo, ppo, and one report of them all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from . import dpo, grpo, measure, plots, ppo, pretrain, report, reward, sft
+from .config import DpoConfig, GrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig, TrainConfig
+from .run import Result
+
+Link = tuple[
+    str, Callable[..., Result], str, TrainConfig
+]  # name, its run, whose model it starts from, options
+SHAPE: dict[str, Any] = {
+    "hidden": 192,
+    "layers": 4,
+    "heads": 3,
+    "intermediate": 512,
+    "save_every": 0,
+    "compare": True,
+}
+STAGES: tuple[Link, ...] = (
+    ("pretrain", pretrain.run, "", PretrainConfig(**SHAPE, steps=240, batch_size=4, lr=3e-3)),
+    ("sft", sft.run, "pretrain", SftConfig(**SHAPE, steps=300, repeat=100, val_fraction=0.2)),
+    ("reward", reward.run, "sft", RewardConfig(**SHAPE, steps=150)),
+    ("dpo", dpo.run, "sft", DpoConfig(**SHAPE, steps=120)),
+    ("grpo", grpo.run, "sft", GrpoConfig(**SHAPE, steps=120, val_fraction=0.2)),
+    ("ppo", ppo.run, "sft", PpoConfig(**SHAPE, steps=120, val_fraction=0.2)),
+)
+
+
+def run_chain(
+    out: str, *, seed: int = 0, threads: int = 0, steps: int = 0, console: Console | None = None,
+    stages: tuple[Link, ...] = STAGES,
+) -> dict[str, Result]:  # fmt: skip
+    console = console or Console()
+    folder = Path(out)
+    results: dict[str, Result] = {}
+    seconds: dict[str, float] = {}
+    for name, run, start, config in stages:
+        model = str(folder / start / "model") if start else ""
+        config = replace(
+            config, out=str(folder / name), model=model, seed=seed, threads=threads,
+            steps=min(steps or config.steps, config.steps),
+        )  # fmt: skip
+        console.rule(name)
+        began = time.perf_counter()
+        results[name] = run(config, overwrite=True, console=console)
+        seconds[name] = time.perf_counter() - began
+        if results[name].done < config.steps:
+            console.print(
+                f"stopped by a signal at step {results[name].done} of {name}: no report of the chain"
+            )
+            return results
+    write(folder, results, seconds, console)
+    return results
+
+
+def write(folder: Path, results: dict[str, Result], seconds: dict[str, float], console: Console) -> None:
+    plots.chain(folder / "chain.png", [(name, r.stage.curves, r.rows) for name, r in results.items()])
+    held_back = [
+        [name, label, f"{r.before[key]:.3f}", f"{r.after[key]:.3f}"]
+        for name, r in results.items()
+        for key, label in r.stage.metrics.items()
+        if key in r.after
+    ]
+    runs = [
+        [
+            name, f"{seconds[name]:.0f} s", f"{r.done:,}", f"{r.summary['tokens_per_s']:,.0f}",
+            report.count(r.summary["model_flops"], "FLOP"), report.percent(r.summary["mfu"]),
+            f"{r.summary['device_hours']:.4f}",
+        ]
+        for name, r in results.items()
+    ]  # fmt: skip
+    losses = []
+    for name, r in results.items():
+        for loss, cost in r.costs.items():
+            memory = report.mebibytes(cost.loss_peak.bytes) if cost.loss_peak else "–"
+            losses.append(
+                [name, loss, f"{cost.loss_s * 1e3:.1f} ms", report.percent(cost.loss_s / cost.step_s), memory,
+                 report.mebibytes(cost.step_peak.bytes)]
+            )  # fmt: skip
+    by = "; ".join(f"{name}: {r.cost.loss_by}" for name, r in results.items())
+    first = next(iter(results.values()))
+    sections = [
+        report.table(["stage", "held back", "before", "after"], held_back),
+        "![curves](chain.png)",
+        report.table(
+            ["stage", "whole stage", "steps", "tokens/s", "model FLOPs of a step", "MFU", "device-hours"],
+            runs,
+        ),
+        "## What the loss took, with fastloss and with plain PyTorch",
+        report.table(
+            ["stage", "loss", "its time", "share of the step", "its peak memory", "the step's"], losses
+        ),
+        "Times are medians over rounds in which both losses take the first step of the trained model one after the "
+        "other; in grpo and ppo a step holds the sampling too. Memory is beyond what was held before.",
+        f"Losses computed by: {by}.",
+        f"Whole chain: {sum(seconds.values()):.0f} s. "
+        f"Machine: {measure.machine(next(first.model.parameters()).device)}. Memory: {first.cost.step_peak.how}. "
+        "Each stage's own report: " + ", ".join(f"`{name}/report.md`" for name in results) + ".",
+    ]
+    report.write(folder / "report.md", "fastloss demo: the chain", sections, console)

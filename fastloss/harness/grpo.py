@@ -1,0 +1,158 @@
+"""GRPO, top to bottom: groups of samples, rewards, advantages within the group, step, held-back reward."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from . import measure, rewards
+from .config import GrpoConfig
+from .data import IGNORE, Batch, fingerprint
+from .export import export
+from .loop import Metrics, StepFn
+from .losses import named
+from .model import head_of
+from .policy import LOGPROBS, POLICIES, TORCH_KNOWS, Objective, Out, Tokens, averages_tokens, described
+from .rollout import METRICS, Actor, Carry, Data, evaluate, parts, prepare, roll_out
+from .run import Result, Stage, open_folder, train
+from .start import language_model, reference, tokenizer_of
+from .step import autocast, cut_backward, learned, loss_and_grad, offsets, targets
+
+
+def sampled(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig, index: int) -> Carry:
+    """A batch of samples with the advantage of each."""
+    import fastloss
+
+    ref_head = head_of(ref) if ref is not None else None
+    carry = roll_out(actor, ref, ref_head, LOGPROBS[name], data, index, config.group_size)
+    carry["advantages"] = fastloss.group_advantages(carry["rewards"], config.group_size, scale=config.scale)
+    return carry
+
+
+def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig, carry: Carry) -> StepFn:
+    """``carry`` holds the samples from one of their updates to the next."""
+
+    def step_fn(step: int) -> Metrics:
+        index, update = divmod(step, config.updates)
+        if update == 0:
+            carry.clear()
+            carry.update(sampled(actor, ref, name, data, config, index))
+        kept = carry["targets"] != IGNORE
+        tokens = int(kept.sum())
+        objective = objective_of(config, carry)
+        total, loss_s = 0.0, 0.0
+        sums: dict[str, Tensor] = {}
+        for start, batch in parts(Batch(carry["inputs"], carry["targets"]), config, config.group_size):
+            read = tokens_of(carry, start, batch)
+            seen: list[Out] = []
+            hidden = learned(actor.model, batch, config)
+            loss, seconds = cut_backward(hidden, loss_of(actor, name, read, objective, config, seen))
+            total, loss_s = total + float(loss), loss_s + seconds
+            for key, value in seen[0].metrics.items():
+                sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * (len(read.target) / tokens)
+        return {
+            "loss": total, "tokens": tokens, "loss_s": loss_s, "reward": carry["rewards"].mean(),
+            "length": tokens / len(kept), "mixed_groups": mixed(carry["rewards"], config.group_size), **sums,
+        }  # fmt: skip
+
+    return step_fn
+
+
+def objective_of(config: GrpoConfig, carry: Carry) -> Objective:
+    """The normalizer counts the whole step, so that accumulation changes nothing."""
+    tokens, sequences = int((carry["targets"] != IGNORE).sum()), len(carry["rewards"])
+    return Objective(
+        config.loss_type, config.clip_low, config.clip_high, config.beta, config.temperature,
+        config.max_new_tokens, tokens if averages_tokens(config.loss_type) else sequences,
+    )  # fmt: skip
+
+
+def tokens_of(carry: Carry, start: int, batch: Batch) -> Tokens:
+    """One pass's share of the samples."""
+    rows = slice(start, start + len(batch.inputs))
+    kept = batch.targets != IGNORE
+    ref = carry["ref"][rows][kept] if "ref" in carry else None
+    return Tokens(targets(batch), offsets(batch), carry["old"][rows][kept], ref, carry["advantages"][rows])
+
+
+def loss_of(
+    actor: Actor, name: str, read: Tokens, objective: Objective, config: GrpoConfig, seen: list[Out]
+) -> Any:
+    def of(hidden: Tensor) -> Tensor:
+        with autocast(config, hidden.device):
+            out = POLICIES[name](hidden, actor.head, read, objective)
+        seen.append(out)
+        return out.loss
+
+    return of
+
+
+def mixed(scores: Tensor, group_size: int) -> Tensor:
+    """Share of groups whose rewards differ: the others teach nothing."""
+    groups = scores.view(-1, group_size)
+    return (groups.amax(1) != groups.amin(1)).float().mean()
+
+
+def run(
+    config: GrpoConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Result:
+    console = console or Console()
+    named(POLICIES, config.loss)
+    averages_tokens(config.loss_type)  # an unknown one is an error now
+    if config.loss_type not in TORCH_KNOWS and (config.compare or config.loss == "torch"):
+        raise ValueError(
+            f"loss_type: expected one of {TORCH_KNOWS} beside PyTorch's loss, got {config.loss_type!r}"
+        )
+    functions = rewards.load(config.reward)
+    folder = open_folder(config, resume, overwrite, console)
+    tok = tokenizer_of(config, folder, console)
+    data = prepare(config, tok, console)
+    # no dropout: samples and updates must see one policy
+    model = language_model(config, tok).eval()
+    actor = Actor(model, head_of(model), tok, functions, config)
+    ref = reference(config) if config.beta else None
+
+    def step(name: str, carry: Carry) -> StepFn:
+        return make_step(actor, ref, name, data, config, carry)
+
+    def one_loss(name: str) -> Any:
+        carry = sampled(actor, ref, name, data, config, 0)
+        start, batch = next(parts(Batch(carry["inputs"], carry["targets"]), config, config.group_size))
+        with torch.no_grad():
+            hidden = learned(model, batch, config)
+        of = loss_of(actor, name, tokens_of(carry, start, batch), objective_of(config, carry), config, [])
+        return partial(loss_and_grad, hidden, of)
+
+    size = config.batch_size * config.group_size
+    stage = Stage(
+        title="grpo",
+        model=model,
+        source=data.source,
+        fingerprint=fingerprint(
+            data.train,
+            config.seed,
+            config.rows_per_step,
+            config.group_size,
+            config.updates,
+            config.temperature,
+        ),
+        step=step,
+        loss_alone=one_loss,
+        loss_by=lambda name: described(name, actor.head, size * 4, config.loss_type, config),
+        model_flops=lambda: measure.count_flops(partial(step(plain(config), {}), 0)),
+        same_shape=False,
+        held_back=lambda: evaluate(actor, data),
+        metrics=METRICS,
+        export=partial(export, model, tok),
+        curves={"reward": "mean reward", "mixed_groups": "groups with a contrast"},
+    )
+    return train(stage, config, folder, resume=resume, console=console)
+
+
+def plain(config: GrpoConfig) -> str:
+    """The loss that counts the model's FLOPs: PyTorch's, where it has this loss_type."""
+    return "torch" if config.loss_type in TORCH_KNOWS else config.loss

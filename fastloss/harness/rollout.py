@@ -1,0 +1,150 @@
+"""Samples and their rewards: what GRPO and PPO learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from . import builtin, chat, rewards, rows
+from .chat import Example
+from .config import RolloutConfig
+from .data import IGNORE, Batch, Order, padded
+from .model import Head
+from .policy import LogProbs
+from .sampler import sample
+from .step import autocast, learned, targets
+
+Carry = dict[
+    str, Tensor
+]  # one batch of samples; in the checkpoint, so that a run resumes between its updates
+
+
+@dataclass(frozen=True)
+class Data:
+    train: list[rows.Row]
+    val: list[rows.Row]
+    source: str
+    order: Order
+
+
+@dataclass(frozen=True)
+class Actor:
+    """Who answers, and who judges."""
+
+    model: Any
+    head: Head
+    tok: Any
+    rewards: list[rewards.Reward]
+    config: RolloutConfig
+
+    def answer(
+        self, asked: Sequence[rows.Row], temperature: float, generator: torch.Generator
+    ) -> tuple[list[list[int]], list[float]]:
+        """Tokens and reward of an answer to each row."""
+        with autocast(self.config, self.head.weight.device):
+            ids = sample(
+                self.model, self.head, [chat.prompt(self.tok, row["prompt"]) for row in asked],
+                max_new_tokens=self.config.max_new_tokens, end=self.tok.eos_token_id,
+                temperature=temperature, generator=generator,
+            )  # fmt: skip
+        texts = [chat.decode(self.tok, tokens) for tokens in ids]
+        return ids, rewards.score(self.rewards, asked, texts, ids)
+
+    def generator(self, *place: int) -> torch.Generator:
+        """A function of the seed and the place in the run: no state to save."""
+        seed = self.config.seed
+        for number in place:
+            seed = seed * 1_000_003 + number
+        return torch.Generator(self.head.weight.device).manual_seed(seed % 2**63)
+
+
+def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
+    skipped: list[str] = []
+    if config.data:
+        found, skipped = rows.read(config.data, rows.prompt_row, skip=config.skip_bad_rows)
+        source = f"{len(config.data)} files"
+    else:
+        found, source = builtin.arithmetic(config.numbers), f"a+b and a-b below {config.numbers}"
+    train, val = builtin.split(found, config.val_fraction, most=500)
+    room = config.seq_len - config.max_new_tokens
+    kept, val = ([r for r in part if len(chat.prompt(tok, r["prompt"])) <= room] for part in (train, val))
+    if not kept:
+        raise ValueError(f"data: expected a prompt within {room} tokens (seq_len - max_new_tokens), got none")
+    val = val[:: max(1, len(val) // config.evaluate)][: config.evaluate]
+    source += f", {len(kept):,} prompts, {len(val):,} held back"
+    source += f", {len(skipped)} rows skipped" if skipped else ""
+    source += f", {len(train) - len(kept)} dropped: too long" if len(kept) < len(train) else ""
+    console.print(source)
+    return Data(kept, val, source, Order(len(kept), config.seed))
+
+
+def roll_out(
+    actor: Actor, ref: Any, ref_head: Head | None, logprobs: LogProbs, data: Data, index: int, group: int
+) -> Carry:
+    """The ``index``-th batch of samples, ``group`` per prompt beside each other; R rows of T tokens."""
+    config = actor.config
+    examples: list[Example] = []
+    scores: list[float] = []
+    for part in range(config.accumulate):
+        at = index * config.rows_per_step + part * config.batch_size
+        asked = [data.train[i] for i in data.order.take(at, config.batch_size) for _ in range(group)]
+        ids, gained = actor.answer(asked, config.temperature, actor.generator(index, part))
+        scores += gained
+        for row, tokens in zip(asked, ids, strict=True):
+            before = chat.prompt(actor.tok, row["prompt"])
+            examples.append(Example(before + tokens, [False] * len(before) + [True] * len(tokens)))
+    batch = padded(examples).to(actor.head.weight.device)
+    carry = {
+        "inputs": batch.inputs,
+        "targets": batch.targets,
+        "old": token_logprobs(actor.model, actor.head, logprobs, batch, config, group),
+        "rewards": torch.tensor(scores, device=batch.inputs.device),
+    }
+    if ref is not None and ref_head is not None:
+        carry["ref"] = token_logprobs(ref, ref_head, logprobs, batch, config, group)
+    return carry
+
+
+@torch.no_grad()
+def token_logprobs(
+    model: Any, head: Head, logprobs: LogProbs, batch: Batch, config: RolloutConfig, group: int
+) -> Tensor:
+    """Of the sampled tokens, 0 elsewhere; in the updates' passes, so that the first ratio is 1.  # [R, T]"""
+    out = torch.zeros(batch.targets.shape, device=batch.targets.device)
+    for start, part in parts(batch, config, group):
+        hidden = learned(model, part, config)
+        with autocast(config, hidden.device):
+            values = logprobs(hidden, head, targets(part), config.temperature)
+        out[start : start + len(part.inputs)][part.targets != IGNORE] = values
+    return out
+
+
+def parts(batch: Batch, config: RolloutConfig, group: int) -> Iterator[tuple[int, Batch]]:
+    """The passes of a step: first row and rows of each."""
+    size = config.batch_size * group
+    for start in range(0, len(batch.inputs), size):
+        yield start, Batch(batch.inputs[start : start + size], batch.targets[start : start + size])
+
+
+@torch.no_grad()
+def evaluate(actor: Actor, data: Data) -> dict[str, float]:
+    """Mean reward of the held-back prompts: of one sample each, and of the likeliest answer."""
+    if not data.val:
+        return {}
+    values = {}
+    for name, temperature in (("reward", actor.config.temperature), ("greedy", 0.0)):
+        total = 0.0
+        for start in range(0, len(data.val), 128):
+            asked = data.val[start : start + 128]
+            _, gained = actor.answer(asked, temperature, actor.generator(2**31, start))
+            total += sum(gained)
+        values[name] = total / len(data.val)
+    return values
+
+
+METRICS = {"reward": "reward, sampled", "greedy": "reward, likeliest answer"}

@@ -1,0 +1,239 @@
+"""A run, whatever its stage: folder, resume, loop, held-back metrics before and after, costs, report."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from . import checkpoint, logging, measure, plots, report
+from . import config as configs
+from .config import TrainConfig
+from .cost import Cost, measure_costs
+from .loop import StepFn, cosine, make_optimizer, run_steps
+from .model import parameter_count
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage hands to :func:`train`. Nothing is inherited; each field is one thing that stages differ in."""
+
+    title: str
+    model: nn.Module  # all that is optimised and saved
+    source: str  # what the data is, for the report
+    fingerprint: str  # of the data and its order
+    # name of a loss, tensors carried from step to step -> the step; what is carried is in the checkpoint
+    step: Callable[[str, dict[str, Tensor]], StepFn]
+    loss_alone: Callable[[str], Callable[[], object]] | None  # forward and backward of the loss on one batch
+    loss_by: Callable[[str], str]  # who computes the loss of that name here
+    model_flops: Callable[[], int]  # of the first step, counted with PyTorch's plain loss
+    same_shape: bool  # every step has the FLOPs of the first
+    held_back: Callable[[], dict[str, float]]
+    metrics: dict[
+        str, str
+    ]  # held-back metric -> its words in the report; the first one heads the chain's table
+    export: Callable[[Path], None]  # the folder that the next stage starts from
+    curves: dict[str, str] = field(default_factory=lambda: {"loss": "loss (nats per token)"})
+
+
+@dataclass(frozen=True)
+class Result:
+    stage: Stage
+    rows: list[dict[str, float]]  # the log of all steps, those before a resume too
+    done: int
+    before: dict[str, float]  # held-back metrics
+    after: dict[str, float]
+    costs: dict[str, Cost]  # by name of the loss; the run's own comes first
+    summary: dict[str, float]
+
+    @property
+    def model(self) -> Any:
+        return self.stage.model
+
+    @property
+    def cost(self) -> Cost:
+        return next(iter(self.costs.values()))
+
+
+def open_folder(config: TrainConfig, resume: bool, overwrite: bool, console: Console) -> Path:
+    folder = Path(config.out)
+    if (folder / CHECKPOINT).exists() and not resume:
+        if not overwrite:
+            raise ValueError(
+                f"out: {folder} holds a checkpoint; --resume goes on from it, --overwrite starts again"
+            )
+        for name in (CHECKPOINT, "log.jsonl", "tokenizer.json"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    elif resume and not (folder / CHECKPOINT).exists():
+        console.print(f"no checkpoint in {folder}: starting from the beginning")
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return folder
+
+
+def device_of(config: TrainConfig) -> torch.device:
+    name = config.device
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, console: Console) -> Result:
+    """Leaves in ``folder``: config.json, log.jsonl, tensorboard/, checkpoint.safetensors, model/, loss.png, report.md."""
+    configs.save(config, folder / "config.json")
+    given = {key: value for key, value in configs.as_dict(config).items() if value not in ("", [])}
+    console.print("  ".join(f"{key}={value}" for key, value in given.items()))
+    device = next(stage.model.parameters()).device
+    optimizer = make_optimizer(stage.model, config.lr, (config.beta1, config.beta2), config.weight_decay)
+    path, carry = folder / CHECKPOINT, dict[str, Tensor]()
+    progress: dict[str, Any] = {"step": 0, "tokens": 0, "train_s": 0.0, "data": stage.fingerprint}
+    if resume and path.exists():
+        if checkpoint.read_progress(path)["data"] != progress["data"]:
+            raise ValueError(
+                f"{path}: made from other data, seq_len or seed: it cannot go on from its position here"
+            )
+        progress = checkpoint.load(path, stage.model, optimizer, carry)
+        progress.setdefault("before", {})
+        console.print(f"resumed at step {progress['step']}")
+    else:
+        with torch.random.fork_rng():
+            progress["before"] = stage.held_back()
+        console.print("held back, before: " + _line(stage, progress["before"]))
+
+    rate = measure.matmul_rate(device, torch.bfloat16 if config.bf16 else torch.float32)
+    flops = stage.model_flops() if stage.same_shape else 0
+    stage.model.zero_grad(set_to_none=True)
+
+    def save(done: int) -> None:
+        progress.update(step=done)
+        checkpoint.save(path, stage.model, optimizer, progress, carry)
+
+    with logging.RunLog(
+        folder, steps=config.steps, first=progress["step"], title=stage.title, console=console
+    ) as log:
+
+        def on_row(row: dict[str, float]) -> None:
+            progress["tokens"] += int(row["tokens"])
+            progress["train_s"] += row["step_s"]
+            row["tokens_per_s"] = row["tokens"] / row["step_s"]
+            if stage.same_shape:
+                row["mfu"] = flops / row["step_s"] / rate
+            log.row(row)
+
+        done = run_steps(
+            stage.step(config.loss, carry), optimizer, first=progress["step"],
+            last=min(config.steps, config.stop_after or config.steps),
+            lr_at=partial(
+                cosine, steps=config.steps, peak=config.lr, warmup=config.warmup, least=config.min_lr
+            ),
+            clip=config.clip, log=on_row, save=save, save_every=config.save_every,
+        )  # fmt: skip
+
+    stage.export(folder / "model")
+    after = stage.held_back()
+    optimizer.zero_grad(set_to_none=True)
+    names = [config.loss, *(["torch"] if config.compare and config.loss != "torch" else [])]
+    costs = measure_costs(stage, names)
+    flops = flops or stage.model_flops()  # where steps differ: of the step that was measured
+    stage.model.zero_grad(set_to_none=True)
+    rate = max(rate, measure.matmul_rate(device, torch.bfloat16 if config.bf16 else torch.float32))
+    rows = logging.read(folder / "log.jsonl")
+    summary = _summary(stage, rows, progress, costs[config.loss], flops, rate)
+    plots.curves(folder / "loss.png", stage.curves, rows, stage.title)
+    result = Result(stage, rows, done, progress["before"], after, costs, summary)
+    _report(folder, config, result, device, console)
+    return result
+
+
+def _summary(
+    stage: Stage, rows: list[dict[str, float]], progress: dict[str, Any], cost: Cost, flops: int, rate: float
+) -> dict[str, float]:
+    """The report's numbers. Times are medians over steps: the first ones warm up."""
+    step_s = statistics.median(row["step_s"] for row in rows)
+    loss_s = statistics.median(row["loss_s"] for row in rows)
+    curve = next(iter(stage.curves))
+    last = [row[curve] for row in rows[-10:]]
+    return {
+        "steps": progress["step"], "tokens": progress["tokens"], "first": rows[0][curve],
+        "last": sum(last) / len(last), "step_s": step_s, "loss_s": loss_s, "loss_share": loss_s / step_s,
+        "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows), "model_flops": flops,
+        "matmul_rate": rate, "mfu": flops / (step_s if stage.same_shape else cost.step_s) / rate,
+        "train_s": progress["train_s"], "device_hours": progress["train_s"] / 3600,
+    }  # fmt: skip
+
+
+def _line(stage: Stage, values: dict[str, float]) -> str:
+    return ", ".join(f"{label} {values[key]:.4g}" for key, label in stage.metrics.items() if key in values)
+
+
+def _report(
+    folder: Path, config: TrainConfig, result: Result, device: torch.device, console: Console
+) -> None:
+    stage, s = result.stage, result.summary
+    curve = next(iter(stage.curves))
+    held_back = [
+        [label, f"{result.before[key]:.4f}", f"{result.after[key]:.4f}"]
+        for key, label in stage.metrics.items()
+        if key in result.after
+    ]
+    lines = [
+        ["model", f"{type(stage.model).__name__}, {report.count(parameter_count(stage.model))} parameters"],
+        ["data", stage.source],
+        ["machine", measure.machine(device)],
+        ["steps, tokens learned from", f"{s['steps']:,}, {s['tokens']:,}"],
+        [f"{curve}, first step → mean of the last 10", f"{s['first']:.4f} → {s['last']:.4f}"],
+        ["tokens/s (median step)", f"{s['tokens_per_s']:,.0f}"],
+        [
+            "step; of it the loss",
+            f"{s['step_s'] * 1e3:.1f} ms; {s['loss_s'] * 1e3:.1f} ms ({report.percent(s['loss_share'])})",
+        ],
+        ["model FLOPs of a step", report.count(s["model_flops"], "FLOP")],
+        ["measured matmul rate", report.count(s["matmul_rate"], "FLOP/s")],
+        ["MFU", report.percent(s["mfu"])],
+        ["device-hours", f"{s['device_hours']:.4f}"],
+    ]
+    values = configs.as_dict(config).items()
+    options = [[f"`{key}`", f"`{value}`"] for key, value in values if value not in ("", [])]
+    sections = [
+        *([report.table(["held back", "before", "after"], held_back)] if held_back else []),
+        report.table(["", f"loss = {config.loss}"], lines),
+        "## One step, after the run",
+        cost_table(result),
+        "![curves](loss.png)",
+        f"Memory: {result.cost.step_peak.how}. Rows and columns: docs/harness.md.",
+        "## Options",
+        report.table(["option", "value"], options),
+    ]
+    report.write(folder / "report.md", stage.title, sections, console)
+
+
+def cost_table(result: Result) -> str:
+    """One column per loss that was measured."""
+    costs, flops = result.costs.values(), result.summary["model_flops"]
+
+    def row(label: str, cell: Callable[[Cost], str]) -> list[str]:
+        return [label, *map(cell, costs)]
+
+    rows = [
+        row("loss computed by", lambda c: c.loss_by),
+        row("in turns: a step without its update", lambda c: f"{c.step_s * 1e3:.1f} ms"),
+        row("in turns: of it the loss", lambda c: f"{c.loss_s * 1e3:.1f} ms"),
+        row("in turns: the loss's share", lambda c: report.percent(c.loss_s / c.step_s)),
+        row(
+            "FLOPs the counter saw",
+            lambda c: f"{report.count(c.counted_flops, 'FLOP')} ({c.counted_flops / flops:.2f}×)",
+        ),
+        row("peak extra memory, loss", lambda c: report.mebibytes(c.loss_peak.bytes) if c.loss_peak else "–"),
+        row("peak extra memory, step without its update", lambda c: report.mebibytes(c.step_peak.bytes)),
+    ]
+    return report.table(["", *result.costs], rows)

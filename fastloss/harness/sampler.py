@@ -1,0 +1,63 @@
+"""Samples from a model: left-padded prompts, a key-value cache, and a generator of its own."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .model import Head
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    head: Head,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    end: int,
+    temperature: float,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """A completion of each prompt, up to and with ``end``. Temperature 0 takes the likeliest token."""
+    from transformers import DynamicCache
+
+    device = head.weight.device
+    longest = max(map(len, prompts))
+    inputs = torch.zeros(len(prompts), longest, dtype=torch.long)
+    mask = torch.zeros_like(inputs)
+    for row, ids in enumerate(prompts):
+        inputs[row, longest - len(ids) :] = torch.tensor(ids)
+        mask[row, longest - len(ids) :] = 1
+    inputs, mask = inputs.to(device), mask.to(device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+
+    training = model.training
+    model.eval()
+    # the name that transformers 5 gives the cache, or its old one
+    names = inspect.signature(model.base_model.forward).parameters
+    cache = {"cache" if "cache" in names else "past_key_values": DynamicCache()}
+    drawn: list[Tensor] = []
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        hidden = model.base_model(
+            input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **cache,
+        ).last_hidden_state[:, -1]  # fmt: skip
+        logits = head.logits(hidden)  # [B, V]
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            probabilities = torch.softmax(logits / temperature, -1)
+            token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        drawn.append(token)
+        finished |= token == end
+        if bool(finished.all()):
+            break
+        inputs, positions = token[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
+    model.train(training)
+    rows = torch.stack(drawn, 1).tolist()
+    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in rows]

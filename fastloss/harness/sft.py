@@ -1,0 +1,197 @@
+"""Instruction tuning, top to bottom: examples, packed rows, step, held-back loss and exact match."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from . import builtin, chat, measure, rows
+from .chat import Example
+from .config import SftConfig
+from .data import IGNORE, Batch, Order, fingerprint, fit, pack, packed, padded
+from .export import export
+from .loop import Metrics, StepFn
+from .losses import Loss, describe, loss_named
+from .model import Head, check_packing, head_of
+from .run import Result, Stage, open_folder, train
+from .sampler import sample
+from .start import language_model, tokenizer_of
+from .step import autocast, cut_backward, learned, loss_and_grad, targets
+
+
+@dataclass(frozen=True)
+class Data:
+    train: list[Example]
+    groups: list[list[int]]  # examples that share a row
+    val: list[Example]
+    questions: list[rows.Row]  # held-back rows to answer: "prompt", "completion", "task"
+    source: str
+    order: Order
+
+    def batch(self, position: int, config: SftConfig) -> Batch:
+        chosen = [
+            [self.train[i] for i in self.groups[row]] for row in self.order.take(position, config.batch_size)
+        ]
+        if config.packing:
+            return packed(chosen, config.seq_len)
+        return padded([example for group in chosen for example in group])
+
+
+def prepare(config: SftConfig, tok: Any, console: Console) -> Data:
+    if config.data:
+        found, skipped = rows.read(config.data, rows.supervised_row, skip=config.skip_bad_rows)
+        source = f"{len(config.data)} files" + (f", {len(skipped)} rows skipped" if skipped else "")
+        train_rows, val_rows = builtin.split(found, config.val_fraction, most=1000)
+    else:
+        source = "Python's own functions and arithmetic" if config.task == "both" else config.task
+        train_rows, val_rows = [], []
+        if config.task != "arithmetic":
+            train_rows, val_rows = builtin.split(builtin.descriptions(), config.val_fraction, most=500)
+        if config.task != "describe":
+            more, held = builtin.split(builtin.arithmetic(config.numbers), config.val_fraction, most=500)
+            train_rows, val_rows = train_rows + more * config.repeat, val_rows + held
+    examples, cut, dropped = fit([chat.example(tok, row) for row in train_rows], config.seq_len)
+    val, _, _ = fit([chat.example(tok, row) for row in val_rows], config.seq_len)
+    if not examples:
+        raise ValueError(f"data: expected an answer within seq_len={config.seq_len} tokens, got none")
+    shuffled = Order(len(examples), config.seed).take(0, len(examples))
+    examples = [examples[i] for i in shuffled]
+    groups = pack(examples, config.seq_len, most=0 if config.packing else 1)
+    asked = [row for row in val_rows if "completion" in row]
+    step = max(1, len(asked) // config.exact) if config.exact else 1
+    questions = asked[::step][: config.exact]
+    source += f", {len(examples):,} examples in {len(groups):,} rows, {len(val):,} held back"
+    source += f", {cut} cut at seq_len" if cut else ""
+    source += f", {dropped} dropped: no answer within seq_len" if dropped else ""
+    console.print(source)
+    return Data(examples, groups, val, questions, source, Order(len(groups), config.seed))
+
+
+def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConfig) -> StepFn:
+    device = head.weight.device
+
+    def step_fn(step: int) -> Metrics:
+        start = step * config.rows_per_step
+        batches = [
+            data.batch(start + i * config.batch_size, config).to(device) for i in range(config.accumulate)
+        ]
+        tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)  # of all passes
+        total, loss_s = torch.zeros((), device=device), 0.0
+        for batch in batches:
+            hidden = learned(model, batch, config)  # [N, D]
+            loss, seconds = cut_backward(hidden, loss_of(loss_fn, head, targets(batch), tokens, config))
+            loss_s += seconds
+            total += loss
+        return {"loss": total, "tokens": tokens, "loss_s": loss_s}
+
+    return step_fn
+
+
+def loss_of(loss_fn: Loss, head: Head, target: Tensor, tokens: int, config: SftConfig) -> Any:
+    def of(hidden: Tensor) -> Tensor:
+        with autocast(config, hidden.device):
+            return loss_fn(hidden, head, target, tokens)
+
+    return of
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any, head: Head, loss_fn: Loss, data: Data, tok: Any, config: SftConfig
+) -> dict[str, float]:
+    """Loss of the held-back answers' tokens; share of questions whose likeliest answer is the one in the data."""
+    model.eval()
+    values: dict[str, float] = {}
+    if data.val:
+        total, tokens = torch.zeros((), dtype=torch.float64), 0
+        by_length = sorted(data.val, key=lambda example: len(example.ids))
+        for start in range(0, len(by_length), 32):
+            batch = padded(by_length[start : start + 32]).to(head.weight.device)
+            hidden, target = learned(model, batch, config), targets(batch)
+            total += loss_of(loss_fn, head, target, 1, config)(hidden).double().cpu()
+            tokens += len(target)
+        values = {"loss": float(total) / tokens, "perplexity": math.exp(min(float(total) / tokens, 700))}
+    if data.questions:
+        values |= exact_match(model, head, tok, data.questions, config.max_new_tokens)
+    model.train()
+    return values
+
+
+def exact_match(
+    model: Any, head: Head, tok: Any, questions: Sequence[rows.Row], max_new_tokens: int
+) -> dict[str, float]:
+    """Over all questions, and for each task that the rows name."""
+    hits: dict[str, list[float]] = defaultdict(list)
+    for start in range(0, len(questions), 64):
+        asked = questions[start : start + 64]
+        prompts = [chat.prompt(tok, row["prompt"]) for row in asked]
+        answers = sample(
+            model, head, prompts, max_new_tokens=max_new_tokens, end=tok.eos_token_id, temperature=0
+        )
+        for row, ids in zip(asked, answers, strict=True):
+            wanted = chat.decode(tok, chat.completion(tok, row["prompt"], row["completion"])).strip()
+            hit = float(chat.decode(tok, ids).strip() == wanted)
+            hits["exact"].append(hit)
+            if "task" in row:
+                hits[f"exact_{row['task']}"].append(hit)
+    return {key: sum(values) / len(values) for key, values in hits.items()}
+
+
+def run(
+    config: SftConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Result:
+    console = console or Console()
+    loss_fn = loss_named(config.loss)
+    folder: Path = open_folder(config, resume, overwrite, console)
+    tok = tokenizer_of(config, folder, console)
+    data = prepare(config, tok, console)
+    model = language_model(config, tok)
+    head = head_of(model)
+    if config.packing:
+        check_packing(model, len(tok))
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+
+    def one_loss(name: str) -> Any:
+        batch = data.batch(0, config).to(head.weight.device)
+        with torch.no_grad():
+            hidden = learned(model, batch, config)
+        target = targets(batch)
+        return partial(loss_and_grad, hidden, loss_of(loss_named(name), head, target, len(target), config))
+
+    def flops() -> int:
+        return measure.count_flops(partial(make_step(model, head, loss_named("torch"), data, config), 0))
+
+    tasks = sorted({row["task"] for row in data.questions if "task" in row})
+    stage = Stage(
+        title="sft",
+        model=model,
+        source=data.source,
+        fingerprint=fingerprint(
+            data.train, config.seq_len, config.seed, config.rows_per_step, config.packing
+        ),
+        step=lambda name, _: make_step(model, head, loss_named(name), data, config),
+        loss_alone=one_loss,
+        loss_by=lambda name: describe(name, head, len(targets(data.batch(0, config))), dtype),
+        model_flops=flops,
+        same_shape=False,
+        held_back=lambda: evaluate(model, head, loss_fn, data, tok, config),
+        metrics={
+            **({"exact_arithmetic": "exact match, arithmetic"} if "arithmetic" in tasks else {}),
+            "perplexity": "perplexity of the answers",
+            "loss": "loss of the answers (nats per token)",
+            "exact": "exact match",
+            **{f"exact_{task}": f"exact match, {task}" for task in tasks if task != "arithmetic"},
+        },
+        export=partial(export, model, tok),
+        curves={"loss": "loss (nats per answer token)"},
+    )
+    return train(stage, config, folder, resume=resume, console=console)

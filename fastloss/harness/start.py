@@ -1,0 +1,73 @@
+"""Where a later stage starts: the folder that the stage before left, or random weights and a tokenizer made now."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+from . import chat, corpus, tokenizer
+from .config import TrainConfig
+from .model import build_model, check_head, head_of, load_model, model_config
+from .run import device_of
+
+
+def tokenizer_of(config: TrainConfig, folder: Path, console: Console) -> Any:
+    """The model folder's; without one this run's own, trained on what Python carries."""
+    if config.model:
+        return chat.load(Path(config.model))
+    saved = folder / "tokenizer.json"
+    if saved.is_file():
+        return chat.wrap(Tokenizer.from_file(str(saved)))
+    console.print("no --model: random weights, and a tokenizer trained on Python's documentation")
+    bpe = tokenizer.train_bpe(corpus.python_corpus(), config.vocab_size)
+    bpe.save(str(saved))
+    return chat.wrap(bpe)
+
+
+def language_model(config: TrainConfig, tok: Any) -> Any:
+    """A causal LM whose head we know, with at least the tokenizer's vocabulary."""
+    device = str(device_of(config))
+    torch.manual_seed(config.seed)
+    model: Any = load_model(config.model, device) if config.model else _random(config, device)
+    head = head_of(model)
+    if len(tok) > head.weight.shape[0]:
+        raise ValueError(
+            f"model: expected a vocabulary of at least {len(tok)} for its tokenizer, got {head.weight.shape[0]}"
+        )
+    check_head(model, torch.arange(1, 9, device=head.weight.device)[None] % len(tok))
+    return model.train()
+
+
+def reference(config: TrainConfig) -> Any:
+    """The model that a stage starts from once more, frozen."""
+    device = str(device_of(config))
+    model: Any = load_model(config.model, device) if config.model else _random(config, device)
+    return model.eval().requires_grad_(False)
+
+
+def scoring_model(config: TrainConfig, tok: Any) -> tuple[Any, nn.Linear]:
+    """The body with one score in place of the vocabulary head, and that head. The scores begin near 0."""
+    device = str(device_of(config))
+    torch.manual_seed(config.seed)
+    if config.model:
+        model = load_model(config.model, device, AutoModelForSequenceClassification, num_labels=1)
+    else:
+        shape = model_config(config)
+        shape.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32).to(device)
+        model.config.use_cache = False
+    model.config.pad_token_id = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear) or head.out_features != 1:
+        raise ValueError(f"model: expected a linear `score` head, got {type(model).__name__} without one")
+    return model.train(), head
+
+
+def _random(config: TrainConfig, device: str) -> Any:
+    return build_model(model_config(config), config.seed, device)

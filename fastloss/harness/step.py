@@ -1,0 +1,62 @@
+"""Pieces of a step that every stage uses: the graph cut at the hidden states, and tokens picked from rows."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import measure
+from .config import TrainConfig
+from .data import IGNORE, Batch
+from .model import hidden_states
+
+
+def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device.type, torch.bfloat16) if config.bf16 else contextlib.nullcontext()
+
+
+def learned(model: Any, batch: Batch, config: TrainConfig) -> Tensor:
+    """Hidden states at the tokens to learn, sequence after sequence; the head never sees the others.  # [N, D]"""
+    with autocast(config, batch.inputs.device):
+        hidden = hidden_states(model, batch.inputs, batch.positions)
+    return hidden[batch.targets != IGNORE]
+
+
+def targets(batch: Batch) -> Tensor:
+    """The tokens to learn, sequence after sequence.  # [N]"""
+    return batch.targets[batch.targets != IGNORE]
+
+
+def offsets(batch: Batch) -> Tensor:
+    """Where each sequence begins in :func:`targets`; the last is the end.  # [B + 1] int64"""
+    lengths = (batch.targets != IGNORE).sum(1)
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def cut_backward(hidden: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
+    """Backward of ``loss_of(hidden)`` with the graph cut at ``hidden``; the loss, and the seconds it took.
+
+    The loss runs forward and backward on its own, then its gradient goes into the body's backward. The
+    arithmetic is that of one backward, and every step gives the loss's full time.
+    """
+    measure.synchronize(hidden.device)
+    started = time.perf_counter()
+    loss, grad = loss_and_grad(hidden, loss_of)
+    measure.synchronize(hidden.device)
+    seconds = time.perf_counter() - started
+    hidden.backward(grad)
+    return loss, seconds
+
+
+def loss_and_grad(hidden: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient for ``hidden``; the head's gradient is added to its parameter."""
+    leaf = hidden.detach().requires_grad_()
+    loss = loss_of(leaf)
+    loss.backward()
+    assert leaf.grad is not None
+    return loss.detach(), leaf.grad

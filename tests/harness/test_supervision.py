@@ -1,0 +1,234 @@
+"""Rows to tokens: what Python carries, the user's files, chat templates, packing, rewards, samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastloss.harness import builtin, chat, model, rewards, rows
+from fastloss.harness.chat import Example
+from fastloss.harness.data import IGNORE, fit, pack, packed, padded
+from fastloss.harness.model import check_packing, head_of, hidden_states, load_model
+from fastloss.harness.sampler import sample
+
+USER, ANSWER = {"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}
+
+
+def test_builtin_rows() -> None:
+    described = builtin.descriptions()
+    assert len(described) > 2000 and described == builtin.descriptions()
+    assert all(row["completion"][0]["content"].strip() for row in described)
+    sums = builtin.arithmetic(5)
+    assert len(sums) == 50
+    for row in sums:  # Python itself checks
+        assert int(row["answer"]) == eval(row["prompt"][0]["content"].rstrip("="))
+        assert row["completion"][0]["content"] == row["answer"]
+    for row in builtin.preferences()[:200]:
+        assert row["chosen"] != row["rejected"] and rows.preference_row(row) == row
+    assert builtin.preferences() == builtin.preferences()
+
+
+def test_split_is_the_same_in_every_stage() -> None:
+    train, held_back = builtin.split(builtin.arithmetic(20), 0.1, most=50)
+    assert len(held_back) == 50 and len(train) == 750
+    prompts = {row["prompt"][0]["content"] for row in train}
+    assert not any(row["prompt"][0]["content"] in prompts for row in held_back)
+    assert builtin.split(builtin.arithmetic(20), 0.1, most=50) == (train, held_back)
+    assert builtin.split([{"a": 1}], 0.5, most=9) == ([{"a": 1}], [])
+
+
+@pytest.mark.parametrize(
+    ("check", "row", "complaint"),
+    [
+        (rows.supervised_row, {"prompt": "a"}, r"expected `prompt` and `completion`.*got \['prompt'\]"),
+        (rows.supervised_row, {"prompt": "a", "completion": [USER]}, "strings, or lists of messages"),
+        (rows.supervised_row, {"messages": [USER]}, "at least one of role assistant"),
+        (rows.supervised_row, {"messages": [{"role": "user"}]}, "a role and a content"),
+        (rows.supervised_row, {"messages": "hello"}, "expected a list of messages"),
+        (rows.supervised_row, {"text": 3}, "text of type int"),
+        (rows.preference_row, {"chosen": "a"}, "expected `chosen` and `rejected`"),
+        (rows.preference_row, {"prompt": "q", "chosen": "a", "rejected": "a"}, "one and the same"),
+        (rows.preference_row, {"chosen": [ANSWER], "rejected": [USER]}, "at least one message"),
+        (rows.prompt_row, {"question": "a"}, "expected `prompt`"),
+    ],
+)
+def test_bad_rows(check: rows.Check, row: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = {
+        "prompt": "q", "completion": "a", "chosen": "a", "rejected": "b", "messages": [USER, ANSWER],
+    }  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, (good, row, good))))
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2: .*{complaint}"):
+        rows.read([str(path)], check)
+    kept, skipped = rows.read([str(path)], check, skip=True)
+    assert len(kept) == 2 and len(skipped) == 1 and "rows.jsonl:2" in skipped[0]
+
+
+def test_files_without_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected a \.jsonl or \.ndjson file"):
+        rows.read([str(tmp_path / "rows.csv")], rows.prompt_row)
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no rows in"):
+        rows.read([str(tmp_path / "none.jsonl")], rows.prompt_row)
+
+
+def test_prompt_of_a_pair_is_what_both_begin_with() -> None:
+    other = {"role": "assistant", "content": "6"}
+    row = rows.preference_row({"chosen": [USER, ANSWER], "rejected": [USER, other]})
+    assert row["prompt"] == [USER] and row["chosen"] == [ANSWER] and row["rejected"] == [other]
+    row = rows.preference_row({"chosen": "to be", "rejected": "to go"})
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("to ", "be", "go")
+    row = rows.preference_row({"chosen": "yes, sir", "rejected": "yes"})
+    assert row["chosen"] and row["rejected"]
+
+
+def test_only_the_answers_are_learned(base: Path) -> None:
+    tok = chat.load(base)
+    end = tok.eos_token
+
+    def learned(row: dict[str, Any]) -> tuple[str, str]:
+        ids, mask = chat.example(tok, rows.supervised_row(row))
+        taught = [i for i, m in zip(ids, mask, strict=True) if m]
+        return tok.decode(ids), tok.decode(taught)
+
+    assert learned({"prompt": [USER], "completion": [ANSWER]}) == (
+        f"<|user|>2+3=<|assistant|>5{end}",
+        f"5{end}",
+    )
+    assert learned({"prompt": "2+3=", "completion": "5"}) == (f"2+3=5{end}", f"5{end}")
+    assert learned({"text": "five"}) == (f"five{end}", f"five{end}")
+    turns = [{"role": "system", "content": "sums"}, USER, ANSWER, USER, ANSWER]
+    whole, taught = learned({"messages": turns})
+    assert whole == tok.apply_chat_template(turns, tokenize=False) and taught == f"5{end}5{end}"
+    # what is sampled from is what was learned after
+    example = chat.example(tok, {"prompt": [USER], "completion": [ANSWER]})
+    assert example.ids[: example.learned.index(True)] == chat.prompt(tok, [USER])
+    # a marker that is special is one token; digits are tokens of their own
+    assert len(chat.prompt(tok, [{"role": "user", "content": "12"}])) == 4
+
+
+def test_template_that_rewrites_the_past_is_refused(base: Path) -> None:
+    tok = chat.load(base)
+    tok.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="writes a conversation differently"):
+        chat.example(tok, {"prompt": [USER], "completion": [ANSWER]})
+
+
+def some_examples(lengths: list[int]) -> list[Example]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for length in lengths:
+        ids = torch.randint(5, 300, (length,), generator=generator).tolist()
+        made.append(Example(ids, [i >= length // 2 for i in range(length)]))
+    return made
+
+
+def test_packed_rows_are_the_rows_apart(base: Path) -> None:
+    """Hidden states, logits and gradients: no document sees another (and the padding sees none)."""
+    causal = load_model(str(base), "cpu").eval()
+    examples = some_examples([9, 2, 14, 5, 7])
+    groups = pack(examples, 24)
+    assert sorted(i for group in groups for i in group) == list(range(5)) and len(groups) == 2
+    together = packed([[examples[i] for i in group] for group in groups], 24)
+    order = [examples[i] for group in groups for i in group]
+    results = []
+    for batches in ([together], [padded([example]) for example in order]):
+        causal.zero_grad()
+        states, targets = [], []
+        for batch in batches:
+            hidden = hidden_states(causal, batch.inputs, batch.positions)
+            states.append(hidden[batch.targets != IGNORE])
+            targets.append(batch.targets[batch.targets != IGNORE])
+        logits = head_of(causal).logits(torch.cat(states))
+        torch.nn.functional.cross_entropy(logits, torch.cat(targets)).backward()
+        grads = [p.grad.clone() for p in causal.parameters()]
+        results.append((torch.cat(targets), logits.detach(), grads))
+    (target_a, logits_a, grads_a), (target_b, logits_b, grads_b) = results
+    assert torch.equal(target_a, target_b)
+    torch.testing.assert_close(logits_a, logits_b, rtol=1e-4, atol=1e-5)
+    for a, b in zip(grads_a, grads_b, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_that_cannot_pack_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    causal = load_model(str(base), "cpu")
+    check_packing(causal, 300)
+    blind = model.hidden_states
+    monkeypatch.setattr(model, "hidden_states", lambda m, inputs, positions=None: blind(m, inputs))
+    with pytest.raises(ValueError, match="looks from one document into another; use --no-packing"):
+        check_packing(causal, 300)
+
+
+def test_pack_wastes_little_and_loses_nothing() -> None:
+    lengths = [int(n) for n in torch.randint(2, 40, (500,), generator=torch.Generator().manual_seed(1))]
+    examples = some_examples(lengths)
+    groups = pack(examples, 64)
+    assert sorted(i for group in groups for i in group) == list(range(500))
+    used = [sum(len(examples[i].ids) - 1 for i in group) for group in groups]
+    assert max(used) <= 64 and sum(used) / (64 * len(groups)) > 0.95
+    assert pack(examples[:5], 64, most=1) == [[0], [1], [2], [3], [4]]
+    kept, cut, dropped = fit(some_examples([10, 30, 50]), 16)
+    assert (len(kept), cut, dropped) == (2, 1, 1)  # of 50 tokens the first 25 are not to be learned
+    assert len(kept[1].ids) == 17
+
+
+def test_sampler_is_the_models_own_argmax(base: Path) -> None:
+    """Prompts of different length, left-padded, with a cache: the tokens of one forward at a time without."""
+    causal = load_model(str(base), "cpu")
+    head, prompts = head_of(causal), [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
+    answers = sample(causal, head, prompts, max_new_tokens=6, end=-1, temperature=0)
+    for ids, answer in zip(prompts, answers, strict=True):
+        ids = list(ids)
+        for _ in range(6):
+            ids.append(int(causal(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert ids[-6:] == answer
+    end = answers[0][2]
+    stopped = sample(causal, head, prompts, max_new_tokens=6, end=end, temperature=0)
+    assert stopped[0] == answers[0][: answers[0].index(end) + 1]
+    assert causal.training is False
+
+    def drawn(seed: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(seed)
+        return sample(causal, head, prompts, max_new_tokens=6, end=-1, temperature=1, generator=generator)
+
+    state = torch.get_rng_state()
+    assert drawn(3) == drawn(3) != drawn(4)
+    assert torch.equal(state, torch.get_rng_state())  # bug 22
+
+
+def test_samples_follow_the_models_distribution(base: Path) -> None:
+    causal = load_model(str(base), "cpu")
+    with torch.no_grad():
+        causal.lm_head.weight.mul_(40)  # away from uniform
+        expected = torch.softmax(causal(input_ids=torch.tensor([[5, 6]])).logits[0, -1] / 0.7, -1)
+    generator = torch.Generator().manual_seed(0)
+    tokens = sample(
+        causal, head_of(causal), [[5, 6]] * 4000, max_new_tokens=1, end=-1, temperature=0.7, generator=generator
+    )  # fmt: skip
+    seen = torch.bincount(torch.tensor(tokens).flatten(), minlength=len(expected)) / 4000
+    assert float((seen - expected).abs().sum()) < 0.25 and float(expected.max()) > 0.05
+
+
+def test_reward_functions_in_trls_convention() -> None:
+    asked = [{"prompt": [USER], "answer": "5", "task": "a"}, {"prompt": "1+1=", "answer": "2"}]
+    assert rewards.score([rewards.exact_answer], asked, ["5", " 2\n"], [[1], [2]]) == [1, 1]
+    assert rewards.score([rewards.exact_answer], asked, ["6", "22"], [[1], [2]]) == [0, 0]
+
+    def judge(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
+        assert prompts == [[USER], "1+1="] and columns["task"] == ["a", None]
+        assert completions == [[{"role": "assistant", "content": "5"}], "2"]
+        assert columns["completion_ids"] == [[1], [2]] and columns["answer"] == ["5", "2"]
+        return [0.25, None]
+
+    assert rewards.score([rewards.exact_answer, judge], asked, ["5", "2"], [[1], [2]]) == [1.25, 1]
+    with pytest.raises(ValueError, match="expected 2 values from <lambda>, got 1"):
+        rewards.score([lambda **_: [1.0]], asked, ["5", "2"], [[1], [2]])
+    with pytest.raises(ValueError, match="expected finite values from <lambda>, got nan for '2'"):
+        rewards.score([lambda **_: [1.0, float("nan")]], asked, ["5", "2"], [[1], [2]])
+    with pytest.raises(ValueError, match="rows with an `answer`"):
+        rewards.score([rewards.exact_answer], [{"prompt": "a"}], ["b"], [[1]])
+    assert rewards.load(["fastloss.harness.rewards:exact_answer"]) == [rewards.exact_answer]
