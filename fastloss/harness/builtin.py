@@ -5,14 +5,17 @@ from __future__ import annotations
 import ast
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .corpus import modules
 from .rows import Row
 
+T = TypeVar("T")
+
 SHORTEST, LONGEST = 20, 100  # characters of a description
+NEGATIVES = 4  # pairs of a description with another's
 
 
 class Function(NamedTuple):
@@ -49,23 +52,29 @@ def descriptions() -> list[Row]:
     ]
 
 
-def preferences(seed: int = 0) -> list[Row]:
-    """{"prompt", "chosen", "rejected"}: a function's own description, and another function's.
+def preferences(fraction: float, most: int) -> tuple[list[Row], list[Row]]:
+    """{"prompt", "chosen", "rejected"}: a function's own description, and another function's. Training, held back.
 
     Of functions whose description takes up a word of their name, against one that takes up none: what a small model
-    can learn to see in minutes.
+    can learn to see in minutes. A description is as often the right answer as the wrong one, and never on both sides of
+    the split: what is learned of it alone helps nowhere, and cannot be mistaken for the preference.
     """
-    shuffled = random.Random(seed)
-    known = [f for f in functions() if words(f.name) & words(f.description)]
+    train, held_back = split(functions(), fraction, most)
+    return _contrasts(train, NEGATIVES), _contrasts(held_back, 1)
+
+
+def _contrasts(known: Sequence[Function], negatives: int) -> list[Row]:
+    known = [f for f in known if words(f.name) & words(f.description)]
+    shuffled = random.Random(0)
     rows = []
-    for f in known:
-        other = f
-        while words(f.name) & words(other.description):
-            other = shuffled.choice(known)
-        rows.append(
-            {"prompt": [_question(f)], "chosen": [_answer(f.description)],
-             "rejected": [_answer(other.description)]}
-        )  # fmt: skip
+    for _ in range(negatives):
+        others = shuffled.sample(known, len(known))
+        for f, other in zip(known, others, strict=True):
+            if not words(f.name) & words(other.description):
+                rows.append(
+                    {"prompt": [_question(f)], "chosen": [_answer(f.description)],
+                     "rejected": [_answer(other.description)]}
+                )  # fmt: skip
     return rows
 
 
@@ -82,12 +91,12 @@ def arithmetic(numbers: int) -> list[Row]:
     return rows
 
 
-def split(rows: list[Row], fraction: float, most: int, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Training and held-back rows, drawn by ``seed`` alone, so that every stage holds back the same ones."""
+def split(rows: Sequence[T], fraction: float, most: int) -> tuple[list[T], list[T]]:
+    """Training and held-back rows: always the same ones, and of a smaller share a part of the larger's."""
     count = min(round(len(rows) * fraction), most) if fraction else 0
     if fraction and len(rows) > 1:
         count = min(max(1, count), len(rows) - 1)
-    held_back = set(random.Random(seed).sample(range(len(rows)), count))
+    held_back = set(random.Random(0).sample(range(len(rows)), len(rows))[:count])
     return [row for i, row in enumerate(rows) if i not in held_back], [rows[i] for i in sorted(held_back)]
 
 

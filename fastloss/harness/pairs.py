@@ -35,9 +35,10 @@ def prepare(config: TrainConfig, tok: Any, console: Console) -> Data:
     if config.data:
         found, skipped = rows.read(config.data, rows.preference_row, skip=config.skip_bad_rows)
         source = f"{len(config.data)} files"
+        train_rows, val_rows = builtin.split(found, config.val_fraction, most=500)
     else:
-        found, source = builtin.preferences(), "descriptions of Python's own functions, right and wrong"
-    train_rows, val_rows = builtin.split(found, config.val_fraction, most=500)
+        train_rows, val_rows = builtin.preferences(config.val_fraction, most=500)
+        source = "descriptions of Python's own functions, right and wrong"
     train, val = ([chat.pair(tok, row) for row in part] for part in (train_rows, val_rows))
     kept, val = ([p for p in part if length(p) <= config.seq_len] for part in (train, val))
     if not kept:

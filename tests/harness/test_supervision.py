@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,22 @@ def test_builtin_rows() -> None:
     for row in sums:  # Python itself checks
         assert int(row["answer"]) == eval(row["prompt"][0]["content"].rstrip("="))
         assert row["completion"][0]["content"] == row["answer"]
-    for row in builtin.preferences()[:200]:
+
+
+def test_builtin_pairs_teach_nothing_but_the_preference() -> None:
+    train, held_back = builtin.preferences(0.1, most=500)
+    assert (train, held_back) == builtin.preferences(0.1, most=500)
+    assert len(train) > 5000 and len(held_back) > 200
+    for row in train[:200]:
         assert row["chosen"] != row["rejected"] and rows.preference_row(row) == row
-    assert builtin.preferences() == builtin.preferences()
+    sides = [
+        {json.dumps(r[key]) for r in part for key in ("chosen", "rejected")} for part in (train, held_back)
+    ]
+    twice = sides[0] & sides[1]  # functions that share a docstring
+    assert len(twice) < 0.15 * len(sides[1])
+    chosen = Counter(json.dumps(r["chosen"]) for r in train)
+    rejected = Counter(json.dumps(r["rejected"]) for r in train)
+    assert sum((chosen - rejected).values()) < 0.05 * len(train)
 
 
 def test_split_is_the_same_in_every_stage() -> None:
@@ -38,6 +52,8 @@ def test_split_is_the_same_in_every_stage() -> None:
     prompts = {row["prompt"][0]["content"] for row in train}
     assert not any(row["prompt"][0]["content"] in prompts for row in held_back)
     assert builtin.split(builtin.arithmetic(20), 0.1, most=50) == (train, held_back)
+    fewer = builtin.split(builtin.arithmetic(20), 0.02, most=50)[1]
+    assert len(fewer) == 16 and all(row in held_back for row in fewer)
     assert builtin.split([{"a": 1}], 0.5, most=9) == ([{"a": 1}], [])
 
 
