@@ -49,8 +49,8 @@ def plan_of_cross_entropy(
             "gemms": vocab_blocks.gemms(needs, rows, weight.shape[1]),
             "rows": rows,
             "chunk_rows": rows,
-            "chunk_columns": min(vocab_blocks.width(rows, weight.shape[1]), weight.shape[0]),
-            "buffer_bytes": vocab_blocks.buffer_bytes(rows, weight.shape[1], dtype),
+            "chunk_columns": min(vocab_blocks.WIDTH, weight.shape[0]),
+            "buffer_bytes": vocab_blocks.buffer_bytes(rows, dtype),
         }
     return {
         "gemms": head.gemm_count(needs, per_row and (needs.weight or needs.bias)),
