@@ -15,7 +15,7 @@ void bind_pairs(pybind11::module_&);
 void bind_policy(pybind11::module_&);
 void bind_vocab_blocks(pybind11::module_&);
 void bind_small_call(pybind11::module_&);
-}
+}  // namespace fastloss
 
 namespace py = pybind11;
 using fastloss::Coefficients;

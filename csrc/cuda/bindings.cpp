@@ -14,7 +14,7 @@
 namespace fastloss::cuda {
 void bind_pairs(pybind11::module_&);
 void bind_policy(pybind11::module_&);
-}
+}  // namespace fastloss::cuda
 
 namespace {
 
