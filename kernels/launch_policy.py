@@ -101,6 +101,12 @@ def policy_loss(
     return {"grad": grad, "grad_entropy": grad_entropy, "out": out}
 
 
+def _halves(x: float) -> tuple[float, float]:
+    """Two float32 numbers whose sum is ``x`` to 48 bits: Triton takes no double by value."""
+    high = float(torch.tensor(x, dtype=torch.float32))
+    return high, x - high
+
+
 def _scan(
     rewards: Tensor,
     values: Tensor | None,
@@ -114,10 +120,11 @@ def _scan(
     _check(rewards=rewards, values=values)
     advantages = None if values is None else empty_gradient(rewards, offsets)
     returns = empty_gradient(rewards, offsets)
+    decay = gamma if values is None else gamma * lam
     if count and rewards.numel():
         with _on_device_of(rewards):
             scan.scan_kernel[(count,)](
-                rewards, values, as_bytes(mask), offsets, length, float(gamma), float(lam), advantages, returns,
+                rewards, values, as_bytes(mask), offsets, length, *_halves(gamma), *_halves(decay), advantages, returns,
                 **SCAN_SHAPE,
             )  # fmt: skip
     return advantages, returns

@@ -3,6 +3,7 @@
 Bytes per token: 17 (9 without values): rewards, values, mask; advantages, returns.
 One program per sequence, tiles of tokens from its end: x = b + a x_next is a pair (a, b) per token, and pairs compose, so
 that a tile is one associative scan and the tile after it one more pair. A masked token passes on what follows: (1, 0).
+The recurrence is in double: a float a^k is worse than the loop's k roundings, and memory bounds the kernel.
 """
 
 import triton
@@ -28,20 +29,21 @@ def backwards(a, b, carry):
 
 @triton.jit
 def scan_kernel(
-    rewards_ptr, values_ptr, mask_ptr, offsets_ptr, length, gamma, lam, advantages_ptr, returns_ptr,
+    rewards_ptr, values_ptr, mask_ptr, offsets_ptr, length, gamma_high, gamma_low, decay_high, decay_low,
+    advantages_ptr, returns_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     begin, end = bounds(offsets_ptr, s, length)
     value_carry = 0.0
-    carry = 0.0
-    decay = gamma
-    if values_ptr is not None:
-        decay = gamma * lam
+    carry = tl.full([], 0.0, tl.float64)
+    # A float argument is float32: each comes as the sum of two.
+    gamma = tl.cast(gamma_high, tl.float64) + tl.cast(gamma_low, tl.float64)
+    decay = tl.cast(decay_high, tl.float64) + tl.cast(decay_low, tl.float64)
     for done in range(0, end - begin, BLOCK):
         t = end - done - BLOCK + tl.arange(0, BLOCK)
         live = tl.load(mask_ptr + t, mask=t >= begin, other=0) != 0
-        x = tl.load(rewards_ptr + t, mask=live, other=0.0)
+        x = tl.load(rewards_ptr + t, mask=live, other=0.0).to(tl.float64)
         value = tl.zeros([BLOCK], tl.float32)
         if values_ptr is not None:
             value = tl.load(values_ptr + t, mask=live, other=0.0)
@@ -50,8 +52,11 @@ def scan_kernel(
             passes = tl.load(mask_ptr + t + 1, mask=following, other=0) == 0
             next_value = tl.load(values_ptr + t + 1, mask=following & (passes == 0), other=0.0)
             next_value, value_carry = backwards(tl.where(passes, 1.0, 0.0), next_value, value_carry)
-            x = x + gamma * next_value - value
-        x, carry = backwards(tl.where(live, decay, 1.0), tl.where(live, x, 0.0), carry)
+            x = x + gamma * next_value.to(tl.float64) - value.to(tl.float64)
+        one = tl.full([BLOCK], 1.0, tl.float64)
+        x, carry = backwards(tl.where(live, decay, one), tl.where(live, x, 0.0 * one), carry)
         if values_ptr is not None:
-            tl.store(advantages_ptr + t, tl.where(live, x, 0.0), mask=t >= begin)
-        tl.store(returns_ptr + t, tl.where(live, x + value, 0.0), mask=t >= begin)
+            tl.store(advantages_ptr + t, tl.where(live, x.to(tl.float32), 0.0), mask=t >= begin)
+        tl.store(
+            returns_ptr + t, tl.where(live, (x + value.to(tl.float64)).to(tl.float32), 0.0), mask=t >= begin
+        )

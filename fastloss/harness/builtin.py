@@ -91,6 +91,23 @@ def arithmetic(numbers: int) -> list[Row]:
     return rows
 
 
+def demonstrations(rows: Sequence[Row], repeat: int, wrong: float) -> list[Row]:
+    """Arithmetic rows ``repeat`` times; a share ``wrong`` of the answers is another number, drawn anew each time.
+
+    As in text that people write. Imitation learns the mistakes too; a reward that checks the answer unlearns them.
+    """
+    drawn = random.Random(0)
+    numbers = [int(row["answer"]) for row in rows]
+    low, high = min(numbers), max(numbers)
+    shown = []
+    for _ in range(repeat):
+        for row in rows:
+            slip = drawn.random() < wrong
+            answer = str(drawn.randint(low, high)) if slip else row["answer"]
+            shown.append(row | {"completion": [_answer(answer)]})
+    return shown
+
+
 def split(rows: Sequence[T], fraction: float, most: int) -> tuple[list[T], list[T]]:
     """Training and held-back rows: always the same ones, and of a smaller share a part of the larger's."""
     count = min(round(len(rows) * fraction), most) if fraction else 0

@@ -14,25 +14,26 @@ from . import dpo, grpo, measure, plots, ppo, pretrain, report, reward, sft
 from .config import DpoConfig, GrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig, TrainConfig
 from .run import Result
 
-Link = tuple[
-    str, Callable[..., Result], str, TrainConfig
-]  # name, its run, whose model it starts from, options
+# name, its run, whose model it starts from, options
+Link = tuple[str, Callable[..., Result], str, TrainConfig]
+# One small model, two cores, minutes. The settings are those with which the held-back metrics rose at 128 wide;
+# 30% of the shown sums are wrong: what imitation cannot unlearn and a checked reward can.
 SHAPE: dict[str, Any] = {
-    "hidden": 192,
-    "layers": 4,
-    "heads": 3,
-    "intermediate": 512,
-    "save_every": 0,
-    "compare": True,
-}
+    "hidden": 128, "layers": 4, "heads": 4, "intermediate": 344, "vocab_size": 4096,
+    "val_fraction": 0.2, "save_every": 0, "compare": True,
+}  # fmt: skip
+REINFORCE: dict[str, Any] = {"max_new_tokens": 5, "warmup": 5, "updates": 2}
 STAGES: tuple[Link, ...] = (
-    ("pretrain", pretrain.run, "", PretrainConfig(**SHAPE, steps=240, batch_size=4, lr=3e-3)),
-    ("sft", sft.run, "pretrain", SftConfig(**SHAPE, steps=300, repeat=100, val_fraction=0.2)),
-    ("reward", reward.run, "sft", RewardConfig(**SHAPE, steps=150)),
-    ("dpo", dpo.run, "sft", DpoConfig(**SHAPE, steps=120)),
-    ("grpo", grpo.run, "sft", GrpoConfig(**SHAPE, steps=120, val_fraction=0.2)),
-    ("ppo", ppo.run, "sft", PpoConfig(**SHAPE, steps=120, val_fraction=0.2)),
-)
+    ("pretrain", pretrain.run, "",
+     PretrainConfig(**SHAPE | {"val_fraction": 0.05}, steps=200, batch_size=4, lr=3e-3)),
+    ("sft", sft.run, "pretrain",
+     SftConfig(**SHAPE, steps=800, batch_size=4, lr=2e-3, repeat=150, wrong=0.3, max_new_tokens=24)),
+    ("reward", reward.run, "sft", RewardConfig(**SHAPE, steps=500, batch_size=24, lr=1e-3, warmup=40)),
+    ("dpo", dpo.run, "sft", DpoConfig(**SHAPE, steps=250, batch_size=24, lr=5e-4)),
+    ("grpo", grpo.run, "sft",
+     GrpoConfig(**SHAPE, **REINFORCE, steps=160, batch_size=64, group_size=4, lr=2e-4)),
+    ("ppo", ppo.run, "sft", PpoConfig(**SHAPE, **REINFORCE, steps=120, batch_size=256, lr=3e-4)),
+)  # fmt: skip
 
 
 def run_chain(

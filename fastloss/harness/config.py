@@ -88,6 +88,7 @@ class SftConfig(TrainConfig):
                        choices=("both", "describe", "arithmetic"))  # fmt: skip
     numbers: int = option(20, "arithmetic: both operands are below this", least=2)
     repeat: int = option(1, "arithmetic: times each problem is in an epoch", least=1)
+    wrong: float = option(0.0, "arithmetic: share of the shown answers that is another number", least=0)
     packing: bool = option(True, "several examples in a row, blind to each other")
     exact: int = option(200, "held-back examples answered for the exact match; 0: none", least=0)
     max_new_tokens: int = option(32, "longest answer in the exact match", least=1)

@@ -58,7 +58,8 @@ def prepare(config: SftConfig, tok: Any, console: Console) -> Data:
             train_rows, val_rows = builtin.split(builtin.descriptions(), config.val_fraction, most=500)
         if config.task != "describe":
             more, held = builtin.split(builtin.arithmetic(config.numbers), config.val_fraction, most=500)
-            train_rows, val_rows = train_rows + more * config.repeat, val_rows + held
+            train_rows += builtin.demonstrations(more, config.repeat, config.wrong)
+            val_rows += held
     examples, cut, dropped = fit([chat.example(tok, row) for row in train_rows], config.seq_len)
     val, _, _ = fit([chat.example(tok, row) for row in val_rows], config.seq_len)
     if not examples:

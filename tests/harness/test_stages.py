@@ -204,6 +204,20 @@ def test_reinforcement_raises_the_reward(configs: dict[str, Any], quiet: Console
         assert result.after["reward"] > result.before["reward"] + 0.2, (name, result.before, result.after)
 
 
+def sums_only(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    """A reward that the prompt alone decides."""
+    return [float("+" in prompt[0]["content"]) for prompt in prompts]
+
+
+@pytest.mark.usefixtures("light")
+def test_value_head_learns_what_answers_are_worth(configs: dict[str, Any], quiet: Console) -> None:
+    config = replace(
+        configs["ppo"], reward=(f"{__name__}:sums_only",), steps=40, batch_size=32, lr=1e-2, numbers=20
+    )
+    rows = RUNS["ppo"](config, console=quiet).rows
+    assert rows[-1]["explained_variance"] > 0.5 > rows[0]["explained_variance"]
+
+
 @pytest.mark.usefixtures("light")
 def test_preferences_are_learned(configs: dict[str, Any], quiet: Console, tmp_path: Path) -> None:
     for name in ("reward", "dpo"):
