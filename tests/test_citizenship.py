@@ -246,6 +246,29 @@ def test_flops_are_counted(frozen: bool, grad: bool, gemms: int, how: str) -> No
     assert counter.get_total_flops() == gemms * 2 * 8 * 16 * 40
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_flops_are_those_of_the_rows_with_a_target(chunk_size: int | None) -> None:
+    hidden, weight, _, target = _problem()
+    f = lambda h, w: fastloss.linear_cross_entropy(h, w, target, chunk_size=chunk_size)
+    with FlopCounterMode(display=False) as counter:
+        f(hidden, weight).backward()
+    assert counter.get_total_flops() == 3 * 2 * int((target != -100).sum()) * 16 * 40
+    plan = fastloss.explain(f, hidden, weight)
+    assert (plan["rows"], plan["gemms"]) == (7, 3)
+
+
+def test_flops_of_logits_made_twice() -> None:
+    """Rows past D in bfloat16, where blocks of the vocabulary run: the counter sees what explain says."""
+    hidden, weight, _, target = _problem(rows=24, dtype=torch.bfloat16)
+    target = target.clamp(min=0)
+    f = lambda h, w: fastloss.linear_cross_entropy(h, w, target)
+    gemms = fastloss.explain(f, hidden, weight)["gemms"]
+    with FlopCounterMode(display=False) as counter:
+        f(hidden, weight).backward()
+    assert gemms in (3, 3.33)  # chunks; blocks make the logits of 8 of 24 rows again
+    assert counter.get_total_flops() == pytest.approx(gemms * 2 * 24 * 16 * 40, rel=2e-3)
+
+
 def test_explain_counts_the_gemms() -> None:
     hidden, weight, _, target = _problem()
     count = lambda *a, **k: fastloss.explain(*a, **k)["gemms"]

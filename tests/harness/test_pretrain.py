@@ -116,14 +116,9 @@ def test_losses_give_one_curve(tiny: PretrainConfig, quiet: Console, tmp_path: P
         result = pretrain.run(config, console=quiet)
         curves[loss] = torch.tensor([row["loss"] for row in result.rows])
         assert result.after["loss"] < result.before["loss"]
-        # every loss's FLOPs are seen by the counter (bug 37), and are the model's; fastloss may make logits twice
-        again = (
-            2 * config.batch_size * config.seq_len * head_of(result.model).weight.numel()
-            if loss == "fastloss"
-            else 0
-        )
-        flops = result.summary["model_flops"]
-        assert 0 < 0.97 * flops <= result.cost.counted_flops <= 1.03 * flops + again, loss
+        # every loss's FLOPs are seen by the counter (bug 37), and are the model's
+        assert result.summary["model_flops"] > 0
+        assert result.cost.counted_flops == pytest.approx(result.summary["model_flops"], rel=0.03), loss
         assert result.cost.loss_peak is not None and result.cost.loss_peak.bytes >= 0
         assert 0 < result.summary["loss_share"] < 1
     torch.testing.assert_close(curves["fastloss"], curves["torch"], rtol=1e-5, atol=1e-5)
