@@ -16,7 +16,7 @@ from .run import Result
 
 # name, its run, whose model it starts from, options
 Link = tuple[str, Callable[..., Result], str, TrainConfig]
-# One small model, two cores, minutes. The settings are those with which the held-back metrics rose at 128 wide;
+# One small model, two cores, minutes. Every held-back metric rose with these settings (docs/harness.md);
 # 30% of the shown sums are wrong: what imitation cannot unlearn and a checked reward can.
 SHAPE: dict[str, Any] = {
     "hidden": 128, "layers": 4, "heads": 4, "intermediate": 344, "vocab_size": 4096,
