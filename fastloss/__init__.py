@@ -5,17 +5,22 @@ from fastloss._version import __version__
 from fastloss.advantages import (
     discounted_returns,
     gae,
-    gpg_advantages,
-    group_advantages,
-    opo_advantages,
+    optimal_token_advantages,
     reinforce_plus_plus_advantages,
     remax_advantages,
-    rloo_advantages,
     token_rewards,
     whiten,
 )
 from fastloss.cross_entropy import cross_entropy
 from fastloss.dispatch import backends, explain, use_backend, validate_targets
+from fastloss.group_baselines import (
+    gdpo_advantages,
+    gpg_advantages,
+    group_advantages,
+    opo_advantages,
+    pass_at_k_advantages,
+    rloo_advantages,
+)
 from fastloss.linear_cross_entropy import linear_cross_entropy
 from fastloss.ops import library as _library  # noqa: F401 - registers the torch.library operators
 from fastloss.policy_gradient import PolicyOutput, ValueOutput, kl_estimate, policy_loss, value_loss
@@ -37,6 +42,7 @@ from fastloss.token_stats import (
     selective_log_softmax,
     token_stats,
 )
+from fastloss.trust_region import trust_region_mask
 from fastloss.unpaired import UnpairedOutput, bco_loss, kto_loss, linear_kto_loss
 
 __all__ = [
@@ -56,6 +62,7 @@ __all__ = [
     "entropy_from_logits",
     "explain",
     "gae",
+    "gdpo_advantages",
     "gpg_advantages",
     "group_advantages",
     "ipo_loss",
@@ -72,7 +79,9 @@ __all__ = [
     "linear_token_stats",
     "nn",
     "opo_advantages",
+    "optimal_token_advantages",
     "orpo_loss",
+    "pass_at_k_advantages",
     "policy_loss",
     "preference_loss",
     "process_reward_loss",
@@ -84,6 +93,7 @@ __all__ = [
     "simpo_loss",
     "token_rewards",
     "token_stats",
+    "trust_region_mask",
     "use_backend",
     "validate_targets",
     "value_loss",

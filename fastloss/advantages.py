@@ -1,4 +1,4 @@
-"""Advantages: recurrences over time, and baselines over groups of responses (docs/policy_gradient.md).
+"""Advantages per token: recurrences over time and their baselines (docs/policy_gradient.md); per response: group_baselines.py.
 
 Everything here is a constant of the loss: no gradient flows through it, and nothing waits for the device.
 """
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastloss import checks, dispatch, reference
-from fastloss.checks import ShapeError
+from fastloss.group_baselines import check_group_size, grouped
 from fastloss.ops.native_rows import acc_dtype
 from fastloss.ops.policy_batch import check_like, flat_mask, flat_offsets
+from fastloss.steps import Steps
 
 
 def gae(
@@ -77,56 +78,6 @@ def discounted_returns(
 
 
 @torch.no_grad()
-def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4) -> Tensor:
-    """GRPO's advantage (arXiv:2402.03300): ``(r - mean of its group) / (deviation + eps)``.
-
-    The deviation is the sample's (n - 1), as TRL's and verl's. A group of one, or whose rewards are all equal, gets 0. A
-    NaN reward (could not be scored) is left out of the statistics and gets 0.
-
-    Args:
-        rewards: ``[B]``, the responses to one prompt beside each other. group_size: responses per prompt.
-        scale: deviation of the "group", of the "batch" (arXiv:2508.08221), or "none" (Dr. GRPO, arXiv:2503.20783).
-
-    >>> import torch, fastloss
-    >>> fastloss.group_advantages(torch.tensor([0.0, 1.0, 5.0, 5.0]), 2, scale="none")
-    tensor([-0.5000,  0.5000,  0.0000,  0.0000])
-    """
-    checks.is_one_of("scale", scale, ("group", "batch", "none"))
-    groups = _groups(rewards, group_size)  # [groups, group_size]
-    eps = checks.number("eps", eps, low=0)
-    advantages = torch.where(_varied(groups), groups - groups.nanmean(1, keepdim=True), 0 * groups)
-    if scale == "group":
-        advantages = advantages / (_deviation(groups, 1) + eps)
-    elif scale == "batch":
-        advantages = advantages / (_deviation(groups.reshape(1, -1), 1) + eps)
-    return torch.nan_to_num(advantages, nan=0.0).reshape(-1)
-
-
-@torch.no_grad()
-def rloo_advantages(rewards: Tensor, group_size: int, *, normalize: bool = False) -> Tensor:
-    """Leave-one-out (arXiv:2402.14740): a reward minus the mean of the others of its group.
-
-    A group of one gets 0; a NaN reward is left out and gets 0.
-
-    Args:
-        rewards: ``[B]``. group_size: responses per prompt. normalize: whiten over the batch (TRL's normalize_advantages).
-
-    >>> import torch, fastloss
-    >>> fastloss.rloo_advantages(torch.tensor([0.0, 1.0, 5.0]), 3)
-    tensor([-3.0000, -1.5000,  4.5000])
-    """
-    groups = _groups(rewards, group_size)
-    scored = (~groups.isnan()).sum(1, keepdim=True)
-    others = (groups.nansum(1, keepdim=True) - groups) / (scored - 1)
-    advantages = torch.where(scored > 1, groups - others, torch.where(groups.isnan(), groups, 0 * groups))
-    # The mean of equal rewards need not be their bits.
-    advantages = torch.where(_varied(groups), advantages, 0 * advantages)
-    if normalize:
-        advantages = (advantages - advantages.nanmean()) / (_deviation(advantages.reshape(1, -1), 1) + 1e-4)
-    return torch.nan_to_num(advantages, nan=0.0).reshape(-1)
-
-
-@torch.no_grad()
 def reinforce_plus_plus_advantages(
     rewards: Tensor,
     mask: Tensor | None,
@@ -166,7 +117,7 @@ def reinforce_plus_plus_advantages(
     if group_size is not None:
         seq = reference.Sequences(offsets, length, count, rewards.numel(), rewards.device)
         outcome = seq.first(returns.reshape(-1), keep)
-        mean = _groups(outcome, group_size).mean(1).repeat_interleave(group_size)
+        mean = grouped(outcome, group_size).mean(1).repeat_interleave(group_size)
         returns = returns - seq.expand(mean).view(returns.shape)
     return whiten(returns, keep.view(returns.shape))
 
@@ -208,39 +159,59 @@ def remax_advantages(
 
 
 @torch.no_grad()
-def opo_advantages(rewards: Tensor, lengths: Tensor, group_size: int) -> Tensor:
-    """OPO (arXiv:2505.23585): a reward minus its group's mean weighted by length, the baseline of least variance.
+def optimal_token_advantages(
+    rewards: Tensor,
+    logprobs: Tensor,
+    log_sum_sq_probs: Tensor,
+    mask: Tensor | None,
+    group_size: int,
+    *,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The return minus the optimal baseline of each time step (verl's ``optimal_token_baseline``).
+
+    ``B_t = Σ G_t W_t / (Σ W_t + 1e-8)`` over the responses of a group that reach step t, with the cumulative path variance
+    ``W_t = Σ_{j ≤ t} w_j² (1 - 2 p_j + Σ_v p_v²)``. Steps count unmasked tokens. A group of one has no baseline, nor has
+    what the longest response of a group says after all others have ended.
 
     Args:
-        rewards: ``[B]``. lengths: tokens of each response, ``[B]``, int or float. group_size: responses per prompt.
+        rewards: per token, ``[B, T]``, or packed ``[N]`` with ``cu_seqlens`` (then it waits for the longest length);
+            the responses to one prompt beside each other.
+        logprobs, log_sum_sq_probs: likewise, of the sampling policy: ``linear_token_stats`` makes both in one pass.
+        mask: bool or 0/1 likewise; None: all. group_size: responses per prompt.
+        token_weights: w, the sampler's importance weights; None: 1.
+
+    Returns:
+        float32 (float64 for float64 rewards) like ``rewards``, 0 where masked.
 
     >>> import torch, fastloss
-    >>> fastloss.opo_advantages(torch.tensor([0.0, 1.0]), torch.tensor([3, 1]), 2)
-    tensor([-0.2500,  0.7500])
+    >>> rewards, logprobs = torch.tensor([[0.0, 1.0], [0.0, 0.0]]), torch.full((2, 2), 0.5).log()
+    >>> fastloss.optimal_token_advantages(rewards, logprobs, logprobs, None, 2)
+    tensor([[ 0.5000,  0.5000],
+            [-0.5000, -0.5000]])
     """
-    groups = _groups(rewards, group_size)
-    checks.is_tensor("lengths", lengths)
-    checks.has_shape("lengths", lengths, tuple(rewards.shape))
-    checks.same_device("lengths", lengths, rewards.device)
-    weights = torch.where(groups.isnan(), 0, lengths.to(groups.dtype).view(groups.shape))
-    total = weights.sum(1, keepdim=True)
-    baseline = (weights * torch.nan_to_num(groups, nan=0.0)).sum(1, keepdim=True) / total.clamp(min=1e-30)
-    advantages = torch.where(_varied(groups), groups - baseline, 0 * groups)
-    return torch.nan_to_num(advantages, nan=0.0).reshape(-1)
-
-
-@torch.no_grad()
-def gpg_advantages(rewards: Tensor, group_size: int) -> Tensor:
-    """GPG (arXiv:2504.02546): reward minus its group's mean, times groups / groups whose rewards are not all equal.
-
-    >>> import torch, fastloss
-    >>> fastloss.gpg_advantages(torch.tensor([0.0, 1.0, 5.0, 5.0]), 2)
-    tensor([-1.,  1.,  0.,  0.])
-    """
-    groups = _groups(rewards, group_size)
-    centered = group_advantages(rewards, group_size, scale="none")
-    varied = _varied(groups).sum().clamp(min=1)
-    return centered * (groups.shape[0] / varied)
+    _floating("rewards", rewards)
+    for name, value in (
+        ("logprobs", logprobs), ("log_sum_sq_probs", log_sum_sq_probs), ("token_weights", token_weights)
+    ):  # fmt: skip
+        if value is not None:
+            check_like(name, value, rewards)
+    offsets, length, count = flat_offsets("rewards", rewards, cu_seqlens)
+    check_group_size(group_size, "sequences", count)
+    keep = flat_mask(mask, rewards).bool()
+    returns = discounted_returns(rewards, mask, cu_seqlens=cu_seqlens)
+    energy = 1 - 2 * _acc(logprobs, rewards).exp() + _acc(log_sum_sq_probs, rewards).exp()
+    if token_weights is not None:
+        energy = energy * _acc(token_weights, rewards).square()
+    seq = reference.Sequences(offsets, length, count, rewards.numel(), rewards.device)
+    steps = Steps(seq, keep)
+    g = steps.by_step(returns.reshape(-1)).view(count // group_size, group_size, steps.width)
+    live = steps.by_step(keep.to(returns.dtype)).view(g.shape)
+    w = steps.by_step(torch.where(keep, energy, 0)).cumsum(1).view(g.shape) * live
+    baseline = (g * w).sum(1, keepdim=True) / (w.sum(1, keepdim=True) + 1e-8)
+    reached = live.sum(1, keepdim=True)  # how many responses of the group have this step
+    return steps.by_token(g - torch.where(reached > 1, baseline, 0)).view(rewards.shape)
 
 
 @torch.no_grad()
@@ -302,32 +273,6 @@ def _floating(name: str, value: Any) -> Tensor:
 
 def _acc(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.detach().reshape(-1).to(acc_dtype((x if like is None else like).dtype)).contiguous()
-
-
-def _groups(rewards: Tensor, group_size: int) -> Tensor:
-    """acc ``[groups, group_size]``."""
-    _floating("rewards", rewards)
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
-        raise ValueError(f"group_size: expected a positive int, got {group_size!r}")
-    if rewards.dim() != 1 or rewards.numel() % group_size:
-        raise ShapeError(
-            f"rewards: expected shape [B] with B a multiple of group_size={group_size}, got {list(rewards.shape)}"
-        )
-    return _acc(rewards).view(-1, group_size)
-
-
-def _varied(groups: Tensor) -> Tensor:
-    """Which groups hold two different scored rewards, ``[groups, 1]``."""
-    lowest = torch.nan_to_num(groups, nan=torch.inf).amin(1, keepdim=True)
-    highest = torch.nan_to_num(groups, nan=-torch.inf).amax(1, keepdim=True)
-    return lowest < highest
-
-
-def _deviation(x: Tensor, dim: int) -> Tensor:
-    """Sample deviation over what is not NaN; 0 of fewer than two."""
-    n = (~x.isnan()).sum(dim, keepdim=True)
-    squares = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    return (squares / (n - 1).clamp(min=1)).sqrt()
 
 
 def _choose(function: str, backend: str, *tensors: Tensor) -> Any:

@@ -95,7 +95,11 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager[None]:
 
 
 def validate_targets(enabled: bool) -> None:
-    """With True, targets on a GPU are checked too (one synchronisation a call): IndexError instead of NaN."""
+    """With True, targets on a GPU are checked too (one synchronisation a call): IndexError instead of NaN.
+
+    >>> import fastloss
+    >>> fastloss.validate_targets(False)  # the default
+    """
     global _validate_targets
     _validate_targets = bool(enabled)
 

@@ -57,6 +57,7 @@ def policy_loss(
     importance_mode: str | None = "token_truncate",
     importance_cap: float | None = None,
     importance_floor: float | None = None,
+    weights: Tensor | None = None,
     cispo_min: float | None = None,
     cispo_max: float | None = None,
     sapo_temperature_pos: float = 1.0,
@@ -108,6 +109,8 @@ def policy_loss(
             token or per sequence, truncated to or masked outside [``importance_floor``, ``importance_cap``]:
             ``importance_mode`` "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", or None (no
             correction: only ``off_policy_threshold`` reads them).
+        weights: factors of the policy term (not of the KL, nor of the entropy bonus), ``[B]`` or like ``logprobs``, a bool
+            mask too: a correction of your own, :func:`trust_region_mask`, a sample's worth. No gradient flows to them.
         cispo_min, cispo_max: bounds of cispo's weight; None: 0 and 1 + clip_high.
         generator: clip_cov draws its tokens with it; None: it takes those with the largest covariance.
         cu_seqlens: int32/int64 ``[B + 1]``, the borders of packed sequences.
@@ -164,7 +167,15 @@ def policy_loss(
     )
     checks.is_floating("logprobs", logprobs)
     batch = lay_flat(
-        "logprobs", logprobs, old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, cu_seqlens
+        "logprobs",
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        ref_logprobs,
+        sampler_logprobs,
+        weights,
+        cu_seqlens,
     )
     options = options_of(spec, batch, packed=cu_seqlens is not None)
     if entropy is not None:
@@ -232,9 +243,8 @@ def run(
         share = entropy_share(spec, options, batch, chosen, normalizer, logprobs.dtype)
         bonus = options.entropy_coef * (share * torch.where(share != 0, entropy, 0)).sum()
         entropy, options = entropy.detach(), options._replace(entropy_coef=0.0)
-    loss, out = policy.policy_loss(
-        logprobs, entropy, PolicyCall(rows, batch, options, normalizer, weight, select)
-    )
+    call = PolicyCall(rows, batch, options, normalizer, batch.weighted(weight), select)
+    loss, out = policy.policy_loss(logprobs, entropy, call)
     return (loss if bonus is None else loss - bonus), out
 
 
@@ -319,7 +329,7 @@ def value_loss(
     tensor(2.5000)
     """
     checks.is_floating("values", values)
-    batch = lay_flat("values", values, None, None, mask, None, None, cu_seqlens)
+    batch = lay_flat("values", values, None, None, mask, None, None, None, cu_seqlens)
     check_like("returns", returns, values)
     checks.is_one_of("aggregation", aggregation, AGGREGATIONS)
     if clip_range is not None:

@@ -34,6 +34,7 @@ def linear_policy_loss(
     chunk_size: int | None = None,
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
+    weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     with_entropy: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -50,7 +51,8 @@ def linear_policy_loss(
         input: hidden states ``[B, T, D]``, or packed ``[N, D]`` with ``cu_seqlens``; the state that predicts the token.
         linear_weight: ``[V, D]``. linear_bias: ``[V]``.
         target: int64 ``[B, T]`` or ``[N]``, the sampled tokens; any value where masked.
-        old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, normalizer, cu_seqlens: as in :func:`policy_loss`.
+        old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, weights, normalizer, cu_seqlens: as in
+            :func:`policy_loss`.
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`; entropy is that of the tempered logits.
         chunk_size: rows of logits in memory at once; None chooses.
         with_entropy: also the metric "entropy" where the loss does not need it.
@@ -92,6 +94,7 @@ def linear_policy_loss(
         mask,
         ref_logprobs,
         sampler_logprobs,
+        weights,
         cu_seqlens,
         dtype=input.dtype,
     )
@@ -160,6 +163,7 @@ def linear_policy_loss(
             mask,
             ref_logprobs=ref_logprobs,
             sampler_logprobs=sampler_logprobs,
+            weights=weights,
             normalizer=normalizer,
             entropy=stats.entropy,
             cu_seqlens=cu_seqlens,
@@ -187,7 +191,7 @@ def linear_policy_loss(
         batch.old,
         batch.ref,
         batch.sampler,
-        token_weight,
+        batch.weighted(token_weight),
         share,
         total_scale,
         bonus_share,

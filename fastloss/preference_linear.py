@@ -196,7 +196,15 @@ def linear_preference_loss(
 
 
 def linear_dpo_loss(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> PreferenceOutput:
-    """DPO (arXiv:2305.18290) from the head: :func:`linear_preference_loss` with ``loss_type="sigmoid"``."""
+    """DPO (arXiv:2305.18290) from the head: :func:`linear_preference_loss` with ``loss_type="sigmoid"``.
+
+    >>> import torch, fastloss
+    >>> hidden, weight = torch.zeros(2, 3, 8), torch.zeros(4, 8)
+    >>> target = torch.tensor([[0, 1, 2], [3, 3, 0]])
+    >>> out = fastloss.linear_dpo_loss(hidden, weight, target, ref_input=hidden, ref_weight=weight)
+    >>> round(out.loss.item(), 4)
+    0.6931
+    """
     return linear_preference_loss(input, linear_weight, target, loss_type="sigmoid", **options)
 
 

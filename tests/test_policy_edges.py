@@ -344,6 +344,8 @@ def test_value_loss(clip_range: float | None) -> None:
             ValueError,
             r"advantages: expected shape \[5\] or \[5, 9\], got \[3\]",
         ),
+        ({"weights": torch.ones(4)}, ValueError, r"weights: expected shape \[5\] or \[5, 9\], got \[4\]"),
+        ({"weights": 0.5}, TypeError, "weights: expected a torch.Tensor"),
         ({"mask": torch.ones(5, 8)}, ValueError, r"mask: expected shape \[5, 9\]"),
         ({"old_logprobs": torch.zeros(5)}, ValueError, "old_logprobs: expected shape"),
         ({"logprobs": torch.zeros(45)}, ValueError, "logprobs: expected shape"),

@@ -91,6 +91,26 @@ def test_shapes(backend: str, shape: tuple[int, int]) -> None:
         agree(call(data, backend, **options), call(double(data), **options), call(data, **options), 2.0**-23)
 
 
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("loss_type", [v for v in VARIANTS if not v.endswith("_cov")])
+def test_weights_scale_the_policy_term(backend: str, loss_type: str) -> None:
+    """Every surrogate is homogeneous in the advantage, so a positive factor of the term is one of the advantage."""
+    need(backend)
+    data = batch()
+    options = {"loss_type": loss_type, "beta": 0.1, "entropy_coef": 0.05, "importance_mode": "token_truncate"}
+    weights = 0.5 + torch.rand(B, T, device=DEVICE)
+    given = [weights.masked_fill(~data["mask"], 1), weights[:, 0].contiguous(), weights[:, :1]]
+    if loss_type != "gmpo":  # its clip asks for the advantage's sign, and 0 has none
+        given.append(weights > 1)
+    for factors in given:
+        per_token = (factors if factors.dim() == 2 else factors[:, None]).float()
+        got = call({**data, "weights": factors}, backend, **options)
+        scaled = data["advantages"][:, None] * per_token
+        want = call({**data, "advantages": scaled.expand(B, T)}, backend, **options)
+        for name in ("loss", "d_logprobs", "d_entropy", "policy_loss", "kl"):
+            assert torch.allclose(got[name], want[name], rtol=1e-5, atol=1e-7), name
+
+
 # --- the definition against formulas written by hand, as trainers write them ----------------------------------------
 
 

@@ -24,6 +24,7 @@ class Batch:
     old: Tensor | None
     ref: Tensor | None
     sampler: Tensor | None
+    weights: Tensor | None  # [N], factors of the policy term
     offsets: Tensor | None
     length: int
     count: int
@@ -36,6 +37,12 @@ class Batch:
         if self.advantages.numel() == self.mask.numel():
             return self.advantages
         return self.sequences.expand(self.advantages)
+
+    def weighted(self, weight: Tensor | None) -> Tensor | None:
+        """``weight`` times the user's own, where there are any."""
+        if weight is None or self.weights is None:
+            return self.weights if weight is None else weight
+        return weight * self.weights
 
 
 def check_like(name: str, value: Any, like: Tensor) -> None:
@@ -87,6 +94,7 @@ def lay_flat(
     mask: Tensor | None,
     ref: Tensor | None,
     sampler: Tensor | None,
+    weights: Tensor | None,
     cu_seqlens: Tensor | None,
     dtype: torch.dtype | None = None,
 ) -> Batch:
@@ -105,27 +113,36 @@ def lay_flat(
         checks.same_device(label, x, like.device)
         return flat(x)
 
+    def per_token_or_sequence(label: str, x: Tensor) -> Tensor:
+        checks.same_device(label, x, like.device)
+        if tuple(x.shape) not in (tuple(like.shape), (count,), (count, 1)):
+            raise ShapeError(f"{label}: expected shape {[count]} or {list(like.shape)}, got {list(x.shape)}")
+        return flat(x)
+
     keep = flat_mask(mask, like)
     if advantages is None:
         adv = keep.new_zeros(count, dtype=acc)
     else:
         checks.is_floating("advantages", advantages)
-        checks.same_device("advantages", advantages, like.device)
-        if tuple(advantages.shape) not in (tuple(like.shape), (count,), (count, 1)):
-            raise ShapeError(
-                f"advantages: expected shape {[count]} or {list(like.shape)}, got {list(advantages.shape)}"
-            )
-        adv = flat(advantages)
-    return Batch(
+        adv = per_token_or_sequence("advantages", advantages)
+    batch = Batch(
         adv,
         keep,
         constant("old_logprobs", old),
         constant("ref_logprobs", ref),
         constant("sampler_logprobs", sampler),
+        None,
         offsets,
         length,
         count,
     )
+    if weights is None:
+        return batch
+    checks.is_tensor("weights", weights)
+    factors = per_token_or_sequence("weights", weights)
+    if factors.numel() != keep.numel():
+        factors = batch.sequences.expand(factors).contiguous()
+    return dataclasses.replace(batch, weights=factors)
 
 
 def options_of(spec: Spec, batch: Batch, *, packed: bool) -> PolicyOptions:

@@ -20,6 +20,7 @@ FAMILIES = (
     "liger_preference",
     "liger_grpo",
     "verl_losses",
+    "verl_rollout",
     "openrlhf_losses",
     "published",
 )

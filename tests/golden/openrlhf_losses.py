@@ -107,6 +107,52 @@ def policy() -> None:
     family.write()
 
 
+def gate(gating: str, seq: bool, low: float, high: float, mask: torch.Tensor) -> torch.Tensor:
+    """Which tokens OpenRLHF's statistic keeps, by its formula: the input ``weights`` of the case."""
+    p, q = SAMPLER.exp().clamp(1e-6, 1 - 1e-6), OLD.exp().clamp(1e-6, 1 - 1e-6)
+    stat = {
+        "ratio": OLD - SAMPLER,
+        "tv": (p - q).abs(),
+        "binary_kl": p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log(),
+    }[gating]
+    if seq:
+        stat = ((stat * mask).sum(1) / mask.sum(1)).unsqueeze(1).expand_as(stat)
+    stat = stat.exp() if gating == "ratio" else stat
+    return (stat >= low) & (stat <= high)
+
+
+def gated() -> None:
+    """The survivors of a gate keep their weight per token: ``weights`` beside ``token_truncate`` without a cap."""
+    shared = {
+        "logprobs": LOGPROBS,
+        "old_logprobs": OLD,
+        "advantages": ADVANTAGES,
+        "sampler_logprobs": SAMPLER,
+    }
+    family = Family(
+        "openrlhf_gated", "policy_loss", where("models/loss.py PolicyLoss, is_correction_gating"), shared
+    )
+    options = {"loss_type": "ppo", "aggregation": "token-mean"}
+    for gating, seq, threshold in (
+        ("ratio", True, [0.95, 1.05]), ("tv", False, [0.0, 0.05]), ("tv", True, [0.0, 0.08]),
+        ("binary_kl", False, [0.0, 0.01]), ("binary_kl", True, [0.0, 0.03]),
+    ):  # fmt: skip
+        for mask_name, lengths in LENGTHS.items():
+            mask = lengths_mask(lengths, WIDTH)
+            keep = gate(gating, seq, *threshold, mask)
+            assert 0 < (keep & mask).sum() < mask.sum(), (gating, seq, "the case decides nothing")
+            for dtype in DTYPES:
+                logps = leaf(LOGPROBS, dtype)
+                loss, *_ = openrlhf.PolicyLoss(
+                    is_correction_level="seq" if seq else "token", is_correction_gating=gating, is_correction_threshold=threshold,
+                )(logps, OLD.to(dtype), ADVANTAGES.to(dtype).unsqueeze(1), mask.to(dtype), SAMPLER.to(dtype))  # fmt: skip
+                loss.backward()
+                family.add(f"{gating} {'sequences' if seq else 'tokens'} {mask_name}", dtype, options, {"loss": loss},
+                           {"logprobs": logps.grad}, inputs={"mask": mask, "weights": keep},
+                           tolerance={torch.float64: {"rtol": 2e-8, "atol": 1e-10}}.get(dtype))  # fmt: skip
+    family.write()
+
+
 def value_and_kl() -> None:
     values, old_values, returns = (
         grid(82, ROWS, WIDTH),
@@ -146,6 +192,7 @@ def main() -> None:
     preference()
     reward()
     policy()
+    gated()
     value_and_kl()
 
 

@@ -40,12 +40,15 @@ class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def load(package: str, modules: tuple[str, ...], stand_ins: tuple[str, ...]) -> types.ModuleType:
     """The last of ``modules`` (dotted, executed in this order); ``package/__init__.py`` and those between are not run."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"{package}: pip install --no-deps --target FOLDER {package}, and PYTHONPATH=FOLDER"
-        )
-    root = Path(next(iter(spec.submodule_search_locations)))
+    if package in sys.modules:  # of an earlier call
+        root = Path(sys.modules[package].__path__[0])
+    else:
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModuleNotFoundError(
+                f"{package}: pip install --no-deps --target FOLDER {package}, and PYTHONPATH=FOLDER"
+            )
+        root = Path(next(iter(spec.submodule_search_locations)))
     sys.meta_path.insert(0, _StandIns(stand_ins))
     for module in modules:
         parts = module.split(".")

@@ -37,6 +37,18 @@ def grpo(rewards: Tensor, scale: str, size: int) -> tuple[Tensor, str]:
     return names["advantages"], where
 
 
+def gdpo(table: Tensor, weights: Tensor, size: int) -> tuple[Tensor, str]:
+    trainer = bare_trainer(GRPOTrainer, scale_rewards="group", multi_objective_aggregation="normalize_then_sum",
+                           reward_weights=weights, reward_funcs=[None] * table.shape[1])  # fmt: skip
+    names: dict[str, Any] = {"self": trainer, "rewards_per_func": table, "num_generations": size,
+                             "unscorable_mask": table.isnan().all(1), "device": table.device}  # fmt: skip
+    method = GRPOTrainer._generate_and_score_completions
+    with default_dtype(table.dtype):
+        where = run_statement(method, 'if self.multi_objective_aggregation == "sum_then_normalize":', names)
+        run_statement(method, "advantages = torch.nan_to_num(advantages, nan=0.0)", names)
+    return names["advantages"], where
+
+
 RLOO_STATEMENTS = (  # first line, and a word in the statement where several begin so
     ("grouped_rewards = rewards.view(-1, num_generations)", ""),
     ("scorable_counts = (~torch.isnan(grouped_rewards)).sum(dim=1, keepdim=True)  # (num_prompts, 1)", ""),
@@ -91,6 +103,24 @@ def main() -> None:
                 options = {"group_size": SIZE} | ({"normalize": True} if normalize else {})
                 family.add(f"{name} normalize={normalize}", dtype, options, {"result": result}, {},
                            inputs={"rewards": rewards})  # fmt: skip
+    family.write()
+
+    several = torch.stack([*table.values()], 1)  # an unscorable reward beside three that are not
+    unscored = several.clone()
+    unscored[7] = math.nan
+    _, where = gdpo(several, torch.ones(several.shape[1], dtype=several.dtype), SIZE)
+    family = Family(
+        "trl_gdpo_advantages", "gdpo_advantages", peer("trl", where), {}, "Four rewards; NaN: none."
+    )
+    for name, rewards in (("four", several), ("one unscorable response", unscored)):
+        for weights in (
+            torch.ones(4, dtype=torch.float64),
+            torch.tensor([1.0, 0.5, 0.25, 2.0], dtype=torch.float64),
+        ):
+            for dtype in DTYPES:
+                result, _ = gdpo(rewards.to(dtype), weights.to(dtype), SIZE)
+                family.add(f"{name} {weights.tolist()}", dtype, {"group_size": SIZE}, {"result": result}, {},
+                           inputs={"rewards": rewards, "weights": weights})  # fmt: skip
     family.write()
 
 

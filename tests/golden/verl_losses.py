@@ -297,6 +297,33 @@ def advantages() -> None:
          "run": lambda dtype: {"result": verl.compute_remax_outcome_advantage(
              rewards.to(dtype), greedy.to(dtype), mask.to(dtype))[0]}},
     ])  # fmt: skip
+    best = verl.compute_grpo_passk_outcome_advantage
+    write("verl_pass_at_k", "pass_at_k_advantages", "compute_grpo_passk_outcome_advantage", [
+        {"name": scale, "options": {"group_size": size, "scale": scale}, "inputs": grouped,
+         "run": lambda dtype, std=std: {"result": best(rewards.to(dtype), mask.to(dtype), index,
+                                                       config={"norm_adv_by_std_in_grpo": std})[0][:, 0]}}
+        for scale, std in (("group", True), ("none", False))
+    ])  # fmt: skip
+    log_squares = grid(89, ROWS, WIDTH, shift=-3).clamp(max=-0.5)
+    optimal = verl.compute_multi_turn_optimal_token_baseline_advantage
+
+    def baseline_case(name: str, keep: Tensor, weighted: bool) -> dict[str, Any]:
+        dense = grid(87, ROWS, WIDTH) * keep
+        weights = (OLD - SAMPLER).clamp(-20, 20).exp().clamp(max=1.25).float().double() if weighted else None
+
+        def run(dtype: torch.dtype) -> dict[str, Tensor]:
+            found = optimal(dense.to(dtype), keep.to(dtype), index, OLD.to(dtype), log_squares.to(dtype).exp(),
+                            None if weights is None else weights.to(dtype))  # fmt: skip
+            return {"result": found[0]}
+
+        inputs = {"rewards": dense, "logprobs": OLD, "log_sum_sq_probs": log_squares, "mask": keep}
+        return {"name": name, "options": {"group_size": size}, "run": run,
+                "inputs": inputs | ({"token_weights": weights} if weighted else {})}  # fmt: skip
+
+    write("verl_optimal_token", "optimal_token_advantages", "compute_multi_turn_optimal_token_baseline_advantage", [
+        baseline_case(f"{name}{' weighted' * weighted}", keep, weighted)
+        for name, keep in (("padded", mask), ("full", torch.ones_like(mask)), ("gaps", gaps)) for weighted in (False, True)
+    ])  # fmt: skip
 
 
 def main() -> None:
