@@ -57,7 +57,8 @@ class Policy:
 
     def add(self, name: str, options: dict[str, Any], settings: Any, *, advantages: Tensor = TOKEN_ADVANTAGES,
             how: str = "token-mean", mask_name: str = "padded", sampler: bool = False, metrics: dict[str, str] | None = None,
-            kl: tuple[str, float] | None = None, entropy_coef: float = 0.0) -> None:  # fmt: skip
+            kl: tuple[str, float] | None = None, entropy_coef: float = 0.0,
+            constants: dict[str, Tensor] | None = None) -> None:  # fmt: skip
         mask = lengths_mask(LENGTHS[mask_name], WIDTH)
         for dtype in DTYPES:
             logps, entropy = leaf(LOGPROBS, dtype), leaf(ENTROPY, dtype)
@@ -73,7 +74,7 @@ class Policy:
                 config=settings,
                 rollout_is_weights=weights,
             )
-            inputs = {"advantages": advantages, "mask": mask}
+            inputs = {"advantages": advantages, "mask": mask} | (constants or {})
             keywords = {"aggregation": how} | options
             if sampler:
                 inputs["sampler_logprobs"] = SAMPLER
@@ -145,6 +146,13 @@ def others() -> None:
         for loss_type in ("gpg", "reinforce"):
             policy.add(loss_type, {"loss_type": loss_type}, config(0.2, 0.2), how=how)
     policy.add("gpg sampler", {"loss_type": "gpg"}, config(0.2, 0.2), sampler=True)
+    policy.write()
+    policy = Policy("verl_dro", "compute_policy_loss_dro", "Its penalty is k2 to the old policy.")
+    options = {"loss_type": "gpg", "beta": 0.5, "kl_estimator": "k2"}
+    for how in AGGREGATIONS:
+        for mask_name in LENGTHS:
+            policy.add("dro", options, config(0.2, 0.2, dro_beta=0.5), how=how, mask_name=mask_name,
+                       constants={"ref_logprobs": OLD}, metrics={"approx_kl": "actor/ppo_kl"})  # fmt: skip
     policy.write()
     note = "verl draws among the eligible tokens: here the ratio takes all of them, so that nothing is drawn."
     policy = Policy("verl_clip_cov", "compute_policy_loss_clip_cov", note)
