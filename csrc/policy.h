@@ -22,6 +22,12 @@ namespace FASTLOSS_POLICY_SPACE {
 
 using policy::Options;
 
+// `s` in every lane; V{} + s would be an addition that the compiler must keep (-0 + 0 is 0).
+template <class V, class S>
+FASTLOSS_POLICY_INLINE V splat(S s) {
+  return s - V{};
+}
+
 // e^x, and e^x - 1 - x with its digits near 0 (for |x| <= 20).
 #ifdef FASTLOSS_ISA
 FASTLOSS_INLINE F32V exponential(F32V x) { return exp_any<float>(x); }
@@ -35,6 +41,23 @@ FASTLOSS_INLINE V exponential_and_k3(V x, V* k3) {
   const V beyond = e.r * e.r * e.q;
   *k3 = beyond * e.scale + ((e.r * e.scale - x) + (e.scale - S(1)));
   return ((e.q * e.r + S(1)) * e.r + S(1)) * e.scale;
+}
+
+// k3 alone where |x| <= 1 in every lane: a minimax polynomial (mpmath chebyfit of (e^x - 1 - x)/x^2), half
+// the work.
+FASTLOSS_INLINE F32V k3_near_zero(F32V x) {
+  constexpr float c[] = {0x1p-1f,         0x1.555556p-3f, 0x1.55557ap-5f,  0x1.11111ep-7f,
+                         0x1.6bff52p-10f, 0x1.a009p-13f,  0x1.a971fcp-16f, 0x1.78a70ep-19f};
+  const F32V square = x * x;
+  F32V even = splat<F32V>(c[6]), odd = splat<F32V>(c[7]);  // two short chains in place of a long one
+#pragma GCC unroll 3
+  for (int k = 4; k >= 0; k -= 2) even = even * square + c[k], odd = odd * square + c[k + 1];
+  return square * (odd * x + even);
+}
+FASTLOSS_INLINE F64V k3_near_zero(F64V x) {
+  F64V k3;
+  exponential_and_k3(x, &k3);
+  return k3;
 }
 #else
 inline __device__ float exponential(float x) { return expf(x); }
@@ -56,9 +79,17 @@ constexpr double kLogTiny = -18.420680743952367;  // log 1e-8
 // A NaN stays, as in PyTorch's clamp.
 template <class V, class S>
 FASTLOSS_POLICY_INLINE V clamped(V x, S low, S high) {
-  x = x < low ? V{} + low : x;
-  return x > high ? V{} + high : x;
+  x = x < low ? splat<V>(low) : x;
+  return x > high ? splat<V>(high) : x;
 }
+#ifdef FASTLOSS_ISA
+FASTLOSS_INLINE F32V clamped(F32V x, float low, float high) {
+  return min_or_second(splat<F32V>(high), max_or_second(splat<F32V>(low), x));
+}
+FASTLOSS_INLINE F64V clamped(F64V x, double low, double high) {
+  return min_or_second(splat<F64V>(high), max_or_second(splat<F64V>(low), x));
+}
+#endif
 
 template <class V>
 using MaskOf = decltype(V{} < V{});
@@ -70,7 +101,7 @@ FASTLOSS_POLICY_INLINE MaskOf<V> within(V x, S low, S high) {
 
 template <class V, class S>
 FASTLOSS_POLICY_INLINE V zero_nan(V x, S zero) {
-  return x == x ? x : V{} + zero;
+  return x == x ? x : splat<V>(zero);
 }
 
 // What all tokens of a sequence share. R: the type of the sequence's sums.
@@ -90,10 +121,14 @@ struct Sequence {
 };
 
 template <class S>
-FASTLOSS_POLICY_INLINE bool needs_sums(const Options<S>& o, bool agg) {
+FASTLOSS_POLICY_INLINE bool needs_more_than_a_count(const Options<S>& o) {
   return o.level != policy::kToken || o.correction >= policy::kSequenceTruncate ||
-         o.off_policy_threshold < S(INFINITY) || o.surrogate == policy::kVespo ||
-         (!agg && o.aggregation == policy::kSeqMeanTokenMean);
+         o.off_policy_threshold < S(INFINITY) || o.surrogate == policy::kVespo;
+}
+
+template <class S>
+FASTLOSS_POLICY_INLINE bool needs_sums(const Options<S>& o, bool agg) {
+  return needs_more_than_a_count(o) || (!agg && o.aggregation == policy::kSeqMeanTokenMean);
 }
 
 template <class S>
@@ -113,7 +148,7 @@ template <class V, class S>
 FASTLOSS_POLICY_INLINE V log_correction(const Options<S>& o, V d) {
   const V c = truncates(o)                        ? clamped(d, o.log_floor, o.log_cap)
               : within(d, o.log_floor, o.log_cap) ? d
-                                                  : V{} + S(kLogTiny);
+                                                  : splat<V>(S(kLogTiny));
   return clamped(c, S(kLogTiny), S(kMaxLogRatio));
 }
 
@@ -123,7 +158,7 @@ FASTLOSS_POLICY_INLINE V one_sided(const Options<S>& o, V lr, V advantage, MaskO
   const MaskOf<V> positive = advantage > S(0);
   const MaskOf<V> outside = positive ? lr > o.log_high : lr < -o.log_low;
   *slope = outside == 0;
-  return outside ? (positive ? V{} + o.log_high : V{} - o.log_low) : lr;
+  return outside ? (positive ? splat<V>(o.log_high) : splat<V>(-o.log_low)) : lr;
 }
 
 template <class R, class S>
@@ -186,10 +221,13 @@ FASTLOSS_POLICY_INLINE void surrogate(const Options<S>& o, const Sequence<S>& s,
   *dw = *dlogprob = zero;
   switch (o.surrogate) {
     case policy::kClip: {
-      const MaskOf<V> beyond = rho > o.delta;
       const V clipped = clamped(rho, o.ratio_low, o.ratio_high);
-      const V first = (beyond ? V{} + o.delta : rho) * a, second = clipped * a;
-      const V d_first = beyond ? zero : rho, d_second = clipped == rho ? rho : rho - rho;
+      V bounded = rho, d_first = rho;
+      if (o.delta < S(INFINITY)) {
+        bounded = rho > o.delta ? splat<V>(o.delta) : rho;
+        d_first = rho > o.delta ? zero : rho;
+      }
+      const V first = bounded * a, second = clipped * a, d_second = clipped == rho ? rho : rho - rho;
       // As PyTorch's minimum: equal ones share the gradient. rho - rho: a NaN stays.
       const V slope = first < second ? d_first : second < first ? d_second : S(0.5) * (d_first + d_second);
       *value = -(first < second ? first : second);
@@ -203,7 +241,7 @@ FASTLOSS_POLICY_INLINE void surrogate(const Options<S>& o, const Sequence<S>& s,
       break;
     }
     case policy::kSapo: {
-      const V tau = a > zero ? V{} + o.sapo_pos : V{} + o.sapo_neg, y = tau * (rho - S(1));
+      const V tau = a > zero ? splat<V>(o.sapo_pos) : splat<V>(o.sapo_neg), y = tau * (rho - S(1));
       const V e = exponential(y < zero ? y : -y), inverse = S(1) / (e + S(1));
       *value = -a * (y < zero ? e * inverse : inverse) * (S(4) / tau);
       *dw = -a * (S(4) * e * inverse * inverse) * rho;
@@ -213,9 +251,9 @@ FASTLOSS_POLICY_INLINE void surrogate(const Options<S>& o, const Sequence<S>& s,
       *value = *dw = -rho * a;
       break;
     default: {
-      V factor = V{} + S(1);
+      V factor = splat<V>(S(1));
       if (o.surrogate == policy::kCispo) factor = clamped(rho, o.cispo_low, o.cispo_high);
-      if (o.surrogate == policy::kVespo) factor = a >= zero ? V{} + s.phi_pos : V{} + s.phi_neg;
+      if (o.surrogate == policy::kVespo) factor = a >= zero ? splat<V>(s.phi_pos) : splat<V>(s.phi_neg);
       *dlogprob = -factor * a;
       *value = *dlogprob * t.logprob;
     }
@@ -230,21 +268,21 @@ FASTLOSS_POLICY_INLINE V kl_of(const Options<S>& o, V ref_minus_logprob, V* slop
   V kl, d;
   switch (o.kl_kind) {
     case policy::kK1:
-      kl = -t, d = zero + S(1);
+      kl = -t, d = splat<V>(S(1));
       break;
     case policy::kK2:
       kl = S(0.5) * t * t, d = -t;
       break;
     case policy::kAbs:
       kl = t < zero ? -t : t;
-      d = t < zero ? zero + S(1) : t > zero ? zero - S(1) : zero;
+      d = t < zero ? splat<V>(S(1)) : t > zero ? splat<V>(S(-1)) : zero;
       break;
     default: {
       exponential_and_k3(t, &kl);
       d = -(kl + t);
       if (o.kl_kind == policy::kLowVar) {
         d = kl > S(10) ? zero : d;
-        kl = kl > S(10) ? zero + S(10) : kl;
+        kl = kl > S(10) ? splat<V>(S(10)) : kl;
       }
     }
   }
@@ -258,21 +296,21 @@ FASTLOSS_POLICY_INLINE Terms<V> terms_of(const Options<S>& o, const policy::Call
   const V zero = V{}, a = t.advantage;
   Terms<V> out;
   const V ratio = exponential_and_k3(t.lr, &out.k3);  // the token's, whatever the level
-  out.rho = o.level == policy::kToken ? ratio : zero + s.rho;
+  out.rho = o.level == policy::kToken ? ratio : splat<V>(s.rho);
   out.dual = out.cut = zero > zero;
 
   V value;
   surrogate(o, s, t, out.rho, &value, &out.dw, &out.dlogprob, &out.dual);
   if (call.select && o.kl_cov_coef != S(0)) {
-    const V sign = t.lr < zero ? zero - S(1) : t.lr > zero ? zero + S(1) : zero;
+    const V sign = t.lr < zero ? splat<V>(S(-1)) : t.lr > zero ? splat<V>(S(1)) : zero;
     value += t.selected ? o.kl_cov_coef * sign * t.lr : zero;
     out.dlogprob += t.selected & t.lr_slope ? o.kl_cov_coef * sign : zero;
   }
 
-  V factor = zero + s.keep;
+  V factor = splat<V>(s.keep);
   if (call.token_weight) factor *= t.weight;
   if (o.correction) {
-    V c = zero + s.c;
+    V c = splat<V>(s.c);
     if (o.correction < policy::kSequenceTruncate) {
       c = correct(o, exponential(t.d), &out.cut);
     } else if (s.cut) {
@@ -288,7 +326,7 @@ FASTLOSS_POLICY_INLINE Terms<V> terms_of(const Options<S>& o, const policy::Call
     V slope;
     out.kl = kl_of(o, t.ref - t.logprob, &slope);
     if (o.beta != S(0)) {
-      const V weight = o.kl_unbiased ? o.beta * out.rho : zero + o.beta;
+      const V weight = o.kl_unbiased ? o.beta * out.rho : splat<V>(o.beta);
       out.loss += weight * out.kl;
       out.dlogprob += weight * slope;
       if (o.kl_unbiased) out.dw += weight * out.kl;

@@ -36,6 +36,25 @@ enum Sum : int {
   kSums
 };
 
+// The metrics that Python shows, in its order (fastloss/ops/policy.py, METRICS); means over the tokens.
+enum Metric : int {
+  kPolicyLoss,
+  kClipLow,
+  kClipHigh,
+  kClipRegion,
+  kClipDual,
+  kApproxKl,
+  kApproxKlK3,
+  kRatioMean,
+  kRatioMin,
+  kRatioMax,
+  kEss,
+  kKlMean,
+  kEntropyMean,
+  kCutFraction,
+  kMetrics
+};
+
 template <class S>
 struct Options {
   int surrogate, level, kl_kind, correction, aggregation;
@@ -81,7 +100,10 @@ struct Call {
   double normalizer, normalizer_factor, divisor;
   const void* normalizer_ptr;  // acc [1] or null
   void *grad, *grad_entropy;   // acc [n]; grad_entropy may be null
-  void* out;                   // acc [16]
+  bool scales_grad;            // the gradient is wanted times the scale (a CPU alone knows it in time)
+  double grad_scale;           // that scale, or 1: the CPU's own
+  void* out;                   // acc [16] or null
+  void *loss, *metrics;        // acc [1], acc [kMetrics]: in place of out, on a CPU
   double* sums;                // [count, 16]
   unsigned* ticket;            // a GPU's: 0 before and after a launch
 };

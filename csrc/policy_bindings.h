@@ -50,6 +50,19 @@ inline policy::Options<double> options_from(const pybind11::object& options) {
   return o;
 }
 
+// The options, and what the loss is divided by, of a call whose tensors and count are there.
+inline void set_options(policy::Call& c, const policy::Options<double>& options,
+                        const pybind11::object& normalizer) {
+  c.options = options;
+  if (c.options.correction && !c.sampler) c.options.correction = policy::kNone;
+  const bool by_length = !c.agg && c.options.aggregation == policy::kSeqMeanTokenSumNorm;
+  c.by_tokens = c.agg || c.options.aggregation == policy::kTokenMean;
+  c.has_normalizer = !normalizer.is_none();
+  c.normalizer = normalizer.is_none() ? 0.0 : normalizer.cast<double>();
+  c.normalizer_factor = by_length ? c.options.max_length : 1.0;
+  c.divisor = double(std::max<int64_t>(c.count, 1)) * c.normalizer_factor;
+}
+
 // Backend::run(arguments, dtype, context) runs.
 template <class Backend>
 struct PolicyBindings {
@@ -73,15 +86,8 @@ struct PolicyBindings {
     c.ref = at(ref), c.entropy = at(entropy), c.sampler = at(sampler), c.token_weight = at(token_weight);
     c.select = at<uint8_t>(select), c.agg = at(agg), c.offsets = at<int64_t>(offsets);
     c.n = n, c.length = length, c.count = count;
-    c.options = options_from(options);
-    if (c.options.correction && !c.sampler) c.options.correction = policy::kNone;
-    const bool by_length = !agg && c.options.aggregation == policy::kSeqMeanTokenSumNorm;
-    c.by_tokens = agg || c.options.aggregation == policy::kTokenMean;
-    c.has_normalizer = normalizer_ptr || !normalizer.is_none();
-    c.normalizer = normalizer.is_none() ? 0.0 : normalizer.cast<double>();
-    c.normalizer_factor = by_length ? c.options.max_length : 1.0;
-    c.divisor = double(std::max<int64_t>(count, 1)) * c.normalizer_factor;
-    c.normalizer_ptr = at(normalizer_ptr);
+    set_options(c, options_from(options), normalizer);
+    c.normalizer_ptr = at(normalizer_ptr), c.has_normalizer |= normalizer_ptr != 0;
     c.grad = at(grad), c.grad_entropy = at(grad_entropy), c.out = at(out);
     c.sums = at<double>(sums), c.ticket = at<unsigned>(ticket);
     Backend::run(c, dtype, context);

@@ -1,6 +1,7 @@
 // policy_loss of a range of sequences: each token's loss by csrc/policy.h, its gradient, its sequence's sums.
-// Reads each input once (twice where the sequence has a weight of its own: the second time from the cache),
-// writes the gradient. Vectors of tokens; sums of 256 tokens in lanes, beyond that in double, in order.
+// Reads each input once (twice where the sequence has a weight of its own: the second time from the cache, or
+// the mask alone), writes the gradient. Vectors of tokens; sums of 256 tokens in lanes, beyond that in
+// double.
 
 #include "policy.h"
 
@@ -13,68 +14,74 @@ namespace {
 
 constexpr int64_t kTokens = 256;  // added up in float before the sums go to double
 
-template <int bytes>
-struct ByteVector {
-  typedef uint8_t type __attribute__((vector_size(bytes)));
+template <class S>
+using VectorOf = typename Lanes<S>::V;
+
+// The inputs of a sequence.
+template <class S>
+struct Inputs {
+  const policy::Call& call;
+  const Options<S>& o;
+  S advantage;  // of the sequence
 };
 
-// The inputs with their type.
-template <class S>
-struct Reader {
-  using V = typename Lanes<S>::V;
+// A vector of tokens; the last of a sequence may be partial.
+template <class S, bool whole>
+struct Place {
+  using V = VectorOf<S>;
   using U = typename Lanes<S>::U;
   using Mask = MaskOf<V>;
   static constexpr int64_t L = Lanes<S>::n;
 
-  const policy::Call& call;
-  const Options<S>& o;
-  S advantage;       // of the sequence
-  int64_t i, count;  // the vector's place and length
+  const Inputs<S>& in;
+  int64_t i, count;
   Mask live;
+  bool any;
 
-  // False if the whole vector is masked.
-  FASTLOSS_INLINE bool move_to(int64_t place, int64_t end) {
-    i = place, count = end - place < L ? end - place : L;
+  FASTLOSS_INLINE Place(const Inputs<S>& inputs, int64_t place, int64_t left)
+      : in(inputs), i(place), count(left) {
     uint8_t bytes[L] = {}, none[L] = {};
-    memcpy(bytes, call.mask + i, count);
+    memcpy(bytes, in.call.mask + i, whole ? L : count);
     live = lanes_of(bytes);
-    return memcmp(bytes, none, L) != 0;
+    any = memcmp(bytes, none, L) != 0;
   }
-  FASTLOSS_INLINE static Mask lanes_of(const uint8_t* bytes) {
-    return __builtin_convertvector(load_raw<typename ByteVector<L>::type>(bytes), U) != 0;
-  }
+  FASTLOSS_INLINE static Mask lanes_of(const uint8_t* bytes) { return Mask(widen_bytes<U>(bytes)) > 0; }
   FASTLOSS_INLINE V at(const void* p) const {
-    const V v = load_upto(static_cast<const S*>(p) + i, count);
+    const S* const from = static_cast<const S*>(p) + i;
+    const V v = whole ? load(from) : load_n(from, count);
     return live ? v : V{};
   }
   FASTLOSS_INLINE V advantages() const {
-    return call.advantage_of_sequence ? (live ? V{} + advantage : V{}) : at(call.advantages);
+    return in.call.advantage_of_sequence ? (live ? splat<V>(in.advantage) : V{}) : at(in.call.advantages);
   }
-  // old - logprob before the clamp, negated.
+  // Before the clamp.
   FASTLOSS_INLINE V log_ratio(V logprob) const {
-    return call.old ? logprob - at(call.old) : logprob - logprob;
+    return in.call.old ? logprob - at(in.call.old) : logprob - logprob;
   }
-  FASTLOSS_INLINE V old_or(V logprob) const { return call.old ? at(call.old) : logprob; }
-  FASTLOSS_INLINE V mismatch(V logprob) const { return zero_nan(old_or(logprob) - at(call.sampler), S(0)); }
+  FASTLOSS_INLINE V old_or(V logprob) const { return in.call.old ? at(in.call.old) : logprob; }
+  FASTLOSS_INLINE V mismatch(V logprob) const {
+    return zero_nan(old_or(logprob) - at(in.call.sampler), S(0));
+  }
   FASTLOSS_INLINE V off_policy(V logprob) const {
-    return zero_nan((call.sampler ? at(call.sampler) : old_or(logprob)) - logprob, S(0));
+    return zero_nan((in.call.sampler ? at(in.call.sampler) : old_or(logprob)) - logprob, S(0));
   }
 
   FASTLOSS_INLINE Token<V> token() const {
+    const policy::Call& call = in.call;
     Token<V> t;
     t.logprob = at(call.logprobs);
     t.advantage = advantages();
     const V raw = log_ratio(t.logprob);
     t.lr = clamped(raw, S(-kMaxLogRatio), S(kMaxLogRatio));
-    t.lr_slope = within(raw, S(-kMaxLogRatio), S(kMaxLogRatio));
+    t.lr_slope = t.lr == raw;
     t.ref = call.ref ? at(call.ref) : V{};
     t.entropy = call.entropy ? at(call.entropy) : V{};
     t.weight = call.token_weight ? at(call.token_weight) : V{};
-    t.d = o.correction ? mismatch(t.logprob) : V{};
+    t.d = in.o.correction ? mismatch(t.logprob) : V{};
     t.selected = live;
     if (call.select) {
       uint8_t bytes[L] = {};
-      memcpy(bytes, call.select + i, count);
+      memcpy(bytes, call.select + i, whole ? L : count);
       t.selected = live & lanes_of(bytes);
     }
     return t;
@@ -82,7 +89,7 @@ struct Reader {
 
   FASTLOSS_INLINE void put(void* p, V v) const {
     S* const to = static_cast<S*>(p) + i;
-    if (count == L) {
+    if (whole) {
       store(to, v);
     } else {
       store_n(to, v, count);
@@ -90,120 +97,342 @@ struct Reader {
   }
 };
 
+// run(place) over the vectors of [begin, end).
+template <class S, class Run>
+FASTLOSS_INLINE void walk(const Inputs<S>& in, int64_t begin, int64_t end, Run run) {
+  constexpr int64_t L = Lanes<S>::n;
+  int64_t i = begin;
+  for (; i + L <= end; i += L) run(Place<S, true>(in, i, L));
+  if (i < end) run(Place<S, false>(in, i, end - i));
+}
+
+// The same in blocks of kTokens tokens, after each of which what was added up in S goes to double.
+template <class S, class Run, class Flush>
+FASTLOSS_INLINE void walk_blocks(const Inputs<S>& in, int64_t begin, int64_t end, Run run, Flush flush) {
+  for (int64_t block = begin; block < end; block += kTokens) {
+    walk(in, block, block + kTokens < end ? block + kTokens : end, run);
+    flush();
+  }
+}
+#define FASTLOSS_ALWAYS __attribute__((always_inline))
+
+FASTLOSS_INLINE void widen_into(F64V (&wide)[2], F32V v) {
+  F32HalfV half[2];
+  memcpy(half, &v, sizeof v);
+  wide[0] += __builtin_convertvector(half[0], F64V), wide[1] += __builtin_convertvector(half[1], F64V);
+}
+FASTLOSS_INLINE void widen_into(F64V (&wide)[2], F64V v) { wide[0] += v; }
+
 template <class S>
-SequenceSums<double> sums_of(Reader<S> in, int64_t begin, int64_t end, S* first_advantage) {
-  using V = typename Lanes<S>::V;
+struct Sum {
+  VectorOf<S> now = {};
+  F64V wide[2] = {};
+
+  FASTLOSS_INLINE void operator+=(VectorOf<S> v) { now += v; }
+  FASTLOSS_INLINE void flush() { widen_into(wide, now), now = VectorOf<S>{}; }
+  FASTLOSS_INLINE double total() const { return sum_lanes(wide[0] + wide[1]); }
+};
+
+// Of masks, whose lanes are 0 or -1.
+template <class S>
+struct Count {
+  MaskOf<VectorOf<S>> now = {};
+
+  FASTLOSS_INLINE void operator+=(MaskOf<VectorOf<S>> mask) { now -= mask; }
+  FASTLOSS_INLINE double total() const { return sum_lanes(now); }
+};
+
+int64_t count_tokens(const uint8_t* mask, int64_t n) {
+  using Bytes = ByteVector<kBytes>::type;
+  int64_t sum = 0, i = 0;
+  while (i + kBytes <= n) {
+    Bytes counts = {};
+    for (int k = 0; k < 255 && i + kBytes <= n; ++k, i += kBytes) {
+      counts -= Bytes(load_raw<Bytes>(mask + i) != 0);
+    }
+    for (int k = 0; k < kBytes; ++k) sum += counts[k];
+  }
+  for (; i < n; ++i) sum += mask[i] != 0;
+  return sum;
+}
+
+// Whether all tokens of a sequence have the same terms, so that one token's are enough.
+template <class S>
+bool is_uniform(const policy::Call& call, const Options<S>& o) {
+  const bool by_ratio =
+      o.surrogate == policy::kClip || o.surrogate == policy::kSapo || o.surrogate == policy::kRatio;
+  return o.level != policy::kToken && by_ratio && call.advantage_of_sequence && !o.correction && !call.ref &&
+         !call.entropy && !call.token_weight && !call.select && !call.agg;
+}
+
+template <class S>
+struct Prelude {
   SequenceSums<double> sums = {};
-  bool first = true;
-  for (int64_t block = begin; block < end; block += kTokens) {
-    const int64_t stop = block + kTokens < end ? block + kTokens : end;
-    V n{}, lr_sum{}, g_sum{}, d_sum{}, log_c{}, off{};
-    for (int64_t i = block; i < stop; i += in.L) {
-      if (!in.move_to(i, stop)) continue;
-      const V logprob = in.at(in.call.logprobs), a = in.advantages();
-      for (int64_t k = 0; first && k < in.L; ++k) {
-        if (in.live[k]) *first_advantage = a[k], first = false;
-      }
-      n += in.live ? V{} + S(1) : V{};
-      const V lr = clamped(in.log_ratio(logprob), S(-kMaxLogRatio), S(kMaxLogRatio));
-      lr_sum += lr;
-      if (in.o.level == policy::kGeometric) {
-        MaskOf<V> slope;
-        g_sum += one_sided(in.o, lr, a, &slope);
-      }
-      if (in.o.correction) {
-        const V d = in.mismatch(logprob);
-        d_sum += d;
-        log_c += in.live ? log_correction(in.o, d) : V{};
-      }
-      if (in.o.off_policy_threshold < S(INFINITY)) off += in.off_policy(logprob);
-    }
-    sums.n += sum_lanes(n), sums.lr += sum_lanes(lr_sum), sums.g += sum_lanes(g_sum);
-    sums.d += sum_lanes(d_sum), sums.log_c += sum_lanes(log_c), sums.off_policy += sum_lanes(off);
-  }
-  return sums;
-}
-
-// grad += common · dw/dlogprob_t, for a weight that all tokens share.
-template <class S>
-void add_common(Reader<S> in, int64_t begin, int64_t end, S common) {
-  using V = typename Lanes<S>::V;
-  for (int64_t i = begin; i < end; i += in.L) {
-    if (!in.move_to(i, end)) continue;
-    const V raw = in.log_ratio(in.at(in.call.logprobs));
-    MaskOf<V> slope = within(raw, S(-kMaxLogRatio), S(kMaxLogRatio)) & in.live;
-    if (in.o.level == policy::kGeometric) {
-      MaskOf<V> lets_through;
-      one_sided(in.o, clamped(raw, S(-kMaxLogRatio), S(kMaxLogRatio)), in.advantages(), &lets_through);
-      slope &= lets_through;
-    }
-    in.put(in.call.grad,
-           load_upto(static_cast<const S*>(in.call.grad) + i, in.count) + (slope ? V{} + common : V{}));
-  }
-}
-
-template <class S>
-void one_sequence(const policy::Call& call, const Options<S>& o, int64_t index, double* sums) {
-  using V = typename Lanes<S>::V;
-  const int64_t begin = begin_of(call, index), end = end_of(call, index);
-  Reader<S> in{call, o, call.advantage_of_sequence ? static_cast<const S*>(call.advantages)[index] : S(0)};
   S first_advantage = 0;
-  SequenceSums<double> prelude = {};
-  if (needs_sums(o, call.agg)) prelude = sums_of(in, begin, end, &first_advantage);
-  const Sequence<S> sequence = sequence_of(o, prelude, first_advantage);
+  // For a uniform sequence alone:
+  double k3 = 0, low = 0, high = 0;
+  bool flat = true;  // no clamp took a gradient away
+};
 
-  for (int k = 0; k < policy::kSums; ++k) sums[k] = 0;
-  double common = 0;
-  V min = V{} + S(INFINITY), max = V{} - S(INFINITY);
-  for (int64_t block = begin; block < end; block += kTokens) {
-    const int64_t stop = block + kTokens < end ? block + kTokens : end;
-    V sum[policy::kSums] = {}, common_sum{};
-    for (int64_t i = block; i < stop; i += in.L) {
-      if (!in.move_to(i, stop)) {
-        in.put(call.grad, V{});
-        if (call.grad_entropy) in.put(call.grad_entropy, V{});
-        continue;
-      }
-      const Token<V> token = in.token();
-      const Terms<V> terms = terms_of(o, call, sequence, token);
-      const V one = V{} + S(1), zero = V{};
-      const V share = call.agg ? in.at(call.agg) : in.live ? zero + sequence.share : zero;
-      V slope = terms.dlogprob;
-      if (o.level == policy::kToken) {
-        slope += token.lr_slope ? terms.dw : zero;
-      } else {
-        common_sum += share * terms.dw;
-      }
-      in.put(call.grad, in.live ? share * slope : zero);
-      if (call.grad_entropy) in.put(call.grad_entropy, -o.entropy_coef * share);
+template <class S>
+void sums_of(const policy::Call& call, const Options<S>& o, S advantage, int64_t begin, int64_t end,
+             Prelude<S>* out) {
+  using V = VectorOf<S>;
+  const Inputs<S> in{call, o, advantage};
+  const bool geometric = o.level == policy::kGeometric, off_policy = o.off_policy_threshold < S(INFINITY);
+  bool first = !call.advantage_of_sequence;
+  out->first_advantage = advantage;
+  Count<S> n;
+  Sum<S> lr_sum, g_sum, d_sum, log_c, off;
+  walk_blocks(
+      in, begin, end,
+      [&](const auto& at) FASTLOSS_ALWAYS {
+        if (!at.any) return;
+        const V logprob = at.at(call.logprobs);
+        const V lr = clamped(at.log_ratio(logprob), S(-kMaxLogRatio), S(kMaxLogRatio));
+        n += at.live;
+        lr_sum += lr;
+        if (first || geometric) {
+          const V a = at.advantages();
+          for (int64_t k = 0; first && k < at.L; ++k) {
+            if (at.live[k]) out->first_advantage = a[k], first = false;
+          }
+          MaskOf<V> slope;
+          if (geometric) g_sum += one_sided(o, lr, a, &slope);
+        }
+        if (o.correction) {
+          const V d = at.mismatch(logprob);
+          d_sum += d;
+          log_c += at.live ? log_correction(o, d) : V{};
+        }
+        if (off_policy) off += at.off_policy(logprob);
+      },
+      [&]() FASTLOSS_ALWAYS {
+        lr_sum.flush();
+        if (geometric) g_sum.flush();
+        if (o.correction) d_sum.flush(), log_c.flush();
+        if (off_policy) off.flush();
+      });
+  out->sums = {n.total(), lr_sum.total(), g_sum.total(), d_sum.total(), log_c.total(), off.total()};
+}
 
-      const V rho = in.live ? terms.rho : zero;
-      sum[policy::kLoss] += share * terms.loss;
-      sum[policy::kPolicy] += share * terms.policy;
-      sum[policy::kTokens] += in.live ? one : zero;
-      sum[policy::kLowClipped] += terms.low ? one : zero;
-      sum[policy::kHighClipped] += terms.high ? one : zero;
-      sum[policy::kDualClipped] += terms.dual ? one : zero;
-      sum[policy::kCut] += terms.cut & in.live ? one : zero;
-      sum[policy::kK1Sum] -= token.lr;
-      sum[policy::kK3Sum] += terms.k3;
-      sum[policy::kKl] += terms.kl;
-      sum[policy::kEntropy] += token.entropy;
-      sum[policy::kRatioSum] += rho;
-      sum[policy::kRatioSquared] += rho * rho;
-      min = in.live & (terms.rho < min) ? terms.rho : min;
-      max = in.live & (terms.rho > max) ? terms.rho : max;
+// The same of a uniform sequence, and what else its sums need of each token.
+template <class S>
+void sums_of_uniform(const policy::Call& call, const Options<S>& o, S advantage, int64_t begin, int64_t end,
+                     Prelude<S>* out) {
+  using V = VectorOf<S>;
+  const Inputs<S> in{call, o, advantage};
+  const bool geometric = o.level == policy::kGeometric, off_policy = o.off_policy_threshold < S(INFINITY);
+  const V a = splat<V>(advantage);
+  MaskOf<V> outside = {};
+  Count<S> n, low, high;
+  Sum<S> lr_sum, g_sum, off, k3_sum;
+  walk_blocks(
+      in, begin, end,
+      [&](const auto& at) FASTLOSS_ALWAYS {
+        if (!at.any) return;
+        const V logprob = at.at(call.logprobs);
+        V lr = at.log_ratio(logprob), k3;
+        if (any_lane((lr > S(1)) | (lr < S(-1)) | (lr != lr))) {
+          const V raw = lr;
+          lr = clamped(raw, S(-kMaxLogRatio), S(kMaxLogRatio));
+          outside |= lr != raw;
+          exponential_and_k3(lr, &k3);
+        } else {
+          k3 = k3_near_zero(lr);
+        }
+        n += at.live;
+        lr_sum += lr;
+        k3_sum += k3;
+        if (geometric) {
+          MaskOf<V> slope;
+          const V g = one_sided(o, lr, a, &slope);
+          g_sum += at.live ? g : V{};
+          low += (lr < -o.log_low) & (a < V{}), high += (lr > o.log_high) & (a > V{});
+        }
+        if (off_policy) off += at.off_policy(logprob);
+      },
+      [&]() FASTLOSS_ALWAYS {
+        lr_sum.flush(), k3_sum.flush();
+        if (geometric) g_sum.flush();
+        if (off_policy) off.flush();
+      });
+  out->first_advantage = advantage;
+  out->sums = {n.total(), lr_sum.total(), g_sum.total(), 0, 0, off.total()};
+  out->k3 = k3_sum.total(), out->low = low.total(), out->high = high.total();
+  out->flat = !geometric && !any_lane(outside);
+}
+
+// The gradient (plus what is there, with `add`) of a weight that all tokens share: common · dw/dlogprob_t.
+template <class S, bool add>
+void put_common(const policy::Call& call, const Options<S>& o, S advantage, int64_t begin, int64_t end,
+                S common, bool flat) {
+  using V = VectorOf<S>;
+  const Inputs<S> in{call, o, advantage};
+  walk(in, begin, end, [&](const auto& at) FASTLOSS_ALWAYS {
+    MaskOf<V> slope = at.live;
+    if (!flat && at.any) {
+      const V raw = at.log_ratio(at.at(call.logprobs)), lr = clamped(raw, S(-kMaxLogRatio), S(kMaxLogRatio));
+      slope &= lr == raw;
+      if (o.level == policy::kGeometric) {
+        MaskOf<V> lets_through;
+        one_sided(o, lr, at.advantages(), &lets_through);
+        slope &= lets_through;
+      }
     }
-    for (int k = 0; k < policy::kSums; ++k) sums[k] += sum_lanes(sum[k]);
-    common += sum_lanes(common_sum);
-  }
+    const V grad = slope ? splat<V>(common) : V{};
+    at.put(call.grad, add ? at.at(call.grad) + grad : grad);
+  });
+}
+
+// Terms, gradients and sums of all tokens. Inlined into callers that know some of the options, whose branches
+// are gone there. Returns Σ share · dloss/dw for weights that the sequence shares.
+template <class S>
+FASTLOSS_INLINE double put_terms(const policy::Call& call, const Options<S>& o, const Sequence<S>& sequence,
+                                 S advantage, int64_t begin, int64_t end, double* sums) {
+  using V = VectorOf<S>;
+  const Inputs<S> in{call, o, advantage};
+  const bool with_kl = call.ref, with_entropy = call.entropy, beside = with_kl || with_entropy;
+  const bool of_token = o.level == policy::kToken, dual = o.dual_clip < S(INFINITY);
+  const S scale = S(call.grad_scale), scaled_share = S(call.grad_scale * double(sequence.share));
+  Sum<S> loss, policy_sum, k1, k3, kl, entropy, rho_sum, rho_squared, common;
+  Count<S> tokens, low, high, dual_clipped, cut;
+  V min = splat<V>(S(INFINITY)), max = -min;
+  walk_blocks(
+      in, begin, end,
+      [&](const auto& at) FASTLOSS_ALWAYS {
+        const V zero = V{};
+        if (!at.any) {
+          at.put(call.grad, zero);
+          if (call.grad_entropy) at.put(call.grad_entropy, zero);
+          return;
+        }
+        const Token<V> token = at.token();
+        const Terms<V> terms = terms_of(o, call, sequence, token);
+        const V share = call.agg ? at.at(call.agg) : at.live ? splat<V>(sequence.share) : zero;
+        V slope = terms.dlogprob;
+        if (of_token) {
+          slope += token.lr_slope ? terms.dw : zero;
+        } else {
+          common += share * terms.dw;
+        }
+        const V scaled = call.agg ? share * scale : splat<V>(scaled_share);
+        at.put(call.grad, at.live ? scaled * slope : zero);
+        if (call.grad_entropy) at.put(call.grad_entropy, at.live ? -o.entropy_coef * scaled : zero);
+
+        loss += share * terms.loss;
+        k1 += token.lr, k3 += terms.k3;
+        tokens += at.live, low += terms.low, high += terms.high;
+        if (dual) dual_clipped += terms.dual;
+        if (o.correction) cut += terms.cut & at.live;
+        if (beside) policy_sum += share * terms.policy;
+        if (with_kl) kl += terms.kl;
+        if (with_entropy) entropy += token.entropy;
+        const V rho = at.live ? terms.rho : zero;
+        rho_sum += rho, rho_squared += rho * rho;
+        min = min_or_second(at.live ? terms.rho : min, min);
+        max = max_or_second(at.live ? terms.rho : max, max);
+      },
+      [&]() FASTLOSS_ALWAYS {
+        loss.flush(), k1.flush(), k3.flush(), rho_sum.flush(), rho_squared.flush();
+        if (beside) policy_sum.flush();
+        if (with_kl) kl.flush();
+        if (with_entropy) entropy.flush();
+        if (!of_token) common.flush();
+      });
+  sums[policy::kLoss] = loss.total(), sums[policy::kPolicy] = beside ? policy_sum.total() : loss.total();
+  sums[policy::kTokens] = tokens.total();
+  sums[policy::kLowClipped] = low.total(), sums[policy::kHighClipped] = high.total();
+  sums[policy::kDualClipped] = dual_clipped.total(), sums[policy::kCut] = cut.total();
+  sums[policy::kK1Sum] = -k1.total(), sums[policy::kK3Sum] = k3.total();
+  sums[policy::kKl] = kl.total(), sums[policy::kEntropy] = entropy.total();
+  sums[policy::kRatioSum] = rho_sum.total(), sums[policy::kRatioSquared] = rho_squared.total();
   double least = min[0], most = max[0];
-  for (int64_t k = 1; k < in.L; ++k) {
+  for (int64_t k = 1; k < Lanes<S>::n; ++k) {
     least = min[k] < least ? min[k] : least;
     most = max[k] > most ? max[k] : most;
   }
   sums[policy::kMinRatio] = least, sums[policy::kMaxRatio] = most;
-  if (o.level != policy::kToken) add_common(in, begin, end, S(common * double(sequence.w_slope)));
+  return common.total();
+}
+
+// Any options.
+template <class S>
+double any_terms(const policy::Call& call, const Options<S>& o, const Sequence<S>& sequence, S advantage,
+                 int64_t begin, int64_t end, double* sums) {
+  return put_terms(call, o, sequence, advantage, begin, end, sums);
+}
+
+// The commonest: log-probs, old ones and an advantage of the sequence, nothing else.
+template <class S, int surrogate>
+double bare_terms(const policy::Call& given, const Options<S>& options, const Sequence<S>& sequence,
+                  S advantage, int64_t begin, int64_t end, double* sums) {
+  policy::Call call = given;
+  Options<S> o = options;
+  call.ref = call.entropy = call.sampler = call.token_weight = call.agg = call.grad_entropy = nullptr;
+  call.select = nullptr, call.advantage_of_sequence = true;
+  o.surrogate = surrogate, o.level = policy::kToken, o.correction = policy::kNone;
+  return put_terms(call, o, sequence, advantage, begin, end, sums);
+}
+
+template <class S>
+auto terms_for(const policy::Call& call, const Options<S>& o) {
+  const bool bare = o.level == policy::kToken && call.advantage_of_sequence && !o.correction && !call.ref &&
+                    !call.entropy && !call.token_weight && !call.select && !call.agg;
+  if (bare && o.surrogate == policy::kClip) return &bare_terms<S, policy::kClip>;
+  if (bare && o.surrogate == policy::kLogprob) return &bare_terms<S, policy::kLogprob>;
+  if (bare && o.surrogate == policy::kCispo) return &bare_terms<S, policy::kCispo>;
+  if (bare && o.surrogate == policy::kSapo) return &bare_terms<S, policy::kSapo>;
+  return &any_terms<S>;
+}
+
+// Of a uniform sequence.
+template <class S>
+void put_uniform(const policy::Call& call, const Options<S>& o, const Prelude<S>& prelude,
+                 const Sequence<S>& sequence, S advantage, int64_t begin, int64_t end, double* sums) {
+  using V = VectorOf<S>;
+  Token<V> token = {};
+  token.advantage = splat<V>(advantage);
+  const Terms<V> terms = terms_of(o, call, sequence, token);
+  const double n = prelude.sums.n, share = double(sequence.share), rho = double(sequence.rho);
+  const bool geometric = o.level == policy::kGeometric;
+  sums[policy::kLoss] = sums[policy::kPolicy] = n > 0 ? n * share * double(terms.loss[0]) : 0;
+  sums[policy::kTokens] = n;
+  sums[policy::kLowClipped] = geometric ? prelude.low : terms.low[0] ? n : 0;
+  sums[policy::kHighClipped] = geometric ? prelude.high : terms.high[0] ? n : 0;
+  sums[policy::kDualClipped] = terms.dual[0] ? n : 0;
+  sums[policy::kK1Sum] = -prelude.sums.lr, sums[policy::kK3Sum] = prelude.k3;
+  sums[policy::kRatioSum] = n > 0 ? n * rho : 0, sums[policy::kRatioSquared] = n > 0 ? n * rho * rho : 0;
+  if (n > 0 && rho == rho) sums[policy::kMinRatio] = sums[policy::kMaxRatio] = rho;
+  const double common = n * share * double(terms.dw[0]) * double(sequence.w_slope) * call.grad_scale;
+  put_common<S, false>(call, o, advantage, begin, end, S(common), prelude.flat);
+}
+
+template <class S>
+void one_sequence(const policy::Call& call, const Options<S>& o, int64_t index, double* sums) {
+  const int64_t begin = begin_of(call, index), end = end_of(call, index);
+  const S advantage = call.advantage_of_sequence ? static_cast<const S*>(call.advantages)[index] : S(0);
+  for (int k = 0; k < policy::kSums; ++k) sums[k] = 0;
+  sums[policy::kMinRatio] = INFINITY, sums[policy::kMaxRatio] = -INFINITY;
+
+  Prelude<S> prelude;
+  const bool uniform = is_uniform(call, o);
+  if (uniform) {
+    sums_of_uniform(call, o, advantage, begin, end, &prelude);
+  } else if (needs_sums(o, call.agg)) {
+    if (needs_more_than_a_count(o)) {
+      sums_of(call, o, advantage, begin, end, &prelude);
+    } else {
+      prelude.sums.n = double(count_tokens(call.mask + begin, end - begin));
+    }
+  }
+  const Sequence<S> sequence = sequence_of(o, prelude.sums, prelude.first_advantage);
+  if (uniform) return put_uniform(call, o, prelude, sequence, advantage, begin, end, sums);
+  const double common = terms_for(call, o)(call, o, sequence, advantage, begin, end, sums);
+  if (o.level != policy::kToken) {
+    put_common<S, true>(call, o, advantage, begin, end,
+                        S(common * double(sequence.w_slope) * call.grad_scale), false);
+  }
 }
 
 template <class S>
@@ -223,7 +452,7 @@ void policy_loss(const policy::Call& call, int dtype, int64_t begin, int64_t end
 #define FASTLOSS_STRING_OF(x) #x
 #define FASTLOSS_STRING(x) FASTLOSS_STRING_OF(x)
 extern const PolicyKernels policy_kernels;
-const PolicyKernels policy_kernels = {FASTLOSS_STRING(FASTLOSS_ISA), policy_loss};
+const PolicyKernels policy_kernels = {FASTLOSS_STRING(FASTLOSS_ISA), count_tokens, policy_loss};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

@@ -4,6 +4,7 @@
 #include "../policy_bindings.h"
 
 #include <optional>
+#include <vector>
 
 #include "args.h"
 #include "parallel.h"
@@ -30,8 +31,41 @@ struct Cpu {
   }
 };
 
+using Address = uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// policy_loss of padded sequences with the fewest calls from Python around it: options read once, the
+// gradient times the scale, the metrics made here.
+void plain_policy_loss(int dtype, Address logprobs, Address old, Address advantages,
+                       bool advantage_of_sequence, Address mask, Address ref, Address entropy,
+                       Address sampler, int64_t length, int64_t count, const policy::Options<double>& options,
+                       const pybind11::object& normalizer, Address normalizer_ptr, Address grad,
+                       Address grad_entropy, Address loss, Address metrics, int64_t threads) {
+  thread_local std::vector<double> sums;
+  sums.resize(size_t(count) * policy::kSums);
+  policy::Call c = {};
+  c.logprobs = at(logprobs), c.old = at(old), c.advantages = at(advantages);
+  c.advantage_of_sequence = advantage_of_sequence;
+  c.mask = at<uint8_t>(mask), c.ref = at(ref), c.entropy = at(entropy), c.sampler = at(sampler);
+  c.n = length * count, c.length = length, c.count = count;
+  set_options(c, options, normalizer);
+  c.normalizer_ptr = at(normalizer_ptr), c.has_normalizer |= normalizer_ptr != 0;
+  c.grad = at(grad), c.grad_entropy = at(grad_entropy), c.scales_grad = true;
+  c.loss = at(loss), c.metrics = at(metrics), c.sums = sums.data();
+  Cpu::run(c, dtype, threads);
+}
+
 }  // namespace
 
-void bind_policy(pybind11::module_& m) { PolicyBindings<Cpu>::bind(m); }
+void bind_policy(pybind11::module_& m) {
+  PolicyBindings<Cpu>::bind(m);
+  pybind11::class_<policy::Options<double>>(m, "PolicyOptions", pybind11::module_local())
+      .def(pybind11::init(&options_from));
+  m.def("plain_policy_loss", &plain_policy_loss);
+}
 
 }  // namespace fastloss

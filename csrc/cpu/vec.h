@@ -101,14 +101,17 @@ FASTLOSS_INLINE V min_or_second(V a, V b) {
 FASTLOSS_INLINE F32V max_or_second(F32V a, F32V b) { return F32V(_mm512_max_ps(__m512(a), __m512(b))); }
 FASTLOSS_INLINE F32V min_or_second(F32V a, F32V b) { return F32V(_mm512_min_ps(__m512(a), __m512(b))); }
 FASTLOSS_INLINE F64V max_or_second(F64V a, F64V b) { return F64V(_mm512_max_pd(__m512d(a), __m512d(b))); }
+FASTLOSS_INLINE F64V min_or_second(F64V a, F64V b) { return F64V(_mm512_min_pd(__m512d(a), __m512d(b))); }
 #elif defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
 FASTLOSS_INLINE F32V max_or_second(F32V a, F32V b) { return F32V(_mm256_max_ps(__m256(a), __m256(b))); }
 FASTLOSS_INLINE F32V min_or_second(F32V a, F32V b) { return F32V(_mm256_min_ps(__m256(a), __m256(b))); }
 FASTLOSS_INLINE F64V max_or_second(F64V a, F64V b) { return F64V(_mm256_max_pd(__m256d(a), __m256d(b))); }
+FASTLOSS_INLINE F64V min_or_second(F64V a, F64V b) { return F64V(_mm256_min_pd(__m256d(a), __m256d(b))); }
 #elif defined(__SSE2__) && FASTLOSS_VECTOR_BYTES == 16
 FASTLOSS_INLINE F32V max_or_second(F32V a, F32V b) { return F32V(_mm_max_ps(__m128(a), __m128(b))); }
 FASTLOSS_INLINE F32V min_or_second(F32V a, F32V b) { return F32V(_mm_min_ps(__m128(a), __m128(b))); }
 FASTLOSS_INLINE F64V max_or_second(F64V a, F64V b) { return F64V(_mm_max_pd(__m128d(a), __m128d(b))); }
+FASTLOSS_INLINE F64V min_or_second(F64V a, F64V b) { return F64V(_mm_min_pd(__m128d(a), __m128d(b))); }
 #endif
 
 FASTLOSS_INLINE F32V load(const float* p) { return load_raw<F32V>(p); }
@@ -216,6 +219,53 @@ FASTLOSS_INLINE void store_one(T* p, S value) {
 // W/2 elements as doubles.
 FASTLOSS_INLINE F64V widen(const double* p) { return load(p); }
 FASTLOSS_INLINE F64V widen(const float* p) { return __builtin_convertvector(load_raw<F32HalfV>(p), F64V); }
+
+// One byte per lane, as integers. GCC 12 takes the bytes one by one through general registers without these.
+template <int bytes>
+struct ByteVector {
+  typedef uint8_t type __attribute__((vector_size(bytes)));
+};
+template <class U>
+FASTLOSS_INLINE U widen_bytes(const uint8_t* p) {
+  return __builtin_convertvector(load_raw<typename ByteVector<sizeof(U) / sizeof(U{}[0])>::type>(p), U);
+}
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+template <>
+FASTLOSS_INLINE U32V widen_bytes<U32V>(const uint8_t* p) {
+  return U32V(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+template <>
+FASTLOSS_INLINE U64V widen_bytes<U64V>(const uint8_t* p) {
+  return U64V(_mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+#elif defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
+template <>
+FASTLOSS_INLINE U32V widen_bytes<U32V>(const uint8_t* p) {
+  return U32V(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+template <>
+FASTLOSS_INLINE U64V widen_bytes<U64V>(const uint8_t* p) {
+  int four;
+  memcpy(&four, p, sizeof four);
+  return U64V(_mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four)));
+}
+#endif
+
+// Whether a mask (lanes 0 or -1) has any lane set.
+template <class M>
+FASTLOSS_INLINE bool any_lane(M mask) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  return _mm512_test_epi32_mask(__m512i(mask), __m512i(mask)) != 0;
+#elif defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
+  return !_mm256_testz_si256(__m256i(mask), __m256i(mask));
+#elif defined(__SSE2__) && FASTLOSS_VECTOR_BYTES == 16
+  return _mm_movemask_epi8(__m128i(mask)) != 0;
+#else
+  U64V words = bit_cast<U64V>(mask);
+  for (int k = 1; k < kBytes / 8; ++k) words[0] |= words[k];
+  return words[0] != 0;
+#endif
+}
 
 template <class V>
 FASTLOSS_INLINE double sum_lanes(V v) {
