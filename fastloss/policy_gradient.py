@@ -10,6 +10,7 @@ from torch import Tensor
 from fastloss import checks, dispatch, reference
 from fastloss.ops import policy
 from fastloss.ops.native_rows import acc_dtype
+from fastloss.ops.plain_policy import is_plain, plain_policy_loss, ready
 from fastloss.ops.policy import PolicyCall
 from fastloss.ops.policy_batch import Batch, check_like, lay_flat, normalizer_of, options_of
 from fastloss.ops.policy_options import AGGREGATIONS, KL_KINDS, PolicyOptions, Spec
@@ -131,40 +132,66 @@ def policy_loss(
     >>> out.loss.item(), logprobs.grad.tolist(), out.metrics["ratio/max"].item()
     (-2.0, [[-1.0, -1.0]], 1.0)
     """
-    spec = Spec(
-        loss_type=loss_type,
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        delta=delta,
-        beta=beta,
-        kl_estimator=kl_estimator,
-        kl_unbiased=kl_unbiased,
-        importance_level=importance_level,
-        aggregation=aggregation,
-        max_length=max_length,
-        entropy_coef=entropy_coef,
-        entropy_aggregation=entropy_aggregation,
-        top_entropy_quantile=top_entropy_quantile,
-        off_policy_threshold=off_policy_threshold,
-        importance_mode=importance_mode,
-        importance_cap=importance_cap,
-        importance_floor=importance_floor,
-        cispo_min=cispo_min,
-        cispo_max=cispo_max,
-        sapo_temperature_pos=sapo_temperature_pos,
-        sapo_temperature_neg=sapo_temperature_neg,
-        vespo_k_pos=vespo_k_pos,
-        vespo_lambda_pos=vespo_lambda_pos,
-        vespo_k_neg=vespo_k_neg,
-        vespo_lambda_neg=vespo_lambda_neg,
-        kl_cov_coef=kl_cov_coef,
-        kl_cov_ratio=kl_cov_ratio,
-        clip_cov_ratio=clip_cov_ratio,
-        clip_cov_low=clip_cov_low,
-        clip_cov_high=clip_cov_high,
-        generator=generator,
+    fields = (
+        loss_type,
+        clip_low,
+        clip_high,
+        dual_clip,
+        delta,
+        beta,
+        kl_estimator,
+        kl_unbiased,
+        importance_level,
+        aggregation,
+        max_length,
+        entropy_coef,
+        entropy_aggregation,
+        top_entropy_quantile,
+        off_policy_threshold,
+        importance_mode,
+        importance_cap,
+        importance_floor,
+        cispo_min,
+        cispo_max,
+        sapo_temperature_pos,
+        sapo_temperature_neg,
+        vespo_k_pos,
+        vespo_lambda_pos,
+        vespo_k_neg,
+        vespo_lambda_neg,
+        kl_cov_coef,
+        kl_cov_ratio,
+        clip_cov_ratio,
+        clip_cov_low,
+        clip_cov_high,
+        generator,
     )
+    others = (old_logprobs, ref_logprobs, sampler_logprobs, entropy)
+    if weights is None and is_plain(logprobs, advantages, mask, others, cu_seqlens, backend):
+        prepared = ready(
+            ref_logprobs is not None,
+            entropy is not None,
+            sampler_logprobs is not None,
+            logprobs.shape[1],
+            *fields,
+        )
+        if prepared is not None:
+            assert mask is not None
+            norm = None if normalizer is None else normalizer_of(normalizer, logprobs)
+            return PolicyOutput(
+                *plain_policy_loss(
+                    prepared,
+                    logprobs,
+                    entropy,
+                    old_logprobs,
+                    advantages,
+                    mask,
+                    ref_logprobs,
+                    sampler_logprobs,
+                    norm,
+                )
+            )
+    spec = Spec(*fields)
     checks.is_floating("logprobs", logprobs)
     batch = lay_flat(
         "logprobs",

@@ -12,6 +12,24 @@ from fastloss.ops.once import once_differentiable
 from fastloss.ops.policy_batch import Batch
 from fastloss.ops.policy_options import PolicyOptions
 
+# The public metrics, in the order of csrc/policy_args.h. The last three where their inputs are given.
+METRICS = (
+    "policy_loss",
+    "clip_ratio/low",
+    "clip_ratio/high",
+    "clip_ratio/region",
+    "clip_ratio/dual",
+    "approx_kl",
+    "approx_kl_k3",
+    "ratio/mean",
+    "ratio/min",
+    "ratio/max",
+    "ess",
+    "kl",
+    "entropy",
+    "importance/cut_fraction",
+)
+
 
 class PolicyCall(NamedTuple):
     """Everything about a call but what carries gradients."""
@@ -103,26 +121,23 @@ def metrics_from(
         tokens = out[2].clamp(min=1)
         means = (out / tokens).unbind()
         sums = out.unbind()
-        metrics = {
-            "policy_loss": sums[15] * sums[1],
-            "clip_ratio/low": means[3],
-            "clip_ratio/high": means[4],
-            "clip_ratio/region": means[3] + means[4],
-            "clip_ratio/dual": means[5],
-            "approx_kl": means[6],
-            "approx_kl_k3": means[7],
-            "ratio/mean": means[12],
-            "ratio/min": sums[10],
-            "ratio/max": sums[11],
-            "ess": means[12] * sums[12] / sums[13].clamp(min=torch.finfo(out.dtype).tiny),
-        }
-        if with_ref:
-            metrics["kl"] = means[8]
-        if with_entropy:
-            metrics["entropy"] = means[9]
-        if with_correction:
-            metrics["importance/cut_fraction"] = means[14]
-        return metrics
+        values = (
+            sums[15] * sums[1],
+            means[3],
+            means[4],
+            means[3] + means[4],
+            means[5],
+            means[6],
+            means[7],
+            means[12],
+            sums[10],
+            sums[11],
+            means[12] * sums[12] / sums[13].clamp(min=torch.finfo(out.dtype).tiny),
+            means[8] if with_ref else None,
+            means[9] if with_entropy else None,
+            means[14] if with_correction else None,
+        )
+        return {name: value for name, value in zip(METRICS, values, strict=True) if value is not None}
 
 
 # --- selections over the whole batch: sorts and quantiles, PyTorch's ------------------------------------------------

@@ -151,7 +151,13 @@ def options_of(spec: Spec, batch: Batch, *, packed: bool) -> PolicyOptions:
         with_sampler=batch.sampler is not None,
         default_length=None if packed else batch.length,
     )
-    if options.beta and batch.ref is None:
+    check_given(options, spec, with_ref=batch.ref is not None)
+    return options
+
+
+def check_given(options: PolicyOptions, spec: Spec, *, with_ref: bool) -> None:
+    """Options that need a tensor, or another option, are errors without it."""
+    if options.beta and not with_ref:
         raise ValueError(f"ref_logprobs: expected a tensor for beta={options.beta}, got None")
     for name, value in (("importance_cap", spec.importance_cap), ("importance_floor", spec.importance_floor)):
         if value is not None and not options.correction:
@@ -160,7 +166,6 @@ def options_of(spec: Spec, batch: Batch, *, packed: bool) -> PolicyOptions:
         raise ValueError(f"dual_clip: expected None for loss_type={spec.loss_type!r}, got {spec.dual_clip}")
     if options.delta != math.inf and spec.variant.surrogate != "clip":
         raise ValueError(f"delta: expected None for loss_type={spec.loss_type!r}, got {spec.delta}")
-    return options
 
 
 def normalizer_of(normalizer: float | Tensor | None, like: Tensor) -> float | Tensor | None:
