@@ -14,6 +14,7 @@ from fastloss.ops.plain_policy import is_plain, plain_policy_loss, ready
 from fastloss.ops.policy import PolicyCall
 from fastloss.ops.policy_batch import Batch, check_like, lay_flat, normalizer_of, options_of
 from fastloss.ops.policy_options import AGGREGATIONS, KL_KINDS, PolicyOptions, Spec
+from fastloss.ops.policy_select import select, top_entropy
 
 
 class PolicyOutput(NamedTuple):
@@ -90,9 +91,9 @@ def policy_loss(
             whatever it holds.
         ref_logprobs: those of the reference policy, for ``beta`` and the metric "kl".
         loss_type: "reinforce", "ppo", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "sapo", "vespo",
-            "luspo", "gpg", "rloo", "clip_cov" or "kl_cov".
-        clip_low, clip_high: ρ is clipped to [1 - clip_low, 1 + clip_high] (gmpo: log ρ to [-clip_low, clip_high]);
-            None: the paper's range.
+            "luspo", "gpg", "rloo", "clip_cov", "kl_cov", "dppo_tv" or "dppo_kl".
+        clip_low, clip_high: ρ is clipped to [1 - clip_low, 1 + clip_high] (gmpo: log ρ to [-clip_low, clip_high]; dppo:
+            the largest divergence where A < 0 and where A > 0); None: the paper's range.
         dual_clip: at most ``dual_clip · |A|`` is lost where A < 0 (> 1; 3 is common). delta: ρ is also clipped above at
             ``delta`` where A < 0.
         beta: coefficient of the KL to the reference. kl_estimator: "k1", "k2", "k3", "abs" or "low_var_kl".
@@ -112,7 +113,7 @@ def policy_loss(
             correction: only ``off_policy_threshold`` reads them).
         weights: factors of the policy term (not of the KL, nor of the entropy bonus), ``[B]`` or like ``logprobs``, a bool
             mask too: a correction of your own, :func:`trust_region_mask`, a sample's worth. No gradient flows to them.
-        cispo_min, cispo_max: bounds of cispo's weight; None: 0 and 1 + clip_high.
+        cispo_min, cispo_max: bounds of the weight of cispo and dppo; None: 0 and 1 + clip_high (dppo: 20).
         generator: clip_cov draws its tokens with it; None: it takes those with the largest covariance.
         cu_seqlens: int32/int64 ``[B + 1]``, the borders of packed sequences.
         backend: "auto", "reference", "cpu", "cuda" or "triton".
@@ -245,24 +246,14 @@ def run(
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of flat acc log-probs: what needs a view over the whole batch here, the rest in one launch."""
-    weight = select = chosen = None
+    weight = chosen = None
     if spec.top_entropy_quantile < 1:
         assert entropy is not None
-        chosen = policy.top_entropy(entropy, batch.mask, spec.top_entropy_quantile)
+        chosen = top_entropy(entropy, batch.mask, spec.top_entropy_quantile)
         weight = chosen.to(logprobs.dtype)
-    if spec.loss_type == "clip_cov":
-        kept = policy.clip_cov_weight(
-            logprobs,
-            batch,
-            options,
-            spec.clip_cov_ratio,
-            spec.clip_cov_low,
-            spec.clip_cov_high,
-            spec.generator,
-        )
-        weight = kept if weight is None else weight * kept
-    if spec.loss_type == "kl_cov":
-        select = policy.kl_cov_select(logprobs, batch, spec.kl_cov_ratio)
+    selected = select(logprobs, batch, spec, options)
+    if selected.weight is not None:
+        weight = selected.weight if weight is None else weight * selected.weight
     bonus = None
     if entropy is None or not options.entropy_coef:
         entropy = None if entropy is None else entropy.detach()
@@ -270,8 +261,11 @@ def run(
         share = entropy_share(spec, options, batch, chosen, normalizer, logprobs.dtype)
         bonus = options.entropy_coef * (share * torch.where(share != 0, entropy, 0)).sum()
         entropy, options = entropy.detach(), options._replace(entropy_coef=0.0)
-    call = PolicyCall(rows, batch, options, normalizer, batch.weighted(weight), select)
+    call = PolicyCall(rows, batch, options, normalizer, batch.weighted(weight), selected.penalised)
     loss, out = policy.policy_loss(logprobs, entropy, call)
+    if selected.low is not None and selected.high is not None:  # the clip statistics are the divergence's
+        clipped = torch.stack([selected.low.sum(), selected.high.sum()]).to(out.dtype)
+        out = torch.cat([out[:3], clipped, out[5:]])
     return (loss if bonus is None else loss - bonus), out
 
 

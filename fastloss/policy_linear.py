@@ -44,7 +44,7 @@ def linear_policy_loss(
     """:func:`policy_loss` of the tokens ``target`` under the logits of a linear head, which are never held.
 
     Where a token's term needs no other token of its sequence the gradient is made in the forward: 3 GEMMs, 2 with a frozen
-    ``linear_weight``. Sequence-level ratios, ``off_policy_threshold``, ``top_entropy_quantile``, vespo, clip_cov and kl_cov
+    ``linear_weight``. Sequence-level ratios, ``off_policy_threshold``, ``top_entropy_quantile``, vespo, clip_cov, kl_cov and dppo
     take :func:`linear_token_stats` and recompute in the backward: 4. On CPU masked rows cost no GEMM at all.
 
     Args:
@@ -104,11 +104,7 @@ def linear_policy_loss(
     outputs = ("logprobs", "entropy") if entropy else ("logprobs",)
     flat_target = target.reshape(-1).masked_fill(batch.mask == 0, IGNORED)
     resolved, token_weight, cut = _correction_ahead(resolved, batch)
-    token_level = (
-        is_token_level(resolved)
-        and spec.top_entropy_quantile == 1
-        and spec.loss_type not in ("clip_cov", "kl_cov")
-    )
+    token_level = is_token_level(resolved) and spec.top_entropy_quantile == 1 and not spec.variant.selects
     name, rows = "auto", None
     dtype = compute_dtype(input)
     if not is_traced(input):

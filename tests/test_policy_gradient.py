@@ -155,6 +155,14 @@ def by_hand(d: dict[str, Tensor], loss_type: str, low: float = 0.2, high: float 
         log_w = (lr * m).sum(-1, keepdim=True).clamp(math.log(1e-8), 20)
         k, lam = torch.where(a >= 0, 2.0, 3.0), torch.where(a >= 0, 3.0, 2.0)
         return mean(-(lam + k * log_w - lam * log_w.exp()).exp().detach() * a * lp)
+    if loss_type in ("dppo_tv", "dppo_kl"):
+        p, p_old = lp.exp(), old.exp()
+        kl = p_old * (old - lp) + (1 - p_old) * ((1 - p_old + 1e-8) / (1 - p + 1e-8)).log()
+        if loss_type == "dppo_tv":
+            valid = torch.where(a > 0, p - p_old <= high, p - p_old >= -low)
+        else:
+            valid = torch.where(a > 0, (kl <= high) | (p <= p_old), (kl <= low) | (p >= p_old))
+        return mean(-lr.exp().clamp(max=20).detach() * a * lp * valid.detach())
     raise KeyError(loss_type)
 
 
@@ -166,6 +174,19 @@ def test_reference_is_the_formula(loss_type: str) -> None:
     got = call(data, upstream=1.0, loss_type=loss_type, clip_low=0.1, clip_high=0.3)
     assert torch.allclose(got["loss"], by_hand(data, loss_type, 0.1, 0.3).cpu(), atol=1e-14)
     assert torch.allclose(got["d_logprobs"], torch.where(data["mask"], leaf.grad, 0).cpu(), atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_type", ["dppo_tv", "dppo_kl"])
+def test_dppo_counts_what_it_takes_out(loss_type: str) -> None:
+    d = double(batch(spread=0.6))
+    got = call(d, upstream=1.0, loss_type=loss_type, clip_low=0.02, clip_high=0.03)
+    free = call(d, upstream=1.0, loss_type="cispo", cispo_max=20.0)
+    dead = (got["d_logprobs"] == 0) & (free["d_logprobs"] != 0)
+    tokens = d["mask"].sum().cpu()
+    assert 0 < dead.sum() < tokens
+    # A token without an advantage has no gradient either way: it is counted where its divergence is too large.
+    assert got["clip_ratio/region"] * tokens >= dead.sum()
+    assert torch.equal(got["d_logprobs"][~dead], free["d_logprobs"][~dead])
 
 
 def test_kl_cov_is_verls() -> None:

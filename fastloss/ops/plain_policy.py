@@ -89,7 +89,7 @@ def ready(with_ref: bool, with_entropy: bool, with_sampler: bool, length: int, *
     spec = Spec(*fields)
     options = resolve(spec, with_sampler=with_sampler, default_length=length)
     check_given(options, spec, with_ref=with_ref)
-    selects = spec.loss_type in ("clip_cov", "kl_cov") or spec.top_entropy_quantile < 1
+    selects = spec.variant.selects or spec.top_entropy_quantile < 1
     if selects or spec.entropy_aggregation is not None or (spec.entropy_coef and not with_entropy):
         return None
     given = {"kl": with_ref, "entropy": with_entropy, "importance/cut_fraction": options.correction > 0}

@@ -65,6 +65,8 @@ class Variant(NamedTuple):
     level: str = "token"
     aggregation: str = "token-mean"
     clip: tuple[float, float] = (0.2, 0.2)  # taken where clip_low / clip_high is None
+    selects: bool = False  # tokens are chosen by their log-probs before the launch (ops/policy_select.py)
+    largest_ratio: float | None = None  # of cispo's weight where cispo_max is None; None: 1 + clip_high
 
 
 VARIANTS: dict[str, Variant] = {
@@ -82,8 +84,10 @@ VARIANTS: dict[str, Variant] = {
     "luspo": Variant("clip", "sequence", "seq-mean-token-sum", (3e-4, 4e-4)),
     "gpg": Variant("logprob"),
     "rloo": Variant("clip", "sequence_sum", "seq-mean-token-mean"),
-    "clip_cov": Variant("clip", clip=(1.0, 1.0)),
-    "kl_cov": Variant("ratio"),
+    "clip_cov": Variant("clip", clip=(1.0, 1.0), selects=True),
+    "kl_cov": Variant("ratio", selects=True),
+    "dppo_tv": Variant("cispo", clip=(0.15, 0.15), selects=True, largest_ratio=20.0),
+    "dppo_kl": Variant("cispo", clip=(0.05, 0.05), selects=True, largest_ratio=20.0),
 }
 
 
@@ -151,7 +155,8 @@ def resolve(spec: Spec, *, with_sampler: bool, default_length: int | None) -> Po
     cap = _optional("importance_cap", s.importance_cap, math.exp(MAX_LOG_RATIO), low=0.0, open_low=True)
     _ordered("importance_floor", floor, "importance_cap", cap)
     cispo_low = _optional("cispo_min", s.cispo_min, 0.0, low=0.0)
-    cispo_high = _optional("cispo_max", s.cispo_max, 1.0 + high, low=0.0, open_low=True)
+    largest = 1.0 + high if s.variant.largest_ratio is None else s.variant.largest_ratio
+    cispo_high = _optional("cispo_max", s.cispo_max, largest, low=0.0, open_low=True)
     _ordered("cispo_min", cispo_low, "cispo_max", cispo_high)
     _ordered(
         "clip_cov_low",

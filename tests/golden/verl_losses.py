@@ -154,6 +154,14 @@ def others() -> None:
             policy.add("dro", options, config(0.2, 0.2, dro_beta=0.5), how=how, mask_name=mask_name,
                        constants={"ref_logprobs": OLD}, metrics={"approx_kl": "actor/ppo_kl"})  # fmt: skip
     policy.write()
+    for name in ("dppo_tv", "dppo_kl"):
+        policy = Policy(f"verl_{name}", f"compute_policy_loss_{name}", "clip_ratio_c is cispo_max.")
+        for low, high, cap in ((0.05, 0.1, 20.0), (0.01, 0.02, 1.25)):
+            options = {"loss_type": name, "clip_low": low, "clip_high": high, "cispo_max": cap}
+            for mask_name in LENGTHS:
+                policy.add(f"{name} {low} {high} {cap}", options, config(low, high, cap), mask_name=mask_name,
+                           metrics={"approx_kl": "actor/ppo_kl", "clip_ratio/region": "actor/pg_clipfrac"})  # fmt: skip
+        policy.write()
     note = "verl draws among the eligible tokens: here the ratio takes all of them, so that nothing is drawn."
     policy = Policy("verl_clip_cov", "compute_policy_loss_clip_cov", note)
     for low, high in ((0.2, 5.0), (0.05, 0.75)):
