@@ -112,3 +112,9 @@ def bad_target(target: Tensor, flat_position: int, vocab: int) -> IndexError:
 
 def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
+
+
+def replaced(value: Any, **fields: Any) -> Any:
+    """``value._replace(**fields)`` of a NamedTuple, in a form that torch.compile of torch 2.8 traces."""
+    kind = type(value)
+    return kind(*[fields.get(name, old) for name, old in zip(kind._fields, value, strict=True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ from fastloss.token_stats import _check_targets, _scale, linear_token_stats
 METRIC_STATS = ("entropy", "mean_logit", "is_top1")
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """The rows in the order in which the head reads them: group by group (a pair, or one sequence)."""
 
     order: Tensor  # int64 [rows], rows of the flattened input
@@ -41,7 +43,8 @@ class Layout(NamedTuple):
         return self.segments.offsets[first * self.width : last * self.width + 1] - start
 
 
-class Operands(NamedTuple):
+@dataclass(frozen=True)
+class Operands:
     """A checked head and its rows."""
 
     input: Tensor  # [N, D], all rows

@@ -260,7 +260,7 @@ def run(
     elif spec.entropy_aggregation is not None or chosen is not None:
         share = entropy_share(spec, options, batch, chosen, normalizer, logprobs.dtype)
         bonus = options.entropy_coef * (share * torch.where(share != 0, entropy, 0)).sum()
-        entropy, options = entropy.detach(), options._replace(entropy_coef=0.0)
+        entropy, options = entropy.detach(), checks.replaced(options, entropy_coef=0.0)
     call = PolicyCall(rows, batch, options, normalizer, batch.weighted(weight), selected.penalised)
     loss, out = policy.policy_loss(logprobs, entropy, call)
     if selected.low is not None and selected.high is not None:  # the clip statistics are the divergence's

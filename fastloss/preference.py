@@ -172,7 +172,7 @@ def preference_loss(
         rc = _reference_sum(rows, "ref_chosen_logps", ref_c, c, chosen, tails[0], acc)
         rr = _reference_sum(rows, "ref_rejected_logps", ref_r, r, rejected, tails[1], acc)
         c, r = chosen.sum(rows, c, tails[0]), rejected.sum(rows, r, tails[1])
-    given = given._replace(rc=rc, rr=rr)
+    given = checks.replaced(given, rc=rc, rr=rr)
     loss, won, lost, sums = pairs.contrast(rows, c, r, nll, given, o, reduction)
     c, r = c.detach(), r.detach()
     return PreferenceOutput(

@@ -151,9 +151,9 @@ def linear_preference_loss(
         assert ref_weight is not None
         ref = linear_sequences.reference_sums(x, ref_input, ref_weight, ref_bias, rows, tails, backend)
         rc, rr = ref[0::2].contiguous(), ref[1::2].contiguous()
-    given = given._replace(rc=rc, rr=rr)
+    given = checks.replaced(given, rc=rc, rr=rr)
     if how.fused and given.lc is not None:
-        given = given._replace(share=given.lc.mean())
+        given = checks.replaced(given, share=given.lc.mean())
 
     def contrast(
         logprob: Tensor, stats: dict[str, Tensor], span: tuple[int, int], group: tuple[int, int]
@@ -173,7 +173,7 @@ def linear_preference_loss(
         if use_weighting:
             aligned = total((logprob - stats["log_sum_sq_probs"].to(acc)).detach())
             mean = aligned / lengths[2 * first : 2 * last].clamp(min=1)
-            mine = mine._replace(weight=(mean[0::2] + mean[1::2]).exp())
+            mine = checks.replaced(mine, weight=(mean[0::2] + mean[1::2]).exp())
         c, r = logps[0::2], logps[1::2]
         loss, won, lost, sums = pairs.contrast(rows, c, r, plain, mine, o, reduction)
         out = {"won": won, "lost": lost, "c": c, "r": r, "sums": sums.reshape(1, -1)}

@@ -449,6 +449,10 @@ def test_bad_target() -> None:
         )
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11),
+    reason="the whole graph is traced by torch 2.11 and later: 2.8 breaks it, those between were not tried",
+)
 def test_compile_traces_the_definition() -> None:
     x = inputs(torch.float32)
 

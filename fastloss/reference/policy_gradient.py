@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastloss import checks
 from fastloss.ops.policy_options import LEVELS, MAX_LOG_RATIO, SURROGATES, PolicyOptions
 
 LOG_SMALL = math.log(1e-8)
@@ -260,7 +261,9 @@ def statistics(
         below, above = (lr < -o.log_low), (lr > o.log_high)
     dual = torch.zeros_like(mask)
     if SURROGATES[o.surrogate] == "clip" and o.dual_clip != math.inf:
-        dual = (adv < 0) & (clip(rho, adv, lr, None, o._replace(dual_clip=math.inf)) > -o.dual_clip * adv)
+        dual = (adv < 0) & (
+            clip(rho, adv, lr, None, checks.replaced(o, dual_clip=math.inf)) > -o.dual_clip * adv
+        )
 
     def total(x: Tensor) -> Tensor:
         return torch.where(mask, x, 0).sum().to(rho.dtype)

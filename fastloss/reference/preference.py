@@ -22,8 +22,12 @@ def segment_sum(
         values = torch.where(weights == 0, torch.zeros_like(values), values) * weights
     if offsets is None:
         return values.reshape(count, length).sum(1)
-    sequence = torch.repeat_interleave(offsets.diff())  # [N]
-    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, sequence, values)
+    # By search and not repeat_interleave, whose size torch.compile cannot know; sequence `count` is what lies past the end.
+    position = torch.arange(values.numel(), device=values.device)
+    sequence = torch.searchsorted(offsets[1:].contiguous(), position, right=True)  # [N]
+    return torch.zeros(count + 1, dtype=values.dtype, device=values.device).index_add(0, sequence, values)[
+        :-1
+    ]
 
 
 class Pair(NamedTuple):
