@@ -1,104 +1,183 @@
-"""One safetensors file holds all that a run needs to go on bit for bit; replaced whole or not at all."""
+"""Checkpoints by torch.distributed.checkpoint: a folder per step, whole or not there, that any number of processes reads.
+
+``step-N/`` holds the weights and the optimizer's state by name (so that another number of processes finds its shards), and of
+each process its random state and the tensors its stage carries from step to step; ``progress.json`` is the run's own.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
+import warnings
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from . import parallel
+
+PROGRESS = "progress.json"
 
 
 def save(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any],
-    carry: dict[str, Tensor] | None = None,
-) -> None:  # fmt: skip
-    """Written beside ``path``, flushed to disk, then renamed: a failure leaves the old checkpoint as it was.
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Mapping[str, Any],
+    carry: Mapping[str, Tensor] | None = None, *, keep: int = 1,
+) -> Path:  # fmt: skip
+    """Written beside the others, flushed to disk, then renamed; only then do all but the ``keep`` youngest go.
 
-    ``progress`` is the run's own JSON: step, data position, seconds so far …; ``carry`` are tensors that a stage
-    hands from step to step.
+    A save that fails, or is killed, leaves the old ones as they were.
     """
-    tensors = {f"model/{name}": t for name, t in _weights(model).items()}
-    state = optimizer.state_dict()["state"]
-    plain: dict[str, Any] = {}  # optimizer state that is no tensor
-    for index, name in enumerate(_optimized(model, optimizer)):
-        for key, value in state.get(index, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value
-            else:
-                plain[f"{name}/{key}"] = value
-    tensors |= {f"carry/{name}": t for name, t in (carry or {}).items()}
-    tensors["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    meta = {"progress": json.dumps(progress), "optimizer": json.dumps(plain), "format": "fastloss-1"}
-    temporary = path.with_name(path.name + ".tmp")
+    target, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
+    state = _state(model, get_optimizer_state_dict(model, optimizer))
+    own = {f"carry/{name}": tensor for name, tensor in (carry or {}).items()} | _random_state()
+    state |= {f"rank/{parallel.rank()}/{name}": tensor for name, tensor in own.items()}
+    parallel.from_first(partial(clean, folder))
     try:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary, metadata=meta)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _call(dcp.save, state, storage_writer=FileSystemWriter(temporary), place=temporary)
+        text = json.dumps({**progress, "processes": parallel.world()})
+        parallel.from_first(partial(_finish, temporary, target, text))
     finally:
-        temporary.unlink(missing_ok=True)
+        if parallel.is_first():
+            shutil.rmtree(temporary, ignore_errors=True)
+    parallel.from_first(partial(_prune, folder, keep))
+    return target
+
+
+def latest(folder: Path) -> Path | None:
+    """The youngest checkpoint; what a killed save left has another name."""
+    found = _complete(folder)
+    return found[-1] if found else None
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {})["progress"])
+    progress = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+    del progress["processes"]
+    return progress
 
 
 def load(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, carry: dict[str, Tensor] | None = None
 ) -> dict[str, Any]:
-    """Weights, optimizer state, random state and ``carry`` back in place; returns ``progress``."""
-    with safe_open(path, framework="pt") as file:
-        meta = file.metadata() or {}
-        saved = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    weights = _weights(model)
-    _check_weights(path, weights, saved)
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(saved[f"model/{name}"])
-    plain = json.loads(meta["optimizer"])
-    state: dict[int, dict[str, Any]] = {}
-    for index, name in enumerate(_optimized(model, optimizer)):
-        start = f"optimizer/{name}/"
-        values = {key.removeprefix(start): t for key, t in saved.items() if key.startswith(start)}
-        values |= {key.removeprefix(f"{name}/"): v for key, v in plain.items() if key.startswith(f"{name}/")}
-        if values:
-            state[index] = values
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    if carry is not None:
-        device = next(model.parameters()).device
-        names = [key for key in saved if key.startswith("carry/")]
-        carry.update({key.removeprefix("carry/"): saved[key].to(device) for key in names})
-    torch.set_rng_state(saved["rng/cpu"])
-    if "rng/cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(saved["rng/cuda"])
-    return json.loads(meta["progress"])
+    """Weights, optimizer state, random state and ``carry`` back in place; returns ``progress``.
+
+    Another number of processes than the one that saved gets no carry; a process that had no counterpart keeps its random state.
+    """
+    reader = FileSystemReader(path)
+    saved = reader.read_metadata().state_dict_metadata
+    device = next(model.parameters()).device
+    optimized = get_optimizer_state_dict(model, optimizer)
+    state = _state(model, optimized)
+    _check_weights(path, state, saved)
+    state = {key: tensor for key, tensor in state.items() if key in saved}
+    start = f"rank/{parallel.rank()}/"
+    own = {key: _like(saved[key]) for key in saved if key.startswith(start)}
+    _call(dcp.load, state | own, storage_reader=reader, place=path)
+    set_model_state_dict(
+        model, {k.removeprefix("model/"): t for k, t in state.items() if k.startswith("model/")}
+    )
+    set_optimizer_state_dict(model, optimizer, optimized)
+    own = {key.removeprefix(start): tensor for key, tensor in own.items()}
+    processes = json.loads((path / PROGRESS).read_text(encoding="utf-8"))["processes"]
+    if carry is not None and processes == parallel.world():
+        names = [key for key in own if key.startswith("carry/")]
+        carry.update({name.removeprefix("carry/"): own[name].to(device) for name in names})
+    if "rng_cpu" in own:
+        torch.set_rng_state(own["rng_cpu"])
+    if "rng_cuda" in own and torch.cuda.is_available():
+        torch.cuda.set_rng_state(own["rng_cuda"])
+    return read_progress(path)
 
 
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """Each parameter once (a tied head is its embedding) and the buffers that belong to the state."""
-    weights: dict[str, Tensor] = dict(model.named_parameters())
-    persistent = model.state_dict().keys()
-    return weights | {name: b for name, b in model.named_buffers() if name in persistent}
+def clean(folder: Path) -> None:
+    """Makes the folder, and removes what a killed save left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("step-*.old"):  # killed between the two renames of a step saved again
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(old.with_suffix(""))
+    for temporary in folder.glob("*.tmp"):
+        shutil.rmtree(temporary)
 
 
-def _optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    names = {id(p): name for name, p in model.named_parameters()}
-    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+def _state(model: nn.Module, optimized: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name, not copied: what is read into them is in the model and in ``optimized``."""
+    state: dict[str, Any] = {f"model/{name}": t for name, t in get_model_state_dict(model).items()}
+    for name, values in optimized["state"].items():
+        state |= {f"optimizer/{name}/{key}": t for key, t in values.items() if isinstance(t, Tensor)}
+    return state
 
 
-def _check_weights(path: Path, weights: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    names = {key.removeprefix("model/") for key in saved if key.startswith("model/")}
-    if names != set(weights):
-        raise ValueError(f"{path}: another model's checkpoint: {sorted(names ^ set(weights))[:4]} differ")
-    for name, tensor in weights.items():
-        if saved[f"model/{name}"].shape != tensor.shape:
-            got = list(saved[f"model/{name}"].shape)
-            raise ValueError(f"{path}: {name}: expected shape {list(tensor.shape)}, got {got}")
+def _random_state() -> dict[str, Tensor]:
+    states = {"rng_cpu": torch.get_rng_state()}
+    return states | ({"rng_cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def _like(metadata: Any) -> Tensor:
+    return torch.empty(metadata.size, dtype=metadata.properties.dtype)
+
+
+def _call(function: Any, state: dict[str, Tensor], *, place: Path, **options: Any) -> None:
+    """Any process's failure is raised in all; a CheckpointException would pass ``except Exception``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it should be
+            function(state, no_dist=parallel.world() == 1, **options)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise OSError(f"checkpoint: {place}: process {rank}: {cause}") from error
+
+
+def _finish(temporary: Path, target: Path, progress: str) -> None:
+    (temporary / PROGRESS).write_text(progress, encoding="utf-8")
+    _sync(temporary / PROGRESS)
+    _sync(temporary)
+    old = target.with_name(target.name + ".old")
+    if target.exists():  # the same step again
+        target.rename(old)
+    temporary.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for path in _complete(folder)[:-keep]:
+        # renamed first: killed in between, it is no checkpoint that lacks files
+        shutil.rmtree(path.rename(path.with_name(path.name + ".tmp")))
+
+
+def _complete(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_weights(path: Path, state: Mapping[str, Tensor], saved: Mapping[str, Any]) -> None:
+    ours, theirs = ({key for key in keys if key.startswith("model/")} for keys in (state, saved))
+    if ours != theirs:
+        names = sorted(key.removeprefix("model/") for key in ours ^ theirs)
+        raise ValueError(f"{path}: another model's checkpoint: {names[:4]} differ")
+    for key in sorted(ours):
+        if saved[key].size != state[key].shape:
+            name, want, got = key.removeprefix("model/"), list(state[key].shape), list(saved[key].size)
+            raise ValueError(f"{path}: {name}: expected shape {want}, got {got}")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from . import parallel as processes
+
 C = TypeVar("C", bound="TrainConfig")
 
 
@@ -27,8 +29,13 @@ class TrainConfig:
     loss: str = option("fastloss", "fastloss, or torch (whole logits)")
     compare: bool = option(False, "measure PyTorch's loss beside this one after the run (whole logits)")
     steps: int = option(200, "optimizer steps", least=1)
-    batch_size: int = option(8, "rows in one forward pass", least=1)
+    batch_size: int = option(8, "rows in one forward pass of one process", least=1)
     accumulate: int = option(1, "forward passes per optimizer step", least=1)
+    parallel: str = option("replicate", "how the processes of torchrun hold the model: each a copy (replicate), or in shards (fsdp)",
+                           choices=("replicate", "fsdp"))  # fmt: skip
+    checkpoint_activations: bool = option(
+        False, "layers keep their input alone and run again in the backward"
+    )
     seq_len: int = option(256, "tokens in a row, at most", least=2)
     lr: float = option(2e-3, "peak learning rate", least=0)
     warmup: int = option(20, "steps of linear warm-up", least=0)
@@ -42,6 +49,7 @@ class TrainConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", least=0)
     save_every: int = option(100, "steps between checkpoints; 0 saves only at the end", least=0)
+    keep: int = option(2, "checkpoints kept, the youngest", least=1)
     stop_after: int = option(0, "stop and save after this step of `steps`; 0 goes to the end", least=0)
     val_fraction: float = option(0.05, "share of the data held back", least=0)
     vocab_size: int = option(8192, "tokens of the BPE and rows of the vocabulary matrix", least=260)
@@ -65,7 +73,8 @@ class TrainConfig:
 
     @property
     def rows_per_step(self) -> int:
-        return self.batch_size * self.accumulate
+        """Of all processes."""
+        return self.batch_size * self.accumulate * processes.world()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import measure
+from . import measure, parallel
 from .chat import Pair
 from .config import DpoConfig
 from .data import fingerprint, padded
@@ -19,7 +19,7 @@ from .loop import Metrics, StepFn
 from .losses import example, explained, named
 from .model import Head, head_of
 from .pairs import Data, examples, prepare
-from .run import Result, Stage, open_folder, train
+from .run import Result, Stage, begin, open_folder, train
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -87,17 +87,21 @@ def make_step(model: Any, ref: Any, loss_fn: Loss, data: Data, config: DpoConfig
     def step_fn(step: int) -> Metrics:
         total, loss_s, tokens = 0.0, 0.0, 0
         seen: list[Out] = []
-        for i in range(config.accumulate):
-            pairs = data.batch(step * config.rows_per_step + i * config.batch_size, config.batch_size)
+        for start in parallel.starts(config, step):
+            pairs = data.batch(start, config.batch_size)
             hidden, read = read_pairs(model, ref, pairs, config)
             loss, seconds = cut_backward(hidden, loss_of(head, ref_head, loss_fn, read, config, seen))
             total, loss_s, tokens = total + float(loss), loss_s + seconds, tokens + len(read.target)
         chosen, rejected = (
             torch.cat([getattr(out, side) for out in seen]) for side in ("chosen", "rejected")
         )
+        step_loss, all_tokens, hits, margin, reward = parallel.summed(
+            total, tokens, _hits(chosen, rejected), (chosen - rejected).sum(), chosen.sum()
+        )
+        pairs_seen = config.rows_per_step
         return {
-            "loss": total, "tokens": tokens, "loss_s": loss_s, "accuracy": _hits(chosen, rejected) / len(chosen),
-            "margin": (chosen - rejected).mean(), "reward_chosen": chosen.mean(),
+            "loss": step_loss, "tokens": int(all_tokens), "loss_s": loss_s, "accuracy": hits / pairs_seen,
+            "margin": margin / pairs_seen, "reward_chosen": reward / pairs_seen,
         }  # fmt: skip
 
     return step_fn
@@ -110,7 +114,7 @@ def loss_of(
 
     def of(hidden: Tensor) -> Tensor:
         with autocast(config, hidden.device):
-            out = loss_fn(hidden, head, ref, read, config)
+            out = loss_fn(hidden, head.gathered(), ref.gathered(), read, config)
         seen.append(out)
         return out.loss / config.rows_per_step
 
@@ -127,13 +131,15 @@ def evaluate(model: Any, ref: Any, loss_fn: Loss, data: Data, config: DpoConfig)
     """Before the first step policy and reference are one, every margin is 0 and the accuracy 1/2."""
     if not data.val:
         return {}
-    hits, loss, margin = 0.0, 0.0, 0.0
-    for pairs in data.held_back(32):
+
+    def of(pairs: Sequence[Pair]) -> tuple[float, float, float]:
         hidden, read = read_pairs(model, ref, pairs, config)
         with autocast(config, hidden.device):
-            out = loss_fn(hidden, head_of(model), head_of(ref), read, config)
-        hits, loss = hits + _hits(out.chosen, out.rejected), loss + float(out.loss)
-        margin += float((out.chosen - out.rejected).sum())
+            out = loss_fn(hidden, head_of(model).gathered(), head_of(ref).gathered(), read, config)
+        margin = float((out.chosen - out.rejected).sum())
+        return _hits(out.chosen, out.rejected), float(out.loss), margin
+
+    hits, loss, margin = map(sum, zip(*parallel.spread(of, list(data.held_back(32))), strict=True))
     count = len(data.val)
     return {"accuracy": hits / count, "loss": loss / count, "margin": margin / count}
 
@@ -141,7 +147,7 @@ def evaluate(model: Any, ref: Any, loss_fn: Loss, data: Data, config: DpoConfig)
 def run(
     config: DpoConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Result:
-    console = console or Console()
+    console = begin(config, console)
     loss_fn = named(LOSSES, config.loss)
     if config.loss_type != "sigmoid" and (config.compare or config.loss == "torch"):
         raise ValueError(f"loss_type: expected 'sigmoid' beside PyTorch's loss, got {config.loss_type!r}")
@@ -161,9 +167,10 @@ def run(
     def loss_by(name: str) -> str:
         import fastloss
 
+        whole = head.gathered()
         batch = padded(examples(data.batch(0, config.batch_size)))
         target, bounds = targets(batch).to(head.weight.device), offsets(batch).to(head.weight.device)
-        hidden, weight = example(head, len(target), torch.bfloat16 if config.bf16 else torch.float32)
+        hidden, weight = example(whole, len(target), torch.bfloat16 if config.bf16 else torch.float32)
         return explained(
             name, fastloss.linear_preference_loss, hidden, weight, target, cu_seqlens=bounds,
             ref_input=hidden.detach(), ref_weight=weight.detach(), loss_type=config.loss_type,

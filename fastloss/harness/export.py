@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
+
+from . import parallel
 
 
 def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Written beside the old folder, then put in its place."""
+    """By the first process: written beside the old folder, then put in its place."""
+    weights: dict[str, Tensor] | None = None
+    if any(map(parallel.is_sharded, model.parameters())):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)  # type: ignore[assignment]
+    parallel.from_first(partial(_write, model, weights, tokenizer, folder))
+
+
+def _write(model: Any, weights: dict[str, Tensor] | None, tokenizer: Any, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     disable_progress_bar()
     use_cache, model.config.use_cache = model.config.use_cache, True  # off in training alone
-    model.save_pretrained(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
     model.config.use_cache = use_cache
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import measure, rewards
+from . import measure, parallel, rewards
 from .config import GrpoConfig
 from .data import IGNORE, Batch, fingerprint
 from .export import export
@@ -17,8 +17,8 @@ from .loop import Metrics, StepFn
 from .losses import named
 from .model import head_of
 from .policy import LOGPROBS, POLICIES, TORCH_KNOWS, Objective, Out, Tokens, averages_tokens, described
-from .rollout import METRICS, Actor, Carry, Data, evaluate, parts, prepare, roll_out
-from .run import Result, Stage, open_folder, train
+from .rollout import METRICS, Actor, Carry, Data, check_carried, evaluate, parts, prepare, roll_out
+from .run import Result, Stage, begin, open_folder, train
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -29,7 +29,9 @@ def sampled(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig, i
 
     ref_head = head_of(ref) if ref is not None else None
     carry = roll_out(actor, ref, ref_head, LOGPROBS[name], data, index, config.group_size)
-    carry["advantages"] = fastloss.group_advantages(carry["rewards"], config.group_size, scale=config.scale)
+    everyones, own = parallel.everyones(carry["rewards"])  # scale="batch" divides by the deviation of all
+    advantages = fastloss.group_advantages(everyones, config.group_size, scale=config.scale)
+    carry["advantages"] = advantages[own]
     return carry
 
 
@@ -41,9 +43,9 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
         if update == 0:
             carry.clear()
             carry.update(sampled(actor, ref, name, data, config, index))
-        kept = carry["targets"] != IGNORE
-        tokens = int(kept.sum())
-        objective = objective_of(config, carry)
+        check_carried(carry, update)
+        tokens, samples, reward, mixed_groups = counts(config, carry)
+        objective = objective_of(config, tokens, samples)
         total, loss_s = 0.0, 0.0
         sums: dict[str, Tensor] = {}
         for start, batch in parts(Batch(carry["inputs"], carry["targets"]), config, config.group_size):
@@ -54,20 +56,27 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
             total, loss_s = total + float(loss), loss_s + seconds
             for key, value in seen[0].metrics.items():
                 sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * (len(read.target) / tokens)
+        step_loss, *means = parallel.summed(total, *sums.values())
         return {
-            "loss": total, "tokens": tokens, "loss_s": loss_s, "reward": carry["rewards"].mean(),
-            "length": tokens / len(kept), "mixed_groups": mixed(carry["rewards"], config.group_size), **sums,
+            "loss": step_loss, "tokens": int(tokens), "loss_s": loss_s, "reward": reward / samples,
+            "length": tokens / samples, "mixed_groups": mixed_groups * config.group_size / samples,
+            **dict(zip(sums, means, strict=True)),
         }  # fmt: skip
 
     return step_fn
 
 
-def objective_of(config: GrpoConfig, carry: Carry) -> Objective:
-    """The normalizer counts the whole step, so that accumulation changes nothing."""
-    tokens, sequences = int((carry["targets"] != IGNORE).sum()), len(carry["rewards"])
+def counts(config: GrpoConfig, carry: Carry) -> list[float]:
+    """Of all processes' samples: tokens, samples, their rewards' sum, groups with a contrast."""
+    rewards, mixed_groups = carry["rewards"], mixed(carry["rewards"], config.group_size)
+    return parallel.summed((carry["targets"] != IGNORE).sum(), len(rewards), rewards.sum(), mixed_groups)
+
+
+def objective_of(config: GrpoConfig, tokens: float, samples: float) -> Objective:
+    """The normalizer counts the whole step, so that neither accumulation nor the number of processes changes anything."""
     return Objective(
         config.loss_type, config.clip_low, config.clip_high, config.beta, config.temperature,
-        config.max_new_tokens, tokens if averages_tokens(config.loss_type) else sequences,
+        config.max_new_tokens, tokens if averages_tokens(config.loss_type) else samples,
     )  # fmt: skip
 
 
@@ -84,7 +93,7 @@ def loss_of(
 ) -> Any:
     def of(hidden: Tensor) -> Tensor:
         with autocast(config, hidden.device):
-            out = POLICIES[name](hidden, actor.head, read, objective)
+            out = POLICIES[name](hidden, actor.head.gathered(), read, objective)
         seen.append(out)
         return out.loss
 
@@ -92,15 +101,15 @@ def loss_of(
 
 
 def mixed(scores: Tensor, group_size: int) -> Tensor:
-    """Share of groups whose rewards differ: the others teach nothing."""
+    """Groups whose rewards differ: the others teach nothing."""
     groups = scores.view(-1, group_size)
-    return (groups.amax(1) != groups.amin(1)).float().mean()
+    return (groups.amax(1) != groups.amin(1)).sum()
 
 
 def run(
     config: GrpoConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Result:
-    console = console or Console()
+    console = begin(config, console)
     named(POLICIES, config.loss)
     averages_tokens(config.loss_type)  # an unknown one is an error now
     if config.loss_type not in TORCH_KNOWS and (config.compare or config.loss == "torch"):
@@ -124,7 +133,9 @@ def run(
         start, batch = next(parts(Batch(carry["inputs"], carry["targets"]), config, config.group_size))
         with torch.no_grad():
             hidden = learned(model, batch, config)
-        of = loss_of(actor, name, tokens_of(carry, start, batch), objective_of(config, carry), config, [])
+        tokens, samples, *_ = counts(config, carry)
+        objective = objective_of(config, tokens, samples)
+        of = loss_of(actor, name, tokens_of(carry, start, batch), objective, config, [])
         return partial(loss_and_grad, hidden, of)
 
     size = config.batch_size * config.group_size

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parallel
+
 Metrics = dict[str, float | Tensor]
 StepFn = Callable[[int], Metrics]  # step -> at least "loss" and "tokens"; leaves gradients in the parameters
 
@@ -59,7 +61,8 @@ def run_steps(
                 group["lr"] = lr_at(step)
             optimizer.zero_grad(set_to_none=True)
             metrics = step_fn(step)
-            norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+            parallel.sum_gradients(parameters)
+            norm = clip_gradients(parameters, clip)
             row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
             if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
                 raise FloatingPointError(
@@ -69,12 +72,18 @@ def run_steps(
             optimizer.step()
             row |= {"lr": lr_at(step), "grad_norm": float(norm), "step_s": time.perf_counter() - started}
             log(row)
-            done = step + 1
-            if done == last or stop.requested or (save_every and done % save_every == 0):
+            done, stopped = step + 1, parallel.any_of(stop.requested)
+            if done == last or stopped or (save_every and done % save_every == 0):
                 save(done)
-            if stop.requested:
+            if stopped:
                 return done
     return last
+
+
+def clip_gradients(parameters: list[Tensor], clip: float) -> Tensor:
+    """Scaled down to the norm ``clip``, 0 for no scaling; the norm before, of the gradients of all shards."""
+    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    return parallel.gathered(norm)
 
 
 class StopSignal:

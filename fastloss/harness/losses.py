@@ -48,6 +48,7 @@ def describe(name: str, head: Head, rows: int, dtype: torch.dtype) -> str:
     """Who computes the cross-entropy of ``rows`` tokens here: for fastloss its backend and the reason for it."""
     import fastloss
 
+    head = head.gathered()
     hidden, weight = example(head, rows, dtype)
     target = torch.zeros(rows, device=weight.device, dtype=torch.long)
     return explained(

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from . import parallel
+
 
 def _cpu_attention(query: Any, key: Any, value: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
@@ -30,10 +32,10 @@ CPU_ATTENTION = {
 
 
 def count_flops(run: Callable[[], object]) -> int:
-    """Multiply-adds, times two, of what ``run`` does; the random state is left as it was."""
+    """Multiply-adds, times two, of what ``run`` does in all processes; the random state is left as it was."""
     with torch.random.fork_rng(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         run()
-    return int(counter.get_total_flops())
+    return int(parallel.summed(counter.get_total_flops())[0])
 
 
 def synchronize(device: torch.device) -> None:

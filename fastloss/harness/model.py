@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from transformers.utils import logging
 
 from .config import TrainConfig
+from .parallel import gathered
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class Head:
     bias: Tensor | None
     scale: float
     softcap: float | None
+
+    def gathered(self) -> Head:
+        """With the whole matrix and bias, where they lie in shards: what a loss reads."""
+        return replace(self, weight=gathered(self.weight), bias=gathered(self.bias))
 
     def logits(self, hidden: Tensor) -> Tensor:
         z = nn.functional.linear(hidden, self.weight, self.bias).float()

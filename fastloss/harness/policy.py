@@ -117,6 +117,7 @@ def described(name: str, head: Head, tokens: int, loss_type: str, config: Rollou
     """Who computes the loss of so many tokens here."""
     import fastloss
 
+    head = head.gathered()
     hidden, weight = example(head, tokens, torch.bfloat16 if config.bf16 else torch.float32)
     device, zeros = hidden.device, torch.zeros(tokens, device=hidden.device)
     one = Tokens(zeros.long(), torch.tensor([0, tokens], device=device), zeros, None, zeros)

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import measure, rewards
+from . import layers, measure, parallel, rewards
 from .config import PpoConfig
 from .data import IGNORE, Batch, fingerprint
 from .export import export
@@ -17,8 +17,8 @@ from .loop import Metrics, StepFn
 from .losses import named
 from .model import head_of
 from .policy import LOGPROBS, POLICIES, Objective, Out, Tokens, described
-from .rollout import METRICS, Actor, Carry, Data, evaluate, parts, prepare, roll_out
-from .run import Result, Stage, open_folder, train
+from .rollout import METRICS, Actor, Carry, Data, check_carried, evaluate, parts, prepare, roll_out
+from .run import Result, Stage, begin, open_folder, train
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -48,7 +48,10 @@ def sampled(
     advantages, carry["returns"] = fastloss.gae(
         per_token, carry["values"], mask, gamma=config.gamma, lam=config.lam
     )
-    carry["advantages"] = fastloss.whiten(advantages, mask)
+    everyones, own = parallel.everyones(advantages[mask])
+    carry["advantages"] = torch.zeros_like(advantages).masked_scatter_(
+        mask, fastloss.whiten(everyones, None)[own]
+    )
     return carry
 
 
@@ -72,8 +75,11 @@ def make_step(
         if update == 0:
             carry.clear()
             carry.update(sampled(both, actor, ref, name, data, config, index))
-        kept = carry["targets"] != IGNORE
-        tokens = int(kept.sum())
+        check_carried(carry, update)
+        tokens, samples, reward, kl = parallel.summed(
+            (carry["targets"] != IGNORE).sum(), len(carry["rewards"]), carry["rewards"].sum(),
+            (carry["old"] - carry["ref"]).sum(),
+        )  # fmt: skip
         total, loss_s = 0.0, 0.0
         sums: dict[str, Tensor] = {}
         for start, batch in parts(Batch(carry["inputs"], carry["targets"]), config, 1):
@@ -85,17 +91,17 @@ def make_step(
             share = int((batch.targets != IGNORE).sum()) / tokens
             for key, value in seen[0].metrics.items():
                 sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * share
-        kl = (carry["old"] - carry["ref"]).sum() / tokens
+        step_loss, *means = parallel.summed(total, *sums.values())
         return {
-            "loss": total, "tokens": tokens, "loss_s": loss_s, "reward": carry["rewards"].mean(),
-            "length": tokens / len(kept), "kl_to_start": kl, **sums,
+            "loss": step_loss, "tokens": int(tokens), "loss_s": loss_s, "reward": reward / samples,
+            "length": tokens / samples, "kl_to_start": kl / tokens, **dict(zip(sums, means, strict=True)),
         }  # fmt: skip
 
     return step_fn
 
 
 def loss_of(
-    both: PolicyAndValue, actor: Actor, name: str, carry: Carry, start: int, batch: Batch, tokens: int,
+    both: PolicyAndValue, actor: Actor, name: str, carry: Carry, start: int, batch: Batch, tokens: float,
     config: PpoConfig, seen: list[Out],
 ) -> Any:  # fmt: skip
     """Policy and value loss of one pass; both are divided by the whole step's tokens."""
@@ -113,7 +119,7 @@ def loss_of(
 
     def of(hidden: Tensor) -> Tensor:
         with autocast(config, hidden.device):
-            out = POLICIES[name](hidden, actor.head, read, objective)
+            out = POLICIES[name](hidden, actor.head.gathered(), read, objective)
         value = fastloss.value_loss(
             both.value(hidden.float())[:, 0], of_pass("values"), of_pass("returns"), None,
             clip_range=config.value_clip or None, normalizer=tokens, cu_seqlens=read.offsets,
@@ -128,7 +134,7 @@ def loss_of(
 def run(
     config: PpoConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Result:
-    console = console or Console()
+    console = begin(config, console)
     named(POLICIES, config.loss)
     functions = rewards.load(config.reward)
     folder = open_folder(config, resume, overwrite, console)
@@ -137,6 +143,8 @@ def run(
     # no dropout: samples and updates must see one policy
     policy, ref = language_model(config, tok).eval(), reference(config)
     both = PolicyAndValue(policy).to(next(policy.parameters()).device)
+    if layers.shards(config):
+        layers.shard_module(both.value, config)
     actor = Actor(policy, head_of(policy), tok, functions, config)
 
     def step(name: str, carry: Carry) -> StepFn:
@@ -145,7 +153,7 @@ def run(
     def one_loss(name: str) -> Any:
         carry = sampled(both, actor, ref, name, data, config, 0)
         start, batch = next(parts(Batch(carry["inputs"], carry["targets"]), config, 1))
-        tokens = int((carry["targets"] != IGNORE).sum())
+        tokens = parallel.summed((carry["targets"] != IGNORE).sum())[0]
         with torch.no_grad():
             hidden = learned(policy, batch, config)
         return partial(

@@ -13,14 +13,14 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from . import chat, corpus, measure, tokenizer
+from . import chat, corpus, layers, measure, parallel, tokenizer
 from .config import PretrainConfig, TrainConfig
-from .data import IGNORE, Rows
+from .data import IGNORE, Batch, Rows
 from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named, torch_loss
 from .model import Head, build_model, check_head, head_of, hidden_states, model_config
-from .run import Result, Stage, device_of, open_folder, train
+from .run import Result, Stage, begin, open_folder, train
 from .step import autocast, cut_backward, loss_and_grad
 
 
@@ -68,12 +68,9 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
     device = head.weight.device
 
     def step_fn(step: int) -> Metrics:
-        start = step * config.rows_per_step
-        batches = [
-            rows.batch(start + i * config.batch_size, config.batch_size) for i in range(config.accumulate)
-        ]
-        # of all passes: the mean is global
-        tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)
+        batches = [rows.batch(start, config.batch_size) for start in parallel.starts(config, step)]
+        # of all passes of all processes: the mean is global
+        tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
         for inputs, targets, _ in batches:
             with autocast(config, device):
@@ -81,7 +78,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
             loss, seconds = cut_backward(hidden, loss_of(loss_fn, head, targets.to(device), tokens, config))
             loss_s += seconds
             total += loss
-        return {"loss": total, "tokens": tokens, "loss_s": loss_s}
+        return {"loss": parallel.summed(total)[0], "tokens": tokens, "loss_s": loss_s}
 
     return step_fn
 
@@ -89,7 +86,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
 def loss_of(loss_fn: Loss, head: Head, targets: Tensor, tokens: int, config: PretrainConfig) -> Any:
     def of(hidden: Tensor) -> Tensor:
         with autocast(config, hidden.device):
-            return loss_fn(hidden.flatten(0, 1), head, targets.flatten(), tokens)
+            return loss_fn(hidden.flatten(0, 1), head.gathered(), targets.flatten(), tokens)
 
     return of
 
@@ -100,15 +97,16 @@ def evaluate(model: Any, head: Head, loss_fn: Loss, data: Data, config: Pretrain
     if data.val is None:
         return {}
     model.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    for batch in data.val.in_order(config.batch_size):
+
+    def total(batch: Batch) -> float:
         with autocast(config, head.weight.device):
             hidden = hidden_states(model, batch.inputs.to(head.weight.device))
             targets = batch.targets.to(hidden.device)
-            total += loss_fn(hidden.flatten(0, 1), head, targets.flatten(), 1).double().cpu()
-    model.train()
+            return float(loss_fn(hidden.flatten(0, 1), head.gathered(), targets.flatten(), 1))
+
     tokens = len(data.val.tokens) - 1
-    loss = float(total) / tokens
+    loss = sum(parallel.spread(total, list(data.val.in_order(config.batch_size)))) / tokens
+    model.train()
     bits = loss * tokens / math.log(2)
     return {"perplexity": math.exp(min(loss, 700)), "loss": loss, "bits_per_byte": bits / data.val_bytes}
 
@@ -116,12 +114,12 @@ def evaluate(model: Any, head: Head, loss_fn: Loss, data: Data, config: Pretrain
 def model_flops(model: Any, head: Head, rows: Rows, config: PretrainConfig) -> int:
     """Counted on one row with PyTorch's plain loss, so that a fused or hidden operator cannot change it.
 
-    Forward and backward are linear in the number of rows.
+    Forward and backward are linear in the number of rows; the counter saw one of each process.
     """
     one = replace(config, batch_size=1, accumulate=1)
     flops = measure.count_flops(partial(make_step(model, head, torch_loss, rows, one), 0))
     model.zero_grad(set_to_none=True)
-    return flops * config.rows_per_step
+    return flops * config.rows_per_step // parallel.world()
 
 
 def loss_alone(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: PretrainConfig) -> Any:
@@ -135,16 +133,17 @@ def run(
     config: PretrainConfig, *, resume: bool = False, overwrite: bool = False,
     data: Data | None = None, console: Console | None = None, title: str = "pretrain",
 ) -> Result:  # fmt: skip
-    console = console or Console()
+    console = begin(config, console)
     loss_fn = loss_named(config.loss)
     folder = open_folder(config, resume, overwrite, console)
-    data = data or prepare(config, folder, console)
-    data.tokenizer.save(str(folder / "tokenizer.json"))
+    with parallel.first_alone():  # the others find its tokenizer
+        data = data or prepare(config, folder, console)
+        data.tokenizer.save(str(folder / "tokenizer.json"))
 
-    device = device_of(config)
-    model: Any = build_model(model_config(config), config.seed, str(device))
-    head = head_of(model)
+    device = layers.build_device(config)
+    model: Any = build_model(model_config(config), config.seed, device)
     check_head(model, data.train.row(0)[0][None, :16].to(device))
+    head = head_of(layers.prepare(model, config))
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     rows = data.train
     stage = Stage(

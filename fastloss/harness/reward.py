@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import measure
+from . import measure, parallel
 from .chat import Pair
 from .config import RewardConfig
 from .data import fingerprint
@@ -19,7 +19,7 @@ from .loop import Metrics, StepFn
 from .losses import explained, named
 from .model import hidden_states
 from .pairs import Data, examples, prepare
-from .run import Result, Stage, open_folder, train
+from .run import Result, Stage, begin, open_folder, train
 from .start import scoring_model, tokenizer_of
 from .step import autocast, cut_backward, loss_and_grad
 
@@ -60,15 +60,17 @@ def ends(model: Any, pairs: Sequence[Pair], pad: int, config: RewardConfig) -> T
 def make_step(model: Any, score: nn.Linear, loss_fn: Loss, data: Data, config: RewardConfig) -> StepFn:
     def step_fn(step: int) -> Metrics:
         total, hits, tokens, loss_s = 0.0, 0.0, 0, 0.0
-        for i in range(config.accumulate):
-            pairs = data.batch(step * config.rows_per_step + i * config.batch_size, config.batch_size)
+        for start in parallel.starts(config, step):
+            pairs = data.batch(start, config.batch_size)
             seen: list[Tensor] = []
             hidden = ends(model, pairs, model.config.pad_token_id, config)
             loss, seconds = cut_backward(hidden, loss_of(score, loss_fn, config, seen))
             total, loss_s = total + float(loss), loss_s + seconds
             hits += _hits(seen[0])
             tokens += sum(len(example.ids) for example in examples(pairs))
-        return {"loss": total, "tokens": tokens, "loss_s": loss_s, "accuracy": hits / config.rows_per_step}
+        step_loss, all_hits, all_tokens = parallel.summed(total, hits, tokens)
+        accuracy = all_hits / config.rows_per_step
+        return {"loss": step_loss, "tokens": int(all_tokens), "loss_s": loss_s, "accuracy": accuracy}
 
     return step_fn
 
@@ -99,14 +101,16 @@ def evaluate(
     if not data.val:
         return {}
     model.eval()
-    hits, loss, margin = 0.0, 0.0, 0.0
-    for pairs in data.held_back(32):
+
+    def of(pairs: Sequence[Pair]) -> tuple[float, float, float]:
         hidden = ends(model, pairs, model.config.pad_token_id, config)
         with autocast(config, hidden.device):
             scores = score(hidden)[:, 0].float()
         chosen, rejected = scores.chunk(2)
-        hits, margin = hits + _hits(scores), margin + float((chosen - rejected).sum())
-        loss += float(loss_fn(chosen, rejected, config))
+        return _hits(scores), float(loss_fn(chosen, rejected, config)), float((chosen - rejected).sum())
+
+    totals = parallel.spread(of, list(data.held_back(32)))
+    hits, loss, margin = map(sum, zip(*totals, strict=True))
     model.train()
     count = len(data.val)
     return {"accuracy": hits / count, "loss": loss / count, "margin": margin / count}
@@ -115,7 +119,7 @@ def evaluate(
 def run(
     config: RewardConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Result:
-    console = console or Console()
+    console = begin(config, console)
     loss_fn = named(LOSSES, config.loss)
     folder = open_folder(config, resume, overwrite, console)
     tok = tokenizer_of(config, folder, console)

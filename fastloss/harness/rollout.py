@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import builtin, chat, rewards, rows
+from . import builtin, chat, parallel, rewards, rows
 from .chat import Example
 from .config import RolloutConfig
 from .data import IGNORE, Batch, Order, padded
@@ -43,24 +43,23 @@ class Actor:
     config: RolloutConfig
 
     def answer(
-        self, asked: Sequence[rows.Row], temperature: float, generator: torch.Generator
+        self, asked: Sequence[rows.Row], temperature: float, noise: Tensor
     ) -> tuple[list[list[int]], list[float]]:
         """Tokens and reward of an answer to each row."""
         with autocast(self.config, self.head.weight.device):
             ids = sample(
                 self.model, self.head, [chat.prompt(self.tok, row["prompt"]) for row in asked],
                 max_new_tokens=self.config.max_new_tokens, end=self.tok.eos_token_id,
-                temperature=temperature, generator=generator,
+                temperature=temperature, noise=noise,
             )  # fmt: skip
         texts = [chat.decode(self.tok, tokens) for tokens in ids]
         return ids, rewards.score(self.rewards, asked, texts, ids)
 
-    def generator(self, *place: int) -> torch.Generator:
-        """A function of the seed and the place in the run: no state to save."""
-        seed = self.config.seed
-        for number in place:
-            seed = seed * 1_000_003 + number
-        return torch.Generator(self.head.weight.device).manual_seed(seed % 2**63)
+    def noise(self, place: int, rows: int) -> Tensor:
+        """The random numbers of so many samples: a function of the seed and the place in the run, no state to save.
+        # float64 [rows, max_new_tokens]"""
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + place) % 2**63)
+        return torch.rand(rows, self.config.max_new_tokens, dtype=torch.float64, generator=generator)
 
 
 def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
@@ -86,14 +85,15 @@ def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
 def roll_out(
     actor: Actor, ref: Any, ref_head: Head | None, logprobs: LogProbs, data: Data, index: int, group: int
 ) -> Carry:
-    """The ``index``-th batch of samples, ``group`` per prompt beside each other; R rows of T tokens."""
+    """This process's share of the ``index``-th batch of samples, ``group`` per prompt beside each other; R rows of T tokens."""
     config = actor.config
     examples: list[Example] = []
     scores: list[float] = []
-    for part in range(config.accumulate):
-        at = index * config.rows_per_step + part * config.batch_size
+    noise = actor.noise(index, config.rows_per_step * group)  # of all processes
+    for at in parallel.starts(config, index):
         asked = [data.train[i] for i in data.order.take(at, config.batch_size) for _ in range(group)]
-        ids, gained = actor.answer(asked, config.temperature, actor.generator(index, part))
+        first = (at - index * config.rows_per_step) * group
+        ids, gained = actor.answer(asked, config.temperature, noise[first : first + len(asked)])
         scores += gained
         for row, tokens in zip(asked, ids, strict=True):
             before = chat.prompt(actor.tok, row["prompt"])
@@ -119,9 +119,18 @@ def token_logprobs(
     for start, part in parts(batch, config, group):
         hidden = learned(model, part, config)
         with autocast(config, hidden.device):
-            values = logprobs(hidden, head, targets(part), config.temperature)
+            values = logprobs(hidden, head.gathered(), targets(part), config.temperature)
         out[start : start + len(part.inputs)][part.targets != IGNORE] = values
     return out
+
+
+def check_carried(carry: Carry, update: int) -> None:
+    """A checkpoint made between two updates of one batch of samples holds each process's own."""
+    if update and not carry:
+        raise ValueError(
+            "resume: this checkpoint lies between two updates of one batch of samples: "
+            "it goes on with the number of processes that made it"
+        )
 
 
 def parts(batch: Batch, config: RolloutConfig, group: int) -> Iterator[tuple[int, Batch]]:
@@ -137,13 +146,14 @@ def evaluate(actor: Actor, data: Data) -> dict[str, float]:
     if not data.val:
         return {}
     values = {}
+    noise = actor.noise(2**31, len(data.val))
     for name, temperature in (("reward", actor.config.temperature), ("greedy", 0.0)):
-        total = 0.0
-        for start in range(0, len(data.val), 128):
-            asked = data.val[start : start + 128]
-            _, gained = actor.answer(asked, temperature, actor.generator(2**31, start))
-            total += sum(gained)
-        values[name] = total / len(data.val)
+
+        def gained(start: int, temperature: float = temperature) -> float:
+            part = slice(start, start + 128)
+            return sum(actor.answer(data.val[part], temperature, noise[part])[1])
+
+        values[name] = sum(parallel.spread(gained, range(0, len(data.val), 128))) / len(data.val)
     return values
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import statistics
 from collections.abc import Callable
@@ -14,14 +15,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import checkpoint, logging, measure, plots, report
+from . import checkpoint, layers, logging, measure, parallel, plots, report
 from . import config as configs
 from .config import TrainConfig
 from .cost import Cost, measure_costs
 from .loop import StepFn, cosine, make_optimizer, run_steps
 from .model import parameter_count
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT = "checkpoint"
 
 
 @dataclass(frozen=True)
@@ -65,39 +66,51 @@ class Result:
         return next(iter(self.costs.values()))
 
 
+def begin(config: TrainConfig, console: Console | None) -> Console:
+    """The processes of the run know each other; what only the first one says."""
+    parallel.start(config)
+    return console or Console() if parallel.is_first() else Console(quiet=True)
+
+
 def open_folder(config: TrainConfig, resume: bool, overwrite: bool, console: Console) -> Path:
     folder = Path(config.out)
-    if (folder / CHECKPOINT).exists() and not resume:
-        if not overwrite:
-            raise ValueError(
-                f"out: {folder} holds a checkpoint; --resume goes on from it, --overwrite starts again"
-            )
-        for name in (CHECKPOINT, "log.jsonl", "tokenizer.json"):
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-    elif resume and not (folder / CHECKPOINT).exists():
-        console.print(f"no checkpoint in {folder}: starting from the beginning")
-    folder.mkdir(parents=True, exist_ok=True)
+    parallel.from_first(lambda: _open(folder, resume, overwrite, console))
     if config.threads:
         torch.set_num_threads(config.threads)
     return folder
 
 
-def device_of(config: TrainConfig) -> torch.device:
-    name = config.device
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+def _open(folder: Path, resume: bool, overwrite: bool, console: Console) -> None:
+    saved = checkpoint.latest(folder / CHECKPOINT)
+    if saved and not resume:
+        if not overwrite:
+            raise ValueError(
+                f"out: {folder} holds a checkpoint; --resume goes on from it, --overwrite starts again"
+            )
+        for name in ("log.jsonl", "tokenizer.json"):
+            (folder / name).unlink(missing_ok=True)
+        for name in (CHECKPOINT, "tensorboard"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    elif resume and not saved:
+        console.print(f"no checkpoint in {folder}: starting from the beginning")
+    checkpoint.clean(folder / CHECKPOINT)
 
 
 def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, console: Console) -> Result:
-    """Leaves in ``folder``: config.json, log.jsonl, tensorboard/, checkpoint.safetensors, model/, loss.png, report.md."""
-    configs.save(config, folder / "config.json")
+    """Leaves in ``folder``: config.json, log.jsonl, tensorboard/, checkpoint/, model/, loss.png, report.md.
+
+    Each process of the run does all of this with its share of the data; the first one writes.
+    """
+    parallel.from_first(lambda: configs.save(config, folder / "config.json"))
     given = {key: value for key, value in configs.as_dict(config).items() if value not in ("", [])}
     console.print("  ".join(f"{key}={value}" for key, value in given.items()))
     device = next(stage.model.parameters()).device
     optimizer = make_optimizer(stage.model, config.lr, (config.beta1, config.beta2), config.weight_decay)
-    path, carry = folder / CHECKPOINT, dict[str, Tensor]()
+    path, carry = parallel.from_first(lambda: checkpoint.latest(folder / CHECKPOINT)), dict[str, Tensor]()
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "train_s": 0.0, "data": stage.fingerprint}
-    if resume and path.exists():
+    if not parallel.is_first():  # dropout of its own
+        torch.manual_seed(config.seed + 1_000_003 * parallel.rank())
+    if resume and path:
         if checkpoint.read_progress(path)["data"] != progress["data"]:
             raise ValueError(
                 f"{path}: made from other data, seq_len or seed: it cannot go on from its position here"
@@ -110,16 +123,19 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
             progress["before"] = stage.held_back()
         console.print("held back, before: " + _line(stage, progress["before"]))
 
-    rate = measure.matmul_rate(device, torch.bfloat16 if config.bf16 else torch.float32)
-    flops = stage.model_flops() if stage.same_shape else 0
+    rate = matmul_rate(device, config)
+    with layers.activations_kept(stage.model):
+        flops = stage.model_flops() if stage.same_shape else 0
     stage.model.zero_grad(set_to_none=True)
 
     def save(done: int) -> None:
         progress.update(step=done)
-        checkpoint.save(path, stage.model, optimizer, progress, carry)
+        checkpoint.save(folder / CHECKPOINT, done, stage.model, optimizer, progress, carry, keep=config.keep)
 
-    with logging.RunLog(
-        folder, steps=config.steps, first=progress["step"], title=stage.title, console=console
+    with (
+        logging.RunLog(folder, steps=config.steps, first=progress["step"], title=stage.title, console=console)
+        if parallel.is_first()
+        else contextlib.nullcontext()
     ) as log:
 
         def on_row(row: dict[str, float]) -> None:
@@ -128,7 +144,8 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
             row["tokens_per_s"] = row["tokens"] / row["step_s"]
             if stage.same_shape:
                 row["mfu"] = flops / row["step_s"] / rate
-            log.row(row)
+            if log:
+                log.row(row)
 
         done = run_steps(
             stage.step(config.loss, carry), optimizer, first=progress["step"],
@@ -144,15 +161,22 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
     optimizer.zero_grad(set_to_none=True)
     names = [config.loss, *(["torch"] if config.compare and config.loss != "torch" else [])]
     costs = measure_costs(stage, names)
-    flops = flops or stage.model_flops()  # where steps differ: of the step that was measured
+    with layers.activations_kept(stage.model):
+        flops = flops or stage.model_flops()  # where steps differ: of the step that was measured
     stage.model.zero_grad(set_to_none=True)
-    rate = max(rate, measure.matmul_rate(device, torch.bfloat16 if config.bf16 else torch.float32))
-    rows = logging.read(folder / "log.jsonl")
+    rate = max(rate, matmul_rate(device, config))
+    rows = parallel.from_first(lambda: logging.read(folder / "log.jsonl"))
     summary = _summary(stage, rows, progress, costs[config.loss], flops, rate)
-    plots.curves(folder / "loss.png", stage.curves, rows, stage.title)
     result = Result(stage, rows, done, progress["before"], after, costs, summary)
-    _report(folder, config, result, device, console)
+    if parallel.is_first():
+        plots.curves(folder / "loss.png", stage.curves, rows, stage.title)
+        _report(folder, config, result, device, console)
     return result
+
+
+def matmul_rate(device: torch.device, config: TrainConfig) -> float:
+    """Of all processes, measured at the same time."""
+    return parallel.summed(measure.matmul_rate(device, torch.bfloat16 if config.bf16 else torch.float32))[0]
 
 
 def _summary(
@@ -168,7 +192,7 @@ def _summary(
         "last": sum(last) / len(last), "step_s": step_s, "loss_s": loss_s, "loss_share": loss_s / step_s,
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows), "model_flops": flops,
         "matmul_rate": rate, "mfu": flops / (step_s if stage.same_shape else cost.step_s) / rate,
-        "train_s": progress["train_s"], "device_hours": progress["train_s"] / 3600,
+        "train_s": progress["train_s"], "device_hours": progress["train_s"] * parallel.world() / 3600,
     }  # fmt: skip
 
 
@@ -190,6 +214,7 @@ def _report(
         ["model", f"{type(stage.model).__name__}, {report.count(parameter_count(stage.model))} parameters"],
         ["data", stage.source],
         ["machine", measure.machine(device)],
+        *([["processes", f"{parallel.world()}, {config.parallel}"]] if parallel.world() > 1 else []),
         ["steps, tokens learned from", f"{s['steps']:,}, {s['tokens']:,}"],
         [f"{curve}, first step → mean of the last 10", f"{s['first']:.4f} → {s['last']:.4f}"],
         ["tokens/s (median step)", f"{s['tokens_per_s']:,.0f}"],

@@ -1,4 +1,4 @@
-"""Samples from a model: left-padded prompts, a key-value cache, and a generator of its own."""
+"""Samples from a model: left-padded prompts, a key-value cache, and random numbers handed in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import parallel
 from .model import Head
 
 
@@ -20,12 +21,17 @@ def sample(
     max_new_tokens: int,
     end: int,
     temperature: float,
-    generator: torch.Generator | None = None,
+    noise: Tensor | None = None,
 ) -> list[list[int]]:
-    """A completion of each prompt, up to and with ``end``. Temperature 0 takes the likeliest token."""
+    """A completion of each prompt, up to and with ``end``. Temperature 0 takes the likeliest token.
+
+    noise: float64 [prompts, max_new_tokens], uniform in [0, 1): a row's own, so that its sample does not depend on
+    which others share its batch.
+    """
     from transformers import DynamicCache
 
-    device = head.weight.device
+    device, sharded = head.weight.device, parallel.is_sharded(head.weight)
+    head = head.gathered()
     longest = max(map(len, prompts))
     inputs = torch.zeros(len(prompts), longest, dtype=torch.long)
     mask = torch.zeros_like(inputs)
@@ -50,11 +56,15 @@ def sample(
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            probabilities = torch.softmax(logits / temperature, -1)
-            token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            assert noise is not None
+            upto = torch.softmax(logits / temperature, -1, dtype=torch.float64).cumsum(-1)  # [B, V]
+            drawn_at = noise[:, len(drawn), None].to(device) * upto[:, -1:]
+            token = torch.searchsorted(upto, drawn_at, right=True)[:, 0].clamp(max=upto.shape[1] - 1)
         drawn.append(token)
         finished |= token == end
-        if bool(finished.all()):
+        done = bool(finished.all())
+        # in shards the others' forwards need this process's weights
+        if not parallel.any_of(not done) if sharded else done:
             break
         inputs, positions = token[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import builtin, chat, measure, rows
+from . import builtin, chat, measure, parallel, rows
 from .chat import Example
 from .config import SftConfig
 from .data import IGNORE, Batch, Order, fingerprint, fit, pack, packed, padded
@@ -22,7 +23,7 @@ from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named
 from .model import Head, check_packing, head_of
-from .run import Result, Stage, open_folder, train
+from .run import Result, Stage, begin, open_folder, train
 from .sampler import sample
 from .start import language_model, tokenizer_of
 from .step import autocast, cut_backward, learned, loss_and_grad, targets
@@ -81,18 +82,16 @@ def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConf
     device = head.weight.device
 
     def step_fn(step: int) -> Metrics:
-        start = step * config.rows_per_step
-        batches = [
-            data.batch(start + i * config.batch_size, config).to(device) for i in range(config.accumulate)
-        ]
-        tokens = sum(int((batch.targets != IGNORE).sum()) for batch in batches)  # of all passes
+        batches = [data.batch(start, config).to(device) for start in parallel.starts(config, step)]
+        # of all passes of all processes
+        tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
         for batch in batches:
             hidden = learned(model, batch, config)  # [N, D]
             loss, seconds = cut_backward(hidden, loss_of(loss_fn, head, targets(batch), tokens, config))
             loss_s += seconds
             total += loss
-        return {"loss": total, "tokens": tokens, "loss_s": loss_s}
+        return {"loss": parallel.summed(total)[0], "tokens": tokens, "loss_s": loss_s}
 
     return step_fn
 
@@ -100,7 +99,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConf
 def loss_of(loss_fn: Loss, head: Head, target: Tensor, tokens: int, config: SftConfig) -> Any:
     def of(hidden: Tensor) -> Tensor:
         with autocast(config, hidden.device):
-            return loss_fn(hidden, head, target, tokens)
+            return loss_fn(hidden, head.gathered(), target, tokens)
 
     return of
 
@@ -113,14 +112,16 @@ def evaluate(
     model.eval()
     values: dict[str, float] = {}
     if data.val:
-        total, tokens = torch.zeros((), dtype=torch.float64), 0
         by_length = sorted(data.val, key=lambda example: len(example.ids))
-        for start in range(0, len(by_length), 32):
+
+        def total(start: int) -> tuple[float, int]:
             batch = padded(by_length[start : start + 32]).to(head.weight.device)
             hidden, target = learned(model, batch, config), targets(batch)
-            total += loss_of(loss_fn, head, target, 1, config)(hidden).double().cpu()
-            tokens += len(target)
-        values = {"loss": float(total) / tokens, "perplexity": math.exp(min(float(total) / tokens, 700))}
+            return float(loss_of(loss_fn, head, target, 1, config)(hidden)), len(target)
+
+        totals = parallel.spread(total, range(0, len(by_length), 32))
+        loss = sum(total for total, _ in totals) / sum(tokens for _, tokens in totals)
+        values = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     if data.questions:
         values |= exact_match(model, head, tok, data.questions, config.max_new_tokens)
     model.train()
@@ -132,25 +133,31 @@ def exact_match(
 ) -> dict[str, float]:
     """Over all questions, and for each task that the rows name."""
     hits: dict[str, list[float]] = defaultdict(list)
-    for start in range(0, len(questions), 64):
+
+    def answered(start: int) -> list[bool]:
         asked = questions[start : start + 64]
         prompts = [chat.prompt(tok, row["prompt"]) for row in asked]
         answers = sample(
             model, head, prompts, max_new_tokens=max_new_tokens, end=tok.eos_token_id, temperature=0
         )
-        for row, ids in zip(asked, answers, strict=True):
-            wanted = chat.decode(tok, chat.completion(tok, row["prompt"], row["completion"])).strip()
-            hit = float(chat.decode(tok, ids).strip() == wanted)
-            hits["exact"].append(hit)
-            if "task" in row:
-                hits[f"exact_{row['task']}"].append(hit)
+        return [right(row, ids) for row, ids in zip(asked, answers, strict=True)]
+
+    def right(row: rows.Row, ids: list[int]) -> bool:
+        wanted = chat.decode(tok, chat.completion(tok, row["prompt"], row["completion"])).strip()
+        return chat.decode(tok, ids).strip() == wanted
+
+    found = chain.from_iterable(parallel.spread(answered, range(0, len(questions), 64)))
+    for row, hit in zip(questions, found, strict=True):
+        hits["exact"].append(hit)
+        if "task" in row:
+            hits[f"exact_{row['task']}"].append(hit)
     return {key: sum(values) / len(values) for key, values in hits.items()}
 
 
 def run(
     config: SftConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
 ) -> Result:
-    console = console or Console()
+    console = begin(config, console)
     loss_fn = loss_named(config.loss)
     folder: Path = open_folder(config, resume, overwrite, console)
     tok = tokenizer_of(config, folder, console)

@@ -11,10 +11,9 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from . import chat, corpus, tokenizer
+from . import chat, corpus, layers, parallel, tokenizer
 from .config import TrainConfig
 from .model import build_model, check_head, head_of, load_model, model_config
-from .run import device_of
 
 
 def tokenizer_of(config: TrainConfig, folder: Path, console: Console) -> Any:
@@ -22,17 +21,16 @@ def tokenizer_of(config: TrainConfig, folder: Path, console: Console) -> Any:
     if config.model:
         return chat.load(Path(config.model))
     saved = folder / "tokenizer.json"
-    if saved.is_file():
-        return chat.wrap(Tokenizer.from_file(str(saved)))
-    console.print("no --model: random weights, and a tokenizer trained on Python's documentation")
-    bpe = tokenizer.train_bpe(corpus.python_corpus(), config.vocab_size)
-    bpe.save(str(saved))
-    return chat.wrap(bpe)
+    with parallel.first_alone():
+        if not saved.is_file():
+            console.print("no --model: random weights, and a tokenizer trained on Python's documentation")
+            tokenizer.train_bpe(corpus.python_corpus(), config.vocab_size).save(str(saved))
+    return chat.wrap(Tokenizer.from_file(str(saved)))
 
 
 def language_model(config: TrainConfig, tok: Any) -> Any:
     """A causal LM whose head we know, with at least the tokenizer's vocabulary."""
-    device = str(device_of(config))
+    device = layers.build_device(config)
     torch.manual_seed(config.seed)
     model: Any = load_model(config.model, device) if config.model else _random(config, device)
     head = head_of(model)
@@ -41,19 +39,19 @@ def language_model(config: TrainConfig, tok: Any) -> Any:
             f"model: expected a vocabulary of at least {len(tok)} for its tokenizer, got {head.weight.shape[0]}"
         )
     check_head(model, torch.arange(1, 9, device=head.weight.device)[None] % len(tok))
-    return model.train()
+    return layers.prepare(model, config).train()
 
 
 def reference(config: TrainConfig) -> Any:
     """The model that a stage starts from once more, frozen."""
-    device = str(device_of(config))
+    device = layers.build_device(config)
     model: Any = load_model(config.model, device) if config.model else _random(config, device)
-    return model.eval().requires_grad_(False)
+    return layers.prepare(model.requires_grad_(False), config).eval()
 
 
 def scoring_model(config: TrainConfig, tok: Any) -> tuple[Any, nn.Linear]:
     """The body with one score in place of the vocabulary head, and that head. The scores begin near 0."""
-    device = str(device_of(config))
+    device = layers.build_device(config)
     torch.manual_seed(config.seed)
     if config.model:
         model = load_model(config.model, device, AutoModelForSequenceClassification, num_labels=1)
@@ -66,7 +64,7 @@ def scoring_model(config: TrainConfig, tok: Any) -> tuple[Any, nn.Linear]:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(f"model: expected a linear `score` head, got {type(model).__name__} without one")
-    return model.train(), head
+    return layers.prepare(model, config).train(), head
 
 
 def _random(config: TrainConfig, device: str) -> Any:

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from fastloss.cli_train import app
-from fastloss.harness import checkpoint, logging, measure, pretrain
 from fastloss.harness import config as configs
+from fastloss.harness import logging, measure, pretrain
 from fastloss.harness.config import PretrainConfig
 from fastloss.harness.data import Rows
 from fastloss.harness.loop import cosine, make_optimizer, run_steps
@@ -30,7 +30,7 @@ MADE = (
     "config.json",
     "tokenizer.json",
     "log.jsonl",
-    "checkpoint.safetensors",
+    "checkpoint",
     "loss.png",
     "report.md",
     "model",
@@ -79,24 +79,6 @@ def test_dropout_resumes_from_the_saved_random_state(
     assert [r["loss"] for r in pretrain.run(half, resume=True, console=quiet).rows] == [
         r["loss"] for r in whole.rows
     ]
-
-
-def test_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(3, 3)
-    optimizer = make_optimizer(model, 0.1, (0.9, 0.95), 0.0)
-    path = tmp_path / "checkpoint.safetensors"
-    checkpoint.save(path, model, optimizer, {"step": 1})
-    before = path.read_bytes()
-
-    def disk_full(tensors: object, filename: Path, **_: object) -> None:
-        Path(filename).write_bytes(b"half a file")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "save_file", disk_full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(path, model, optimizer, {"step": 2})
-    assert path.read_bytes() == before and checkpoint.read_progress(path) == {"step": 1}
-    assert os.listdir(tmp_path) == [path.name]
 
 
 def test_checkpoint_of_another_model_or_other_data(tiny: PretrainConfig, quiet: Console) -> None:
@@ -153,7 +135,7 @@ def test_padding_and_accumulation_weigh_every_token_once(tiny: PretrainConfig) -
     model.zero_grad()
     two = pretrain.make_step(model, head, torch_loss, rows, replace(config, accumulate=2))(0)
     assert one["tokens"] == two["tokens"] < 64
-    torch.testing.assert_close(one["loss"], two["loss"])
+    torch.testing.assert_close(torch.tensor(one["loss"]), torch.tensor(two["loss"]))
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-6)
 

@@ -208,8 +208,11 @@ def test_sampler_is_the_models_own_argmax(base: Path) -> None:
     assert causal.training is False
 
     def drawn(seed: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(seed)
-        return sample(causal, head, prompts, max_new_tokens=6, end=-1, temperature=1, generator=generator)
+        noise = torch.rand(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        together = sample(causal, head, prompts, max_new_tokens=6, end=-1, temperature=1, noise=noise)
+        alone = sample(causal, head, prompts[1:2], max_new_tokens=6, end=-1, temperature=1, noise=noise[1:2])
+        assert together[1:2] == alone  # a sample does not depend on what shares its batch
+        return together
 
     state = torch.get_rng_state()
     assert drawn(3) == drawn(3) != drawn(4)
@@ -221,9 +224,9 @@ def test_samples_follow_the_models_distribution(base: Path) -> None:
     with torch.no_grad():
         causal.lm_head.weight.mul_(40)  # away from uniform
         expected = torch.softmax(causal(input_ids=torch.tensor([[5, 6]])).logits[0, -1] / 0.7, -1)
-    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(4000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     tokens = sample(
-        causal, head_of(causal), [[5, 6]] * 4000, max_new_tokens=1, end=-1, temperature=0.7, generator=generator
+        causal, head_of(causal), [[5, 6]] * 4000, max_new_tokens=1, end=-1, temperature=0.7, noise=noise
     )  # fmt: skip
     seen = torch.bincount(torch.tensor(tokens).flatten(), minlength=len(expected)) / 4000
     assert float((seen - expected).abs().sum()) < 0.25 and float(expected.max()) > 0.05
