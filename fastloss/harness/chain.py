@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import dpo, grpo, measure, plots, ppo, pretrain, report, reward, sft
+from . import dpo, grpo, measure, parallel, plots, ppo, pretrain, report, reward, sft
 from .config import DpoConfig, GrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig, TrainConfig
 from .run import Result
 
@@ -40,6 +40,7 @@ def run_chain(
     out: str, *, seed: int = 0, threads: int = 0, steps: int = 0, console: Console | None = None,
     stages: tuple[Link, ...] = STAGES,
 ) -> dict[str, Result]:  # fmt: skip
+    parallel.expect_one("demo")
     console = console or Console()
     folder = Path(out)
     results: dict[str, Result] = {}

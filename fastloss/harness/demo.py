@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import measure, plots, report
+from . import measure, parallel, plots, report
 from .config import PretrainConfig
 from .cost import in_turns
 from .pretrain import prepare, run
@@ -34,6 +34,7 @@ DEMO = PretrainConfig(
 
 
 def run_demo(config: PretrainConfig = DEMO, console: Console | None = None) -> dict[str, Result]:
+    parallel.expect_one("demo")
     console = console or Console()
     folder = Path(config.out)
     shutil.rmtree(folder / "data", ignore_errors=True)

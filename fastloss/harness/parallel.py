@@ -26,13 +26,23 @@ BUCKET = 32 << 20  # bytes of gradients in one all-reduce; not tuned
 
 def start(config: TrainConfig) -> None:
     """The process group of a torchrun launch with more than one process; nothing without one."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ or dist.is_initialized():
+    if launched() == 1 or dist.is_initialized():
         return
     device = device_of(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     atexit.register(dist.destroy_process_group)
+
+
+def launched() -> int:
+    """Processes of this torchrun launch."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def expect_one(what: str) -> None:
+    if launched() > 1:
+        raise ValueError(f"{what}: expected one process, got {launched()}")
 
 
 def device_of(config: TrainConfig) -> torch.device:

@@ -91,10 +91,12 @@ def make_step(
             share = int((batch.targets != IGNORE).sum()) / tokens
             for key, value in seen[0].metrics.items():
                 sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * share
-        step_loss, *means = parallel.summed(total, *sums.values())
+        step_loss, *values = parallel.summed(total, *sums.values())
+        means = dict(zip(sums, values, strict=True))
+        explained = explained_variance(*(means.pop(key) for key in MOMENTS))
         return {
             "loss": step_loss, "tokens": int(tokens), "loss_s": loss_s, "reward": reward / samples,
-            "length": tokens / samples, "kl_to_start": kl / tokens, **dict(zip(sums, means, strict=True)),
+            "length": tokens / samples, "kl_to_start": kl / tokens, **means, "explained_variance": explained,
         }  # fmt: skip
 
     return step_fn
@@ -120,15 +122,31 @@ def loss_of(
     def of(hidden: Tensor) -> Tensor:
         with autocast(config, hidden.device):
             out = POLICIES[name](hidden, actor.head.gathered(), read, objective)
+        values, returns = both.value(hidden.float())[:, 0], of_pass("returns")
         value = fastloss.value_loss(
-            both.value(hidden.float())[:, 0], of_pass("values"), of_pass("returns"), None,
-            clip_range=config.value_clip or None, normalizer=tokens, cu_seqlens=read.offsets,
+            values, of_pass("values"), returns, None, clip_range=config.value_clip or None,
+            normalizer=tokens, cu_seqlens=read.offsets,
         )  # fmt: skip
-        explained = value.metrics["value/explained_variance"]
-        seen.append(Out(out.loss, {**out.metrics, "explained_variance": explained}))
+        seen.append(Out(out.loss, {**out.metrics, **moments(returns, values.detach())}))
         return out.loss + config.value_coef * value.loss
 
     return of
+
+
+MOMENTS = ("returns", "squared returns", "errors", "squared errors")
+
+
+def moments(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
+    """Means over a pass's tokens: the variances of passes do not add up to the step's, these do."""
+    returns, errors = returns.double(), returns.double() - values.double()
+    means = (returns.mean(), returns.square().mean(), errors.mean(), errors.square().mean())
+    return dict(zip(MOMENTS, means, strict=True))
+
+
+def explained_variance(returns: float, squared_returns: float, errors: float, squared_errors: float) -> float:
+    """1 - Var(R - V) / Var(R), from means; 0 where R is constant."""
+    variance = squared_returns - returns**2
+    return 1 - (squared_errors - errors**2) / variance if variance > 1e-12 * squared_returns else 0.0
 
 
 def run(

@@ -14,14 +14,13 @@ pytest.importorskip("tokenizers")
 
 import torch
 from rich.console import Console
+from stage_runs import SHAPE
 
 from fastloss.harness import builtin, chat, measure, plots, run, tokenizer
 from fastloss.harness.config import PretrainConfig
 from fastloss.harness.cost import Cost
 from fastloss.harness.export import export
 from fastloss.harness.model import build_model, model_config
-
-SHAPE: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 2, "intermediate": 64}
 
 
 @pytest.fixture(autouse=True)
@@ -80,15 +79,23 @@ def tiny(tmp_path: Path, text_file: Path) -> PretrainConfig:
     )
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+def random_model(folder: Path, text_file: Path, *, tie: bool = False) -> Path:
     """A model folder as pretraining leaves it, with random weights: what the later stages start from."""
     texts = [json.loads(line)["text"] for line in text_file.read_text(encoding="utf-8").splitlines()]
     bpe = tokenizer.train_bpe(texts, 400)
-    config = PretrainConfig(vocab_size=bpe.get_vocab_size(), seq_len=128, **SHAPE)
-    folder = tmp_path_factory.mktemp("base") / "model"
+    config = PretrainConfig(vocab_size=bpe.get_vocab_size(), seq_len=128, tie=tie, **SHAPE)
     export(build_model(model_config(config), 0, "cpu"), chat.wrap(bpe), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    return random_model(tmp_path_factory.mktemp("base") / "model", text_file)
+
+
+@pytest.fixture(scope="session")
+def tied_base(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
+    return random_model(tmp_path_factory.mktemp("tied_base") / "model", text_file, tie=True)
 
 
 @pytest.fixture(scope="session")
@@ -101,3 +108,35 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pair = {"prompt": row["prompt"], "chosen": row["completion"], "rejected": wrong}
             file.write(json.dumps(pair) + "\n")
     return path
+
+
+@pytest.fixture(scope="session")
+def stages(base: Path, tied_base: Path, text_file: Path, pairs_file: Path) -> dict[str, dict[str, Any]]:
+    """Options for stage_runs.py: four steps of two passes whose masks differ; grpo and ppo update twice on a sample."""
+    common: dict[str, Any] = {
+        "steps": 4, "warmup": 1, "save_every": 0, "batch_size": 2, "accumulate": 2, "clip": 0.5
+    }  # fmt: skip
+    rollouts = {
+        "reward": ["stage_runs:low_ids"], "numbers": 6, "max_new_tokens": 4, "evaluate": 8, "updates": 2
+    }  # fmt: skip
+    text = {
+        "stage": "pretrain",
+        "data": [str(text_file)],
+        "vocab_size": 411,
+        "seq_len": 48,
+        **SHAPE,
+        **common,
+    }
+    sums = {"stage": "sft", "seq_len": 64, "task": "arithmetic", "numbers": 8, "exact": 8, "max_new_tokens": 4,
+            "packing": False, **common}  # fmt: skip
+    pairs = {"model": str(base), "data": [str(pairs_file)], **common}
+    return {
+        "pretrain": text,
+        "pretrain-tied": text | {"tie": True},
+        "sft": sums | {"model": str(base)},
+        "sft-tied": sums | {"model": str(tied_base)},
+        "reward": {"stage": "reward", **pairs},
+        "dpo": {"stage": "dpo", **pairs},
+        "grpo": {"stage": "grpo", "model": str(base), "group_size": 4, "beta": 0.05, "scale": "batch", **rollouts, **common},
+        "ppo": {"stage": "ppo", "model": str(base), **rollouts, **common},
+    }  # fmt: skip
