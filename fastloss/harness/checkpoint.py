@@ -41,7 +41,7 @@ def save(
     A save that fails, or is killed, leaves the old ones as they were.
     """
     target, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
-    state = _state(model, get_optimizer_state_dict(model, optimizer))
+    state = _state(model, get_model_state_dict(model), get_optimizer_state_dict(model, optimizer))
     own = {f"carry/{name}": tensor for name, tensor in (carry or {}).items()} | _random_state()
     state |= {f"rank/{parallel.rank()}/{name}": tensor for name, tensor in own.items()}
     parallel.from_first(partial(clean, folder))
@@ -78,16 +78,14 @@ def load(
     reader = FileSystemReader(path)
     saved = reader.read_metadata().state_dict_metadata
     device = next(model.parameters()).device
-    optimized = get_optimizer_state_dict(model, optimizer)
-    state = _state(model, optimized)
+    weights, optimized = get_model_state_dict(model), get_optimizer_state_dict(model, optimizer)
+    state = _state(model, weights, optimized)
     _check_weights(path, state, saved)
     state = {key: tensor for key, tensor in state.items() if key in saved}
     start = f"rank/{parallel.rank()}/"
     own = {key: _like(saved[key]) for key in saved if key.startswith(start)}
     _call(dcp.load, state | own, storage_reader=reader, place=path)
-    set_model_state_dict(
-        model, {k.removeprefix("model/"): t for k, t in state.items() if k.startswith("model/")}
-    )
+    set_model_state_dict(model, weights)
     set_optimizer_state_dict(model, optimizer, optimized)
     own = {key.removeprefix(start): tensor for key, tensor in own.items()}
     processes = json.loads((path / PROGRESS).read_text(encoding="utf-8"))["processes"]
@@ -113,9 +111,10 @@ def clean(folder: Path) -> None:
         shutil.rmtree(temporary)
 
 
-def _state(model: nn.Module, optimized: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors by name, not copied: what is read into them is in the model and in ``optimized``."""
-    state: dict[str, Any] = {f"model/{name}": t for name, t in get_model_state_dict(model).items()}
+def _state(model: nn.Module, weights: Mapping[str, Any], optimized: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name, a tied one once; not copied: what is read into them is in ``weights`` and ``optimized``."""
+    every, once = ({n for n, _ in model.named_parameters(remove_duplicate=d)} for d in (False, True))
+    state: dict[str, Any] = {f"model/{name}": t for name, t in weights.items() if name not in every - once}
     for name, values in optimized["state"].items():
         state |= {f"optimizer/{name}/{key}": t for key, t in values.items() if isinstance(t, Tensor)}
     return state

@@ -40,6 +40,7 @@ def sample(
         mask[row, longest - len(ids) :] = 1
     inputs, mask = inputs.to(device), mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
+    noise = None if noise is None else noise.to(device)
 
     training = model.training
     model.eval()
@@ -56,9 +57,9 @@ def sample(
         if temperature == 0:
             token = logits.argmax(-1)
         else:
-            assert noise is not None
+            assert noise is not None  # temperature above 0
             upto = torch.softmax(logits / temperature, -1, dtype=torch.float64).cumsum(-1)  # [B, V]
-            drawn_at = noise[:, len(drawn), None].to(device) * upto[:, -1:]
+            drawn_at = noise[:, len(drawn), None] * upto[:, -1:]
             token = torch.searchsorted(upto, drawn_at, right=True)[:, 0].clamp(max=upto.shape[1] - 1)
         drawn.append(token)
         finished |= token == end

@@ -121,6 +121,16 @@ def test_two_processes_are_one_with_the_batch_of_both(
     assert apart(first, second) == 0
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_accumulation_is_a_large_batch(
+    name: str, one: dict[str, Outcome], stages: dict[str, Any], tmp_path: Path
+) -> None:
+    """Eight passes of a row each: their samples, too, are those of two passes of four."""
+    small = run_case(**case("", stages[name], tmp_path / "small", batch_size=1, accumulate=8))
+    same_run(small, one[name])
+    assert apart(small, one[name]) < 0.005 * lr_of(stages[name])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_bf16(mode: str, two: dict[str, Any], stages: dict[str, Any], tmp_path: Path) -> None:
     """Weights and the sum over processes stay float32, so only the GEMMs' rounding is bfloat16's."""
