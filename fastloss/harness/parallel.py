@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -31,7 +32,9 @@ def start(config: TrainConfig) -> None:
     device = device_of(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    # patient, since the others wait while the first reads the data; when one fails torchrun ends them all
+    backend, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(hours=6)
+    dist.init_process_group(backend, timeout=patience)
     atexit.register(dist.destroy_process_group)
 
 

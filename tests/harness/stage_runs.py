@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from fastloss.harness import checkpoint, dpo, grpo, measure, parallel, plots, ppo, pretrain, reward, run, sft
 from fastloss.harness.config import (
@@ -133,6 +134,7 @@ def run_case(name: str, stage: str, config: dict[str, Any], resume: bool = False
         "rows": [{k: v for k, v in row.items() if not k.endswith(("_s", "mfu"))} for row in result.rows],
         "before": result.before, "after": result.after, "done": result.done, "weights": weights,
         "sharded": sum(map(parallel.is_sharded, result.model.parameters())),
+        "held": sum(getattr(p, "_local_tensor", p).numel() for p in result.model.parameters()),
     }  # fmt: skip
 
 
@@ -171,10 +173,41 @@ def apart(got: Outcome, expected: Outcome) -> float:
     return max(float((got["weights"][k] - w).abs().max()) for k, w in expected["weights"].items())
 
 
+def collectives(folder: Path) -> Outcome:
+    """What harness/parallel.py gives a process."""
+    rank, parameters = parallel.rank(), [nn.Parameter(torch.zeros(2, 3)) for _ in range(5)]
+    for p in parameters[: 2 + rank]:  # the third has a gradient in the second process alone
+        p.grad = torch.full((2, 3), 1.0 + rank)
+    with mock.patch.object(parallel, "BUCKET", 30):  # a gradient is 24 bytes
+        parallel.sum_gradients(parameters)
+
+    def fail() -> None:
+        raise ValueError(f"of {parallel.rank()}")
+
+    try:
+        parallel.from_first(fail)
+        failure = ""
+    except ValueError as error:
+        failure = str(error)
+    log = folder / "turns"
+    with parallel.first_alone(), log.open("a") as file:
+        time.sleep(0.2 * (1 - rank))
+        file.write(str(rank))
+    done: list[int] = []
+    spread = parallel.spread(lambda item: done.append(item) or item * 10, [0, 1, 2])
+    return {
+        "grads": [None if p.grad is None else p.grad.unique().tolist() for p in parameters], "failure": failure,
+        "everyones": parallel.everyones(torch.arange(2 + rank) + 10 * rank), "any": parallel.any_of(rank == 1),
+        "spread": spread, "done": done, "summed": parallel.summed(1, torch.tensor(0.5) * rank),
+        "turns": log.read_text() if rank else "",
+    }  # fmt: skip
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    parallel.start(PretrainConfig())
     for case in json.loads((folder / "cases.json").read_text()):
-        outcome = run_case(**case)
+        outcome = run_case(**case) if "stage" in case else collectives(folder)
         torch.save(outcome, folder / f"{case['name']}-{parallel.rank()}.pt")
 
 

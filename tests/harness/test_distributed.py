@@ -37,7 +37,7 @@ def outcomes(folder: Path, cases: list[dict[str, Any]]) -> dict[str, list[Outcom
     """By case, what came of it in each process."""
     done = torchrun(str(WORKER), written(folder, cases))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return {case["name"]: [torch.load(folder / f"{case['name']}-{rank}.pt") for rank in (0, 1)] for case in cases}  # fmt: skip
+    return {case["name"]: [torch.load(folder / f"{case['name']}-{rank}.pt", weights_only=False) for rank in (0, 1)] for case in cases}  # fmt: skip
 
 
 def of_one(options: dict[str, Any], out: Path, **more: Any) -> Outcome:
@@ -61,7 +61,7 @@ def two(
 ) -> dict[str, Any]:
     """All runs of two processes, in one launch: its start takes longer than they do."""
     folder = tmp_path_factory.mktemp("two")
-    cases = [case("after-kill", stages["sft"], killed, parallel="fsdp", resume=True)]
+    cases = [{"name": "collectives"}, case("after-kill", stages["sft"], killed, parallel="fsdp", resume=True)]
     for mode in MODES:
         for name, options in stages.items():
             cases.append(case(f"{name}-{mode}", options, folder / f"{name}-{mode}", parallel=mode))
@@ -104,6 +104,17 @@ def lr_of(options: dict[str, Any]) -> float:
     return options.get("lr", STAGES[options["stage"]][1]().lr)
 
 
+def test_collectives(two: dict[str, Any]) -> None:
+    """A gradient that one process alone has is a sum like the others; one that none has stays None."""
+    for rank, outcome in enumerate(two["collectives"]):
+        assert outcome["grads"] == [[3.0], [3.0], [2.0], None, None]
+        assert outcome["failure"] == "of 0" and outcome["any"] is True and outcome["summed"] == [2.0, 0.5]
+        values, own = outcome["everyones"]
+        assert values.tolist() == [0, 1, 10, 11, 12] and values[own].tolist() == [[0, 1], [10, 11, 12]][rank]
+        assert outcome["spread"] == [0, 10, 20] and outcome["done"] == [[0, 2], [1, 2]][rank]
+    assert two["collectives"][1]["turns"] == "01"
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_are_one_with_the_batch_of_both(
@@ -116,7 +127,9 @@ def test_two_processes_are_one_with_the_batch_of_both(
     first, second = two[f"{name}-{mode}"]
     same_run(first, one[name])
     assert apart(first, one[name]) < 0.005 * lr_of(stages[name])
+    whole = sum(weight.numel() for weight in first["weights"].values())
     assert first["sharded"] == (len(first["weights"]) if mode == "fsdp" else 0)
+    assert first["held"] + second["held"] == (whole if mode == "fsdp" else 2 * whole)
     assert all(first[key] == second[key] for key in ("rows", "before", "after", "done"))
     assert apart(first, second) == 0
 
