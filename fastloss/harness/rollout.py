@@ -58,7 +58,8 @@ class Actor:
     def noise(self, place: int, rows: int) -> Tensor:
         """The random numbers of so many samples: a function of the seed and the place in the run, no state to save.
         # float64 [rows, max_new_tokens]"""
-        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + place) % 2**63)
+        seed = (self.config.seed * 1_000_003 + place) * 1_000_003  # not one of those that shuffle the data
+        generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.rand(rows, self.config.max_new_tokens, dtype=torch.float64, generator=generator)
 
 
