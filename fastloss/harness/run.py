@@ -89,10 +89,11 @@ def device_of(config: TrainConfig) -> torch.device:
 
 
 def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, console: Console) -> Result:
-    """Leaves in ``folder``: config.json, log.jsonl, tensorboard/, checkpoint.safetensors, model/, loss.png, report.md."""
-    configs.save(config, folder / "config.json")
-    given = {key: value for key, value in configs.as_dict(config).items() if value not in ("", [])}
-    console.print("  ".join(f"{key}={value}" for key, value in given.items()))
+    """Leaves in ``folder``: config.yaml, log.jsonl, tensorboard/, checkpoint.safetensors, model/, loss.png, report.md."""
+    configs.save(config, folder / "config.yaml")
+    for group, values in configs.by_group(config).items():
+        shown = "  ".join(f"{key}={value}" for key, value in values.items())
+        console.print(f"{group}: {shown}", markup=False, highlight=False)
     device = next(stage.model.parameters()).device
     optimizer = make_optimizer(stage.model, config.lr, (config.beta1, config.beta2), config.weight_decay)
     path, carry = folder / CHECKPOINT, dict[str, Tensor]()
@@ -202,8 +203,8 @@ def _report(
         ["MFU", report.percent(s["mfu"])],
         ["device-hours", f"{s['device_hours']:.4f}"],
     ]
-    values = configs.as_dict(config).items()
-    options = [[f"`{key}`", f"`{value}`"] for key, value in values if value not in ("", [])]
+    groups = configs.by_group(config).values()
+    options = [[f"`{key}`", f"`{value}`"] for values in groups for key, value in values.items()]
     sections = [
         *([report.table(["held back", "before", "after"], held_back)] if held_back else []),
         report.table(["", f"loss = {config.loss}"], lines),
