@@ -98,7 +98,8 @@ class errors:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         if isinstance(error, ImportError) and error.name and not error.name.startswith("fastloss"):
-            print(f"error: {error.name} is not installed: pip install 'fastloss[train]'", file=sys.stderr)
+            extra = "wandb" if error.name == "wandb" else "train"
+            print(f"error: {error.name} is not installed: pip install 'fastloss[{extra}]'", file=sys.stderr)
             raise typer.Exit(2) from error
 
 

@@ -57,6 +57,10 @@ class OptimisationOptions:
     beta1: float = option(0.9, "AdamW: decay of the mean gradient", least=0)
     beta2: float = option(0.95, "AdamW: decay of the mean squared gradient", least=0)
     clip: float = option(1.0, "largest gradient norm; 0 does not clip", least=0)
+    spike: float = option(0.0, "a step is bad with a loss or gradient norm this many standard deviations above the mean "
+                          "of the last 128; 0: only where it is not finite", least=0)  # fmt: skip
+    on_bad_step: str = option("stop", "what a bad step does: stop the run, or skip its update and go on",
+                              choices=("stop", "skip"))  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class RunOptions:
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", least=0)
     bf16: bool = option(False, "autocast to bfloat16")
     save_every: int = option(100, "steps between checkpoints; 0 saves only at the end", least=0)
+    wandb: str = option("", "Weights & Biases project that logs the run too (extra `wandb`)")
     stop_after: int = option(0, "stop and save after this step of `steps`; 0 goes to the end", least=0)
 
 

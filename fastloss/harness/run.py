@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, logging, measure, plots, report
 from . import config as configs
+from .badsteps import Watch
 from .config import TrainConfig
 from .cost import Cost, measure_costs
 from .loop import StepFn, cosine, make_optimizer, run_steps
@@ -38,6 +41,7 @@ class Stage:
     loss_by: Callable[[str], str]  # who computes the loss of that name here
     model_flops: Callable[[], int]  # of the first step, counted with PyTorch's plain loss
     same_shape: bool  # every step has the FLOPs of the first
+    examples: Callable[[int], dict[int, str]]  # of a step: number in the training data, how it begins
     held_back: Callable[[], dict[str, float]]
     metrics: dict[
         str, str
@@ -78,6 +82,8 @@ def open_folder(config: TrainConfig, resume: bool, overwrite: bool, console: Con
     elif resume and not (folder / CHECKPOINT).exists():
         console.print(f"no checkpoint in {folder}: starting from the beginning")
     folder.mkdir(parents=True, exist_ok=True)
+    if config.wandb:
+        import_module("wandb")  # if it is not there: now, not when the data is ready
     if config.threads:
         torch.set_num_threads(config.threads)
     return folder
@@ -119,13 +125,20 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
         progress.update(step=done)
         checkpoint.save(path, stage.model, optimizer, progress, carry)
 
+    wandb = None
+    if config.wandb:
+        options = dataclasses.asdict(config)
+        wandb = logging.open_wandb(config.wandb, folder, stage.title, options, progress)
     with logging.RunLog(
-        folder, steps=config.steps, first=progress["step"], title=stage.title, console=console
+        folder, steps=config.steps, first=progress["step"], title=stage.title, console=console, wandb=wandb
     ) as log:
 
-        def on_row(row: dict[str, float]) -> None:
-            progress["tokens"] += int(row["tokens"])
+        def on_row(row: dict[str, Any]) -> None:
             progress["train_s"] += row["step_s"]
+            if "bad" in row:
+                row["examples"] = stage.examples(row["step"])
+            else:
+                progress["tokens"] += int(row["tokens"])
             row["tokens_per_s"] = row["tokens"] / row["step_s"]
             if stage.same_shape:
                 row["mfu"] = flops / row["step_s"] / rate
@@ -138,7 +151,12 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
                 cosine, steps=config.steps, peak=config.lr, warmup=config.warmup, least=config.min_lr
             ),
             clip=config.clip, log=on_row, save=save, save_every=config.save_every,
+            watch=Watch(
+                config.spike, skip=config.on_bad_step == "skip", state=progress.setdefault("watch", {})
+            ),
         )  # fmt: skip
+        if done < config.steps:
+            console.print(f"stopped after step {done} of {config.steps}, with a checkpoint: --resume goes on")
 
     stage.export(folder / "model")
     after = stage.held_back()
@@ -165,7 +183,7 @@ def _summary(
     curve = next(iter(stage.curves))
     last = [row[curve] for row in rows[-10:]]
     return {
-        "steps": progress["step"], "tokens": progress["tokens"], "first": rows[0][curve],
+        "steps": progress["step"], "skipped": progress["watch"]["skipped"], "tokens": progress["tokens"], "first": rows[0][curve],
         "last": sum(last) / len(last), "step_s": step_s, "loss_s": loss_s, "loss_share": loss_s / step_s,
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows), "model_flops": flops,
         "matmul_rate": rate, "mfu": flops / (step_s if stage.same_shape else cost.step_s) / rate,
@@ -192,6 +210,7 @@ def _report(
         ["data", stage.source],
         ["machine", measure.machine(device)],
         ["steps, tokens learned from", f"{s['steps']:,}, {s['tokens']:,}"],
+        *([["bad steps, skipped", f"{s['skipped']:,}"]] if s["skipped"] else []),
         [f"{curve}, first step → mean of the last 10", f"{s['first']:.4f} → {s['last']:.4f}"],
         ["tokens/s (median step)", f"{s['tokens_per_s']:,.0f}"],
         [
