@@ -30,50 +30,60 @@ def stages() -> None:
     """Train a language model, one stage at a time."""
 
 
+def parameter(name: str, hint: Any, *flag: str, **option: Any) -> inspect.Parameter:
+    default = typer.Option(option.pop("default"), *flag, **option) if option else inspect.Parameter.empty
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+FIRST = (
+    parameter("ctx", typer.Context),
+    parameter(
+        "config", Path | None, default=None, exists=True, dir_okay=False,
+        help="YAML file of options, such as the config.yaml that a run saves; options given beside it win",
+    ),
+    parameter(
+        "resume", bool, "--resume", default=False, show_default=False,
+        help="go on from the checkpoint in --out, with its config",
+    ),
+    parameter(
+        "overwrite", bool, "--overwrite", default=False, show_default=False,
+        help="start again in a folder that holds a checkpoint",
+    ),
+)  # fmt: skip
+
+
 def add_stage(name: str, kind: type[TrainConfig], help: str) -> None:
     """A command with one option per field of ``kind``; it calls ``run`` of the harness's file of its name.
 
-    What is not given comes from --config, or with --resume from the run's config.json, or is the default.
+    What is not given comes from --config, or with --resume from what the run saved, or is the default.
     """
     hints = get_type_hints(kind)
-    parameters = []
-    for field in dataclasses.fields(kind):
-        hint = hints[field.name]
-        hint = list[str] if hint == tuple[str, ...] else hint
-        flag = "--" + field.name.replace("_", "-")
-        shown = field.default if field.default not in ("", ()) else None
-        text = field.metadata["help"] + (f" [default: {shown}]" if shown is not None else "")
-        option = typer.Option(
-            None, f"{flag}/--no-{flag[2:]}" if hint is bool else flag, help=text, show_default=False
+    parameters = [
+        parameter(
+            field.name, list[str] if hints[field.name] == tuple[str, ...] else hints[field.name],
+            default=field.default, show_default=field.default not in ("", ()),
+            help=field.metadata["help"], rich_help_panel=panel,
         )
-        parameters.append(
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint | None
-            )
-        )
-    for flag, hint, default, text in (
-        ("config", Path | None, None, "a config.json to start from; options given beside it win"),
-        ("resume", bool, False, "go on from the checkpoint in --out, with its config"),
-        ("overwrite", bool, False, "start again in a folder that holds a checkpoint"),
-    ):
-        option = typer.Option(default, f"--{flag}", help=text, show_default=False)
-        parameters.append(
-            inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=hint)
-        )
+        for panel, fields in configs.groups(kind).items()
+        for field in fields
+    ]  # fmt: skip
 
-    def command(config: Path | None, resume: bool, overwrite: bool, **options: Any) -> None:
-        given = {key: value for key, value in options.items() if value is not None and value != []}
+    def command(
+        ctx: typer.Context, config: Path | None, resume: bool, overwrite: bool, **options: Any
+    ) -> None:
+        sources = {key: ctx.get_parameter_source(key) for key in options}
+        typed = [key for key, source in sources.items() if source and source.name == "COMMANDLINE"]
+        given = {key: options[key] for key in typed}
         with errors():
-            start = config
-            own = Path(given.get("out", kind().out)) / "config.json"
-            if resume and start is None and own.is_file():
-                start = own
+            folder = Path(given.get("out", kind().out))
+            saved = [path for path in (folder / "config.yaml", folder / "config.json") if path.is_file()]
+            start = config or (saved[0] if resume and saved else None)
             base = configs.load(kind, start) if start else kind()
             stage = importlib.import_module(f"fastloss.harness.{name}")
             stage.run(dataclasses.replace(base, **given), resume=resume, overwrite=overwrite)
 
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__signature__ = inspect.Signature([*FIRST, *parameters])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*FIRST, *parameters)}
     app.command(name, help=help)(command)
 
 
@@ -88,7 +98,8 @@ class errors:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         if isinstance(error, ImportError) and error.name and not error.name.startswith("fastloss"):
-            print(f"error: {error.name} is not installed: pip install 'fastloss[train]'", file=sys.stderr)
+            extra = "wandb" if error.name == "wandb" else "train"
+            print(f"error: {error.name} is not installed: pip install 'fastloss[{extra}]'", file=sys.stderr)
             raise typer.Exit(2) from error
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from . import parallel as processes
 
@@ -19,45 +23,80 @@ def option(default: Any, help: str, *, least: float | None = None, choices: tupl
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """What every stage needs; a stage's own config adds to it."""
+class DataOptions:
+    group: ClassVar[str] = "Data"
 
-    out: str = option("runs/train", "folder of the run: logs, checkpoint, report")
-    data: tuple[str, ...] = option((), "your files; none: what Python itself carries (docs/harness.md)")
+    data: tuple[str, ...] = option((), "your files, once per file; none: what Python itself carries")
     skip_bad_rows: bool = option(False, "count and skip rows of --data that do not fit, instead of an error")
+    seq_len: int = option(256, "tokens in a row, at most", least=2)
+    val_fraction: float = option(0.05, "share of the data held back to measure on", least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    group: ClassVar[str] = "Model"
+
     model: str = option("", "transformers folder to start from; none: a random Llama of the sizes below")
-    loss: str = option("fastloss", "fastloss, or torch (whole logits)")
-    compare: bool = option(False, "measure PyTorch's loss beside this one after the run (whole logits)")
+    vocab_size: int = option(8192, "tokens of the BPE and rows of the vocabulary matrix", least=260)
+    hidden: int = option(256, "width of the hidden states", least=1)
+    layers: int = option(4, "number of layers", least=1)
+    heads: int = option(4, "attention heads", least=1)
+    intermediate: int = option(688, "width of the MLP", least=1)
+    tie: bool = option(False, "one matrix for the embedding and the head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimisationOptions:
+    group: ClassVar[str] = "Optimisation"
+
     steps: int = option(200, "optimizer steps", least=1)
     batch_size: int = option(8, "rows in one forward pass of one process", least=1)
     accumulate: int = option(1, "forward passes per optimizer step", least=1)
+    lr: float = option(2e-3, "peak learning rate", least=0)
+    warmup: int = option(20, "steps of linear warm-up", least=0)
+    min_lr: float = option(0.1, "where the cosine ends, as a share of the peak", least=0)
+    weight_decay: float = option(0.1, "AdamW weight decay of matrices", least=0)
+    beta1: float = option(0.9, "AdamW: decay of the mean gradient", least=0)
+    beta2: float = option(0.95, "AdamW: decay of the mean squared gradient", least=0)
+    clip: float = option(1.0, "largest gradient norm; 0 does not clip", least=0)
+    spike: float = option(0.0, "a step is bad with a loss or gradient norm this many standard deviations above the mean "
+                          "of the last 128; 0: only where it is not finite", least=0)  # fmt: skip
+    on_bad_step: str = option("stop", "what a bad step does: stop the run, or skip its update and go on",
+                              choices=("stop", "skip"))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    group: ClassVar[str] = "Loss"
+
+    loss: str = option("fastloss", "fastloss, or torch (whole logits)")
+    compare: bool = option(False, "measure PyTorch's loss beside this one after the run (whole logits)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    group: ClassVar[str] = "Run"
+
+    out: str = option("runs/train", "folder of the run: logs, checkpoint, report")
+    seed: int = option(0, "weights, order of the data, sampling, dropout", least=0)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
+    threads: int = option(0, "CPU threads; 0 leaves torch's choice", least=0)
+    bf16: bool = option(False, "autocast to bfloat16")
     parallel: str = option("replicate", "how the processes of torchrun hold the model: each a copy (replicate), or in shards (fsdp)",
                            choices=("replicate", "fsdp"))  # fmt: skip
     checkpoint_activations: bool = option(
         False, "layers keep their input alone and run again in the backward"
     )
-    seq_len: int = option(256, "tokens in a row, at most", least=2)
-    lr: float = option(2e-3, "peak learning rate", least=0)
-    warmup: int = option(20, "steps of linear warm-up", least=0)
-    min_lr: float = option(0.1, "where the cosine ends, as a share of the peak", least=0)
-    weight_decay: float = option(0.1, "AdamW weight decay of matrices", least=0)
-    beta1: float = option(0.9, "AdamW beta1", least=0)
-    beta2: float = option(0.95, "AdamW beta2", least=0)
-    clip: float = option(1.0, "largest gradient norm; 0 does not clip", least=0)
-    bf16: bool = option(False, "autocast to bfloat16")
-    seed: int = option(0, "weights, order of the data, sampling, dropout", least=0)
-    device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
-    threads: int = option(0, "CPU threads; 0 leaves torch's choice", least=0)
     save_every: int = option(100, "steps between checkpoints; 0 saves only at the end", least=0)
     keep: int = option(2, "checkpoints kept, the youngest", least=1)
+    wandb: str = option("", "Weights & Biases project that logs the run too (extra `wandb`)")
     stop_after: int = option(0, "stop and save after this step of `steps`; 0 goes to the end", least=0)
-    val_fraction: float = option(0.05, "share of the data held back", least=0)
-    vocab_size: int = option(8192, "tokens of the BPE and rows of the vocabulary matrix", least=260)
-    hidden: int = option(256, "width", least=1)
-    layers: int = option(4, "layers", least=1)
-    heads: int = option(4, "attention heads", least=1)
-    intermediate: int = option(688, "width of the MLP", least=1)
-    tie: bool = option(False, "one matrix for the embedding and the head")
+
+
+# the fields of the last base come first
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunOptions, LossOptions, OptimisationOptions, ModelOptions, DataOptions):
+    """What every stage needs; a stage's own config adds to it."""
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -90,6 +129,8 @@ class PretrainConfig(TrainConfig):
 class SftConfig(TrainConfig):
     """Instruction tuning: cross-entropy on the answers alone."""
 
+    group: ClassVar[str] = "Only in sft"
+
     out: str = option("runs/sft", "folder of the run: logs, checkpoint, report")
     loss: str = option("fastloss", "fastloss, torch (whole logits) or torch-linear (torch's own fused head)")
     lr: float = option(1e-3, "peak learning rate", least=0)
@@ -107,6 +148,8 @@ class SftConfig(TrainConfig):
 class RewardConfig(TrainConfig):
     """A reward model: one score per answer, the better answer's above the worse one's."""
 
+    group: ClassVar[str] = "Only in reward"
+
     out: str = option("runs/reward", "folder of the run: logs, checkpoint, report")
     loss: str = option("fastloss", "fastloss or torch")
     lr: float = option(3e-4, "peak learning rate", least=0)
@@ -117,6 +160,8 @@ class RewardConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class DpoConfig(TrainConfig):
     """Direct preference optimisation against the model it starts from."""
+
+    group: ClassVar[str] = "Only in dpo"
 
     out: str = option("runs/dpo", "folder of the run: logs, checkpoint, report")
     lr: float = option(1e-4, "peak learning rate", least=0)
@@ -129,6 +174,8 @@ class DpoConfig(TrainConfig):
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig(TrainConfig):
     """What GRPO and PPO share: sampling and rewards."""
+
+    group: ClassVar[str] = "Samples and their rewards"
 
     lr: float = option(2e-4, "peak learning rate", least=0)
     reward: tuple[str, ...] = option(
@@ -148,6 +195,8 @@ class RolloutConfig(TrainConfig):
 class GrpoConfig(RolloutConfig):
     """Groups of samples compared with each other; no value model."""
 
+    group: ClassVar[str] = "Only in grpo"
+
     out: str = option("runs/grpo", "folder of the run: logs, checkpoint, report")
     group_size: int = option(8, "samples per prompt", least=2)
     scale: str = option("group", "the advantage is divided by the deviation of: group, batch or none",
@@ -160,6 +209,8 @@ class GrpoConfig(RolloutConfig):
 class PpoConfig(RolloutConfig):
     """A value head, generalised advantages, and the KL to the start in the reward."""
 
+    group: ClassVar[str] = "Only in ppo"
+
     out: str = option("runs/ppo", "folder of the run: logs, checkpoint, report")
     batch_size: int = option(64, "prompts in one forward pass", least=1)
     updates: int = option(2, "optimizer steps on each batch of samples", least=1)
@@ -170,23 +221,47 @@ class PpoConfig(RolloutConfig):
     value_clip: float = option(0.2, "how far a value moves in one batch of samples; 0 does not clip", least=0)
 
 
-def as_dict(config: TrainConfig) -> dict[str, Any]:
-    values = dataclasses.asdict(config)
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+def groups(kind: type[TrainConfig]) -> dict[str, list[dataclasses.Field[Any]]]:
+    """The fields by the group of the class that first has them: the panels of --help."""
+    found: dict[str, list[dataclasses.Field[Any]]] = {}
+    for f in dataclasses.fields(kind):
+        first = next(c for c in reversed(kind.__mro__) if f.name in inspect.get_annotations(c))
+        found.setdefault(vars(first)["group"], []).append(f)
+    return found
+
+
+def by_group(config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """The values by group, without those that are empty: what a run prints."""
+    values = {
+        group: {f.name: getattr(config, f.name) for f in fields}
+        for group, fields in groups(type(config)).items()
+    }
+    return {group: {k: v for k, v in some.items() if v not in ("", ())} for group, some in values.items()}
 
 
 def save(config: TrainConfig, path: Path) -> None:
-    path.write_text(json.dumps(as_dict(config), indent=2) + "\n", encoding="utf-8")
+    path.write_text(OmegaConf.to_yaml(config), encoding="utf-8")
 
 
 def load(kind: type[C], path: Path) -> C:
-    """The config a run saved, or one written by hand; an unknown name is an error."""
+    """The config that a run saved, or one written by hand: YAML, or JSON, which is YAML too."""
+    text = path.read_text(encoding="utf-8")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    known = {f.name for f in dataclasses.fields(kind)}
-    if not isinstance(values, dict) or set(values) - known:
-        unknown = sorted(set(values) - known) if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path}: expected an object with options of {kind.__name__}, got {unknown}")
-    return kind(**values)
+        given = OmegaConf.create(text)
+        if not isinstance(given, DictConfig):
+            raise ValueError("expected lines of `option: value`, got a list")
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), given))
+        return config
+    except yaml.MarkedYAMLError as error:
+        line, what = error.problem_mark.line + 1 if error.problem_mark else 1, error.problem
+    except OmegaConfBaseException as error:
+        line, what = _line(text, error.full_key), f"{error.full_key}: {str(error.msg).splitlines()[0]}"
+    except ValueError as error:  # an option's own check, which begins with its name
+        line, what = _line(text, str(error).partition(":")[0]), str(error)
+    raise ValueError(f"{path}:{line}: {what}")
+
+
+def _line(text: str, key: str | None) -> int:
+    root = yaml.compose(text)
+    keys = [k for k, _ in root.value if k.value == key] if isinstance(root, yaml.MappingNode) else []
+    return keys[0].start_mark.line + 1 if keys else 1

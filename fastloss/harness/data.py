@@ -42,6 +42,10 @@ class Order:
     def take(self, position: int, size: int) -> list[int]:
         return [self.at(position + i) for i in range(size)]
 
+    def step(self, step: int, size: int) -> list[int]:
+        """All that step takes, when each takes ``size``."""
+        return self.take(step * size, size)
+
 
 class Rows:
     """A stream of tokens as rows of ``seq_len`` inputs and their next tokens; the last row is padded."""

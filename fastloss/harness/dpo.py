@@ -21,7 +21,7 @@ from .model import Head, head_of
 from .pairs import Data, examples, prepare
 from .run import Result, Stage, begin, open_folder, train
 from .start import language_model, reference, tokenizer_of
-from .step import autocast, cut_backward, learned, loss_and_grad, offsets, targets
+from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 
 
 class Read(NamedTuple):
@@ -187,6 +187,9 @@ def run(
         loss_by=loss_by,
         model_flops=lambda: measure.count_flops(partial(make_step(model, ref, torch_loss, data, config), 0)),
         same_shape=False,
+        examples=lambda step: begins(
+            tok, data.order.step(step, config.rows_per_step), lambda number: data.train[number].prompt
+        ),
         held_back=lambda: evaluate(model, ref, loss_fn, data, config),
         metrics={
             "accuracy": "accuracy of the implicit reward", "loss": "loss (nats per pair)", "margin": "mean margin"

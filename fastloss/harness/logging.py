@@ -1,13 +1,15 @@
-"""Where the numbers of a run go: a JSONL file, TensorBoard, and a progress bar."""
+"""Where the numbers of a run go: a JSONL file, TensorBoard, a progress bar, and if wanted Weights & Biases."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,22 +18,21 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch.utils.tensorboard import SummaryWriter
+
+SHOWN = 4  # examples of a bad step in the terminal; log.jsonl has all
 
 
 class RunLog:
-    """A context manager; ``row()`` logs one step everywhere."""
+    """A context manager; ``row()`` logs one step everywhere. ``wandb``: a run of Weights & Biases, or None."""
 
-    def __init__(self, folder: Path, *, steps: int, first: int, title: str, console: Console) -> None:
-        self.console, self.title, self.steps = console, title, steps
+    def __init__(
+        self, folder: Path, *, steps: int, first: int, title: str, console: Console, wandb: Any = None
+    ) -> None:
+        self.console, self.title, self.steps, self._wandb = console, title, steps, wandb
         truncate(folder / "log.jsonl", first)
         self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
-        self._board: Any = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
-        except ImportError:
-            console.print("tensorboard is not installed: no TensorBoard log")
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tok/s"),
@@ -44,14 +45,20 @@ class RunLog:
         self._bar.start()
         return self
 
-    def row(self, row: dict[str, float]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+    def row(self, row: dict[str, Any]) -> None:
+        """A number that is not finite is null in the file, which stays JSON, and is nowhere else."""
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
+        kept = {k: None if isinstance(v, float) and k not in numbers else v for k, v in row.items()}
+        self._file.write(json.dumps(kept, ensure_ascii=False) + "\n")
         self._file.flush()
         step = int(row["step"])
-        if self._board is not None:
-            for key, value in row.items():
-                if key != "step":
-                    self._board.add_scalar(key, value, step)
+        for key, value in numbers.items():
+            if key != "step":
+                self._board.add_scalar(key, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers)
+        if "bad" in row:
+            self._bad(row)
         loss, rate = f"{row['loss']:.4f}", f"{row['tokens_per_s']:,.0f}"
         self._bar.update(self._task, completed=step + 1, loss=loss, rate=rate)
         every = max(1, self.steps // 10)
@@ -60,16 +67,43 @@ class RunLog:
             place = f"{self.title}  step {step + 1}/{self.steps}"
             self.console.print(f"{place}  loss {loss}  {rate} tok/s  ETA {eta:.0f} s")
 
-    def __exit__(self, *_: object) -> None:
+    def _bad(self, row: dict[str, Any]) -> None:
+        """What came of it, and where to look: the step's examples by number, and how they begin."""
+        done = "skipped, no update" if row["skipped"] else "no update, the run ends"
+        self.console.print(escape(f"bad step {row['step']}: {row['bad']}: {done}"), style="bold red")
+        examples = list(row["examples"].items())
+        for number, text in examples[:SHOWN]:
+            self.console.print(escape(f"  example {number}: {text!r}"), highlight=False)
+        if len(examples) > SHOWN:
+            self.console.print(f"  and {len(examples) - SHOWN} more: log.jsonl")
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.stop()
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if kind is None else 1)
+
+
+def open_wandb(
+    project: str, folder: Path, name: str, config: dict[str, Any], progress: dict[str, Any]
+) -> Any:
+    """A run of that project; the one in ``progress`` goes on. Rows lie over their ``step``, made again or not."""
+    import wandb
+
+    run = wandb.init(
+        project=project, dir=str(folder), name=name, config=config, id=progress.get("wandb"), resume="allow"
+    )
+    run.define_metric("*", step_metric="step")
+    progress["wandb"] = run.id
+    return run
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """The rows of the steps that made an update."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    rows = [json.loads(line) for line in lines if line]
+    return [row for row in rows if "bad" not in row]
 
 
 def truncate(path: Path, first: int) -> None:
@@ -77,7 +111,7 @@ def truncate(path: Path, first: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # U+2028 may stand in a string
         try:
             if json.loads(line)["step"] < first:
                 kept.append(line + "\n")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
+from .badsteps import Watch
 
 Metrics = dict[str, float | Tensor]
 StepFn = Callable[[int], Metrics]  # step -> at least "loss" and "tokens"; leaves gradients in the parameters
@@ -48,11 +49,16 @@ def run_steps(
     last: int,
     lr_at: Callable[[int], float],
     clip: float = 0.0,
-    log: Callable[[dict[str, float]], None],
+    log: Callable[[dict[str, Any]], None],
     save: Callable[[int], None],
     save_every: int = 0,
+    watch: Watch | None = None,
 ) -> int:
-    """Steps ``first`` to ``last - 1``; returns how many are done: fewer than ``last`` if a signal came."""
+    """Steps ``first`` to ``last - 1``; returns how many are done: fewer than ``last`` if a signal came.
+
+    Of a step that ``watch`` finds bad no update is made: the run stops, or goes on with the next step's data.
+    """
+    watch = watch or Watch()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     with StopSignal() as stop:
         for step in range(first, last):
@@ -63,15 +69,15 @@ def run_steps(
             metrics = step_fn(step)
             parallel.sum_gradients(parameters)
             norm = clip_gradients(parameters, clip)
-            row = {"step": step, **{key: float(value) for key, value in metrics.items()}}
-            if not math.isfinite(row["loss"]) or not torch.isfinite(norm):
-                raise FloatingPointError(
-                    f"step {step}: loss {row['loss']}, gradient norm {float(norm)}: "
-                    "stopped before the update; the last checkpoint is intact"
-                )
-            optimizer.step()
+            row: dict[str, Any] = {"step": step, **{key: float(value) for key, value in metrics.items()}}
+            bad = watch.judge(row["loss"], float(norm))
+            error = watch.stops(step, bad) if bad else None
+            if not bad:
+                optimizer.step()
             row |= {"lr": lr_at(step), "grad_norm": float(norm), "step_s": time.perf_counter() - started}
-            log(row)
+            log(row | ({"bad": bad, "skipped": error is None} if bad else {}))
+            if error:
+                raise error
             done, stopped = step + 1, parallel.any_of(stop.requested)
             if done == last or stopped or (save_every and done % save_every == 0):
                 save(done)

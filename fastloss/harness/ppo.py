@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import layers, measure, parallel, rewards
+from . import chat, layers, measure, parallel, rewards
 from .config import PpoConfig
 from .data import IGNORE, Batch, fingerprint
 from .export import export
@@ -20,7 +20,7 @@ from .policy import LOGPROBS, POLICIES, Objective, Out, Tokens, described
 from .rollout import METRICS, Actor, Carry, Data, check_carried, evaluate, parts, prepare, roll_out
 from .run import Result, Stage, begin, open_folder, train
 from .start import language_model, reference, tokenizer_of
-from .step import autocast, cut_backward, learned, loss_and_grad, offsets, targets
+from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 
 
 class PolicyAndValue(nn.Module):
@@ -190,6 +190,11 @@ def run(
         loss_by=lambda name: described(name, actor.head, config.batch_size * 4, "ppo", config),
         model_flops=lambda: measure.count_flops(partial(step("torch", {}), 0)),
         same_shape=False,
+        examples=lambda step: begins(
+            tok,
+            data.order.step(step // config.updates, config.rows_per_step),
+            lambda number: chat.prompt(tok, data.train[number]["prompt"]),
+        ),
         held_back=lambda: evaluate(actor, data),
         metrics=METRICS,
         export=partial(export, policy, tok),

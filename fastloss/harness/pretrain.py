@@ -21,7 +21,7 @@ from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named, torch_loss
 from .model import Head, build_model, check_head, head_of, hidden_states, model_config
 from .run import Result, Stage, begin, open_folder, train
-from .step import autocast, cut_backward, loss_and_grad
+from .step import autocast, begins, cut_backward, loss_and_grad
 
 
 @dataclass(frozen=True)
@@ -156,6 +156,10 @@ def run(
         loss_by=lambda name: describe(name, head, config.batch_size * config.seq_len, dtype),
         model_flops=partial(model_flops, model, head, rows, config),
         same_shape=True,
+        examples=lambda step: begins(
+            chat.wrap(data.tokenizer), rows.order.step(step, config.rows_per_step),
+            lambda row: rows.row(row)[0].tolist(),
+        ),
         held_back=lambda: evaluate(model, head, loss_fn, data, config),
         metrics={
             "perplexity": "perplexity", "loss": "loss (nats per token)", "bits_per_byte": "bits per byte"

@@ -21,7 +21,7 @@ from .model import hidden_states
 from .pairs import Data, examples, prepare
 from .run import Result, Stage, begin, open_folder, train
 from .start import scoring_model, tokenizer_of
-from .step import autocast, cut_backward, loss_and_grad
+from .step import autocast, begins, cut_backward, loss_and_grad
 
 Loss = Callable[[Tensor, Tensor, RewardConfig], Tensor]  # scores of the chosen, of the rejected [B] -> sum
 
@@ -149,6 +149,9 @@ def run(
             partial(make_step(model, score, torch_loss, data, config), 0)
         ),
         same_shape=False,
+        examples=lambda step: begins(
+            tok, data.order.step(step, config.rows_per_step), lambda number: data.train[number].prompt
+        ),
         held_back=lambda: evaluate(model, score, loss_fn, data, config),
         metrics={"accuracy": "accuracy on pairs", "loss": "loss (nats per pair)", "margin": "mean margin"},
         export=partial(export, model, tok),

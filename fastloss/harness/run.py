@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, layers, logging, measure, parallel, plots, report
 from . import config as configs
+from .badsteps import Watch
 from .config import TrainConfig
 from .cost import Cost, measure_costs
 from .loop import StepFn, cosine, make_optimizer, run_steps
@@ -39,6 +42,7 @@ class Stage:
     loss_by: Callable[[str], str]  # who computes the loss of that name here
     model_flops: Callable[[], int]  # of the first step, counted with PyTorch's plain loss
     same_shape: bool  # every step has the FLOPs of the first
+    examples: Callable[[int], dict[int, str]]  # of a step: number in the training data, how it begins
     held_back: Callable[[], dict[str, float]]
     metrics: dict[
         str, str
@@ -74,6 +78,8 @@ def begin(config: TrainConfig, console: Console | None) -> Console:
 
 def open_folder(config: TrainConfig, resume: bool, overwrite: bool, console: Console) -> Path:
     folder = Path(config.out)
+    if config.wandb:
+        import_module("wandb")  # if it is not there: now, not when the data is ready
     parallel.from_first(lambda: _open(folder, resume, overwrite, console))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -97,13 +103,14 @@ def _open(folder: Path, resume: bool, overwrite: bool, console: Console) -> None
 
 
 def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, console: Console) -> Result:
-    """Leaves in ``folder``: config.json, log.jsonl, tensorboard/, checkpoint/, model/, loss.png, report.md.
+    """Leaves in ``folder``: config.yaml, log.jsonl, tensorboard/, checkpoint/, model/, loss.png, report.md.
 
     Each process of the run does all of this with its share of the data; the first one writes.
     """
-    parallel.from_first(lambda: configs.save(config, folder / "config.json"))
-    given = {key: value for key, value in configs.as_dict(config).items() if value not in ("", [])}
-    console.print("  ".join(f"{key}={value}" for key, value in given.items()))
+    parallel.from_first(lambda: configs.save(config, folder / "config.yaml"))
+    for group, values in configs.by_group(config).items():
+        shown = "  ".join(f"{key}={value}" for key, value in values.items())
+        console.print(f"{group}: {shown}", markup=False, highlight=False)
     device = next(stage.model.parameters()).device
     optimizer = make_optimizer(stage.model, config.lr, (config.beta1, config.beta2), config.weight_decay)
     path, carry = parallel.from_first(lambda: checkpoint.latest(folder / CHECKPOINT)), dict[str, Tensor]()
@@ -132,15 +139,29 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
         progress.update(step=done)
         checkpoint.save(folder / CHECKPOINT, done, stage.model, optimizer, progress, carry, keep=config.keep)
 
+    wandb = None
+    if config.wandb and parallel.is_first():
+        options = dataclasses.asdict(config)
+        wandb = logging.open_wandb(config.wandb, folder, stage.title, options, progress)
     with (
-        logging.RunLog(folder, steps=config.steps, first=progress["step"], title=stage.title, console=console)
+        logging.RunLog(
+            folder,
+            steps=config.steps,
+            first=progress["step"],
+            title=stage.title,
+            console=console,
+            wandb=wandb,
+        )
         if parallel.is_first()
         else contextlib.nullcontext()
     ) as log:
 
-        def on_row(row: dict[str, float]) -> None:
-            progress["tokens"] += int(row["tokens"])
+        def on_row(row: dict[str, Any]) -> None:
             progress["train_s"] += row["step_s"]
+            if "bad" in row:
+                row["examples"] = stage.examples(row["step"])
+            else:
+                progress["tokens"] += int(row["tokens"])
             row["tokens_per_s"] = row["tokens"] / row["step_s"]
             if stage.same_shape:
                 row["mfu"] = flops / row["step_s"] / rate
@@ -154,7 +175,12 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
                 cosine, steps=config.steps, peak=config.lr, warmup=config.warmup, least=config.min_lr
             ),
             clip=config.clip, log=on_row, save=save, save_every=config.save_every,
+            watch=Watch(
+                config.spike, skip=config.on_bad_step == "skip", state=progress.setdefault("watch", {})
+            ),
         )  # fmt: skip
+        if done < config.steps:
+            console.print(f"stopped after step {done} of {config.steps}, with a checkpoint: --resume goes on")
 
     stage.export(folder / "model")
     after = stage.held_back()
@@ -188,7 +214,7 @@ def _summary(
     curve = next(iter(stage.curves))
     last = [row[curve] for row in rows[-10:]]
     return {
-        "steps": progress["step"], "tokens": progress["tokens"], "first": rows[0][curve],
+        "steps": progress["step"], "skipped": progress["watch"]["skipped"], "tokens": progress["tokens"], "first": rows[0][curve],
         "last": sum(last) / len(last), "step_s": step_s, "loss_s": loss_s, "loss_share": loss_s / step_s,
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows), "model_flops": flops,
         "matmul_rate": rate, "mfu": flops / (step_s if stage.same_shape else cost.step_s) / rate,
@@ -216,6 +242,7 @@ def _report(
         ["machine", measure.machine(device)],
         *([["processes", f"{parallel.world()}, {config.parallel}"]] if parallel.world() > 1 else []),
         ["steps, tokens learned from", f"{s['steps']:,}, {s['tokens']:,}"],
+        *([["bad steps, skipped", f"{s['skipped']:,}"]] if s["skipped"] else []),
         [f"{curve}, first step → mean of the last 10", f"{s['first']:.4f} → {s['last']:.4f}"],
         ["tokens/s (median step)", f"{s['tokens_per_s']:,.0f}"],
         [
@@ -227,8 +254,8 @@ def _report(
         ["MFU", report.percent(s["mfu"])],
         ["device-hours", f"{s['device_hours']:.4f}"],
     ]
-    values = configs.as_dict(config).items()
-    options = [[f"`{key}`", f"`{value}`"] for key, value in values if value not in ("", [])]
+    groups = configs.by_group(config).values()
+    options = [[f"`{key}`", f"`{value}`"] for values in groups for key, value in values.items()]
     sections = [
         *([report.table(["held back", "before", "after"], held_back)] if held_back else []),
         report.table(["", f"loss = {config.loss}"], lines),

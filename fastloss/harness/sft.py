@@ -26,7 +26,7 @@ from .model import Head, check_packing, head_of
 from .run import Result, Stage, begin, open_folder, train
 from .sampler import sample
 from .start import language_model, tokenizer_of
-from .step import autocast, cut_backward, learned, loss_and_grad, targets
+from .step import autocast, begins, cut_backward, learned, loss_and_grad, targets
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,11 @@ def run(
         loss_by=lambda name: describe(name, head, len(targets(data.batch(0, config))), dtype),
         model_flops=flops,
         same_shape=False,
+        examples=lambda step: begins(
+            tok,
+            chain.from_iterable(data.groups[row] for row in data.order.step(step, config.rows_per_step)),
+            lambda number: data.train[number].ids,
+        ),
         held_back=lambda: evaluate(model, head, loss_fn, data, tok, config),
         metrics={
             **({"exact_arithmetic": "exact match, arithmetic"} if "arithmetic" in tasks else {}),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import measure
+from . import chat, measure
 from .config import TrainConfig
 from .data import IGNORE, Batch
 from .model import hidden_states
@@ -36,6 +36,11 @@ def offsets(batch: Batch) -> Tensor:
     """Where each sequence begins in :func:`targets`; the last is the end.  # [B + 1] int64"""
     lengths = (batch.targets != IGNORE).sum(1)
     return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
+def begins(tok: Any, numbers: Iterable[int], ids: Callable[[int], list[int]]) -> dict[int, str]:
+    """Of examples by their number in the training data: how each begins."""
+    return {number: chat.decode(tok, ids(number)[:24]) for number in numbers}
 
 
 def cut_backward(hidden: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:

@@ -72,6 +72,19 @@ def signal_at_second_step(config: Any) -> Any:
     return mock.patch.object(parallel, "sum_gradients", sum_gradients)
 
 
+def nan_in_second_step(config: Any) -> Any:
+    """In the gradient of the last process alone."""
+    steps = iter(range(99))
+
+    def sum_gradients(parameters: Any) -> None:
+        if next(steps) == 1 and parallel.rank() == parallel.world() - 1:
+            parameters[0].grad.mul_(float("nan"))
+        summing(parameters)
+
+    summing = parallel.sum_gradients
+    return mock.patch.object(parallel, "sum_gradients", sum_gradients)
+
+
 def second_save(instead: Callable[[], None]) -> Any:
     """``instead`` happens in the second save, when its tensors are on disk and its metadata is not."""
     saves = iter(range(99))
@@ -110,7 +123,10 @@ def slow_second_save(config: Any) -> Any:
     return second_save(wait)
 
 
-HOOKS = {f.__name__: f for f in (signal_at_second_step, disk_full_in_second_save, slow_second_save)}
+HOOKS = {
+    f.__name__: f
+    for f in (signal_at_second_step, nan_in_second_step, disk_full_in_second_save, slow_second_save)
+}
 
 
 def case(name: str, options: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:

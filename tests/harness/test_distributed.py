@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -73,6 +74,7 @@ def two(
             case(f"between-{mode}", stages["grpo"], folder / f"between-{mode}", parallel=mode, stop_after=3),
             case(f"rest-{mode}", stages["grpo"], folder / f"half-{mode}", parallel=mode, resume=True),
             case(f"signal-{mode}", sft, folder / f"signal-{mode}", parallel=mode, hook="signal_at_second_step"),
+            case(f"nan-{mode}", sft, folder / f"nan-{mode}", parallel=mode, hook="nan_in_second_step", on_bad_step="skip"),
             case(f"full-{mode}", sft, folder / f"full-{mode}", parallel=mode, save_every=1, hook="disk_full_in_second_save"),
             case(f"after-full-{mode}", sft, folder / f"full-{mode}", parallel=mode, resume=True),
         ]  # fmt: skip
@@ -191,6 +193,22 @@ def test_a_signal_to_one_process_stops_all_after_one_step(mode: str, two: dict[s
         assert outcome["done"] == 2 and len(outcome["rows"]) == 2
     folder = two["folder"] / f"signal-{mode}" / "checkpoint"
     assert checkpoint.latest(folder) == folder / "step-2"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_bad_gradient_in_one_process_is_skipped_by_all(
+    mode: str, two: dict[str, Any], stages: dict[str, Any], tmp_path: Path
+) -> None:
+    expected = of_one(stages["sft"], tmp_path / "one", hook="nan_in_second_step", on_bad_step="skip")
+    for outcome in two[f"nan-{mode}"]:
+        assert [row["step"] for row in outcome["rows"]] == [0, 2, 3]
+        same_run(outcome, expected)
+    assert apart(*two[f"nan-{mode}"]) == 0 and apart(two[f"nan-{mode}"][0], expected) < 0.005 * lr_of(
+        stages["sft"]
+    )
+    folders = (two["folder"] / f"nan-{mode}", tmp_path / "one")
+    bad, same = (json.loads((folder / "log.jsonl").read_text().splitlines()[1]) for folder in folders)
+    assert bad["examples"] == same["examples"] and "gradient norm nan" in bad["bad"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -27,7 +27,7 @@ from fastloss.harness.losses import LOSSES, torch_loss
 from fastloss.harness.model import build_model, head_of, model_config
 
 MADE = (
-    "config.json",
+    "config.yaml",
     "tokenizer.json",
     "log.jsonl",
     "checkpoint",
@@ -223,9 +223,9 @@ def test_peak_bytes_is_what_was_allocated() -> None:
 
 
 def test_command_line_end_to_end(tiny: PretrainConfig, tmp_path: Path) -> None:
-    configs.save(replace(tiny, loss="fastloss"), tmp_path / "tiny.json")
+    configs.save(replace(tiny, loss="fastloss"), tmp_path / "tiny.yaml")
     out = tmp_path / "cli"
-    arguments = ["pretrain", "--config", str(tmp_path / "tiny.json"), "--out", str(out), "--no-tie"]
+    arguments = ["pretrain", "--config", str(tmp_path / "tiny.yaml"), "--out", str(out), "--no-tie"]
     first = CliRunner().invoke(app, [*arguments, "--stop-after", "2"])
     assert first.exit_code == 0, first.output
     assert all((out / name).exists() for name in MADE) and list((out / "tensorboard").iterdir())
@@ -252,7 +252,7 @@ def test_command_line_end_to_end(tiny: PretrainConfig, tmp_path: Path) -> None:
         "mfu",
     }
     assert "| MFU |" in (out / "report.md").read_text()
-    assert configs.load(PretrainConfig, out / "config.json").loss == "fastloss"
+    assert configs.load(PretrainConfig, out / "config.yaml").loss == "fastloss"
 
 
 def test_command_line_errors_are_one_line(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from fastloss.harness.config import (
     SftConfig,
     TrainConfig,
 )
+from fastloss.harness.config import load as load_config
 from fastloss.harness.run import Result
 from fastloss.harness.start import language_model, scoring_model
 
@@ -310,8 +311,8 @@ def test_chain(tiny: PretrainConfig, pairs_file: Path, quiet: Console, tmp_path:
         assert f"| {name} | fastloss |" in text and f"| {name} | torch |" in text
     assert "| dpo | accuracy of the implicit reward | 0.500 |" in text
     assert (tmp_path / "chain" / "chain.png").stat().st_size > 5000
-    saved = json.loads((tmp_path / "chain" / "grpo" / "config.json").read_text())
-    assert saved["model"] == str(tmp_path / "chain" / "sft" / "model")
+    saved = load_config(GrpoConfig, tmp_path / "chain" / "grpo" / "config.yaml")
+    assert saved.model == str(tmp_path / "chain" / "sft" / "model")
 
 
 def test_command_line_takes_data_and_a_reward(
@@ -333,6 +334,6 @@ def test_command_line_takes_data_and_a_reward(
     done = CliRunner().invoke(app, [*arguments, "--skip-bad-rows"])
     assert done.exit_code == 0, done.output
     assert "1 rows skipped" in done.output and "reward, sampled" in done.output
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["reward"] == ["judge:vowels"]
+    assert load_config(GrpoConfig, tmp_path / "run" / "config.yaml").reward == ("judge:vowels",)
     helped = CliRunner().invoke(app, ["ppo", "--help"], env={"COLUMNS": "200"})
     assert helped.exit_code == 0 and "--value-clip" in helped.output and "TRL's convention" in helped.output
