@@ -21,7 +21,10 @@ class TrainConfig:
     """What every stage needs; a stage's own config adds to it."""
 
     out: str = option("runs/train", "folder of the run: logs, checkpoint, report")
-    data: tuple[str, ...] = option((), "your files; none: what Python itself carries (docs/harness.md)")
+    data: tuple[str, ...] = option(
+        (), "your files, folders, globs, hf:NAME[:config][:split]; none: what Python itself carries"
+    )
+    column: tuple[str, ...] = option((), "completion=answer: the data's column `answer` is our `completion`")
     skip_bad_rows: bool = option(False, "count and skip rows of --data that do not fit, instead of an error")
     model: str = option("", "transformers folder to start from; none: a random Llama of the sizes below")
     loss: str = option("fastloss", "fastloss, or torch (whole logits)")
@@ -123,7 +126,8 @@ class RolloutConfig(TrainConfig):
 
     lr: float = option(2e-4, "peak learning rate", least=0)
     reward: tuple[str, ...] = option(
-        (), "package.module:function, TRL's convention; several add up; none: the answer's exact match"
+        (),
+        "package.module:function[=weight], TRL's convention; several add up; none: the answer's exact match",
     )
     numbers: int = option(20, "arithmetic: both operands are below this", least=2)
     batch_size: int = option(16, "prompts in one forward pass", least=1)

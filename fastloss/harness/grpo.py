@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -55,8 +56,8 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
             for key, value in seen[0].metrics.items():
                 sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * (len(read.target) / tokens)
         return {
-            "loss": total, "tokens": tokens, "loss_s": loss_s, "reward": carry["rewards"].mean(),
-            "length": tokens / len(kept), "mixed_groups": mixed(carry["rewards"], config.group_size), **sums,
+            "loss": total, "tokens": tokens, "loss_s": loss_s, "reward": carry["rewards"].nanmean(),
+            "length": tokens / int(kept.any(1).sum()), "mixed_groups": mixed(carry["rewards"], config.group_size), **sums,
         }  # fmt: skip
 
     return step_fn
@@ -64,7 +65,7 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
 
 def objective_of(config: GrpoConfig, carry: Carry) -> Objective:
     """The normalizer counts the whole step, so that accumulation changes nothing."""
-    tokens, sequences = int((carry["targets"] != IGNORE).sum()), len(carry["rewards"])
+    tokens, sequences = int((carry["targets"] != IGNORE).sum()), int((~carry["rewards"].isnan()).sum())
     return Objective(
         config.loss_type, config.clip_low, config.clip_high, config.beta, config.temperature,
         config.max_new_tokens, tokens if averages_tokens(config.loss_type) else sequences,
@@ -94,7 +95,8 @@ def loss_of(
 def mixed(scores: Tensor, group_size: int) -> Tensor:
     """Share of groups whose rewards differ: the others teach nothing."""
     groups = scores.view(-1, group_size)
-    return (groups.amax(1) != groups.amin(1)).float().mean()
+    most, least = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
+    return (most > least).float().mean()
 
 
 def run(

@@ -87,8 +87,8 @@ def make_step(
                 sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * share
         kl = (carry["old"] - carry["ref"]).sum() / tokens
         return {
-            "loss": total, "tokens": tokens, "loss_s": loss_s, "reward": carry["rewards"].mean(),
-            "length": tokens / len(kept), "kl_to_start": kl, **sums,
+            "loss": total, "tokens": tokens, "loss_s": loss_s, "reward": carry["rewards"].nanmean(),
+            "length": tokens / int(kept.any(1).sum()), "kl_to_start": kl, **sums,
         }  # fmt: skip
 
     return step_fn

@@ -13,7 +13,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from . import chat, corpus, measure, tokenizer
+from . import chat, corpus, measure, sources, tokenizer
 from .config import PretrainConfig, TrainConfig
 from .data import IGNORE, Rows
 from .export import export
@@ -37,12 +37,11 @@ class Data:
 
 def prepare(config: TrainConfig, folder: Path, console: Console) -> Data:
     """Text, tokenizer and rows. The tokenizer is the model folder's, this run's own, or trained now."""
-    skipped: list[str] = []
-    texts = (
-        corpus.read_files(config.data, skip=config.skip_bad_rows, skipped=skipped)
-        if config.data
-        else corpus.python_corpus()
-    )
+    if config.data:
+        texts, skipped = corpus.read_files(config.data, columns=config.column, skip=config.skip_bad_rows)
+        source = sources.named(config.data)
+    else:
+        texts, skipped, source = corpus.python_corpus(), [], "Python's own documentation and docstrings"
     train_texts, val_texts = corpus.split(texts, config.val_fraction)
     vocab_size = int(model_config(config).get_text_config().vocab_size)
     ready = [Path(config.model) / "tokenizer.json"] if config.model else []
@@ -55,7 +54,6 @@ def prepare(config: TrainConfig, folder: Path, console: Console) -> Data:
         )
     train_rows = Rows(tokenizer.encode(bpe, train_texts), config.seq_len, config.seed)
     val = Rows(tokenizer.encode(bpe, val_texts), config.seq_len) if val_texts else None
-    source = f"{len(config.data)} files" if config.data else "Python's own documentation and docstrings"
     source += f", {len(texts)} documents, {len(train_rows.tokens):,} training tokens"
     source += f", {len(skipped)} rows skipped" if skipped else ""
     held_back = f"{len(val.tokens) if val else 0:,} held back, vocabulary {bpe.get_vocab_size():,}"

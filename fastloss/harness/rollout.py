@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import builtin, chat, rewards, rows
+from . import builtin, chat, rewards, rows, sources
 from .chat import Example
 from .config import RolloutConfig
 from .data import IGNORE, Batch, Order, padded
@@ -66,8 +67,10 @@ class Actor:
 def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
     skipped: list[str] = []
     if config.data:
-        found, skipped = rows.read(config.data, rows.prompt_row, skip=config.skip_bad_rows)
-        source = f"{len(config.data)} files"
+        found, skipped = rows.read(
+            config.data, rows.prompt_row, columns=config.column, skip=config.skip_bad_rows
+        )
+        source = sources.named(config.data)
     else:
         found, source = builtin.arithmetic(config.numbers), f"a+b and a-b below {config.numbers}"
     train, val = builtin.split(found, config.val_fraction, most=500)
@@ -86,7 +89,10 @@ def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
 def roll_out(
     actor: Actor, ref: Any, ref_head: Head | None, logprobs: LogProbs, data: Data, index: int, group: int
 ) -> Carry:
-    """The ``index``-th batch of samples, ``group`` per prompt beside each other; R rows of T tokens."""
+    """The ``index``-th batch of samples, ``group`` per prompt beside each other; R rows of T tokens.
+
+    A sample that no function could score (its reward is NaN) has no token to learn.
+    """
     config = actor.config
     examples: list[Example] = []
     scores: list[float] = []
@@ -95,9 +101,14 @@ def roll_out(
         asked = [data.train[i] for i in data.order.take(at, config.batch_size) for _ in range(group)]
         ids, gained = actor.answer(asked, config.temperature, actor.generator(index, part))
         scores += gained
-        for row, tokens in zip(asked, ids, strict=True):
+        for row, tokens, reward in zip(asked, ids, gained, strict=True):
             before = chat.prompt(actor.tok, row["prompt"])
-            examples.append(Example(before + tokens, [False] * len(before) + [True] * len(tokens)))
+            scored = not math.isnan(reward)
+            examples.append(Example(before + tokens, [False] * len(before) + [scored] * len(tokens)))
+    if all(map(math.isnan, scores)):
+        raise ValueError(
+            f"reward: expected a value, got None for each of the {len(scores)} samples of a step"
+        )
     batch = padded(examples).to(actor.head.weight.device)
     carry = {
         "inputs": batch.inputs,
@@ -125,10 +136,12 @@ def token_logprobs(
 
 
 def parts(batch: Batch, config: RolloutConfig, group: int) -> Iterator[tuple[int, Batch]]:
-    """The passes of a step: first row and rows of each."""
+    """The passes of a step: first row and rows of each; none where nothing in it was scored."""
     size = config.batch_size * group
     for start in range(0, len(batch.inputs), size):
-        yield start, Batch(batch.inputs[start : start + size], batch.targets[start : start + size])
+        inputs, targets = (t[start : start + size] for t in (batch.inputs, batch.targets))
+        if bool((targets != IGNORE).any()):
+            yield start, Batch(inputs, targets)
 
 
 @torch.no_grad()
@@ -138,12 +151,13 @@ def evaluate(actor: Actor, data: Data) -> dict[str, float]:
         return {}
     values = {}
     for name, temperature in (("reward", actor.config.temperature), ("greedy", 0.0)):
-        total = 0.0
+        scores: list[float] = []
         for start in range(0, len(data.val), 128):
             asked = data.val[start : start + 128]
             _, gained = actor.answer(asked, temperature, actor.generator(2**31, start))
-            total += sum(gained)
-        values[name] = total / len(data.val)
+            scores += [reward for reward in gained if not math.isnan(reward)]
+        if scores:
+            values[name] = sum(scores) / len(scores)
     return values
 
 

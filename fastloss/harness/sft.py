@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import builtin, chat, measure, rows
+from . import builtin, chat, measure, rows, sources
 from .chat import Example
 from .config import SftConfig
 from .data import IGNORE, Batch, Order, fingerprint, fit, pack, packed, padded
@@ -48,8 +48,10 @@ class Data:
 
 def prepare(config: SftConfig, tok: Any, console: Console) -> Data:
     if config.data:
-        found, skipped = rows.read(config.data, rows.supervised_row, skip=config.skip_bad_rows)
-        source = f"{len(config.data)} files" + (f", {len(skipped)} rows skipped" if skipped else "")
+        found, skipped = rows.read(
+            config.data, rows.supervised_row, columns=config.column, skip=config.skip_bad_rows
+        )
+        source = sources.named(config.data) + (f", {len(skipped)} rows skipped" if skipped else "")
         train_rows, val_rows = builtin.split(found, config.val_fraction, most=1000)
     else:
         source = "Python's own functions and arithmetic" if config.task == "both" else config.task

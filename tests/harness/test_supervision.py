@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def test_bad_rows(check: rows.Check, row: dict[str, Any], complaint: str, tmp_pa
 
 
 def test_files_without_rows(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a \.jsonl or \.ndjson file"):
+    with pytest.raises(ValueError, match=r"cannot read .*rows\.csv: No such file"):
         rows.read([str(tmp_path / "rows.csv")], rows.prompt_row)
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no rows in"):
@@ -97,7 +98,7 @@ def test_prompt_of_a_pair_is_what_both_begin_with() -> None:
     row = rows.preference_row({"chosen": [USER, ANSWER], "rejected": [USER, other]})
     assert row["prompt"] == [USER] and row["chosen"] == [ANSWER] and row["rejected"] == [other]
     row = rows.preference_row({"chosen": "to be", "rejected": "to go"})
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ("to ", "be", "go")
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("to", " be", " go")
     row = rows.preference_row({"chosen": "yes, sir", "rejected": "yes"})
     assert row["chosen"] and row["rejected"]
 
@@ -241,10 +242,19 @@ def test_reward_functions_in_trls_convention() -> None:
         return [0.25, None]
 
     assert rewards.score([rewards.exact_answer, judge], asked, ["5", "2"], [[1], [2]]) == [1.25, 1]
+    alone = rewards.score([judge], asked, ["5", "2"], [[1], [2]])
+    assert alone[0] == 0.25 and math.isnan(alone[1])  # nobody could score it
     with pytest.raises(ValueError, match="expected 2 values from <lambda>, got 1"):
         rewards.score([lambda **_: [1.0]], asked, ["5", "2"], [[1], [2]])
     with pytest.raises(ValueError, match="expected finite values from <lambda>, got nan for '2'"):
         rewards.score([lambda **_: [1.0, float("nan")]], asked, ["5", "2"], [[1], [2]])
     with pytest.raises(ValueError, match="rows with an `answer`"):
         rewards.score([rewards.exact_answer], [{"prompt": "a"}], ["b"], [[1]])
-    assert rewards.load(["fastloss.harness.rewards:exact_answer"]) == [rewards.exact_answer]
+    path = "fastloss.harness.rewards:exact_answer"
+    assert rewards.load([path]) == rewards.load([]) == [rewards.exact_answer]
+    weighted = rewards.load([path, f"{path}=-0.5"])
+    assert rewards.score([*weighted, judge], asked, ["5", "2"], [[1], [2]]) == [0.75, 0.5]
+    with pytest.raises(ValueError, match="expected a number as the weight of a:b, got 'c'"):
+        rewards.load(["a:b=c"])
+    with pytest.raises(ValueError, match="expected 2 values from <lambda>, got 1"):
+        rewards.score([rewards.Weighted(lambda **_: [1.0], 2)], asked, ["5", "2"], [[1], [2]])
