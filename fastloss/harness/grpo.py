@@ -20,6 +20,7 @@ from .model import head_of
 from .policy import LOGPROBS, POLICIES, TORCH_KNOWS, Objective, Out, Tokens, averages_tokens, described
 from .rollout import METRICS, Actor, Carry, Data, evaluate, parts, prepare, roll_out
 from .run import Result, Stage, open_folder, train
+from .sampler import check_sampler
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -115,6 +116,7 @@ def run(
     data = prepare(config, tok, console)
     # no dropout: samples and updates must see one policy
     model = language_model(config, tok).eval()
+    check_sampler(model, head_of(model), len(tok))
     actor = Actor(model, head_of(model), tok, functions, config)
     ref = reference(config) if config.beta else None
 

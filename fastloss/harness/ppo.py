@@ -19,6 +19,7 @@ from .model import head_of
 from .policy import LOGPROBS, POLICIES, Objective, Out, Tokens, described
 from .rollout import METRICS, Actor, Carry, Data, evaluate, parts, prepare, roll_out
 from .run import Result, Stage, open_folder, train
+from .sampler import check_sampler
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -136,6 +137,7 @@ def run(
     data = prepare(config, tok, console)
     # no dropout: samples and updates must see one policy
     policy, ref = language_model(config, tok).eval(), reference(config)
+    check_sampler(policy, head_of(policy), len(tok))
     both = PolicyAndValue(policy).to(next(policy.parameters()).device)
     actor = Actor(policy, head_of(policy), tok, functions, config)
 

@@ -19,7 +19,7 @@ from .data import IGNORE, Rows
 from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named, torch_loss
-from .model import Head, build_model, check_head, head_of, hidden_states, model_config
+from .model import Head, build_model, check_head, folder_of, head_of, hidden_states, model_config
 from .run import Result, Stage, device_of, open_folder, train
 from .step import autocast, cut_backward, loss_and_grad
 
@@ -44,7 +44,7 @@ def prepare(config: TrainConfig, folder: Path, console: Console) -> Data:
         texts, skipped, source = corpus.python_corpus(), [], "Python's own documentation and docstrings"
     train_texts, val_texts = corpus.split(texts, config.val_fraction)
     vocab_size = int(model_config(config).get_text_config().vocab_size)
-    ready = [Path(config.model) / "tokenizer.json"] if config.model else []
+    ready = [folder_of(config.model) / "tokenizer.json"] if config.model else []
     saved = next((path for path in [*ready, folder / "tokenizer.json"] if path.is_file()), None)
     bpe = tokenizer.load(saved) if saved else tokenizer.train_bpe(train_texts, vocab_size)
     if bpe.get_vocab_size() > vocab_size:

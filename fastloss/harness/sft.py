@@ -23,7 +23,7 @@ from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named
 from .model import Head, check_packing, head_of
 from .run import Result, Stage, open_folder, train
-from .sampler import sample
+from .sampler import check_sampler, sample
 from .start import language_model, tokenizer_of
 from .step import autocast, cut_backward, learned, loss_and_grad, targets
 
@@ -161,6 +161,8 @@ def run(
     head = head_of(model)
     if config.packing:
         check_packing(model, len(tok))
+    if data.questions:
+        check_sampler(model, head, len(tok), instead=" (--exact 0 does without)")
     dtype = torch.bfloat16 if config.bf16 else torch.float32
 
     def one_loss(name: str) -> Any:

@@ -13,14 +13,14 @@ from transformers import AutoModelForSequenceClassification
 
 from . import chat, corpus, tokenizer
 from .config import TrainConfig
-from .model import build_model, check_head, head_of, load_model, model_config
+from .model import build_model, check_head, folder_of, head_of, load_model, model_config
 from .run import device_of
 
 
 def tokenizer_of(config: TrainConfig, folder: Path, console: Console) -> Any:
     """The model folder's; without one this run's own, trained on what Python carries."""
     if config.model:
-        return chat.load(Path(config.model))
+        return chat.load(folder_of(config.model))
     saved = folder / "tokenizer.json"
     if saved.is_file():
         return chat.wrap(Tokenizer.from_file(str(saved)))

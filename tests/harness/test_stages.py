@@ -257,6 +257,7 @@ def test_a_loss_that_is_not_finite_names_its_step(configs: dict[str, Any], quiet
 
 @pytest.mark.usefixtures("light")
 def test_wrong_options_are_named(configs: dict[str, Any], quiet: Console, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("dpo", {"loss": "flash"}, "loss: expected one of 'fastloss', 'torch', got 'flash'"),
         ("dpo", {"loss": "torch", "loss_type": "ipo"}, "loss_type: expected 'sigmoid'"),
@@ -266,6 +267,7 @@ def test_wrong_options_are_named(configs: dict[str, Any], quiet: Console, tmp_pa
         ("grpo", {"reward": ("nowhere",)}, "reward: expected package.module:function, got 'nowhere'"),
         ("ppo", {"reward": ("nowhere.at:all",)}, "reward: cannot load"),
         ("sft", {"model": str(tmp_path)}, "model: expected a tokenizer.json"),
+        ("sft", {"model": str(tmp_path / "nowhere")}, "model: expected a folder with config.json"),
         ("sft", {"seq_len": 4}, "data: expected an answer within seq_len=4"),
         ("grpo", {"seq_len": 6}, "data: expected a prompt within 2 tokens"),
     ]

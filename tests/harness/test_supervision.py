@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, GPT2Config, MistralConfig
 
 from fastloss.harness import builtin, chat, model, rewards, rows
 from fastloss.harness.chat import Example
 from fastloss.harness.data import IGNORE, fit, pack, packed, padded
 from fastloss.harness.model import check_packing, head_of, hidden_states, load_model
-from fastloss.harness.sampler import sample
+from fastloss.harness.sampler import check_sampler, sample
 
 USER, ANSWER = {"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}
 
@@ -144,9 +145,35 @@ def some_examples(lengths: list[int]) -> list[Example]:
     return made
 
 
-def test_packed_rows_are_the_rows_apart(base: Path) -> None:
-    """Hidden states, logits and gradients: no document sees another (and the padding sees none)."""
-    causal = load_model(str(base), "cpu").eval()
+SMALL: dict[str, Any] = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+# a window of 4 is shorter than most of the documents; Gemma 2 has it in every other layer
+ARCHITECTURES: dict[str, Any] = {
+    "mistral": MistralConfig(**SMALL, sliding_window=4),
+    "gemma2": Gemma2Config(**SMALL, head_dim=16, sliding_window=4),
+    "gpt2": GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0,
+                       eos_token_id=0),
+}  # fmt: skip
+
+
+def causal_lm(name: str, base: Path) -> Any:
+    if name == "llama":
+        return load_model(str(base), "cpu").eval()
+    made: Any = model.build_model(ARCHITECTURES[name], 0, "cpu").eval()
+    with torch.no_grad():  # small random weights would attend to everything alike
+        for p in made.parameters():
+            if p.ndim > 1:
+                p.mul_(4)
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", *ARCHITECTURES])
+def test_packed_rows_are_the_rows_apart(name: str, base: Path) -> None:
+    """Logits, loss and gradients: no document sees another (and the padding sees none)."""
+    causal = causal_lm(name, base)
+    check_packing(causal, 300)
     examples = some_examples([9, 2, 14, 5, 7])
     groups = pack(examples, 24)
     assert sorted(i for group in groups for i in group) == list(range(5)) and len(groups) == 2
@@ -161,11 +188,13 @@ def test_packed_rows_are_the_rows_apart(base: Path) -> None:
             states.append(hidden[batch.targets != IGNORE])
             targets.append(batch.targets[batch.targets != IGNORE])
         logits = head_of(causal).logits(torch.cat(states))
-        torch.nn.functional.cross_entropy(logits, torch.cat(targets)).backward()
+        loss = torch.nn.functional.cross_entropy(logits, torch.cat(targets))
+        loss.backward()
         grads = [p.grad.clone() for p in causal.parameters()]
-        results.append((torch.cat(targets), logits.detach(), grads))
-    (target_a, logits_a, grads_a), (target_b, logits_b, grads_b) = results
+        results.append((torch.cat(targets), loss, logits.detach(), grads))
+    (target_a, loss_a, logits_a, grads_a), (target_b, loss_b, logits_b, grads_b) = results
     assert torch.equal(target_a, target_b)
+    torch.testing.assert_close(loss_a, loss_b, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits_a, logits_b, rtol=1e-4, atol=1e-5)
     for a, b in zip(grads_a, grads_b, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
@@ -193,9 +222,11 @@ def test_pack_wastes_little_and_loses_nothing() -> None:
     assert len(kept[1].ids) == 17
 
 
-def test_sampler_is_the_models_own_argmax(base: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", *ARCHITECTURES])
+def test_sampler_is_the_models_own_argmax(name: str, base: Path) -> None:
     """Prompts of different length, left-padded, with a cache: the tokens of one forward at a time without."""
-    causal = load_model(str(base), "cpu")
+    causal = causal_lm(name, base)
+    check_sampler(causal, head_of(causal), 300)
     head, prompts = head_of(causal), [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
     answers = sample(causal, head, prompts, max_new_tokens=6, end=-1, temperature=0)
     for ids, answer in zip(prompts, answers, strict=True):
@@ -207,6 +238,11 @@ def test_sampler_is_the_models_own_argmax(base: Path) -> None:
     stopped = sample(causal, head, prompts, max_new_tokens=6, end=end, temperature=0)
     assert stopped[0] == answers[0][: answers[0].index(end) + 1]
     assert causal.training is False
+
+
+def test_sampler_draws_from_its_own_generator(base: Path) -> None:
+    causal = load_model(str(base), "cpu")
+    head, prompts = head_of(causal), [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 
     def drawn(seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
