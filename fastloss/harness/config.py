@@ -27,6 +27,13 @@ class TrainConfig:
     column: tuple[str, ...] = option((), "completion=answer: the data's column `answer` is our `completion`")
     skip_bad_rows: bool = option(False, "count and skip rows of --data that do not fit, instead of an error")
     model: str = option("", "transformers folder to start from; none: a random Llama of the sizes below")
+    lora_rank: int = option(
+        0, "train LoRA adapters of this rank in a frozen model; 0: the whole model", least=0
+    )
+    lora_alpha: float = option(16.0, "LoRA: the adapters' product counts this / rank", least=0)
+    lora_targets: tuple[str, ...] = option(
+        (), "LoRA: names of modules; none: every linear layer but the head"
+    )
     loss: str = option("fastloss", "fastloss, or torch (whole logits)")
     compare: bool = option(False, "measure PyTorch's loss beside this one after the run (whole logits)")
     steps: int = option(200, "optimizer steps", least=1)
@@ -73,11 +80,19 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
-    """Next-token prediction on text, from random weights."""
+    """Next-token prediction on text, from random weights or (keep_weights) a model's."""
 
     out: str = option("runs/pretrain", "folder of the run: logs, checkpoint, report")
     model: str = option("", "folder with a transformers config.json; none: a Llama of the sizes below")
+    keep_weights: bool = option(False, "start from the weights of --model too: continued pretraining")
     loss: str = option("fastloss", "fastloss, torch (whole logits) or torch-linear (torch's own fused head)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_weights and not self.model:
+            raise ValueError("keep_weights: expected --model, whose weights they are, got none")
+        if self.lora_rank and not self.keep_weights:
+            raise ValueError("lora_rank: expected --keep-weights: random weights are nothing to adapt")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,7 @@ def run(
     model = language_model(config, tok).eval()
     check_sampler(model, head_of(model), len(tok))
     actor = Actor(model, head_of(model), tok, functions, config)
-    ref = reference(config) if config.beta else None
+    ref = reference(config, model) if config.beta else None
 
     def step(name: str, carry: Carry) -> StepFn:
         return make_step(actor, ref, name, data, config, carry)

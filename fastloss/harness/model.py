@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 from transformers.utils import logging
 
 from .config import TrainConfig
+from .report import count
 
 
 @dataclass(frozen=True)
@@ -154,5 +155,8 @@ def check_packing(model: Any, vocab_size: int) -> None:
         )
 
 
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def parameters(model: nn.Module) -> str:
+    """How many, and of these how many are trained where some are frozen; for the report."""
+    whole = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{count(whole)} parameters" + (f", {count(trained)} of them trained" if trained < whole else "")

@@ -136,7 +136,8 @@ def run(
     tok = tokenizer_of(config, folder, console)
     data = prepare(config, tok, console)
     # no dropout: samples and updates must see one policy
-    policy, ref = language_model(config, tok).eval(), reference(config)
+    policy = language_model(config, tok).eval()
+    ref = reference(config, policy)
     check_sampler(policy, head_of(policy), len(tok))
     both = PolicyAndValue(policy).to(next(policy.parameters()).device)
     actor = Actor(policy, head_of(policy), tok, functions, config)

@@ -13,13 +13,13 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from . import chat, corpus, measure, sources, tokenizer
+from . import chat, corpus, lora, measure, sources, tokenizer
 from .config import PretrainConfig, TrainConfig
 from .data import IGNORE, Rows
 from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named, torch_loss
-from .model import Head, build_model, check_head, folder_of, head_of, hidden_states, model_config
+from .model import Head, build_model, check_head, folder_of, head_of, hidden_states, load_model, model_config
 from .run import Result, Stage, device_of, open_folder, train
 from .step import autocast, cut_backward, loss_and_grad
 
@@ -122,6 +122,14 @@ def model_flops(model: Any, head: Head, rows: Rows, config: PretrainConfig) -> i
     return flops * config.rows_per_step
 
 
+def tokenizer_to_export(config: PretrainConfig, data: Data) -> Any:
+    """The model folder's with its own names of special tokens, or what was trained here."""
+    folder = folder_of(config.model) if config.model else None
+    if folder and (folder / "tokenizer.json").is_file():
+        return chat.load(folder)
+    return chat.wrap(data.tokenizer)
+
+
 def loss_alone(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: PretrainConfig) -> Any:
     inputs, targets, _ = rows.batch(0, config.batch_size).to(head.weight.device)
     with torch.no_grad(), autocast(config, inputs.device):
@@ -140,9 +148,13 @@ def run(
     data.tokenizer.save(str(folder / "tokenizer.json"))
 
     device = device_of(config)
-    model: Any = build_model(model_config(config), config.seed, str(device))
+    if config.keep_weights:
+        model: Any = load_model(config.model, str(device)).train()
+    else:
+        model = build_model(model_config(config), config.seed, str(device))
     head = head_of(model)
     check_head(model, data.train.row(0)[0][None, :16].to(device))
+    lora.add(model, config, model.get_output_embeddings())
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     rows = data.train
     stage = Stage(
@@ -159,6 +171,6 @@ def run(
         metrics={
             "perplexity": "perplexity", "loss": "loss (nats per token)", "bits_per_byte": "bits per byte"
         },
-        export=partial(export, model, chat.wrap(data.tokenizer)),
+        export=partial(export, model, tokenizer_to_export(config, data)),
     )  # fmt: skip
     return train(stage, config, folder, resume=resume, console=console)

@@ -19,7 +19,7 @@ from . import config as configs
 from .config import TrainConfig
 from .cost import Cost, measure_costs
 from .loop import StepFn, cosine, make_optimizer, run_steps
-from .model import parameter_count
+from .model import parameters
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -187,7 +187,7 @@ def _report(
         if key in result.after
     ]
     lines = [
-        ["model", f"{type(stage.model).__name__}, {report.count(parameter_count(stage.model))} parameters"],
+        ["model", f"{type(stage.model).__name__}, {parameters(stage.model)}"],
         ["data", stage.source],
         ["machine", measure.machine(device)],
         ["steps, tokens learned from", f"{s['steps']:,}, {s['tokens']:,}"],

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from . import chat, corpus, tokenizer
+from . import chat, corpus, lora, tokenizer
 from .config import TrainConfig
 from .model import build_model, check_head, folder_of, head_of, load_model, model_config
 from .run import device_of
@@ -41,11 +41,13 @@ def language_model(config: TrainConfig, tok: Any) -> Any:
             f"model: expected a vocabulary of at least {len(tok)} for its tokenizer, got {head.weight.shape[0]}"
         )
     check_head(model, torch.arange(1, 9, device=head.weight.device)[None] % len(tok))
-    return model.train()
+    return lora.add(model, config, model.get_output_embeddings()).train()
 
 
-def reference(config: TrainConfig) -> Any:
-    """The model that a stage starts from once more, frozen."""
+def reference(config: TrainConfig, policy: Any) -> Any:
+    """The model that a stage starts from once more, frozen; of ``policy`` with adapters, what is below them."""
+    if config.lora_rank:
+        return lora.Base(policy)
     device = str(device_of(config))
     model: Any = load_model(config.model, device) if config.model else _random(config, device)
     return model.eval().requires_grad_(False)
@@ -66,7 +68,7 @@ def scoring_model(config: TrainConfig, tok: Any) -> tuple[Any, nn.Linear]:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(f"model: expected a linear `score` head, got {type(model).__name__} without one")
-    return model.train(), head
+    return lora.add(model, config, head).train(), head
 
 
 def _random(config: TrainConfig, device: str) -> Any:
