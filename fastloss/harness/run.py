@@ -192,6 +192,10 @@ def _report(
         ["machine", measure.machine(device)],
         ["steps, tokens learned from", f"{s['steps']:,}, {s['tokens']:,}"],
         [f"{curve}, first step → mean of the last 10", f"{s['first']:.4f} → {s['last']:.4f}"],
+        *(
+            [label, report.sparkline([row[key] for row in result.rows])]
+            for key, label in stage.curves.items()
+        ),
         ["tokens/s (median step)", f"{s['tokens_per_s']:,.0f}"],
         [
             "step; of it the loss",
@@ -211,10 +215,9 @@ def _report(
         cost_table(result),
         "![curves](loss.png)",
         f"Memory: {result.cost.step_peak.how}. Rows and columns: docs/harness.md.",
-        "## Options",
-        report.table(["option", "value"], options),
     ]
-    report.write(folder / "report.md", stage.title, sections, console)
+    appendix = ["## Options", report.table(["option", "value"], options)]
+    report.write(folder / "report.md", stage.title, sections, console, appendix)
 
 
 def cost_table(result: Result) -> str:

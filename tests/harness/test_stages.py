@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -305,6 +306,13 @@ def test_chain(tiny: PretrainConfig, pairs_file: Path, quiet: Console, tmp_path:
     for name in results:
         assert f"| {name} | fastloss |" in text and f"| {name} | torch |" in text
     assert "| dpo | accuracy of the implicit reward | 0.500 |" in text
+    for name, label in (
+        ("pretrain", "loss (nats per token)"),
+        ("reward", "accuracy"),
+        ("ppo", "mean reward"),
+    ):
+        assert re.search(rf"\| {name} \| {re.escape(label)} \| .*[▁▂▃▄▅▆▇█]+ \|\n", text), label
+    assert len(re.findall(r"\| (?:fastloss|torch) \| \S+ ms \|(?: \S+% \|| \S+ MiB \|){4}\n", text)) >= 10
     assert (tmp_path / "chain" / "chain.png").stat().st_size > 5000
     saved = json.loads((tmp_path / "chain" / "grpo" / "config.json").read_text())
     assert saved["model"] == str(tmp_path / "chain" / "sft" / "model")
