@@ -34,7 +34,10 @@ def prepare(config: TrainConfig, tok: Any, console: Console) -> Data:
     skipped: list[str] = []
     if config.data:
         found, skipped = rows.read(
-            config.data, rows.preference_row, columns=config.column, skip=config.skip_bad_rows
+            config.data,
+            lambda row: chat.taken(tok, rows.preference_row(row)),
+            columns=config.column,
+            skip=config.skip_bad_rows,
         )
         source = sources.named(config.data)
         train_rows, val_rows = builtin.split(found, config.val_fraction, most=500)

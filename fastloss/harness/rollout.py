@@ -68,7 +68,10 @@ def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
     skipped: list[str] = []
     if config.data:
         found, skipped = rows.read(
-            config.data, rows.prompt_row, columns=config.column, skip=config.skip_bad_rows
+            config.data,
+            lambda row: chat.taken(tok, rows.prompt_row(row)),
+            columns=config.column,
+            skip=config.skip_bad_rows,
         )
         source = sources.named(config.data)
     else:

@@ -49,7 +49,10 @@ class Data:
 def prepare(config: SftConfig, tok: Any, console: Console) -> Data:
     if config.data:
         found, skipped = rows.read(
-            config.data, rows.supervised_row, columns=config.column, skip=config.skip_bad_rows
+            config.data,
+            lambda row: chat.taken(tok, rows.supervised_row(row)),
+            columns=config.column,
+            skip=config.skip_bad_rows,
         )
         source = sources.named(config.data) + (f", {len(skipped)} rows skipped" if skipped else "")
         train_rows, val_rows = builtin.split(found, config.val_fraction, most=1000)

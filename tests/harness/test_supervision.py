@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import Gemma2Config, GPT2Config, MistralConfig
 
-from fastloss.harness import builtin, chat, model, rewards, rows
+from fastloss.harness import builtin, chat, model, pairs, rewards, rollout, rows, sft
 from fastloss.harness.chat import Example
+from fastloss.harness.config import DpoConfig, GrpoConfig, SftConfig
 from fastloss.harness.data import IGNORE, fit, pack, packed, padded
 from fastloss.harness.model import check_packing, head_of, hidden_states, load_model
 from fastloss.harness.sampler import check_sampler, sample
@@ -134,6 +137,31 @@ def test_template_that_rewrites_the_past_is_refused(base: Path) -> None:
     tok.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="writes a conversation differently"):
         chat.example(tok, {"prompt": [USER], "completion": [ANSWER]})
+
+
+def test_messages_that_the_template_refuses_are_bad_rows(base: Path, tmp_path: Path, quiet: Console) -> None:
+    tok = chat.load(base)
+    tok.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    system, path = {"role": "system", "content": "sums"}, tmp_path / "rows.jsonl"
+    good = {"messages": [USER, ANSWER], "prompt": [USER], "chosen": [ANSWER], "rejected": [USER]}
+    bad = {
+        "messages": [system, USER, ANSWER], "prompt": [system, USER], "chosen": [ANSWER], "rejected": [USER]
+    }  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, (good, bad, good))))
+    for prepare, config in (
+        (sft.prepare, SftConfig),
+        (pairs.prepare, DpoConfig),
+        (rollout.prepare, GrpoConfig),
+    ):
+        options: Any = config(data=(str(path),))
+        with pytest.raises(
+            ValueError, match=r"rows\.jsonl:2: messages: .*template refuses them: no system role"
+        ):
+            prepare(options, tok, quiet)
+        assert "1 rows skipped" in prepare(replace(options, skip_bad_rows=True), tok, quiet).source
 
 
 def some_examples(lengths: list[int]) -> list[Example]:
