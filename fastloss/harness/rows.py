@@ -9,6 +9,7 @@ from . import sources
 
 Row = sources.Row
 Check = Callable[[Row], Row]  # the row as the stage wants it, or a ValueError that says what is wrong
+RENAME = "; a column of another name: --column prompt=ITS_NAME"
 CONVERSATIONS = ("prompt", "completion", "chosen", "rejected", "messages")
 
 
@@ -85,14 +86,16 @@ def supervised_row(row: Row) -> Row:
     elif "prompt" in row and "completion" in row:
         _same_kind(row, "prompt", "completion")
     else:
-        raise ValueError(f"expected `prompt` and `completion`, `messages` or `text`, got {sorted(row)}")
+        raise ValueError(
+            f"expected `prompt` and `completion`, `messages` or `text`, got {sorted(row)}{RENAME}"
+        )
     return row
 
 
 def preference_row(row: Row) -> Row:
     """{"prompt", "chosen", "rejected"}; without a prompt, what both answers begin with is the prompt."""
     if not {"chosen", "rejected"} <= set(row):
-        raise ValueError(f"expected `chosen` and `rejected`, got {sorted(row)}")
+        raise ValueError(f"expected `chosen` and `rejected`, got {sorted(row)}{RENAME}")
     if "prompt" not in row:
         _same_kind(row, "chosen", "rejected")
         chosen, rejected = row["chosen"], row["rejected"]
@@ -113,14 +116,16 @@ def preference_row(row: Row) -> Row:
 def prompt_row(row: Row) -> Row:
     """{"prompt", …}: the other fields go to the reward function."""
     if "prompt" not in row:
-        raise ValueError(f"expected `prompt`, got {sorted(row)}")
+        raise ValueError(f"expected `prompt`, got {sorted(row)}{RENAME}")
     _same_kind(row, "prompt")
     return row
 
 
 def _string(row: Row, key: str) -> str:
     if key not in row:
-        raise ValueError(f"expected an object with a string in `{key}`, got an object with {sorted(row)}")
+        raise ValueError(
+            f"expected an object with a string in `{key}`, got an object with {sorted(row)}{RENAME.replace('prompt', key)}"
+        )
     if not isinstance(row[key], str):
         got = type(row[key]).__name__
         raise ValueError(f"expected an object with a string in `{key}`, got {key} of type {got}")

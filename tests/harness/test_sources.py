@@ -133,9 +133,7 @@ def test_columns_under_other_names(tmp_path: Path) -> None:
 def test_when_no_row_fits_the_error_says_what_was_expected(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"question": "q"}\n' * 3)
-    expected = (
-        r"first of 3 skipped: .*rows\.jsonl:1: expected `prompt` and `completion`, .*got \['question'\]"
-    )
+    expected = r"first of 3 skipped: .*rows\.jsonl:1: expected `prompt` and `completion`, .*got \['question'\]; .*--column prompt="
     with pytest.raises(ValueError, match=expected):
         rows.read([str(path)], rows.supervised_row, skip=True)
 
