@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,9 @@ def add(model: Any, config: TrainConfig, head: nn.Module) -> Any:
             raise ValueError(f"lora_targets: {error}") from None
     if any(layer.get_base_layer() is head for _, layer in layers(model)):
         raise ValueError("lora_targets: expected modules of the body, got the head")
+    odd = [name for name, layer in layers(model) if layer.get_base_layer().weight.ndim != 2]
+    if odd:
+        raise ValueError(f"lora_targets: expected linear layers and embeddings, got {odd[0]}")
     embedding = model.get_input_embeddings()
     if model.config.tie_word_embeddings and any(layer is embedding for _, layer in layers(model)):
         raise ValueError("lora_targets: the embedding is tied to the head: an adapter would part them")
@@ -80,21 +83,40 @@ def _off(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merged(model: Any) -> Any:
-    """A plain model whose matrices are the frozen ones plus the adapters' products; itself where there are none."""
+def merged(model: Any, state: Mapping[str, Tensor] | None = None) -> Any:
+    """A plain model whose matrices are the frozen ones plus the adapters' products; itself where there are none.
+
+    state: the model's whole weights, where its own lie in shards.
+    """
     adapted = layers(model)
     if not adapted:
         return model
+    state = model.state_dict() if state is None else state
     weights: dict[str, Tensor] = {
-        name.replace(".base_layer.", "."): t for name, t in model.state_dict().items() if ".lora_" not in name
+        name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name
     }
     for name, layer in adapted:
-        weights[f"{name}.weight"] = layer.get_base_layer().weight + layer.get_delta_weight(ADAPTER)
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] + _product(name, layer, state)
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
     plain.load_state_dict(weights, assign=True)
     plain.tie_weights()
     return plain
+
+
+def _product(name: str, layer: Any, state: Mapping[str, Tensor]) -> Tensor:
+    """What the adapter of a linear layer, or of an embedding, adds to its matrix."""
+    if f"{name}.lora_embedding_A.{ADAPTER}" in state:
+        a, b = (state[f"{name}.lora_embedding_{part}.{ADAPTER}"] for part in "AB")
+    else:
+        a, b = (state[f"{name}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
+    product = b @ a * layer.scaling[ADAPTER]
+    return product.T if _turned(layer) else product
+
+
+def _turned(layer: Any) -> bool:
+    """Matrices that lie as [in, out]: GPT-2's, and an embedding's."""
+    return isinstance(layer.get_base_layer(), nn.Embedding) or bool(getattr(layer, "fan_in_fan_out", False))
 
 
 def _peft() -> Any:

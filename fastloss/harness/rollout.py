@@ -139,12 +139,10 @@ def token_logprobs(
 
 
 def parts(batch: Batch, config: RolloutConfig, group: int) -> Iterator[tuple[int, Batch]]:
-    """The passes of a step: first row and rows of each; none where nothing in it was scored."""
+    """The passes of a step: first row and rows of each."""
     size = config.batch_size * group
     for start in range(0, len(batch.inputs), size):
-        inputs, targets = (t[start : start + size] for t in (batch.inputs, batch.targets))
-        if bool((targets != IGNORE).any()):
-            yield start, Batch(inputs, targets)
+        yield start, Batch(batch.inputs[start : start + size], batch.targets[start : start + size])
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     LlamaConfig,
+    RecurrentGemmaConfig,
 )
 
 from fastloss.harness import chat, dpo, grpo, lora, pairs, ppo, pretrain, reward, sft
@@ -206,6 +207,7 @@ def test_merged_is_the_adapted_model(shape: Any, targets: tuple[str, ...], tmp_p
     assert all(torch.equal(before[key], p) for key, p in model.named_parameters())
 
 
+@pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd", "ignore:Model has `tie_word_embeddings")
 def test_wrong_options_are_named() -> None:
     def add(tie: bool, **options: Any) -> None:
         model: Any = build_model(LlamaConfig(**SMALL, tie_word_embeddings=tie), 0, "cpu")
@@ -217,6 +219,10 @@ def test_wrong_options_are_named() -> None:
         add(True, lora_targets=("embed_tokens",))
     with pytest.raises(ValueError, match=r"lora_targets: .*nothing_of_that_name"):
         add(False, lora_targets=("nothing_of_that_name",))
+    griffin: Any = build_model(RecurrentGemmaConfig(**SMALL), 0, "cpu")
+    config = SftConfig(lora_rank=16, lora_targets=("conv_1d",))
+    with pytest.raises(ValueError, match=r"expected linear layers and embeddings, got \S*conv_1d"):
+        lora.add(griffin, config, griffin.get_output_embeddings())
     with pytest.raises(ValueError, match="lora_rank: expected --keep-weights"):
         PretrainConfig(lora_rank=2)
     with pytest.raises(ValueError, match="keep_weights: expected --model"):

@@ -44,25 +44,27 @@ def kept_rows(carry: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tenso
     yield from ((name, t[scored]) for name, t in carry.items())
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
+@pytest.mark.parametrize(
+    ("loss", "loss_type"), [("fastloss", "dapo"), ("fastloss", "grpo"), ("torch", "dapo")]
+)
 def test_grpo_as_if_the_others_had_not_been_asked(
-    common: dict[str, Any], quiet: Console, base: Path, loss_type: str
+    common: dict[str, Any], quiet: Console, base: Path, loss: str, loss_type: str
 ) -> None:
     config = GrpoConfig(**common, group_size=4, loss_type=loss_type, updates=2)
     tok = chat.load(base)
     model = language_model(config, tok).eval()
     data = rollout.prepare(config, tok, quiet)
     actor = rollout.Actor(model, grpo.head_of(model), tok, [some], config)
-    carry = grpo.sampled(actor, None, "fastloss", data, config, 0)
+    carry = grpo.sampled(actor, None, loss, data, config, 0)
     left_out = carry["rewards"].isnan()
     assert 0 < int(left_out.sum()) < 48 and not bool((carry["targets"][left_out] != IGNORE).any())
     with torch.no_grad():
         model.lm_head.weight.mul_(1.3)
-    metrics, grads = gradients(model, grpo.make_step(actor, None, "fastloss", data, config, carry))
+    metrics, grads = gradients(model, grpo.make_step(actor, None, loss, data, config, carry))
 
     fewer = dict(kept_rows(carry))
     passes = replace(config, accumulate=len(fewer["rewards"]) // 4)
-    alone, expected = gradients(model, grpo.make_step(actor, None, "fastloss", data, passes, fewer))
+    alone, expected = gradients(model, grpo.make_step(actor, None, loss, data, passes, fewer))
     for name in ("loss", "tokens", "reward", "length", "approx_kl_k3"):
         assert float(metrics[name]) == pytest.approx(float(alone[name]), rel=1e-5), name
     assert float(alone["mixed_groups"]) >= float(metrics["mixed_groups"]) > 0
@@ -71,8 +73,9 @@ def test_grpo_as_if_the_others_had_not_been_asked(
 
 
 @pytest.mark.usefixtures("light")
-def test_ppo_and_the_means(common: dict[str, Any], quiet: Console) -> None:
-    config = PpoConfig(**common, reward=(f"{__name__}:some",))
+@pytest.mark.parametrize("loss", ["fastloss", "torch"])
+def test_ppo_and_the_means(loss: str, common: dict[str, Any], quiet: Console) -> None:
+    config = PpoConfig(**common, reward=(f"{__name__}:some",), loss=loss)
     result = ppo.run(config, console=quiet)
     for row in result.rows:
         assert 0 < row["reward"] < 4 and torch.isfinite(torch.tensor([*row.values()])).all()
