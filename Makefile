@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(PIP) install -q -c constraints.txt torch $(TORCH_ARGS)
 	if [ "$$(uname -s)" = Linux ]; then $(PIP) install -q -c constraints.txt --no-deps triton; fi
 	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,train,wandb,bench,peers]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,train,wandb,data,lora,bench,peers]'
 	touch $@
 
 # What changed in csrc/ since the last build, and nothing else.

@@ -65,9 +65,11 @@ def run_chain(
 
 
 def write(folder: Path, results: dict[str, Result], seconds: dict[str, float], console: Console) -> None:
-    plots.chain(folder / "chain.png", [(name, r.stage.curves, r.rows) for name, r in results.items()])
+    plots.chain(
+        folder / "chain.png", [(_headline(name, r), r.stage.curves, r.rows) for name, r in results.items()]
+    )
     held_back = [
-        [name, label, f"{r.before[key]:.3f}", f"{r.after[key]:.3f}"]
+        [name, label, report.number(r.before[key]), report.number(r.after[key])]
         for name, r in results.items()
         for key, label in r.stage.metrics.items()
         if key in r.after
@@ -80,18 +82,28 @@ def write(folder: Path, results: dict[str, Result], seconds: dict[str, float], c
         ]
         for name, r in results.items()
     ]  # fmt: skip
+    learned = []
+    for name, r in results.items():
+        for key, label in r.stage.curves.items():
+            values = [row[key] for row in r.rows]
+            last = sum(values[-10:]) / len(values[-10:])
+            learned.append(
+                [name, label, report.number(values[0]), report.number(last), report.sparkline(values)]
+            )
     losses = []
     for name, r in results.items():
         for loss, cost in r.costs.items():
-            memory = report.mebibytes(cost.loss_peak.bytes) if cost.loss_peak else "–"
+            peak, whole = cost.loss_peak, cost.step_peak.bytes
             losses.append(
-                [name, loss, f"{cost.loss_s * 1e3:.1f} ms", report.percent(cost.loss_s / cost.step_s), memory,
-                 report.mebibytes(cost.step_peak.bytes)]
+                [name, loss, f"{cost.loss_s * 1e3:.1f} ms", report.percent(cost.loss_s / cost.step_s),
+                 report.mebibytes(peak.bytes) if peak else "–", report.mebibytes(whole),
+                 report.percent(peak.bytes / whole) if peak and whole else "–"]
             )  # fmt: skip
-    by = "; ".join(f"{name}: {r.cost.loss_by}" for name, r in results.items())
+    by = "\n".join(f"- {name}: {r.cost.loss_by}" for name, r in results.items())
     first = next(iter(results.values()))
     sections = [
         report.table(["stage", "held back", "before", "after"], held_back),
+        report.table(["stage", "in training", "first step", "mean of the last 10", "curve"], learned),
         "![curves](chain.png)",
         report.table(
             ["stage", "whole stage", "steps", "tokens/s", "model FLOPs of a step", "MFU", "device-hours"],
@@ -99,13 +111,21 @@ def write(folder: Path, results: dict[str, Result], seconds: dict[str, float], c
         ),
         "## What the loss took, with fastloss and with plain PyTorch",
         report.table(
-            ["stage", "loss", "its time", "share of the step", "its peak memory", "the step's"], losses
+            ["stage", "loss", "time", "of the step", "peak memory", "the step's", "of it the loss"], losses
         ),
         "Times are medians over rounds in which both losses take the first step of the trained model one after the "
         "other; in grpo and ppo a step holds the sampling too. Memory is beyond what was held before.",
-        f"Losses computed by: {by}.",
+        f"The losses were computed by\n\n{by}",
         f"Whole chain: {sum(seconds.values()):.0f} s. "
         f"Machine: {measure.machine(next(first.model.parameters()).device)}. Memory: {first.cost.step_peak.how}. "
         "Each stage's own report: " + ", ".join(f"`{name}/report.md`" for name in results) + ".",
     ]
     report.write(folder / "report.md", "fastloss demo: the chain", sections, console)
+
+
+def _headline(name: str, result: Result) -> str:
+    """The stage and its first held-back metric, before and after."""
+    key, label = next(iter(result.stage.metrics.items()))
+    if key not in result.after:
+        return name
+    return f"{name}\n{label}: {report.number(result.before[key])} → {report.number(result.after[key])}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from .rows import Row
@@ -96,22 +98,40 @@ def pair(tokenizer: Any, row: Row) -> Pair:
     return Pair(prompt(tokenizer, text), chosen, rejected)
 
 
+def taken(tokenizer: Any, row: Row) -> Row:
+    """A checked row, if the chat template takes its messages; else a ValueError that says why not."""
+    if "messages" in row:
+        list(_turns(tokenizer, row["messages"]))
+    elif isinstance(row.get("prompt"), list):
+        _rendered(tokenizer, row["prompt"], answer_next=True)
+        for key in ("completion", "chosen", "rejected"):
+            if isinstance(row.get(key), list):
+                _after(tokenizer, row["prompt"], row[key])
+    return row
+
+
 def _conversation(tokenizer: Any, messages: list[dict[str, str]]) -> Example:
     """Every assistant turn is learned, nothing else is."""
     ids: list[int] = []
     learned: list[bool] = []
-    done = 0  # messages already encoded
+    for text, learn in _turns(tokenizer, messages):
+        piece = encode(tokenizer, text)
+        ids += piece
+        learned += [learn] * len(piece)
+    return Example(ids, learned)
+
+
+def _turns(tokenizer: Any, messages: list[dict[str, str]]) -> Iterator[tuple[str, bool]]:
+    """The conversation's text in order, and whether it is an assistant's; what follows the last of them is left out."""
+    done = 0  # messages already given
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         seen = _rendered(tokenizer, messages[:done], answer_next=False)
         whole = _rendered(tokenizer, messages[:i], answer_next=True)
-        question = encode(tokenizer, _rest(seen, whole))
-        answer = encode(tokenizer, _after(tokenizer, messages[:i], [message]))
-        ids += question + answer
-        learned += [False] * len(question) + [True] * len(answer)
+        yield _rest(seen, whole), False
+        yield _after(tokenizer, messages[:i], [message]), True
         done = i + 1
-    return Example(ids, learned)
 
 
 def _after(tokenizer: Any, text: list[dict[str, str]], answer: list[dict[str, str]]) -> str:
@@ -133,4 +153,7 @@ def _rendered(tokenizer: Any, text: Text, *, answer_next: bool) -> str:
         return text
     if not text:
         return ""
-    return str(tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=answer_next))
+    try:
+        return str(tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=answer_next))
+    except TemplateError as error:  # many templates raise one for roles or an order that they do not know
+        raise ValueError(f"messages: the model's chat template refuses them: {error}") from None

@@ -26,7 +26,10 @@ def option(default: Any, help: str, *, least: float | None = None, choices: tupl
 class DataOptions:
     group: ClassVar[str] = "Data"
 
-    data: tuple[str, ...] = option((), "your files, once per file; none: what Python itself carries")
+    data: tuple[str, ...] = option(
+        (), "your files, folders, globs, hf:NAME[:config][:split]; none: what Python itself carries"
+    )
+    column: tuple[str, ...] = option((), "completion=answer: the data's column `answer` is our `completion`")
     skip_bad_rows: bool = option(False, "count and skip rows of --data that do not fit, instead of an error")
     seq_len: int = option(256, "tokens in a row, at most", least=2)
     val_fraction: float = option(0.05, "share of the data held back to measure on", least=0)
@@ -43,6 +46,13 @@ class ModelOptions:
     heads: int = option(4, "attention heads", least=1)
     intermediate: int = option(688, "width of the MLP", least=1)
     tie: bool = option(False, "one matrix for the embedding and the head")
+    lora_rank: int = option(
+        0, "train LoRA adapters of this rank in a frozen model; 0: the whole model", least=0
+    )
+    lora_alpha: float = option(16.0, "LoRA: the adapters' product counts this / rank", least=0)
+    lora_targets: tuple[str, ...] = option(
+        (), "LoRA: names of modules; none: every linear layer but the head"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,11 +128,19 @@ class TrainConfig(RunOptions, LossOptions, OptimisationOptions, ModelOptions, Da
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
-    """Next-token prediction on text, from random weights."""
+    """Next-token prediction on text, from random weights or (keep_weights) a model's."""
 
     out: str = option("runs/pretrain", "folder of the run: logs, checkpoint, report")
     model: str = option("", "folder with a transformers config.json; none: a Llama of the sizes below")
+    keep_weights: bool = option(False, "start from the weights of --model too: continued pretraining")
     loss: str = option("fastloss", "fastloss, torch (whole logits) or torch-linear (torch's own fused head)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_weights and not self.model:
+            raise ValueError("keep_weights: expected --model, whose weights they are, got none")
+        if self.lora_rank and not self.keep_weights:
+            raise ValueError("lora_rank: expected --keep-weights: random weights are nothing to adapt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +197,8 @@ class RolloutConfig(TrainConfig):
 
     lr: float = option(2e-4, "peak learning rate", least=0)
     reward: tuple[str, ...] = option(
-        (), "package.module:function, TRL's convention; several add up; none: the answer's exact match"
+        (),
+        "package.module:function[=weight], TRL's convention; several add up; none: the answer's exact match",
     )
     numbers: int = option(20, "arithmetic: both operands are below this", least=2)
     batch_size: int = option(16, "prompts in one forward pass", least=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from . import rows
@@ -55,20 +55,16 @@ def modules(root: Path | None = None) -> Iterator[tuple[str, ast.Module]]:
         yield ".".join(relative.with_suffix("").parts).removesuffix(".__init__"), tree
 
 
-def read_files(paths: Iterable[str], *, skip: bool = False, skipped: list[str] | None = None) -> list[str]:
-    """Documents of text files (one each) and of JSONL files (one per row, field ``text``)."""
-    documents: list[str] = []
-    skipped = [] if skipped is None else skipped
-    for path in map(Path, paths):
-        text = rows.read_text(path)
-        if path.suffix in rows.JSONL:
-            documents += (row["text"] for row in rows.parse(path, text, rows.text_row, skip, skipped))
-        else:
-            documents.append(text)
-    documents = [document for document in documents if document.strip()]
+def read_files(
+    names: Iterable[str], *, columns: Sequence[str] = (), skip: bool = False
+) -> tuple[list[str], list[str]]:
+    """Documents: text files (one each) and the field ``text`` of rows; and what was skipped."""
+    names = list(names)
+    found, skipped = rows.read(names, rows.text_row, columns=columns, skip=skip)
+    documents = [row["text"] for row in found if row["text"].strip()]
     if not documents:
-        raise ValueError(f"data: no text in {', '.join(map(str, paths))}")
-    return documents
+        raise ValueError(f"data: no text in {', '.join(names)}")
+    return documents, skipped
 
 
 def split(texts: list[str], fraction: float) -> tuple[list[str], list[str]]:

@@ -155,7 +155,8 @@ def run(
     tok = tokenizer_of(config, folder, console)
     data = prepare(config, tok, console)
     # no dropout: the log-ratio of two dropout masks is noise
-    model, ref = language_model(config, tok).eval(), reference(config)
+    model = language_model(config, tok).eval()
+    ref = reference(config, model)
     head = head_of(model)
 
     def one_loss(name: str) -> Any:

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from . import parallel
+from . import lora, parallel
 
 
 def export(model: Any, tokenizer: Any, folder: Path) -> None:
-    """By the first process: written beside the old folder, then put in its place."""
+    """By the first process: written beside the old folder, then put in its place. Adapters are merged, so that it loads
+    as any other."""
     weights: dict[str, Tensor] | None = None
     if any(map(parallel.is_sharded, model.parameters())):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -28,6 +29,9 @@ def _write(model: Any, weights: dict[str, Tensor] | None, tokenizer: Any, folder
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     disable_progress_bar()
+    plain = lora.merged(model, weights)
+    if plain is not model:
+        model, weights = plain, None
     use_cache, model.config.use_cache = model.config.use_cache, True  # off in training alone
     model.save_pretrained(temporary, state_dict=weights)
     model.config.use_cache = use_cache

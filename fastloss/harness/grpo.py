@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from .model import head_of
 from .policy import LOGPROBS, POLICIES, TORCH_KNOWS, Objective, Out, Tokens, averages_tokens, described
 from .rollout import METRICS, Actor, Carry, Data, check_carried, evaluate, parts, prepare, roll_out
 from .run import Result, Stage, begin, open_folder, train
+from .sampler import check_sampler
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -44,8 +46,8 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
             carry.clear()
             carry.update(sampled(actor, ref, name, data, config, index))
         check_carried(carry, update)
-        tokens, samples, reward, mixed_groups = counts(config, carry)
-        objective = objective_of(config, tokens, samples)
+        tokens, samples, scored, reward, mixed_groups = counts(config, carry)
+        objective = objective_of(config, tokens, scored)
         total, loss_s = 0.0, 0.0
         sums: dict[str, Tensor] = {}
         for start, batch in parts(Batch(carry["inputs"], carry["targets"]), config, config.group_size):
@@ -58,8 +60,8 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
                 sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * (len(read.target) / tokens)
         step_loss, *means = parallel.summed(total, *sums.values())
         return {
-            "loss": step_loss, "tokens": int(tokens), "loss_s": loss_s, "reward": reward / samples,
-            "length": tokens / samples, "mixed_groups": mixed_groups * config.group_size / samples,
+            "loss": step_loss, "tokens": int(tokens), "loss_s": loss_s, "reward": reward / scored,
+            "length": tokens / scored, "mixed_groups": mixed_groups * config.group_size / samples,
             **dict(zip(sums, means, strict=True)),
         }  # fmt: skip
 
@@ -67,9 +69,10 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
 
 
 def counts(config: GrpoConfig, carry: Carry) -> list[float]:
-    """Of all processes' samples: tokens, samples, their rewards' sum, groups with a contrast."""
+    """Of all processes' samples: tokens, samples, those with a reward, the rewards' sum, groups with a contrast."""
     rewards, mixed_groups = carry["rewards"], mixed(carry["rewards"], config.group_size)
-    return parallel.summed((carry["targets"] != IGNORE).sum(), len(rewards), rewards.sum(), mixed_groups)
+    tokens, scored = (carry["targets"] != IGNORE).sum(), (~rewards.isnan()).sum()
+    return parallel.summed(tokens, len(rewards), scored, rewards.nansum(), mixed_groups)
 
 
 def objective_of(config: GrpoConfig, tokens: float, samples: float) -> Objective:
@@ -103,7 +106,8 @@ def loss_of(
 def mixed(scores: Tensor, group_size: int) -> Tensor:
     """Groups whose rewards differ: the others teach nothing."""
     groups = scores.view(-1, group_size)
-    return (groups.amax(1) != groups.amin(1)).sum()
+    most, least = groups.nan_to_num(-math.inf).amax(1), groups.nan_to_num(math.inf).amin(1)
+    return (most > least).sum()
 
 
 def run(
@@ -122,8 +126,9 @@ def run(
     data = prepare(config, tok, console)
     # no dropout: samples and updates must see one policy
     model = language_model(config, tok).eval()
+    check_sampler(model, head_of(model), len(tok))
     actor = Actor(model, head_of(model), tok, functions, config)
-    ref = reference(config) if config.beta else None
+    ref = reference(config, model) if config.beta else None
 
     def step(name: str, carry: Carry) -> StepFn:
         return make_step(actor, ref, name, data, config, carry)

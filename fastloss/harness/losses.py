@@ -60,7 +60,8 @@ def describe(name: str, head: Head, rows: int, dtype: torch.dtype) -> str:
 def example(head: Head, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Hidden states and a vocabulary matrix as a step of ``rows`` tokens hands them to its loss."""
     hidden = torch.zeros(rows, head.weight.shape[1], device=head.weight.device, dtype=dtype)
-    return hidden.requires_grad_(), head.weight.detach().to(dtype).requires_grad_()
+    weight = head.weight.detach().to(dtype)
+    return hidden.requires_grad_(), weight.requires_grad_(head.weight.requires_grad)
 
 
 def explained(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from transformers.utils import logging
 
 from .config import TrainConfig
 from .parallel import gathered
+from .report import count
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,26 @@ class Head:
         return z if self.scale == 1.0 else z * self.scale
 
 
+def folder_of(model: str) -> Path:
+    """Of a transformers folder, of its config.json, or of a model's name on the hub that the cache holds."""
+    path = Path(model)
+    if path.name == "config.json" and path.is_file():
+        return path.parent
+    if not path.exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        from huggingface_hub import snapshot_download
+
+        with contextlib.suppress(OSError, ValueError):  # not in the cache, or not a name: the error below
+            path = Path(snapshot_download(model, local_files_only=True))
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"model: expected a folder with config.json, or a name that the hub's cache holds, got {model!r}"
+        )
+    return path
+
+
 def model_config(config: TrainConfig) -> PretrainedConfig:
     if config.model:
-        folder = Path(config.model)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"model: expected a folder with config.json, got {config.model!r}")
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoConfig.from_pretrained(folder_of(config.model), local_files_only=True)
     if config.hidden % config.heads or config.hidden // config.heads % 2:
         raise ValueError(f"hidden: expected an even multiple of heads={config.heads}, got {config.hidden}")
     return LlamaConfig(
@@ -65,10 +82,9 @@ def build_model(config: PretrainedConfig, seed: int, device: str) -> nn.Module:
     return model.to(device).train()
 
 
-def load_model(folder: str, device: str, auto: Any = AutoModelForCausalLM, **options: Any) -> Any:
-    """The float32 weights of a transformers folder."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"model: expected a transformers folder with config.json, got {folder!r}")
+def load_model(name: str, device: str, auto: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """The float32 weights of a transformers folder, or of a name that the hub's cache holds."""
+    folder = folder_of(name)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a new head is what some stages ask for, and no reason to warn
@@ -92,13 +108,24 @@ def head_of(model: Any) -> Head:
     if isinstance(getattr(config, "logits_scaling", None), int | float):  # Granite
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    softcap = softcap or getattr(config, "logits_soft_cap", None)  # RecurrentGemma
     return Head(layer.weight, layer.bias, scale, float(softcap) if softcap else None)
+
+
+def body(model: Any) -> Any:
+    """What makes hidden states of tokens."""
+    inner = model.base_model
+    if inner is model:  # base_model_prefix names what an outer model has, as in Llama 4's text model
+        inner = getattr(model, "model", None)
+    if inner is None:
+        raise ValueError(f"model: expected a body apart from the head, got none in {type(model).__name__}")
+    return inner
 
 
 def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
     """The body alone: what the head would read. Positions that restart at 0 part a row's documents.  # [B, T, D]"""
     options = {} if positions is None else {"position_ids": positions}
-    return model.base_model(input_ids=inputs, use_cache=False, **options).last_hidden_state
+    return body(model)(input_ids=inputs, use_cache=False, **options).last_hidden_state
 
 
 @torch.no_grad()
@@ -133,5 +160,8 @@ def check_packing(model: Any, vocab_size: int) -> None:
         )
 
 
-def parameter_count(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
+def parameters(model: nn.Module) -> str:
+    """How many, and of these how many are trained where some are frozen; for the report."""
+    whole = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{count(whole)} parameters" + (f", {count(trained)} of them trained" if trained < whole else "")

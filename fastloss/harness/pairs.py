@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from . import builtin, chat, rows
+from . import builtin, chat, rows, sources
 from .chat import Example, Pair
 from .config import TrainConfig
 from .data import Order
@@ -33,8 +33,13 @@ class Data:
 def prepare(config: TrainConfig, tok: Any, console: Console) -> Data:
     skipped: list[str] = []
     if config.data:
-        found, skipped = rows.read(config.data, rows.preference_row, skip=config.skip_bad_rows)
-        source = f"{len(config.data)} files"
+        found, skipped = rows.read(
+            config.data,
+            lambda row: chat.taken(tok, rows.preference_row(row)),
+            columns=config.column,
+            skip=config.skip_bad_rows,
+        )
+        source = sources.named(config.data)
         train_rows, val_rows = builtin.split(found, config.val_fraction, most=500)
     else:
         train_rows, val_rows = builtin.preferences(config.val_fraction, most=500)

@@ -12,7 +12,7 @@ def curves(path: Path, columns: Mapping[str, str], rows: Sequence[Mapping[str, f
     figure = _figure(8, 3 + 1.8 * len(columns))
     panels = figure.subplots(len(columns), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (column, label) in zip(panels, columns.items(), strict=True):
-        axis.plot([row["step"] + 1 for row in rows], [row[column] for row in rows], linewidth=1.4)
+        _draw(axis, rows, column)
         axis.set(ylabel=label)
         axis.grid(alpha=0.3)
     panels[0].set(title=title)
@@ -46,16 +46,29 @@ def chain(path: Path, stages: Sequence[tuple[str, Mapping[str, str], Sequence[Ma
     """A panel per stage: the first column of its curves."""
     across = min(3, len(stages))
     down = -(-len(stages) // across)
-    figure = _figure(4.2 * across, 3 * down)
+    figure = _figure(4.2 * across, 3.2 * down)
     panels = figure.subplots(down, across, squeeze=False).flatten()
     for axis, (title, columns, rows) in zip(panels, stages, strict=False):
         column, label = next(iter(columns.items()))
-        axis.plot([row["step"] + 1 for row in rows], [row[column] for row in rows], linewidth=1.2)
-        axis.set(title=title, ylabel=label, xlabel="step")
+        _draw(axis, rows, column)
+        axis.set_title(title, fontsize="medium")
+        axis.set(ylabel=label, xlabel="step")
         axis.grid(alpha=0.3)
     for axis in panels[len(stages) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=130)
+
+
+def _draw(axis: Any, rows: Sequence[Mapping[str, float]], column: str) -> None:
+    """Every step, and where steps are many the mean of the steps around it."""
+    steps, values = [row["step"] + 1 for row in rows], [row[column] for row in rows]
+    reach = len(values) // 50
+    if not reach:
+        axis.plot(steps, values, linewidth=1.4)
+        return
+    axis.plot(steps, values, linewidth=0.8, alpha=0.35, color="C0")
+    around = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    axis.plot(steps, [sum(part) / len(part) for part in around], linewidth=1.6, color="C0")
 
 
 def _figure(width: float, height: float) -> Any:

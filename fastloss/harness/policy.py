@@ -90,12 +90,13 @@ def torch_policy(hidden: Tensor, head: Head, tokens: Tokens, o: Objective) -> Ou
     clipped = ratio.clamp(1 - o.clip_low, 1 + o.clip_high)
     loss = -torch.min(ratio * advantages, clipped * advantages)
     down, up = ratio < 1 - o.clip_low, ratio > 1 + o.clip_high
-    region = ((down & (advantages < 0)) | (up & (advantages > 0))).float().mean()
-    metrics = {"approx_kl_k3": (ratio - 1 - log_ratio).mean(), "clip_ratio/region": region}
+    tokens_here = max(1, len(logprobs))  # none, where nothing in a pass was scored
+    region = ((down & (advantages < 0)) | (up & (advantages > 0))).float().sum() / tokens_here
+    metrics = {"approx_kl_k3": (ratio - 1 - log_ratio).sum() / tokens_here, "clip_ratio/region": region}
     if tokens.ref is not None:
         toward = tokens.ref - logprobs
         kl = toward.exp() - toward - 1
-        loss, metrics["kl"] = loss + o.beta * kl, kl.mean()
+        loss, metrics["kl"] = loss + o.beta * kl, kl.sum() / tokens_here
     return Out(loss.sum() / o.normalizer, {key: value.detach() for key, value in metrics.items()})
 
 

@@ -19,6 +19,7 @@ from .model import head_of
 from .policy import LOGPROBS, POLICIES, Objective, Out, Tokens, described
 from .rollout import METRICS, Actor, Carry, Data, check_carried, evaluate, parts, prepare, roll_out
 from .run import Result, Stage, begin, open_folder, train
+from .sampler import check_sampler
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -76,8 +77,8 @@ def make_step(
             carry.clear()
             carry.update(sampled(both, actor, ref, name, data, config, index))
         check_carried(carry, update)
-        tokens, samples, reward, kl = parallel.summed(
-            (carry["targets"] != IGNORE).sum(), len(carry["rewards"]), carry["rewards"].sum(),
+        tokens, scored, reward, kl = parallel.summed(
+            (carry["targets"] != IGNORE).sum(), (~carry["rewards"].isnan()).sum(), carry["rewards"].nansum(),
             (carry["old"] - carry["ref"]).sum(),
         )  # fmt: skip
         total, loss_s = 0.0, 0.0
@@ -95,8 +96,8 @@ def make_step(
         means = dict(zip(sums, values, strict=True))
         explained = explained_variance(*(means.pop(key) for key in MOMENTS))
         return {
-            "loss": step_loss, "tokens": int(tokens), "loss_s": loss_s, "reward": reward / samples,
-            "length": tokens / samples, "kl_to_start": kl / tokens, **means, "explained_variance": explained,
+            "loss": step_loss, "tokens": int(tokens), "loss_s": loss_s, "reward": reward / scored,
+            "length": tokens / scored, "kl_to_start": kl / tokens, **means, "explained_variance": explained,
         }  # fmt: skip
 
     return step_fn
@@ -139,7 +140,8 @@ MOMENTS = ("returns", "squared returns", "errors", "squared errors")
 def moments(returns: Tensor, values: Tensor) -> dict[str, Tensor]:
     """Means over a pass's tokens: the variances of passes do not add up to the step's, these do."""
     returns, errors = returns.double(), returns.double() - values.double()
-    means = (returns.mean(), returns.square().mean(), errors.mean(), errors.square().mean())
+    sums = torch.stack([returns.sum(), returns.square().sum(), errors.sum(), errors.square().sum()])
+    means = sums / max(1, len(returns))  # none, where nothing in a pass was scored
     return dict(zip(MOMENTS, means, strict=True))
 
 
@@ -159,7 +161,9 @@ def run(
     tok = tokenizer_of(config, folder, console)
     data = prepare(config, tok, console)
     # no dropout: samples and updates must see one policy
-    policy, ref = language_model(config, tok).eval(), reference(config)
+    policy = language_model(config, tok).eval()
+    ref = reference(config, policy)
+    check_sampler(policy, head_of(policy), len(tok))
     both = PolicyAndValue(policy).to(next(policy.parameters()).device)
     if layers.shards(config):
         layers.shard_module(both.value, config)

@@ -13,13 +13,13 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from . import chat, corpus, layers, measure, parallel, tokenizer
+from . import chat, corpus, layers, lora, measure, parallel, sources, tokenizer
 from .config import PretrainConfig, TrainConfig
 from .data import IGNORE, Batch, Rows
 from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named, torch_loss
-from .model import Head, build_model, check_head, head_of, hidden_states, model_config
+from .model import Head, build_model, check_head, folder_of, head_of, hidden_states, load_model, model_config
 from .run import Result, Stage, begin, open_folder, train
 from .step import autocast, begins, cut_backward, loss_and_grad
 
@@ -37,15 +37,14 @@ class Data:
 
 def prepare(config: TrainConfig, folder: Path, console: Console) -> Data:
     """Text, tokenizer and rows. The tokenizer is the model folder's, this run's own, or trained now."""
-    skipped: list[str] = []
-    texts = (
-        corpus.read_files(config.data, skip=config.skip_bad_rows, skipped=skipped)
-        if config.data
-        else corpus.python_corpus()
-    )
+    if config.data:
+        texts, skipped = corpus.read_files(config.data, columns=config.column, skip=config.skip_bad_rows)
+        source = sources.named(config.data)
+    else:
+        texts, skipped, source = corpus.python_corpus(), [], "Python's own documentation and docstrings"
     train_texts, val_texts = corpus.split(texts, config.val_fraction)
     vocab_size = int(model_config(config).get_text_config().vocab_size)
-    ready = [Path(config.model) / "tokenizer.json"] if config.model else []
+    ready = [folder_of(config.model) / "tokenizer.json"] if config.model else []
     saved = next((path for path in [*ready, folder / "tokenizer.json"] if path.is_file()), None)
     bpe = tokenizer.load(saved) if saved else tokenizer.train_bpe(train_texts, vocab_size)
     if bpe.get_vocab_size() > vocab_size:
@@ -55,7 +54,6 @@ def prepare(config: TrainConfig, folder: Path, console: Console) -> Data:
         )
     train_rows = Rows(tokenizer.encode(bpe, train_texts), config.seq_len, config.seed)
     val = Rows(tokenizer.encode(bpe, val_texts), config.seq_len) if val_texts else None
-    source = f"{len(config.data)} files" if config.data else "Python's own documentation and docstrings"
     source += f", {len(texts)} documents, {len(train_rows.tokens):,} training tokens"
     source += f", {len(skipped)} rows skipped" if skipped else ""
     held_back = f"{len(val.tokens) if val else 0:,} held back, vocabulary {bpe.get_vocab_size():,}"
@@ -122,6 +120,14 @@ def model_flops(model: Any, head: Head, rows: Rows, config: PretrainConfig) -> i
     return flops * config.rows_per_step // parallel.world()
 
 
+def tokenizer_to_export(config: PretrainConfig, data: Data) -> Any:
+    """The model folder's with its own names of special tokens, or what was trained here."""
+    folder = folder_of(config.model) if config.model else None
+    if folder and (folder / "tokenizer.json").is_file():
+        return chat.load(folder)
+    return chat.wrap(data.tokenizer)
+
+
 def loss_alone(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: PretrainConfig) -> Any:
     inputs, targets, _ = rows.batch(0, config.batch_size).to(head.weight.device)
     with torch.no_grad(), autocast(config, inputs.device):
@@ -141,8 +147,12 @@ def run(
         data.tokenizer.save(str(folder / "tokenizer.json"))
 
     device = layers.build_device(config)
-    model: Any = build_model(model_config(config), config.seed, device)
+    if config.keep_weights:
+        model: Any = load_model(config.model, device).train()
+    else:
+        model = build_model(model_config(config), config.seed, device)
     check_head(model, data.train.row(0)[0][None, :16].to(device))
+    lora.add(model, config, model.get_output_embeddings())
     head = head_of(layers.prepare(model, config))
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     rows = data.train
@@ -164,6 +174,6 @@ def run(
         metrics={
             "perplexity": "perplexity", "loss": "loss (nats per token)", "bits_per_byte": "bits per byte"
         },
-        export=partial(export, model, chat.wrap(data.tokenizer)),
+        export=partial(export, model, tokenizer_to_export(config, data)),
     )  # fmt: skip
     return train(stage, config, folder, resume=resume, console=console)

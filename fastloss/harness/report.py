@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,11 +16,14 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def write(path: Path, title: str, sections: list[str], console: Console) -> None:
-    text = "\n\n".join([f"# {title}", *sections]) + "\n"
-    path.write_text(text, encoding="utf-8")
-    shown = "\n".join(line for line in text.splitlines() if not line.startswith("!["))
-    console.print(Markdown(shown))
+def write(
+    path: Path, title: str, sections: list[str], console: Console, appendix: Sequence[str] = ()
+) -> None:
+    """The appendix is in the file alone."""
+    page = [f"# {title}", *sections]
+    path.write_text("\n\n".join([*page, *appendix]) + "\n", encoding="utf-8")
+    lines = "\n\n".join(page).splitlines()
+    console.print(Markdown("\n".join(line for line in lines if not line.startswith("!["))))
     console.print(f"report: {path}")
 
 
@@ -29,8 +35,25 @@ def count(value: float, unit: str = "") -> str:
     return f"{value:.3g} {unit}".strip()
 
 
+def number(value: float) -> str:
+    """Three decimals, or none where the number is large enough to do without."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"
+
+
 def mebibytes(value: float) -> str:
     return f"{value / 2**20:.1f} MiB"
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """The curve in one line, means of equal parts: '█▆▅▃▂▁▁'; what is not finite has no place on it."""
+    values = [value for value in values if math.isfinite(value)]
+    if not values:
+        return ""
+    parts = min(width, len(values))
+    edges = [round(i * len(values) / parts) for i in range(parts + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span)] for mean in means)
 
 
 def percent(value: float) -> str:

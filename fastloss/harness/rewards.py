@@ -14,6 +14,17 @@ from .rows import Row
 Reward = Callable[..., Sequence[float | None]]
 
 
+class Weighted:
+    """A reward function times a number."""
+
+    def __init__(self, function: Reward, weight: float) -> None:
+        self.function, self.weight = function, weight
+        self.__name__ = getattr(function, "__name__", type(function).__name__)
+
+    def __call__(self, **columns: Any) -> list[float | None]:
+        return [None if value is None else self.weight * value for value in self.function(**columns)]
+
+
 def exact_answer(
     prompts: list[Any], completions: list[Any], answer: list[str], **columns: Any
 ) -> list[float]:
@@ -23,8 +34,19 @@ def exact_answer(
 
 
 def load(paths: Sequence[str]) -> list[Reward]:
-    """Functions by import path, "package.module:function"; the working directory is looked in too."""
-    return [_load(path) for path in paths] or [exact_answer]
+    """Functions by import path, "package.module:function" or "…=weight"; the working directory is looked in too."""
+    return [_weighted(path) for path in paths] or [exact_answer]
+
+
+def _weighted(option: str) -> Reward:
+    path, equals, weight = option.partition("=")
+    try:
+        number = float(weight) if equals else 1.0
+    except ValueError:
+        raise ValueError(f"reward: expected a number as the weight of {path}, got {weight!r}") from None
+    if not math.isfinite(number):
+        raise ValueError(f"reward: expected a finite weight of {path}, got {weight}")
+    return Weighted(_load(path), number) if equals else _load(path)
 
 
 def _load(path: str) -> Reward:
@@ -45,8 +67,9 @@ def _load(path: str) -> Reward:
 def score(
     functions: Sequence[Reward], rows: Sequence[Row], texts: Sequence[str], ids: Sequence[list[int]]
 ) -> list[float]:
-    """The sum of the functions' rewards of each completion; None counts as 0, as in TRL.
+    """The sum of the functions' rewards of each completion, as in TRL.
 
+    None, for "not applicable", is left out of the sum; NaN is the reward of a completion for which every function gave None.
     Rows of messages have completions of messages. Every other field of the rows is a keyword, a list of its values.
     """
     chat = [isinstance(row["prompt"], list) for row in rows]
@@ -56,23 +79,22 @@ def score(
     ]
     names = sorted({key for row in rows for key in row} - {"prompt", "completion"})
     columns: dict[str, Any] = {name: [row.get(name) for row in rows] for name in names}
-    totals = [0.0] * len(rows)
+    totals = [math.nan] * len(rows)
     for function in functions:
         name = getattr(function, "__name__", type(function).__name__)
         if function is exact_answer and "answer" not in columns:
             raise ValueError("reward: expected --reward, or rows with an `answer`, got neither")
-        values = function(
-            prompts=[row["prompt"] for row in rows],
-            completions=completions,
-            completion_ids=list(ids),
-            **columns,
-        )
-        values = list(values)
+        values = list(
+            function(
+                prompts=[row["prompt"] for row in rows], completions=completions, completion_ids=list(ids), **columns
+            )
+        )  # fmt: skip
         if len(values) != len(rows):
             raise ValueError(f"reward: expected {len(rows)} values from {name}, got {len(values)}")
         for i, value in enumerate(values):
-            number = 0.0 if value is None else float(value)
-            if not math.isfinite(number):
+            if value is None:
+                continue
+            if not math.isfinite(float(value)):
                 raise ValueError(f"reward: expected finite values from {name}, got {value} for {texts[i]!r}")
-            totals[i] += number
+            totals[i] = float(value) + (0.0 if math.isnan(totals[i]) else totals[i])
     return totals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import builtin, chat, parallel, rewards, rows
+from . import builtin, chat, parallel, rewards, rows, sources
 from .chat import Example
 from .config import RolloutConfig
 from .data import IGNORE, Batch, Order, padded
@@ -66,8 +67,13 @@ class Actor:
 def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
     skipped: list[str] = []
     if config.data:
-        found, skipped = rows.read(config.data, rows.prompt_row, skip=config.skip_bad_rows)
-        source = f"{len(config.data)} files"
+        found, skipped = rows.read(
+            config.data,
+            lambda row: chat.taken(tok, rows.prompt_row(row)),
+            columns=config.column,
+            skip=config.skip_bad_rows,
+        )
+        source = sources.named(config.data)
     else:
         found, source = builtin.arithmetic(config.numbers), f"a+b and a-b below {config.numbers}"
     train, val = builtin.split(found, config.val_fraction, most=500)
@@ -86,7 +92,10 @@ def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
 def roll_out(
     actor: Actor, ref: Any, ref_head: Head | None, logprobs: LogProbs, data: Data, index: int, group: int
 ) -> Carry:
-    """This process's share of the ``index``-th batch of samples, ``group`` per prompt beside each other; R rows of T tokens."""
+    """This process's share of the ``index``-th batch of samples, ``group`` per prompt beside each other; R rows of T tokens.
+
+    A sample that no function could score (its reward is NaN) has no token to learn.
+    """
     config = actor.config
     examples: list[Example] = []
     scores: list[float] = []
@@ -96,9 +105,15 @@ def roll_out(
         first = (at - index * config.rows_per_step) * group
         ids, gained = actor.answer(asked, config.temperature, noise[first : first + len(asked)])
         scores += gained
-        for row, tokens in zip(asked, ids, strict=True):
+        for row, tokens, reward in zip(asked, ids, gained, strict=True):
             before = chat.prompt(actor.tok, row["prompt"])
-            examples.append(Example(before + tokens, [False] * len(before) + [True] * len(tokens)))
+            scored = not math.isnan(reward)
+            examples.append(Example(before + tokens, [False] * len(before) + [scored] * len(tokens)))
+    samples, unscored = parallel.summed(len(scores), sum(map(math.isnan, scores)))
+    if samples == unscored:  # in every process, or the others would wait for this one
+        raise ValueError(
+            f"reward: expected a value, got None for each of the {samples:.0f} samples of a step"
+        )
     batch = padded(examples).to(actor.head.weight.device)
     carry = {
         "inputs": batch.inputs,
@@ -150,11 +165,14 @@ def evaluate(actor: Actor, data: Data) -> dict[str, float]:
     noise = actor.noise(2**31, len(data.val))
     for name, temperature in (("reward", actor.config.temperature), ("greedy", 0.0)):
 
-        def gained(start: int, temperature: float = temperature) -> float:
+        def gained(start: int, temperature: float = temperature) -> list[float]:
             part = slice(start, start + 128)
-            return sum(actor.answer(data.val[part], temperature, noise[part])[1])
+            return actor.answer(data.val[part], temperature, noise[part])[1]
 
-        values[name] = sum(parallel.spread(gained, range(0, len(data.val), 128))) / len(data.val)
+        parts_of = parallel.spread(gained, range(0, len(data.val), 128))
+        scores = [reward for part in parts_of for reward in part if not math.isnan(reward)]
+        if scores:
+            values[name] = sum(scores) / len(scores)
     return values
 
 

@@ -1,59 +1,72 @@
-"""The user's files: rows of JSONL in TRL's dataset formats, each checked, each error with its file and line."""
+"""Rows of the user's data in TRL's dataset formats: each checked, each error with its place."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from . import sources
+
+Row = sources.Row
 Check = Callable[[Row], Row]  # the row as the stage wants it, or a ValueError that says what is wrong
-JSONL = (".jsonl", ".ndjson")
+RENAME = "; a column of another name: --column prompt=ITS_NAME"
+CONVERSATIONS = ("prompt", "completion", "chosen", "rejected", "messages")
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"data: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        byte, where = error.object[error.start], error.start
-        raise ValueError(f"{path}: expected UTF-8 text, got byte {byte:#04x} at position {where}") from None
+def read(
+    names: Iterable[str], check: Check, *, columns: Sequence[str] = (), skip: bool = False
+) -> tuple[list[Row], list[str]]:
+    """The rows, and what is wrong with those that were skipped; without ``skip`` the first wrong one is raised.
 
-
-def parse(path: Path, text: str, check: Check, skip: bool, skipped: list[str]) -> Iterator[Row]:
-    """Each line of a JSONL file; with ``skip``, what is wrong goes to ``skipped`` instead of being raised."""
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand in a string
-        if not line.strip():
-            continue
-        try:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"expected an object, got {type(row).__name__}")
-            row = check(row)
-        except ValueError as error:
-            if not skip:
-                raise ValueError(f"{path}:{number}: {error}") from None
-            skipped.append(f"{path}:{number}: {error}")
-            continue
-        yield row
-
-
-def read(paths: Iterable[str], check: Check, *, skip: bool = False) -> tuple[list[Row], list[str]]:
-    """Rows of JSONL files, and what was skipped."""
+    ``columns``: "ours=theirs", one for each column that has another name in the data.
+    """
+    names, renamed = list(names), _renamed(columns)
     rows: list[Row] = []
     skipped: list[str] = []
-    for path in map(Path, paths):
-        if path.suffix not in JSONL:
-            raise ValueError(f"data: expected a .jsonl or .ndjson file, got {path}")
-        rows += parse(path, read_text(path), check, skip, skipped)
+    for place, row in sources.read(names):
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            rows.append(check(_as_trl(row, renamed)))
+        except ValueError as error:
+            if not skip:
+                raise ValueError(f"{place}: {error}") from None
+            skipped.append(f"{place}: {error}")
     if not rows:
-        raise ValueError(f"data: no rows in {', '.join(map(str, paths))}")
+        why = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
+        raise ValueError(f"data: no rows in {', '.join(names)}{why}")
     return rows, skipped
+
+
+def _renamed(columns: Sequence[str]) -> dict[str, str]:
+    """Their name -> ours."""
+    pairs = [column.partition("=") for column in columns]
+    for column, (ours, _, theirs) in zip(columns, pairs, strict=True):
+        if not (ours and theirs):
+            raise ValueError(f"column: expected a pair like completion=answer, got {column!r}")
+    return {theirs: ours for ours, _, theirs in pairs}
+
+
+def _as_trl(row: Row, renamed: dict[str, str]) -> Row:
+    """Columns under our names; `conversations` and messages of `from` and `value`, as TRL takes them too."""
+    for theirs in renamed:
+        if theirs not in row:
+            raise ValueError(f"column: expected `{theirs}`, got {sorted(row)}")
+    kept = {key: value for key, value in row.items() if key not in renamed.values()}
+    row = {renamed.get(key, key): value for key, value in kept.items()}
+    if "conversations" in row and "messages" not in row:
+        row["messages"] = row.pop("conversations")
+    for key in CONVERSATIONS:
+        if isinstance(row.get(key), list):
+            row[key] = [_message(message) for message in row[key]]
+    return row
+
+
+def _message(message: Any) -> Any:
+    if not isinstance(message, dict) or not {"from", "value"} & set(message):
+        return message
+    names = {"from": "role", "value": "content"}
+    return {names.get(key, key): value for key, value in message.items()}
 
 
 def text_row(row: Row) -> Row:
@@ -66,26 +79,31 @@ def supervised_row(row: Row) -> Row:
     if "messages" in row:
         messages = _messages(row, "messages")
         if all(message["role"] != "assistant" for message in messages):
-            raise ValueError("messages: expected at least one of role assistant, got none")
+            roles = sorted({message["role"] for message in messages})
+            raise ValueError(f"messages: expected at least one of role assistant, got {', '.join(roles)}")
     elif "text" in row:
         _string(row, "text")
     elif "prompt" in row and "completion" in row:
         _same_kind(row, "prompt", "completion")
     else:
-        raise ValueError(f"expected `prompt` and `completion`, `messages` or `text`, got {sorted(row)}")
+        raise ValueError(
+            f"expected `prompt` and `completion`, `messages` or `text`, got {sorted(row)}{RENAME}"
+        )
     return row
 
 
 def preference_row(row: Row) -> Row:
     """{"prompt", "chosen", "rejected"}; without a prompt, what both answers begin with is the prompt."""
     if not {"chosen", "rejected"} <= set(row):
-        raise ValueError(f"expected `chosen` and `rejected`, got {sorted(row)}")
+        raise ValueError(f"expected `chosen` and `rejected`, got {sorted(row)}{RENAME}")
     if "prompt" not in row:
         _same_kind(row, "chosen", "rejected")
         chosen, rejected = row["chosen"], row["rejected"]
         shared = next((i for i, (c, r) in enumerate(zip(chosen, rejected, strict=False)) if c != r), None)
         if shared is None:  # one begins with the whole of the other, or they are one
             shared = max(0, min(len(chosen), len(rejected)) - 1)
+        if shared and chosen[shared - 1] == " ":  # a space begins the answer's first token, as in TRL
+            shared -= 1
         row = row | {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     _same_kind(row, "prompt", "chosen", "rejected")
     if not row["prompt"] and not isinstance(row["prompt"], str):
@@ -98,14 +116,16 @@ def preference_row(row: Row) -> Row:
 def prompt_row(row: Row) -> Row:
     """{"prompt", …}: the other fields go to the reward function."""
     if "prompt" not in row:
-        raise ValueError(f"expected `prompt`, got {sorted(row)}")
+        raise ValueError(f"expected `prompt`, got {sorted(row)}{RENAME}")
     _same_kind(row, "prompt")
     return row
 
 
 def _string(row: Row, key: str) -> str:
     if key not in row:
-        raise ValueError(f"expected an object with a string in `{key}`, got an object with {sorted(row)}")
+        raise ValueError(
+            f"expected an object with a string in `{key}`, got an object with {sorted(row)}{RENAME.replace('prompt', key)}"
+        )
     if not isinstance(row[key], str):
         got = type(row[key]).__name__
         raise ValueError(f"expected an object with a string in `{key}`, got {key} of type {got}")

@@ -23,7 +23,7 @@ from .badsteps import Watch
 from .config import TrainConfig
 from .cost import Cost, measure_costs
 from .loop import StepFn, cosine, make_optimizer, run_steps
-from .model import parameter_count
+from .model import parameters
 
 CHECKPOINT = "checkpoint"
 
@@ -237,13 +237,17 @@ def _report(
         if key in result.after
     ]
     lines = [
-        ["model", f"{type(stage.model).__name__}, {report.count(parameter_count(stage.model))} parameters"],
+        ["model", f"{type(stage.model).__name__}, {parameters(stage.model)}"],
         ["data", stage.source],
         ["machine", measure.machine(device)],
         *([["processes", f"{parallel.world()}, {config.parallel}"]] if parallel.world() > 1 else []),
         ["steps, tokens learned from", f"{s['steps']:,}, {s['tokens']:,}"],
         *([["bad steps, skipped", f"{s['skipped']:,}"]] if s["skipped"] else []),
         [f"{curve}, first step → mean of the last 10", f"{s['first']:.4f} → {s['last']:.4f}"],
+        *(
+            [label, report.sparkline([row[key] for row in result.rows])]
+            for key, label in stage.curves.items()
+        ),
         ["tokens/s (median step)", f"{s['tokens_per_s']:,.0f}"],
         [
             "step; of it the loss",
@@ -263,10 +267,9 @@ def _report(
         cost_table(result),
         "![curves](loss.png)",
         f"Memory: {result.cost.step_peak.how}. Rows and columns: docs/harness.md.",
-        "## Options",
-        report.table(["option", "value"], options),
     ]
-    report.write(folder / "report.md", stage.title, sections, console)
+    appendix = ["## Options", report.table(["option", "value"], options)]
+    report.write(folder / "report.md", stage.title, sections, console, appendix)
 
 
 def cost_table(result: Result) -> str:

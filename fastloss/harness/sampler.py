@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .model import Head
+from .model import Head, body, hidden_states
 
 
 @torch.no_grad()
@@ -45,12 +45,12 @@ def sample(
     training = model.training
     model.eval()
     # the name that transformers 5 gives the cache, or its old one
-    names = inspect.signature(model.base_model.forward).parameters
+    names = inspect.signature(body(model).forward).parameters
     cache = {"cache" if "cache" in names else "past_key_values": DynamicCache()}
     drawn: list[Tensor] = []
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
-        hidden = model.base_model(
+        hidden = body(model)(
             input_ids=inputs, attention_mask=mask, position_ids=positions, use_cache=True, **cache,
         ).last_hidden_state[:, -1]  # fmt: skip
         logits = head.logits(hidden)  # [B, V]
@@ -72,3 +72,25 @@ def sample(
     model.train(training)
     rows = torch.stack(drawn, 1).tolist()
     return [ids[: ids.index(end) + 1] if end in ids else ids for ids in rows]
+
+
+@torch.no_grad()
+def check_sampler(model: Any, head: Head, vocab_size: int, instead: str = "") -> None:
+    """Left-padding and the cache leave each prompt's likeliest tokens as they are, or sampling is an error."""
+    prompts = [[i % vocab_size for i in range(1, length + 1)] for length in (2, 9, 5)]
+    name = (
+        f"model: {type(model).__name__} cannot be sampled from with left-padded prompts and a cache{instead}"
+    )
+    try:
+        answers = sample(model, head, prompts, max_new_tokens=4, end=-1, temperature=0)
+    except (IndexError, AttributeError, TypeError) as error:  # a model without keys and values
+        raise ValueError(f"{name}: {error}") from error
+    training = model.training
+    model.eval()
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer[:-1]], device=head.weight.device)
+        logits = head.logits(hidden_states(model, ids)[0, len(prompt) - 1 :])  # [4, V]
+        behind = logits.amax(1) - logits[range(len(answer)), answer]
+        if float(behind.max()) > 1e-2 * float(logits.std()):
+            raise ValueError(f"{name}: it answers otherwise than without them")
+    model.train(training)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import builtin, chat, measure, parallel, rows
+from . import builtin, chat, measure, parallel, rows, sources
 from .chat import Example
 from .config import SftConfig
 from .data import IGNORE, Batch, Order, fingerprint, fit, pack, packed, padded
@@ -24,7 +24,7 @@ from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named
 from .model import Head, check_packing, head_of
 from .run import Result, Stage, begin, open_folder, train
-from .sampler import sample
+from .sampler import check_sampler, sample
 from .start import language_model, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, targets
 
@@ -49,8 +49,13 @@ class Data:
 
 def prepare(config: SftConfig, tok: Any, console: Console) -> Data:
     if config.data:
-        found, skipped = rows.read(config.data, rows.supervised_row, skip=config.skip_bad_rows)
-        source = f"{len(config.data)} files" + (f", {len(skipped)} rows skipped" if skipped else "")
+        found, skipped = rows.read(
+            config.data,
+            lambda row: chat.taken(tok, rows.supervised_row(row)),
+            columns=config.column,
+            skip=config.skip_bad_rows,
+        )
+        source = sources.named(config.data) + (f", {len(skipped)} rows skipped" if skipped else "")
         train_rows, val_rows = builtin.split(found, config.val_fraction, most=1000)
     else:
         source = "Python's own functions and arithmetic" if config.task == "both" else config.task
@@ -166,6 +171,8 @@ def run(
     head = head_of(model)
     if config.packing:
         check_packing(model, len(tok))
+    if data.questions:
+        check_sampler(model, head, len(tok), instead=" (--exact 0 does without)")
     dtype = torch.bfloat16 if config.bf16 else torch.float32
 
     def one_loss(name: str) -> Any:

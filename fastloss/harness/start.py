@@ -11,15 +11,15 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
-from . import chat, corpus, layers, parallel, tokenizer
+from . import chat, corpus, layers, lora, parallel, tokenizer
 from .config import TrainConfig
-from .model import build_model, check_head, head_of, load_model, model_config
+from .model import build_model, check_head, folder_of, head_of, load_model, model_config
 
 
 def tokenizer_of(config: TrainConfig, folder: Path, console: Console) -> Any:
     """The model folder's; without one this run's own, trained on what Python carries."""
     if config.model:
-        return chat.load(Path(config.model))
+        return chat.load(folder_of(config.model))
     saved = folder / "tokenizer.json"
     with parallel.first_alone():
         if not saved.is_file():
@@ -39,11 +39,13 @@ def language_model(config: TrainConfig, tok: Any) -> Any:
             f"model: expected a vocabulary of at least {len(tok)} for its tokenizer, got {head.weight.shape[0]}"
         )
     check_head(model, torch.arange(1, 9, device=head.weight.device)[None] % len(tok))
-    return layers.prepare(model, config).train()
+    return layers.prepare(lora.add(model, config, model.get_output_embeddings()), config).train()
 
 
-def reference(config: TrainConfig) -> Any:
-    """The model that a stage starts from once more, frozen."""
+def reference(config: TrainConfig, policy: Any) -> Any:
+    """The model that a stage starts from once more, frozen; of ``policy`` with adapters, what is below them."""
+    if config.lora_rank:
+        return lora.Base(policy)
     device = layers.build_device(config)
     model: Any = load_model(config.model, device) if config.model else _random(config, device)
     return layers.prepare(model.requires_grad_(False), config).eval()
@@ -64,7 +66,7 @@ def scoring_model(config: TrainConfig, tok: Any) -> tuple[Any, nn.Linear]:
     head = getattr(model, "score", None)
     if not isinstance(head, nn.Linear) or head.out_features != 1:
         raise ValueError(f"model: expected a linear `score` head, got {type(model).__name__} without one")
-    return layers.prepare(model, config).train(), head
+    return layers.prepare(lora.add(model, config, head), config).train(), head
 
 
 def _random(config: TrainConfig, device: str) -> Any:

@@ -59,7 +59,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_a_line_separator_inside_a_row_does_not_end_it(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a\u2028b"}\n{"text": "c"}\n', encoding="utf-8")
-    assert corpus.read_files([str(path)]) == ["a\u2028b", "c"]
+    assert corpus.read_files([str(path)]) == (["a\u2028b", "c"], [])
 
 
 def test_bpe_round_trip_and_determinism() -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fastloss.cli_train import app
+from fastloss.harness import chat, logging, measure, pretrain
 from fastloss.harness import config as configs
-from fastloss.harness import logging, measure, pretrain
 from fastloss.harness.config import PretrainConfig
 from fastloss.harness.data import Rows
 from fastloss.harness.loop import cosine, make_optimizer, run_steps
@@ -280,3 +281,28 @@ def test_demo_compares_two_runs(tiny: PretrainConfig, quiet: Console) -> None:
         and "in turns: the loss's share" in text
     )
     assert (Path(tiny.out) / "loss.png").stat().st_size > 5000
+
+
+def test_continued_pretraining_keeps_weights_and_tokenizer(
+    tiny: PretrainConfig, quiet: Console, tmp_path: Path
+) -> None:
+    """Of a folder whose tokenizer has other names for its special tokens: the next stage can start from the result."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(
+        ["some text"], trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet)
+    )
+    folder, config = tmp_path / "start", replace(tiny, vocab_size=bpe.get_vocab_size(), save_every=0)
+    start = build_model(model_config(config), 7, "cpu")
+    start.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>").save_pretrained(folder)
+
+    config = replace(config, model=str(folder), keep_weights=True, lr=0.0, steps=1)
+    result = pretrain.run(config, console=quiet)
+    for p, q in zip(result.model.parameters(), start.parameters(), strict=True):
+        assert torch.equal(p, q)
+    tok = chat.load(Path(config.out) / "model")
+    assert tok.eos_token == "</s>" and len(tok) == bpe.get_vocab_size()
+    fresh = pretrain.run(replace(config, keep_weights=False), overwrite=True, console=quiet)
+    assert fresh.before["loss"] != result.before["loss"]

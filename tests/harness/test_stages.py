@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -264,6 +265,7 @@ def test_a_loss_that_is_not_finite_names_its_step(configs: dict[str, Any], quiet
 
 @pytest.mark.usefixtures("light")
 def test_wrong_options_are_named(configs: dict[str, Any], quiet: Console, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("dpo", {"loss": "flash"}, "loss: expected one of 'fastloss', 'torch', got 'flash'"),
         ("dpo", {"loss": "torch", "loss_type": "ipo"}, "loss_type: expected 'sigmoid'"),
@@ -273,6 +275,7 @@ def test_wrong_options_are_named(configs: dict[str, Any], quiet: Console, tmp_pa
         ("grpo", {"reward": ("nowhere",)}, "reward: expected package.module:function, got 'nowhere'"),
         ("ppo", {"reward": ("nowhere.at:all",)}, "reward: cannot load"),
         ("sft", {"model": str(tmp_path)}, "model: expected a tokenizer.json"),
+        ("sft", {"model": str(tmp_path / "nowhere")}, "model: expected a folder with config.json"),
         ("sft", {"seq_len": 4}, "data: expected an answer within seq_len=4"),
         ("grpo", {"seq_len": 6}, "data: expected a prompt within 2 tokens"),
     ]
@@ -310,6 +313,13 @@ def test_chain(tiny: PretrainConfig, pairs_file: Path, quiet: Console, tmp_path:
     for name in results:
         assert f"| {name} | fastloss |" in text and f"| {name} | torch |" in text
     assert "| dpo | accuracy of the implicit reward | 0.500 |" in text
+    for name, label in (
+        ("pretrain", "loss (nats per token)"),
+        ("reward", "accuracy"),
+        ("ppo", "mean reward"),
+    ):
+        assert re.search(rf"\| {name} \| {re.escape(label)} \| .*[▁▂▃▄▅▆▇█]+ \|\n", text), label
+    assert len(re.findall(r"\| (?:fastloss|torch) \| \S+ ms \|(?: \S+% \|| \S+ MiB \|){4}\n", text)) >= 10
     assert (tmp_path / "chain" / "chain.png").stat().st_size > 5000
     saved = load_config(GrpoConfig, tmp_path / "chain" / "grpo" / "config.yaml")
     assert saved.model == str(tmp_path / "chain" / "sft" / "model")

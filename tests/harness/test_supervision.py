@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+from transformers import Gemma2Config, GPT2Config, MistralConfig
 
-from fastloss.harness import builtin, chat, model, rewards, rows
+from fastloss.harness import builtin, chat, model, pairs, rewards, rollout, rows, sft
 from fastloss.harness.chat import Example
+from fastloss.harness.config import DpoConfig, GrpoConfig, SftConfig
 from fastloss.harness.data import IGNORE, fit, pack, packed, padded
 from fastloss.harness.model import check_packing, head_of, hidden_states, load_model
-from fastloss.harness.sampler import sample
+from fastloss.harness.sampler import check_sampler, sample
 
 USER, ANSWER = {"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}
 
@@ -85,7 +90,7 @@ def test_bad_rows(check: rows.Check, row: dict[str, Any], complaint: str, tmp_pa
 
 
 def test_files_without_rows(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a \.jsonl or \.ndjson file"):
+    with pytest.raises(ValueError, match=r"cannot read .*rows\.csv: No such file"):
         rows.read([str(tmp_path / "rows.csv")], rows.prompt_row)
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no rows in"):
@@ -97,7 +102,7 @@ def test_prompt_of_a_pair_is_what_both_begin_with() -> None:
     row = rows.preference_row({"chosen": [USER, ANSWER], "rejected": [USER, other]})
     assert row["prompt"] == [USER] and row["chosen"] == [ANSWER] and row["rejected"] == [other]
     row = rows.preference_row({"chosen": "to be", "rejected": "to go"})
-    assert (row["prompt"], row["chosen"], row["rejected"]) == ("to ", "be", "go")
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("to", " be", " go")
     row = rows.preference_row({"chosen": "yes, sir", "rejected": "yes"})
     assert row["chosen"] and row["rejected"]
 
@@ -134,6 +139,31 @@ def test_template_that_rewrites_the_past_is_refused(base: Path) -> None:
         chat.example(tok, {"prompt": [USER], "completion": [ANSWER]})
 
 
+def test_messages_that_the_template_refuses_are_bad_rows(base: Path, tmp_path: Path, quiet: Console) -> None:
+    tok = chat.load(base)
+    tok.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    system, path = {"role": "system", "content": "sums"}, tmp_path / "rows.jsonl"
+    good = {"messages": [USER, ANSWER], "prompt": [USER], "chosen": [ANSWER], "rejected": [USER]}
+    bad = {
+        "messages": [system, USER, ANSWER], "prompt": [system, USER], "chosen": [ANSWER], "rejected": [USER]
+    }  # fmt: skip
+    path.write_text("\n".join(map(json.dumps, (good, bad, good))))
+    for prepare, config in (
+        (sft.prepare, SftConfig),
+        (pairs.prepare, DpoConfig),
+        (rollout.prepare, GrpoConfig),
+    ):
+        options: Any = config(data=(str(path),))
+        with pytest.raises(
+            ValueError, match=r"rows\.jsonl:2: messages: .*template refuses them: no system role"
+        ):
+            prepare(options, tok, quiet)
+        assert "1 rows skipped" in prepare(replace(options, skip_bad_rows=True), tok, quiet).source
+
+
 def some_examples(lengths: list[int]) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
     made = []
@@ -143,9 +173,35 @@ def some_examples(lengths: list[int]) -> list[Example]:
     return made
 
 
-def test_packed_rows_are_the_rows_apart(base: Path) -> None:
-    """Hidden states, logits and gradients: no document sees another (and the padding sees none)."""
-    causal = load_model(str(base), "cpu").eval()
+SMALL: dict[str, Any] = {
+    "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+# a window of 4 is shorter than most of the documents; Gemma 2 has it in every other layer
+ARCHITECTURES: dict[str, Any] = {
+    "mistral": MistralConfig(**SMALL, sliding_window=4),
+    "gemma2": Gemma2Config(**SMALL, head_dim=16, sliding_window=4),
+    "gpt2": GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=2, n_positions=64, bos_token_id=0,
+                       eos_token_id=0),
+}  # fmt: skip
+
+
+def causal_lm(name: str, base: Path) -> Any:
+    if name == "llama":
+        return load_model(str(base), "cpu").eval()
+    made: Any = model.build_model(ARCHITECTURES[name], 0, "cpu").eval()
+    with torch.no_grad():  # small random weights would attend to everything alike
+        for p in made.parameters():
+            if p.ndim > 1:
+                p.mul_(4)
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", *ARCHITECTURES])
+def test_packed_rows_are_the_rows_apart(name: str, base: Path) -> None:
+    """Logits, loss and gradients: no document sees another (and the padding sees none)."""
+    causal = causal_lm(name, base)
+    check_packing(causal, 300)
     examples = some_examples([9, 2, 14, 5, 7])
     groups = pack(examples, 24)
     assert sorted(i for group in groups for i in group) == list(range(5)) and len(groups) == 2
@@ -160,11 +216,13 @@ def test_packed_rows_are_the_rows_apart(base: Path) -> None:
             states.append(hidden[batch.targets != IGNORE])
             targets.append(batch.targets[batch.targets != IGNORE])
         logits = head_of(causal).logits(torch.cat(states))
-        torch.nn.functional.cross_entropy(logits, torch.cat(targets)).backward()
+        loss = torch.nn.functional.cross_entropy(logits, torch.cat(targets))
+        loss.backward()
         grads = [p.grad.clone() for p in causal.parameters()]
-        results.append((torch.cat(targets), logits.detach(), grads))
-    (target_a, logits_a, grads_a), (target_b, logits_b, grads_b) = results
+        results.append((torch.cat(targets), loss, logits.detach(), grads))
+    (target_a, loss_a, logits_a, grads_a), (target_b, loss_b, logits_b, grads_b) = results
     assert torch.equal(target_a, target_b)
+    torch.testing.assert_close(loss_a, loss_b, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(logits_a, logits_b, rtol=1e-4, atol=1e-5)
     for a, b in zip(grads_a, grads_b, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
@@ -192,9 +250,11 @@ def test_pack_wastes_little_and_loses_nothing() -> None:
     assert len(kept[1].ids) == 17
 
 
-def test_sampler_is_the_models_own_argmax(base: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", *ARCHITECTURES])
+def test_sampler_is_the_models_own_argmax(name: str, base: Path) -> None:
     """Prompts of different length, left-padded, with a cache: the tokens of one forward at a time without."""
-    causal = load_model(str(base), "cpu")
+    causal = causal_lm(name, base)
+    check_sampler(causal, head_of(causal), 300)
     head, prompts = head_of(causal), [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
     answers = sample(causal, head, prompts, max_new_tokens=6, end=-1, temperature=0)
     for ids, answer in zip(prompts, answers, strict=True):
@@ -206,6 +266,11 @@ def test_sampler_is_the_models_own_argmax(base: Path) -> None:
     stopped = sample(causal, head, prompts, max_new_tokens=6, end=end, temperature=0)
     assert stopped[0] == answers[0][: answers[0].index(end) + 1]
     assert causal.training is False
+
+
+def test_sampler_draws_from_its_own_generator(base: Path) -> None:
+    causal = load_model(str(base), "cpu")
+    head, prompts = head_of(causal), [[5, 6, 7], [9], [11, 12, 13, 14, 15]]
 
     def drawn(seed: int) -> list[list[int]]:
         noise = torch.rand(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -244,10 +309,19 @@ def test_reward_functions_in_trls_convention() -> None:
         return [0.25, None]
 
     assert rewards.score([rewards.exact_answer, judge], asked, ["5", "2"], [[1], [2]]) == [1.25, 1]
+    alone = rewards.score([judge], asked, ["5", "2"], [[1], [2]])
+    assert alone[0] == 0.25 and math.isnan(alone[1])  # nobody could score it
     with pytest.raises(ValueError, match="expected 2 values from <lambda>, got 1"):
         rewards.score([lambda **_: [1.0]], asked, ["5", "2"], [[1], [2]])
     with pytest.raises(ValueError, match="expected finite values from <lambda>, got nan for '2'"):
         rewards.score([lambda **_: [1.0, float("nan")]], asked, ["5", "2"], [[1], [2]])
     with pytest.raises(ValueError, match="rows with an `answer`"):
         rewards.score([rewards.exact_answer], [{"prompt": "a"}], ["b"], [[1]])
-    assert rewards.load(["fastloss.harness.rewards:exact_answer"]) == [rewards.exact_answer]
+    path = "fastloss.harness.rewards:exact_answer"
+    assert rewards.load([path]) == rewards.load([]) == [rewards.exact_answer]
+    weighted = rewards.load([path, f"{path}=-0.5"])
+    assert rewards.score([*weighted, judge], asked, ["5", "2"], [[1], [2]]) == [0.75, 0.5]
+    with pytest.raises(ValueError, match="expected a number as the weight of a:b, got 'c'"):
+        rewards.load(["a:b=c"])
+    with pytest.raises(ValueError, match="expected 2 values from <lambda>, got 1"):
+        rewards.score([rewards.Weighted(lambda **_: [1.0], 2)], asked, ["5", "2"], [[1], [2]])
