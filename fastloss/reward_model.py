@@ -15,6 +15,7 @@ from fastloss.cross_entropy import cross_entropy
 from fastloss.ops import plain_pairs
 from fastloss.ops import preference as ops
 from fastloss.ops.native_rows import acc_dtype
+from fastloss.ops.pair_call import PairCall
 from fastloss.preference import Number, choose, constant, per_pair
 
 
@@ -82,13 +83,13 @@ def reward_model_loss(
     c, r = chosen_rewards.to(acc).reshape(-1), rejected_rewards.to(acc).reshape(-1)
     count = c.shape[0]
     terms = _terms(reduction, count, center_coefficient)
-    call: ops.Call = {
-        "terms": terms,
-        "beta": 1.0,
-        "smoothing": per_pair("label_smoothing", label_smoothing, count, acc, device, 0.0, 1.0),
-        "margin": per_pair("margin", 0.0 if margin is None else margin, count, acc, device),
-        "weight": constant("weights", weights, count, acc, device),
-    }
+    call = PairCall(
+        terms,
+        beta=1.0,
+        smoothing=per_pair("label_smoothing", label_smoothing, count, acc, device, 0.0, 1.0),
+        margin=per_pair("margin", 0.0 if margin is None else margin, count, acc, device),
+        weight=constant("weights", weights, count, acc, device),
+    )
     rows = choose("reward_model_loss", backend, c, r)
     loss, _, _, sums = ops.pair_loss(rows, c, r, None, call, reduction == "none")
     means = (sums / max(count, 1)).unbind()
