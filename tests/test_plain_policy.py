@@ -77,7 +77,7 @@ def test_short_way_is_the_long_way(
         data["advantages"] = data["advantages"][:, None] + torch.linspace(-1, 1, T, dtype=dtype)
     got = call(data, **options)
     assert len(taken) == 1
-    long = call({**data, "mask": data["mask"].int()}, **options)
+    long = call(data, weights=torch.ones(B), **options)
     assert len(taken) == 1
     exact = call(
         {k: v.double() if v.is_floating_point() else v for k, v in data.items()},
@@ -111,6 +111,14 @@ def test_backward_twice_and_double_backward(taken: list[None]) -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
     assert len(taken) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+def test_any_mask(dtype: torch.dtype, taken: list[None]) -> None:
+    data = batch()
+    want, got = call(data), call({**data, "mask": 2 * data["mask"].to(dtype)})
+    assert len(taken) == 2
+    assert all(torch.equal(got[name], value) for name, value in want.items())
 
 
 def test_without_a_gradient(taken: list[None]) -> None:

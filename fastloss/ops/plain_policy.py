@@ -53,7 +53,6 @@ def is_plain(
         and len(size) == 2
         and 0 not in size
         and logprobs.is_contiguous()
-        and mask.dtype is _BOOL
         and mask.is_cpu
         and mask.shape == size
         and mask.is_contiguous()
@@ -92,6 +91,8 @@ def plain_policy_loss(
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, metrics) of a call that :func:`is_plain`."""
+    if mask.dtype is not _BOOL:
+        mask = mask != 0
     metrics = logprobs.new_empty(len(METRICS))
     given, constants = (ready, normalizer, metrics), (old, advantages, mask, ref, sampler)
     wanted = logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
