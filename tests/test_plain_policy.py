@@ -14,9 +14,8 @@ from fastloss import policy_gradient
 from fastloss.ops.policy_options import VARIANTS
 
 B, T = 5, 300
-SELECTING = ("clip_cov", "kl_cov")
 OPTIONS: list[dict[str, Any]] = [
-    *({"loss_type": name} for name in VARIANTS if name not in SELECTING),
+    *({"loss_type": name} for name, v in VARIANTS.items() if not v.selects),
     {"loss_type": "gspo", "clip_low": None, "clip_high": None},
     {"loss_type": "gspo", "beta": 0.1, "kl_unbiased": True},
     {"loss_type": "gspo", "off_policy_threshold": 0.0},
@@ -139,8 +138,7 @@ def test_without_a_gradient(taken: list[None]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"loss_type": "clip_cov"},
-        {"loss_type": "kl_cov"},
+        *({"loss_type": name} for name, v in VARIANTS.items() if v.selects),
         {"top_entropy_quantile": 0.5},
         {"entropy_coef": 0.1, "entropy_aggregation": "token-mean"},
         {"weights": torch.ones(B)},
