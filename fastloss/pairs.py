@@ -194,18 +194,18 @@ def contrast(
     if "simpo" in here:
         simpo_margin = pairs.margin + o.simpo_gamma
         if WITH_MARGIN.isdisjoint(here):
-            base = base._replace(margin=simpo_margin)
+            base = checks.replaced(base, margin=simpo_margin)
         elif o.simpo_gamma != 0.0:  # a margin of its own: a launch of its own
             own = [(CODES["simpo"], here["simpo"])]
             terms = [term for term in terms if term not in own]
-            launches.append((c, r, None, base._replace(terms=own, margin=simpo_margin)))
-    first = base._replace(terms=terms or [(CODES["sigmoid"], 0.0)])
+            launches.append((c, r, None, checks.replaced(base, terms=own, margin=simpo_margin)))
+    first = checks.replaced(base, terms=terms or [(CODES["sigmoid"], 0.0)])
     launches.insert(0, (c, r, nll if "sft" in here else None, first))
-    alone = base._replace(rc=None, rr=None, lc=None, lr=None, average_rewards=False)
+    alone = checks.replaced(base, rc=None, rr=None, lc=None, lr=None, average_rewards=False)
     for name in SORTED:
         if name in o.weights:
             own = [(CODES["sigmoid"], scale * o.weights[name])]
-            launches.append((*sorted_ratios(name, c, r, rc, rr), None, alone._replace(terms=own)))
+            launches.append((*sorted_ratios(name, c, r, rc, rr), None, checks.replaced(alone, terms=own)))
     (loss, won, lost, sums), *more = (ops.pair_loss(rows, *launch, per_pair) for launch in launches)
     for extra in more:
         loss = loss + extra[0]
