@@ -18,6 +18,27 @@ T* from(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// (code, weight) of each term, and what follows from the dtype of the data.
+template <class S, class M>
+void set_terms(PairLoss<S, M>& a, const pybind11::sequence& terms) {
+  if (terms.size() > size_t(kMaxTerms)) throw std::invalid_argument("terms: expected at most 8");
+  for (const pybind11::handle term : terms) {
+    const auto pair = pybind11::reinterpret_borrow<pybind11::sequence>(term);
+    const int code = pair[0].cast<int>();
+    if (code < 0 || code >= kPairTerms) throw std::invalid_argument("terms: expected codes from 0 to 15");
+    a.code[a.terms] = code, a.term_weight[a.terms++] = M(pair[1].cast<double>());
+  }
+  a.log1mexp_limit = M(sizeof(S) == 4 ? -1e-7 : -1e-15);
+}
+
+template <class S, class M>
+void set_divergence(PairLoss<S, M>& a, int divergence, double alpha) {
+  if (divergence < 0 || divergence >= kDivergences)
+    throw std::invalid_argument("divergence: expected a code from 0 to 3");
+  a.divergence = divergence;
+  a.alpha_minus_1 = std::fabs(alpha - 1) < kNearlyOne ? M(0) : M(alpha - 1);
+}
+
 // Backend::with_dtype(code, f) calls f with a zero of the storage dtype; Backend::Math<S> is what S is
 // computed in; Backend::run(arguments, context) runs.
 template <class Backend>
@@ -51,27 +72,17 @@ struct PairBindings {
                         double delta, Address delta_ptr, double tau, bool average_rewards, Address loss,
                         Address d_c, Address d_r, Address d_nll, Address chosen_reward,
                         Address rejected_reward, Address sums, int64_t context) {
-    if (divergence < 0 || divergence >= kDivergences)
-      throw std::invalid_argument("divergence: expected a code from 0 to 3");
-    if (terms.size() > size_t(kMaxTerms)) throw std::invalid_argument("terms: expected at most 8");
     Backend::with_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
       using M = typename Backend::template Math<S>;
       PairLoss<S, M> a = {};
       a.c = from<S>(c), a.r = from<S>(r), a.pairs = pairs;
       a.rc = from<S>(rc), a.rr = from<S>(rr), a.lc = from<S>(lc), a.lr = from<S>(lr), a.nll = from<S>(nll);
-      for (const pybind11::handle term : terms) {
-        const auto pair = pybind11::reinterpret_borrow<pybind11::sequence>(term);
-        const int code = pair[0].cast<int>();
-        if (code < 0 || code >= kPairTerms) throw std::invalid_argument("terms: expected codes from 0 to 15");
-        a.code[a.terms] = code, a.term_weight[a.terms++] = M(pair[1].cast<double>());
-      }
-      a.divergence = divergence;
-      a.alpha_minus_1 = std::fabs(alpha - 1) < kNearlyOne ? M(0) : M(alpha - 1);
+      set_terms(a, terms);
+      set_divergence(a, divergence, alpha);
       a.beta = {from<S>(beta_each), M(beta)}, a.smoothing = {from<S>(smoothing_each), M(smoothing)};
       a.margin = {from<S>(margin_each), M(margin)}, a.weight = {from<S>(weight), M(1)};
       a.delta = {from<S>(delta_ptr), M(delta)}, a.tau = M(tau);
-      a.log1mexp_limit = M(sizeof(S) == 4 ? -1e-7 : -1e-15);
       a.average_rewards = average_rewards;
       a.loss = from<S>(loss), a.d_c = from<S>(d_c), a.d_r = from<S>(d_r), a.d_nll = from<S>(d_nll);
       a.chosen_reward = from<S>(chosen_reward), a.rejected_reward = from<S>(rejected_reward);

@@ -22,10 +22,15 @@ namespace FASTLOSS_POLICY_SPACE {
 
 using policy::Options;
 
-// `s` in every lane; V{} + s would be an addition that the compiler must keep (-0 + 0 is 0).
+// `s` in every lane. V{} + s is an addition that GCC must keep (-0 + 0 is 0); ptxas, without it, spills on
+// sm_120.
 template <class V, class S>
 FASTLOSS_POLICY_INLINE V splat(S s) {
+#ifdef FASTLOSS_ISA
   return s - V{};
+#else
+  return V{} + s;
+#endif
 }
 
 // e^x, and e^x - 1 - x with its digits near 0 (for |x| <= 20).

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fastloss import checks
 from fastloss.ops import preference as ops
+from fastloss.ops.pair_call import Number, PairCall
 from fastloss.reference import preference as definition
-
-Number = float | Tensor
 
 CODES = {term.__name__: code for code, term in enumerate(definition.PAIR_TERMS)}
 LOSS_TYPES = (*(name for name in CODES if name != "center"), "aot", "aot_unpaired")
@@ -170,41 +169,43 @@ def contrast(
         c, r = alpha_reward(c, o.simpo_alpha), alpha_reward(r, o.simpo_alpha)
 
     scale = 1.0 / pairs.total if reduction == "mean" and pairs.total else 1.0
-    base: ops.Call = {
-        "rc": rc,
-        "rr": rr,
-        "lc": lc,
-        "lr": lr,
-        "divergence": o.divergence,
-        "alpha": o.alpha,
-        "beta": pairs.beta,
-        "smoothing": pairs.smoothing,
-        "margin": pairs.margin,
-        "weight": pairs.weight,
-        "delta": o.delta,
-        "tau": o.tau,
-        "average_rewards": o.average_rewards and lc is not None,
-    }
+    here = {name: scale * weight for name, weight in o.weights.items() if name not in SORTED}
+    terms = [(CODES[name], weight) for name, weight in here.items()]
+    base = PairCall(
+        terms,
+        rc,
+        rr,
+        lc,
+        lr,
+        o.divergence,
+        o.alpha,
+        pairs.beta,
+        pairs.smoothing,
+        pairs.margin,
+        pairs.weight,
+        o.delta,
+        o.tau,
+        o.average_rewards and lc is not None,
+    )
     per_pair = reduction == "none"
     if o.plain:
-        base["terms"] = [(CODES[name], scale * weight) for name, weight in o.weights.items()]
         return ops.pair_loss(rows, c, r, None, base, per_pair)
-    launches: list[tuple[Tensor, Tensor, Tensor | None, ops.Call]] = []
-    here = {name: scale * weight for name, weight in o.weights.items() if name not in SORTED}
+    launches: list[tuple[Tensor, Tensor, Tensor | None, PairCall]] = []
     if "simpo" in here:
         simpo_margin = pairs.margin + o.simpo_gamma
         if WITH_MARGIN.isdisjoint(here):
-            base["margin"] = simpo_margin
+            base = checks.replaced(base, margin=simpo_margin)
         elif o.simpo_gamma != 0.0:  # a margin of its own: a launch of its own
-            own = {"terms": [(CODES["simpo"], here.pop("simpo"))], "margin": simpo_margin}
-            launches.append((c, r, None, base | own))
-    terms = [(CODES[name], weight) for name, weight in here.items()] or [(CODES["sigmoid"], 0.0)]
-    launches.insert(0, (c, r, nll if "sft" in here else None, base | {"terms": terms}))
+            own = [(CODES["simpo"], here["simpo"])]
+            terms = [term for term in terms if term not in own]
+            launches.append((c, r, None, checks.replaced(base, terms=own, margin=simpo_margin)))
+    first = checks.replaced(base, terms=terms or [(CODES["sigmoid"], 0.0)])
+    launches.insert(0, (c, r, nll if "sft" in here else None, first))
+    alone = checks.replaced(base, rc=None, rr=None, lc=None, lr=None, average_rewards=False)
     for name in SORTED:
         if name in o.weights:
-            own = {"terms": [(CODES["sigmoid"], scale * o.weights[name])], "average_rewards": False}
-            none = dict.fromkeys(("rc", "rr", "lc", "lr"))
-            launches.append((*sorted_ratios(name, c, r, rc, rr), None, base | none | own))
+            own = [(CODES["sigmoid"], scale * o.weights[name])]
+            launches.append((*sorted_ratios(name, c, r, rc, rr), None, checks.replaced(alone, terms=own)))
     (loss, won, lost, sums), *more = (ops.pair_loss(rows, *launch, per_pair) for launch in launches)
     for extra in more:
         loss = loss + extra[0]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastloss import checks, dispatch, pairs, segments
 from fastloss.checks import ShapeError
+from fastloss.ops import plain_pairs
 from fastloss.ops.native_rows import acc_dtype
 from fastloss.pairs import Options, Pairs
 
@@ -112,9 +113,9 @@ def preference_loss(
     """
     if reduction not in checks.REDUCTIONS:
         checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
-    o = parse(
-        loss_type,
-        loss_weights,
+    fields = (
+        loss_type if isinstance(loss_type, str) else tuple(loss_type),
+        None if loss_weights is None else tuple(loss_weights),
         f_divergence_type,
         f_alpha_divergence_coef,
         discopop_tau,
@@ -124,6 +125,31 @@ def preference_loss(
         length_normalized,
         average_rewards,
     )
+    if reference_free:
+        ref_chosen_logps = ref_rejected_logps = None
+    whole = (
+        ld_alpha is None
+        and chosen_lengths is rejected_lengths is chosen_mask is rejected_mask is weights is None
+        and chosen_cu_seqlens is rejected_cu_seqlens is chosen_nll_logps is chosen_nll_lengths is None
+    )
+    refs = ref_chosen_logps, ref_rejected_logps
+    numbers = beta, label_smoothing, 0.0 if margin is None else margin
+    if whole and plain_pairs.is_plain(chosen_logps, rejected_logps, *refs, numbers, backend):
+        native = _ready(
+            reduction,
+            chosen_logps.shape[0],
+            (ref_chosen_logps is not None, ref_rejected_logps is not None),
+            reference_free,
+            numbers,
+            *fields,
+        )
+        if native is not None:
+            loss, won, lost, means = plain_pairs.plain_pair_loss(
+                native, chosen_logps, rejected_logps, *refs, per_pair=reduction == "none"
+            )
+            metrics = dict(zip(pairs.METRICS, means, strict=True))
+            return PreferenceOutput(loss, won, lost, chosen_logps.detach(), rejected_logps.detach(), metrics)
+    o = parse(*fields)
     checks.is_floating("chosen_logps", chosen_logps)
     checks.is_floating("rejected_logps", rejected_logps)
     if chosen_logps.dtype != rejected_logps.dtype:
@@ -178,6 +204,28 @@ def preference_loss(
     return PreferenceOutput(
         loss, won, lost, c, r, pairs.metrics(sums, c, r, nll if nll is None else nll.detach(), given, o)
     )
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _ready(
+    reduction: str,
+    count: int,
+    with_reference: tuple[bool, bool],
+    reference_free: bool,
+    numbers: tuple[float, float, float],
+    *fields: Any,
+) -> Any:
+    """The native options of a plain call; None where the long way has more to do, or an error to raise."""
+    o = pairs.options(*fields)
+    complete = (
+        reference_free or with_reference == (True, True) or not (o.needs_reference or any(with_reference))
+    )
+    if not (o.plain and complete) or o.needs_lengths:
+        return None
+    given_pairs(o, count, torch.float64, torch.device("cpu"), (None, None), *numbers, None)
+    scale = 1.0 / count if reduction == "mean" else 1.0
+    terms = [(pairs.CODES[name], scale * weight) for name, weight in o.weights.items()]
+    return plain_pairs.options(terms, *numbers, o.divergence, o.alpha, o.delta, o.tau)
 
 
 def parse(loss_type: Any, loss_weights: Any, *rest: Any) -> Options:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +12,10 @@ from torch import Tensor
 from fastloss import checks, pairs
 from fastloss.checks import ShapeError
 from fastloss.cross_entropy import cross_entropy
+from fastloss.ops import plain_pairs
 from fastloss.ops import preference as ops
 from fastloss.ops.native_rows import acc_dtype
+from fastloss.ops.pair_call import PairCall
 from fastloss.preference import Number, choose, constant, per_pair
 
 
@@ -57,6 +61,18 @@ def reward_model_loss(
     (0.8133, 0.5)
     """
     checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
+    numbers = label_smoothing, 0.0 if margin is None else margin, center_coefficient
+    if weights is None and plain_pairs.is_plain(
+        chosen_rewards, rejected_rewards, None, None, numbers, backend
+    ):
+        loss, _, _, values = plain_pairs.plain_pair_loss(
+            _ready(reduction, chosen_rewards.shape[0], *numbers),
+            chosen_rewards,
+            rejected_rewards,
+            per_pair=reduction == "none",
+            extremes=True,
+        )
+        return RewardOutput(loss, _named(values[:4], *values[6:]))
     for name, value in (("chosen_rewards", chosen_rewards), ("rejected_rewards", rejected_rewards)):
         checks.is_floating(name, value)
         if value.dim() not in (1, 2) or (value.dim() == 2 and value.shape[1] != 1):
@@ -66,29 +82,47 @@ def reward_model_loss(
     acc, device = acc_dtype(chosen_rewards.dtype), chosen_rewards.device
     c, r = chosen_rewards.to(acc).reshape(-1), rejected_rewards.to(acc).reshape(-1)
     count = c.shape[0]
-    scale = 1.0 / max(count, 1) if reduction == "mean" else 1.0
-    center = checks.number("center_coefficient", center_coefficient, low=0.0)
-    terms = ((pairs.CODES["sigmoid"], scale), *(((pairs.CODES["center"], center * scale),) if center else ()))
-    call: ops.Call = {
-        "terms": terms,
-        "beta": 1.0,
-        "smoothing": per_pair("label_smoothing", label_smoothing, count, acc, device, 0.0, 1.0),
-        "margin": per_pair("margin", 0.0 if margin is None else margin, count, acc, device),
-        "weight": constant("weights", weights, count, acc, device),
-    }
+    terms = _terms(reduction, count, center_coefficient)
+    call = PairCall(
+        terms,
+        beta=1.0,
+        smoothing=per_pair("label_smoothing", label_smoothing, count, acc, device, 0.0, 1.0),
+        margin=per_pair("margin", 0.0 if margin is None else margin, count, acc, device),
+        weight=constant("weights", weights, count, acc, device),
+    )
     rows = choose("reward_model_loss", backend, c, r)
     loss, _, _, sums = ops.pair_loss(rows, c, r, None, call, reduction == "none")
     means = (sums / max(count, 1)).unbind()
-    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
-    metrics = dict(zip(names, means[1:5], strict=True))
-    metrics["mean_reward"] = (means[1] + means[2]) / 2
     with torch.no_grad():
+        lowest = highest = means[0]
         if count:
             lows, highs = zip(torch.aminmax(c.detach()), torch.aminmax(r.detach()), strict=True)
-            metrics["min_reward"], metrics["max_reward"] = torch.minimum(*lows), torch.maximum(*highs)
-        else:
-            metrics["min_reward"] = metrics["max_reward"] = means[0]
-    return RewardOutput(loss, metrics)
+            lowest, highest = torch.minimum(*lows), torch.maximum(*highs)
+        return RewardOutput(loss, _named(means[1:5], lowest, highest))
+
+
+def _terms(reduction: str, count: int, center_coefficient: float) -> list[tuple[int, float]]:
+    scale = 1.0 / max(count, 1) if reduction == "mean" else 1.0
+    center = checks.number("center_coefficient", center_coefficient, low=0.0)
+    terms = [(pairs.CODES["sigmoid"], scale)]
+    return [*terms, (pairs.CODES["center"], center * scale)] if center else terms
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _ready(reduction: str, count: int, smoothing: float, margin: float, center_coefficient: float) -> Any:
+    smoothing = checks.number("label_smoothing", smoothing, low=0.0, high=1.0)
+    margin = checks.number("margin", margin)
+    return plain_pairs.options(_terms(reduction, count, center_coefficient), 1.0, smoothing, margin)
+
+
+def _named(means: Sequence[Tensor], lowest: Tensor, highest: Tensor) -> dict[str, Tensor]:
+    names = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
+    return {
+        **dict(zip(names, means, strict=True)),
+        "mean_reward": (means[0] + means[1]) / 2,
+        "min_reward": lowest,
+        "max_reward": highest,
+    }
 
 
 def process_reward_loss(

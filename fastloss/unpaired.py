@@ -152,7 +152,7 @@ class _Options:
 
     def call(
         self, desirable: Tensor, ref: Tensor | None, weight: Tensor | None, kl: Tensor | None, total: int
-    ) -> ops.Call:
+    ) -> ops.UnpairedCall:
         scale = 1.0 / max(total, 1) if self.reduction == "mean" else 1.0
         return {
             "desirable": desirable,

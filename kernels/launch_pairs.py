@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastloss.ops.pair_call import Number, PairCall
+
 from . import pairs as kernels
 from .launch import _on_device_of
 
-Number = float | Tensor
 SFT = 11
 # 128 threads, one pair or eight tokens each; sums in float64 take two registers a number. Not tuned on a GPU.
 PAIR_SHAPE = {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": True}
@@ -54,44 +54,25 @@ def segment_expand(
     return out
 
 
-def pair_loss(
-    c: Tensor,
-    r: Tensor,
-    *,
-    rc: Tensor | None = None,
-    rr: Tensor | None = None,
-    lc: Tensor | None = None,
-    lr: Tensor | None = None,
-    nll: Tensor | None = None,
-    terms: Sequence[tuple[int, float]],
-    divergence: int = 0,
-    alpha: float = 0.5,
-    beta: Number = 0.1,
-    smoothing: Number = 0.0,
-    margin: Number = 0.0,
-    weight: Tensor | None = None,
-    delta: Number = 0.0,
-    tau: float = 0.05,
-    average_rewards: bool = False,
-) -> dict[str, Any]:
-    _check(c, r, rc, rr, lc, lr, nll, weight)
-    if len(terms) > 8:
-        raise ValueError(f"terms: expected at most 8, got {len(terms)}")
+def pair_loss(c: Tensor, r: Tensor, nll: Tensor | None, call: PairCall) -> dict[str, Any]:
+    _check(c, r, call.rc, call.rr, call.lc, call.lr, nll, call.weight)
+    if len(call.terms) > 8:
+        raise ValueError(f"terms: expected at most 8, got {len(call.terms)}")
     out: dict[str, Any] = {
         name: torch.empty_like(c) for name in ("loss", "d_c", "d_r", "chosen_reward", "rejected_reward")
     }
     out["d_nll"] = None if nll is None else torch.empty_like(c)
     out["sums"] = c.new_empty(7)
-    codes = tuple(code for code, _ in terms)
-    weights = [float(w) for _, w in terms] + [0.0] * (8 - len(terms))
-    alpha_minus_1 = 0.0 if abs(alpha - 1) < 1e-6 else alpha - 1
+    codes = tuple(code for code, _ in call.terms)
+    weights = [float(w) for _, w in call.terms] + [0.0] * (8 - len(call.terms))
+    alpha_minus_1 = 0.0 if abs(call.alpha - 1) < 1e-6 else call.alpha - 1
     with _on_device_of(c):
         kernels.pair_loss_kernel[(1,)](
-            c, r, c.numel(), rc, rr, lc, lr, nll, *weights, float(alpha_minus_1), *_number(beta), *_number(smoothing),
-            *_number(margin), weight, *_number(delta), float(tau), out["loss"], out["d_c"], out["d_r"], out["d_nll"],
+            c, r, c.numel(), call.rc, call.rr, call.lc, call.lr, nll, *weights, float(alpha_minus_1), *_number(call.beta),
+            *_number(call.smoothing), *_number(call.margin), call.weight, *_number(call.delta), float(call.tau), out["loss"], out["d_c"], out["d_r"], out["d_nll"],
             out["chosen_reward"], out["rejected_reward"], out["sums"],
-            TERMS=codes, NEEDS_TOKENS=SFT in codes and lc is not None, DIVERGENCE=divergence,
-            AVERAGE_REWARDS=average_rewards, **PAIR_SHAPE,
+            TERMS=codes, NEEDS_TOKENS=SFT in codes and call.lc is not None, DIVERGENCE=call.divergence,
+            AVERAGE_REWARDS=call.average_rewards, **PAIR_SHAPE,
         )  # fmt: skip
     return out
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastloss import dispatch
 from fastloss.ops.native_pairs import NativePairs
+from fastloss.ops.pair_call import PairCall
 from fastloss.reference import preference as definition
 
 CASES = [(backend, torch.float32) for backend in KERNELS] + [("cpu", torch.float64)] * ("cpu" in KERNELS)
@@ -75,10 +76,15 @@ def wide(value: Any, dtype: torch.dtype = torch.float64) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def called(function: Any) -> Any:
+    """pair_loss with the fields of its PairCall as keywords."""
+    return lambda c, r, nll=None, **call: function(c, r, nll, PairCall(**call))
+
+
 def defined(given: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The definition of pair_loss or unpaired_loss in ``dtype``, with the gradients of the sum of its losses."""
     given = {name: wide(value, dtype) for name, value in given.items()}
-    function = definition.unpaired_loss if "logps" in given else definition.pair_loss
+    function = definition.unpaired_loss if "logps" in given else called(definition.pair_loss)
     leaves = {}
     for name, gradient in (("c", "d_c"), ("r", "d_r"), ("nll", "d_nll"), ("logps", "d")):
         if given.get(name) is not None:
@@ -112,7 +118,7 @@ def check(backend: str, given: dict[str, Any], out: dict[str, Any]) -> None:
 
 
 def pair_loss(backend: str, given: dict[str, Any]) -> dict[str, Any]:
-    return rows_of(backend, given["c"].dtype).pair_loss(**given)
+    return called(rows_of(backend, given["c"].dtype).pair_loss)(**given)
 
 
 @pytest.mark.parametrize("which", ["plain", "lengths", "all"])
@@ -352,7 +358,7 @@ def test_bad_codes_are_errors(backend: str) -> None:
         {"terms": [(0, 1.0)], "divergence": 4},
     ):
         with pytest.raises(ValueError, match=r"expected"):
-            rows.pair_loss(x, x, **options)
+            called(rows.pair_loss)(x, x, **options)
     with pytest.raises(ValueError, match="code"):
         rows.unpaired_loss(x, desirable=x.to(torch.uint8), code=3)
 

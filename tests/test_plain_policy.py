@@ -14,9 +14,8 @@ from fastloss import policy_gradient
 from fastloss.ops.policy_options import VARIANTS
 
 B, T = 5, 300
-SELECTING = ("clip_cov", "kl_cov")
 OPTIONS: list[dict[str, Any]] = [
-    *({"loss_type": name} for name in VARIANTS if name not in SELECTING),
+    *({"loss_type": name} for name, v in VARIANTS.items() if not v.selects),
     {"loss_type": "gspo", "clip_low": None, "clip_high": None},
     {"loss_type": "gspo", "beta": 0.1, "kl_unbiased": True},
     {"loss_type": "gspo", "off_policy_threshold": 0.0},
@@ -77,7 +76,7 @@ def test_short_way_is_the_long_way(
         data["advantages"] = data["advantages"][:, None] + torch.linspace(-1, 1, T, dtype=dtype)
     got = call(data, **options)
     assert len(taken) == 1
-    long = call({**data, "mask": data["mask"].int()}, **options)
+    long = call(data, weights=torch.ones(B), **options)
     assert len(taken) == 1
     exact = call(
         {k: v.double() if v.is_floating_point() else v for k, v in data.items()},
@@ -113,6 +112,14 @@ def test_backward_twice_and_double_backward(taken: list[None]) -> None:
     assert len(taken) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.float32])
+def test_any_mask(dtype: torch.dtype, taken: list[None]) -> None:
+    data = batch()
+    want, got = call(data), call({**data, "mask": 2 * data["mask"].to(dtype)})
+    assert len(taken) == 2
+    assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
 def test_without_a_gradient(taken: list[None]) -> None:
     data = batch()
     arguments = (data["old_logprobs"], data["advantages"], data["mask"])
@@ -131,8 +138,7 @@ def test_without_a_gradient(taken: list[None]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"loss_type": "clip_cov"},
-        {"loss_type": "kl_cov"},
+        *({"loss_type": name} for name, v in VARIANTS.items() if v.selects),
         {"top_entropy_quantile": 0.5},
         {"entropy_coef": 0.1, "entropy_aggregation": "token-mean"},
         {"weights": torch.ones(B)},

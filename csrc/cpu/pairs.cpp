@@ -2,6 +2,8 @@
 // Reads each input once and writes each output once: 4 or 8 bytes per token or per pair and array.
 // Plain C++, computed in double: pairs are few, sums of tokens are bound by memory. Sequences over threads.
 
+#include <vector>
+
 #include "../pair_bindings.h"
 #include "parallel.h"
 
@@ -116,8 +118,68 @@ struct Cpu {
   }
 };
 
+// pair_loss with numbers for all pairs alone, and the fewest calls from Python around it: options read once,
+// the metrics made here.
+class PlainPairs {
+  PairLoss<float, double> f32_ = {};
+  PairLoss<double, double> f64_ = {};
+
+  const PairLoss<float, double>& of(float) const { return f32_; }
+  const PairLoss<double, double>& of(double) const { return f64_; }
+
+  template <class S>
+  static void set(PairLoss<S, double>& a, const pybind11::sequence& terms, int divergence, double alpha,
+                  double beta, double smoothing, double margin, double delta, double tau) {
+    set_terms(a, terms), set_divergence(a, divergence, alpha);
+    a.beta.number = beta, a.smoothing.number = smoothing, a.margin.number = margin;
+    a.weight.number = 1, a.delta.number = delta, a.tau = tau;
+  }
+
+ public:
+  PlainPairs(const pybind11::sequence& terms, int divergence, double alpha, double beta, double smoothing,
+             double margin, double delta, double tau) {
+    set(f32_, terms, divergence, alpha, beta, smoothing, margin, delta, tau);
+    set(f64_, terms, divergence, alpha, beta, smoothing, margin, delta, tau);
+  }
+
+  // `loss` is acc [pairs] with `per_pair`, else their sum. `metrics`: the means of sums[1] to sums[6], and
+  // with `extremes` the least and the largest of c and r.
+  void run(int dtype, int64_t pairs, Address c, Address r, Address rc, Address rr, bool per_pair,
+           Address loss, Address d_c, Address d_r, Address chosen_reward, Address rejected_reward,
+           Address metrics, bool extremes) const {
+    Cpu::with_dtype(dtype, [&](auto zero) {
+      using S = decltype(zero);
+      thread_local std::vector<S> losses;
+      S sums[kSums];
+      PairLoss<S, double> a = of(zero);
+      a.c = from<S>(c), a.r = from<S>(r), a.rc = from<S>(rc), a.rr = from<S>(rr), a.pairs = pairs;
+      if (!per_pair) losses.resize(size_t(pairs));
+      a.loss = per_pair ? from<S>(loss) : losses.data();
+      a.d_c = from<S>(d_c), a.d_r = from<S>(d_r), a.sums = sums;
+      a.chosen_reward = from<S>(chosen_reward), a.rejected_reward = from<S>(rejected_reward);
+      Cpu::run(a, 1);
+      if (!per_pair) *from<S>(loss) = sums[0];
+      S* const to = from<S>(metrics);
+      for (int k = 1; k < kSums; ++k) to[k - 1] = S(double(sums[k]) / double(pairs));
+      if (!extremes) return;
+      S least = a.c[0], most = a.c[0];
+      for (int64_t i = 0; i < pairs; ++i) {
+        for (const S x : {a.c[i], a.r[i]}) {
+          least = x < least || x != x ? x : least, most = x > most || x != x ? x : most;
+        }
+      }
+      to[kSums - 1] = least, to[kSums] = most;
+    });
+  }
+};
+
 }  // namespace
 
-void bind_pairs(pybind11::module_& m) { PairBindings<Cpu>::bind(m); }
+void bind_pairs(pybind11::module_& m) {
+  PairBindings<Cpu>::bind(m);
+  pybind11::class_<PlainPairs>(m, "PlainPairs", pybind11::module_local())
+      .def(pybind11::init<const pybind11::sequence&, int, double, double, double, double, double, double>())
+      .def("run", &PlainPairs::run);
+}
 
 }  // namespace fastloss

@@ -23,6 +23,7 @@ class Outcome(NamedTuple):
     reached: bool
 
 
+EAGER_METRICS = "eager with TRL's metrics"  # the same work: fastloss's losses come with theirs
 GOALS = (
     Goal("in place, warm: over a copy", "row-f32-*-inplace-warm", "over_limit", 1.2),
     Goal("in place, cold: against eager", "row-f32-*-inplace-cold", "torch eager", 7.0),
@@ -43,12 +44,15 @@ GOALS = (
     Goal("preference from the head: against Liger", "preference-linear-bf16-*[0-9]", "liger*", 1.0),
     Goal("preference from the head: extra memory", "preference-linear-bf16-*[0-9]", "extra", 0.05),
     Goal("preference from log-probs: against eager", "preference-*-64", "torch eager", 3.0),
+    Goal("preference from log-probs: against eager with metrics", "preference-*-64", EAGER_METRICS, 3.0),
     Goal("policy from the head: over three GEMMs", "policy-linear-bf16-*[0-9]", "over_limit", 1.15),
     Goal("policy from the head: against TRL", "policy-linear-bf16-*[0-9]", "trl", 3.0),
     Goal("policy from the head: against Liger", "policy-linear-bf16-*[0-9]", "liger*", 1.0),
     Goal("policy from the head: extra memory", "policy-linear-bf16-*[0-9]", "extra", 0.05),
     Goal("policy from log-probs: against eager", "policy-ppo-*", "torch eager", 5.0),
     Goal("policy from log-probs: against eager", "policy-gspo-*", "torch eager", 5.0),
+    Goal("policy from log-probs: against eager with metrics", "policy-ppo-*", EAGER_METRICS, 5.0),
+    Goal("policy from log-probs: against eager with metrics", "policy-gspo-*", EAGER_METRICS, 5.0),
     Goal("advantages: against verl's loop", "gae-*", "torch eager", 20.0),
     Goal("advantages: against TRL's loop", "gae-*", "trl", 20.0),
 )

@@ -50,6 +50,16 @@ def _eager(case: Case) -> Loss:
     return KINDS[case.kind].eager(case)
 
 
+def _eager_metrics(case: Case) -> Loss:
+    loss = KINDS[case.kind].eager_metrics
+    assert loss is not None
+    return loss(case)
+
+
+def _has_metrics(case: Case, device: str) -> str | None:
+    return "" if KINDS[case.kind].eager_metrics is None else None
+
+
 def _eager_f32(case: Case) -> Loss:
     """What one does about it: the same expression over float32 copies."""
     loss = KINDS[case.kind].eager(case)
@@ -103,6 +113,7 @@ def registry() -> list[Provider]:
         _fastloss("cuda"),
         _fastloss("triton"),
         Provider("torch eager", emulated, _eager),
+        Provider("eager with TRL's metrics", _has_metrics, _eager_metrics),
         Provider("torch eager, f32 GEMMs", _only_emulated, _eager_f32),
         Provider("torch.compile", _compiles, _compiled, compiles=True),
         Provider("torch linear_cross_entropy", _has_linear, _torch_linear),

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastloss.ops.native_rows import DTYPE_CODES
-
-Number = float | Tensor
+from fastloss.ops.pair_call import Number, PairCall
 
 
 def _ptr(tensor: Tensor | None) -> int:
@@ -52,34 +51,15 @@ class NativePairs:
         )  # fmt: skip
         return out
 
-    def pair_loss(
-        self,
-        c: Tensor,
-        r: Tensor,
-        *,
-        rc: Tensor | None = None,
-        rr: Tensor | None = None,
-        lc: Tensor | None = None,
-        lr: Tensor | None = None,
-        nll: Tensor | None = None,
-        terms: Sequence[tuple[int, float]],
-        divergence: int = 0,
-        alpha: float = 0.5,
-        beta: Number = 0.1,
-        smoothing: Number = 0.0,
-        margin: Number = 0.0,
-        weight: Tensor | None = None,
-        delta: Number = 0.0,
-        tau: float = 0.05,
-        average_rewards: bool = False,
-    ) -> dict[str, Any]:
+    def pair_loss(self, c: Tensor, r: Tensor, nll: Tensor | None, call: PairCall) -> dict[str, Any]:
         loss, d_c, d_r = torch.empty_like(c), torch.empty_like(c), torch.empty_like(c)
         d_nll = None if nll is None else torch.empty_like(c)
         chosen, rejected, sums = torch.empty_like(c), torch.empty_like(c), c.new_empty(7)
         self._call(
-            "pair_loss", c, c.data_ptr(), r.data_ptr(), DTYPE_CODES[c.dtype], c.numel(), _ptr(rc), _ptr(rr), _ptr(lc),
-            _ptr(lr), _ptr(nll), terms, divergence, alpha, *_number(beta), *_number(smoothing), *_number(margin),
-            _ptr(weight), *_number(delta), tau, average_rewards, loss.data_ptr(), d_c.data_ptr(), d_r.data_ptr(),
+            "pair_loss", c, c.data_ptr(), r.data_ptr(), DTYPE_CODES[c.dtype], c.numel(), _ptr(call.rc),
+            _ptr(call.rr), _ptr(call.lc), _ptr(call.lr), _ptr(nll), call.terms, call.divergence, call.alpha,
+            *_number(call.beta), *_number(call.smoothing), *_number(call.margin), _ptr(call.weight),
+            *_number(call.delta), call.tau, call.average_rewards, loss.data_ptr(), d_c.data_ptr(), d_r.data_ptr(),
             _ptr(d_nll), chosen.data_ptr(), rejected.data_ptr(), sums.data_ptr(),
         )  # fmt: skip
         return {

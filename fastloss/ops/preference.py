@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss.ops.once import once_differentiable
+from fastloss.ops.pair_call import PairCall
 
 
 class SegmentSum(torch.autograd.Function):
@@ -52,8 +53,8 @@ def segment_sum(
     return SegmentSum.apply(values, weights, offsets, length, count, rows)
 
 
-# Everything about a launch but what it differentiates: the keywords of reference.pair_loss and reference.unpaired_loss.
-Call = dict[str, Any]
+# Everything about a launch but what it differentiates: the keywords of reference.unpaired_loss.
+UnpairedCall = dict[str, Any]
 
 
 class PairLoss(torch.autograd.Function):
@@ -65,14 +66,14 @@ class PairLoss(torch.autograd.Function):
         c: Tensor,
         r: Tensor,
         nll: Tensor | None,
-        call: Call,
+        call: PairCall,
         per_pair: bool,
         rows: Any,
         out: dict[str, Tensor],
     ) -> Tensor:
         if c.numel():
             nll = nll if nll is None else nll.contiguous()
-            out.update(rows.pair_loss(c.contiguous(), r.contiguous(), nll=nll, **call))
+            out.update(rows.pair_loss(c.contiguous(), r.contiguous(), nll, call))
         else:  # an empty tensor has no address
             names = ("loss", "d_c", "d_r", "d_nll", "chosen_reward", "rejected_reward")
             out.update({name: torch.zeros_like(c) for name in names}, sums=c.new_zeros(7))
@@ -87,11 +88,11 @@ class PairLoss(torch.autograd.Function):
 
 
 def pair_loss(
-    rows: Any, c: Tensor, r: Tensor, nll: Tensor | None, call: Call, per_pair: bool
+    rows: Any, c: Tensor, r: Tensor, nll: Tensor | None, call: PairCall, per_pair: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One launch: (loss per pair, or its sum; chosen rewards; rejected rewards; sums)."""
     if rows is None:
-        out = reference.pair_loss(c, r, nll=nll, **call)
+        out = reference.pair_loss(c, r, nll, call)
         loss = out["loss"] if per_pair else out["loss"].sum()
     else:
         out = {}
@@ -104,7 +105,7 @@ class UnpairedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logps: Tensor, call: Call, per_sequence: bool, rows: Any, out: dict[str, Tensor]
+        ctx: Any, logps: Tensor, call: UnpairedCall, per_sequence: bool, rows: Any, out: dict[str, Tensor]
     ) -> Tensor:
         if logps.numel():
             out.update(rows.unpaired_loss(logps.contiguous(), **call))
@@ -120,7 +121,9 @@ class UnpairedLoss(torch.autograd.Function):
         return ctx.saved_tensors[0] * upstream, None, None, None, None
 
 
-def unpaired_loss(rows: Any, logps: Tensor, call: Call, per_sequence: bool) -> tuple[Tensor, Tensor, Tensor]:
+def unpaired_loss(
+    rows: Any, logps: Tensor, call: UnpairedCall, per_sequence: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """One launch: (loss per sequence, or its sum; rewards; sums)."""
     if rows is None:
         out = reference.unpaired_loss(logps, **call)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Number = float | Tensor
+from fastloss.ops.pair_call import Number, PairCall
+
 MAX_EXPONENT = 80.0  # e^80 is finite in float32
 MAX_MARGIN = 1e16  # its square, summed over a batch, is finite in float32
 
@@ -180,53 +181,35 @@ def f_divergence(x: Tensor, divergence: int, alpha: float) -> Tensor:
     return x
 
 
-def pair_loss(
-    c: Tensor,
-    r: Tensor,
-    *,
-    rc: Tensor | None = None,
-    rr: Tensor | None = None,
-    lc: Tensor | None = None,
-    lr: Tensor | None = None,
-    nll: Tensor | None = None,
-    terms: list[tuple[int, float]],
-    divergence: int = 0,
-    alpha: float = 0.5,
-    beta: Number = 0.1,
-    smoothing: Number = 0.0,
-    margin: Number = 0.0,
-    weight: Tensor | None = None,
-    delta: Number = 0.0,
-    tau: float = 0.05,
-    average_rewards: bool = False,
-) -> dict[str, Tensor]:
+def pair_loss(c: Tensor, r: Tensor, nll: Tensor | None, call: PairCall) -> dict[str, Tensor]:
     """``weight · Σ_k term_weight_k · term_k`` per pair ``[B]``, the rewards, and the seven sums of docs/sequences.md."""
-    xc, xr = c if rc is None else c - rc, r if rr is None else r - rr
+    lc, lr = call.lc, call.lr
+    xc, xr = c if call.rc is None else c - call.rc, r if call.rr is None else r - call.rr
     pair = Pair(
         c,
         r,
         xc,
         xr,
-        f_divergence(xc, divergence, alpha),
-        f_divergence(xr, divergence, alpha),
+        f_divergence(xc, call.divergence, call.alpha),
+        f_divergence(xr, call.divergence, call.alpha),
         1.0 if lc is None else lc.clamp(min=1),
         1.0 if lr is None else lr.clamp(min=1),
         c if nll is None else nll,
         1.0 if lc is None else lc.mean(),
-        beta,
-        smoothing,
-        margin,
-        delta,
-        tau,
+        call.beta,
+        call.smoothing,
+        call.margin,
+        call.delta,
+        call.tau,
     )
     loss = torch.zeros_like(c)
-    for code, term_weight in terms:
+    for code, term_weight in call.terms:
         loss = loss + term_weight * PAIR_TERMS[code](pair)
-    if weight is not None:
-        loss = loss * weight
+    if call.weight is not None:
+        loss = loss * call.weight
     with torch.no_grad():
-        won, lost = beta * xc, beta * xr
-        if average_rewards:
+        won, lost = call.beta * xc, call.beta * xr
+        if call.average_rewards:
             won, lost = won / pair.lc, lost / pair.lr
         each = (loss, won, lost, (won > lost).to(c.dtype), won - lost, c, r)
         sums = torch.stack([x.sum() for x in each])

@@ -22,6 +22,7 @@ class Kind:
     eager: Callable[[Case], Loss]  # what one writes in PyTorch
     truth: Truth
     limit: tuple[str, Callable[[Case, Data], Callable[[], object]]] | None = None  # None: the GEMMs
+    eager_metrics: Callable[[Case], Loss] | None = None  # eager, with what a trainer logs of each step
     kept: Callable[[dict[str, Tensor]], int] = lambda tensors: int((tensors["target"] != IGNORE).sum())
 
 

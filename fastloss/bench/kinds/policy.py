@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -92,8 +92,11 @@ def _gae_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     return {"rewards": rewards, "values": values, "mask": mask}
 
 
-def surrogate(case: Case) -> Callable[..., Tensor]:
-    """As TRL 1.16's GRPOTrainer writes it: clipped ratio per token or sequence, k3 to the reference, aggregation."""
+def surrogate(
+    case: Case, log: Callable[[Mapping[str, Tensor]], object] | None = None
+) -> Callable[..., Tensor]:
+    """As TRL 1.16's GRPOTrainer writes it: clipped ratio per token or sequence, k3 to the reference, aggregation; ``log``
+    gets what it then logs of each step."""
     name = dict(case.options)["loss_type"]
     option = OPTIONS[name]
     low, high = 1 - option["clip_low"], 1 + option["clip_high"]
@@ -106,13 +109,40 @@ def surrogate(case: Case) -> Callable[..., Tensor]:
             log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(-1)
         ratio = torch.exp(log_ratio)
         per_token = -torch.min(ratio * per_sequence, torch.clamp(ratio, low, high) * per_sequence)
+        kl = None
         if ref is not None and option["beta"]:
-            per_token = per_token + option["beta"] * (torch.exp(ref - logprobs) - (ref - logprobs) - 1)
+            kl = torch.exp(ref - logprobs) - (ref - logprobs) - 1
+            per_token = per_token + option["beta"] * kl
+        if log is not None:
+            with torch.no_grad():
+                log(_trl_metrics(ratio, per_sequence, mask, kl, low, high))
         if option["aggregation"] == "token-mean":
             return (per_token * mask).sum() / mask.sum().clamp(min=1.0)
         return ((per_token * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
 
     return loss
+
+
+def _trl_metrics(
+    ratio: Tensor, advantages: Tensor, mask: Tensor, kl: Tensor | None, low: float, high: float
+) -> dict[str, Tensor]:
+    def mean(x: Tensor) -> Tensor:
+        if x.shape[1] == 1:
+            return x.sum() / x.shape[0]
+        return (x * mask).sum() / mask.sum().float().clamp(min=1.0)
+
+    def of_sequences(x: Tensor) -> Tensor:
+        return x.squeeze(1) if x.shape[1] == 1 else (x * mask).sum(-1) / mask.sum(-1)
+
+    is_low, is_high = (ratio < low) & (advantages < 0), (ratio > high) & (advantages > 0)
+    return {
+        **({} if kl is None else {"kl": mean(kl)}),
+        "clip_ratio/low_mean": mean(is_low.float()),
+        "clip_ratio/high_mean": mean(is_high.float()),
+        "clip_ratio/region_mean": mean((is_low | is_high).float()),
+        "clip_ratio/low_min": of_sequences(is_low.float()).min(),
+        "clip_ratio/high_max": of_sequences(is_high.float()).max(),
+    }
 
 
 def _ours(case: Case, backend: str) -> Loss:
@@ -136,6 +166,10 @@ def _ours_gae(case: Case, backend: str) -> Loss:
     return lambda rewards, values, mask: fastloss.gae(
         rewards, values, mask, gamma=GAMMA, lam=LAMBDA, backend=backend
     )[0]
+
+
+def _eager_metrics(case: Case) -> Loss:
+    return surrogate(case, log=dict)
 
 
 def _eager_linear(case: Case) -> Loss:
@@ -197,7 +231,7 @@ def _leaves(case: Case) -> tuple[str, ...]:
 
 TRAFFIC = ("read all, write one", _read_all_write_one)
 KINDS = {
-    "policy": Kind(cases, _tensors, _leaves, _ours, surrogate, _truth, TRAFFIC, _kept),
+    "policy": Kind(cases, _tensors, _leaves, _ours, surrogate, _truth, TRAFFIC, _eager_metrics, _kept),
     "policy-linear": Kind(
         linear_cases, _linear_tensors, head_leaves, _ours_linear, _eager_linear, _linear_truth, kept=_kept
     ),
@@ -209,6 +243,6 @@ KINDS = {
         _eager_gae,
         _gae_truth,
         TRAFFIC,
-        _kept,
+        kept=_kept,
     ),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,11 +66,25 @@ def contrast(
     ref_rejected: Tensor,
     *,
     terms: Mapping[str, float] | None = None,
+    log: Callable[[Mapping[str, Tensor]], object] | None = None,
 ) -> Tensor:
-    """As TRL 1.16's DPOTrainer writes its losses."""
+    """As TRL 1.16's DPOTrainer writes its losses; ``log`` gets what it then logs of each step."""
     c, r = chosen - ref_chosen, rejected - ref_rejected
     weights = terms or {"sigmoid": 1.0}
-    return torch.stack([(weight * TERMS[name](c, r)).mean() for name, weight in weights.items()]).sum()
+    loss = torch.stack([(weight * TERMS[name](c, r)).mean() for name, weight in weights.items()]).sum()
+    if log is not None:
+        won, lost = BETA * c.detach(), BETA * r.detach()
+        log(
+            {
+                "rewards/chosen": won.mean(),
+                "rewards/rejected": lost.mean(),
+                "rewards/accuracies": (won > lost).float().mean(),
+                "rewards/margins": (won - lost).mean(),
+                "logps/chosen": chosen.detach().mean(),
+                "logps/rejected": rejected.detach().mean(),
+            }
+        )
+    return loss
 
 
 def of_answers(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -102,6 +116,11 @@ def _eager(case: Case) -> Loss:
     return lambda *logps: contrast(*logps, terms=terms)
 
 
+def _eager_metrics(case: Case) -> Loss:
+    terms = dict(dict(case.options)["terms"])
+    return lambda *logps: contrast(*logps, terms=terms, log=dict)
+
+
 def _eager_linear(case: Case) -> Loss:
     def loss(
         hidden: Tensor, weight: Tensor, target: Tensor, ref_hidden: Tensor, ref_weight: Tensor
@@ -130,6 +149,7 @@ KINDS = {
         _ours,
         _eager,
         _truth,
+        eager_metrics=_eager_metrics,
         kept=lambda tensors: len(tensors["chosen"]),
     ),
     "preference-linear": Kind(
