@@ -130,6 +130,8 @@ class TrainConfig(RunOptions, LossOptions, OptimisationOptions, ModelOptions, Da
 class PretrainConfig(TrainConfig):
     """Next-token prediction on text, from random weights or (keep_weights) a model's."""
 
+    group: ClassVar[str] = "Only in pretrain"
+
     out: str = option("runs/pretrain", "folder of the run: logs, checkpoint, report")
     model: str = option("", "folder with a transformers config.json; none: a Llama of the sizes below")
     keep_weights: bool = option(False, "start from the weights of --model too: continued pretraining")

@@ -85,11 +85,11 @@ def check_sampler(model: Any, head: Head, vocab_size: int, instead: str = "") ->
         answers = sample(model, head, prompts, max_new_tokens=4, end=-1, temperature=0)
     except (IndexError, AttributeError, TypeError) as error:  # a model without keys and values
         raise ValueError(f"{name}: {error}") from error
-    training = model.training
+    training, whole = model.training, head.gathered()
     model.eval()
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.tensor([prompt + answer[:-1]], device=head.weight.device)
-        logits = head.logits(hidden_states(model, ids)[0, len(prompt) - 1 :])  # [4, V]
+        logits = whole.logits(hidden_states(model, ids)[0, len(prompt) - 1 :])  # [4, V]
         behind = logits.amax(1) - logits[range(len(answer)), answer]
         if float(behind.max()) > 1e-2 * float(logits.std()):
             raise ValueError(f"{name}: it answers otherwise than without them")
