@@ -17,16 +17,17 @@ avx2=(-mavx2 -mfma -mf16c)
 avx512=(-mavx512f -mavx512bw -mavx512dq -mavx512vl "${avx2[@]}")
 cd "$root/csrc/cpu"
 per_isa=" $("$python" -c 'import sys; sys.path.insert(0, "../../tools"); import build_native; print(*build_native.PER_ISA)') "
+compile() { echo "g++ ${flags[*]} $*"; }
 for source in *.cpp; do
   if [[ $per_isa == *" $source "* ]]; then
-    g++ "${flags[@]}" -DFASTLOSS_ISA=avx512 "${avx512[@]}" -c "$source" -o "$build/$source.avx512.o"
-    g++ "${flags[@]}" -DFASTLOSS_ISA=avx2 "${avx2[@]}" -c "$source" -o "$build/$source.avx2.o"
-    g++ "${flags[@]}" -DFASTLOSS_ISA=generic -c "$source" -o "$build/$source.generic.o"
-    g++ "${flags[@]}" -DFASTLOSS_ISA=wide16 -DFASTLOSS_VECTOR_BYTES=64 "${avx2[@]}" -c "$source" -o "$build/$source.wide16.o"
+    compile -DFASTLOSS_ISA=avx512 "${avx512[@]}" -c "$source" -o "$build/$source.avx512.o"
+    compile -DFASTLOSS_ISA=avx2 "${avx2[@]}" -c "$source" -o "$build/$source.avx2.o"
+    compile -DFASTLOSS_ISA=generic -c "$source" -o "$build/$source.generic.o"
+    compile -DFASTLOSS_ISA=wide16 -DFASTLOSS_VECTOR_BYTES=64 "${avx2[@]}" -c "$source" -o "$build/$source.wide16.o"
   else
-    g++ "${flags[@]}" -I.. -DFASTLOSS_W16_TEST $("$python" -m pybind11 --includes) -c "$source" -o "$build/$source.o"
+    compile -I.. -DFASTLOSS_W16_TEST $("$python" -m pybind11 --includes) -c "$source" -o "$build/$source.o"
   fi
-done
+done | xargs -P "$(nproc)" -I{} sh -c '{}'
 g++ -shared "${flags[@]}" "$build"/*.o -o "$build/_cpu.so"
 
 export FASTLOSS_CPU_MODULE=$build/_cpu.so
