@@ -1,4 +1,4 @@
-"""What the short ways around the CPU's kernels share (plain_policy.py, plain_pairs.py): who may take them, and autograd."""
+"""What the short ways around the CPU's kernels share (plain_call.py, plain_policy.py, plain_pairs.py): who may take them, and autograd."""
 
 from __future__ import annotations
 
