@@ -137,7 +137,7 @@ class _Gemms:
         elif z.is_cuda:
             torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out_dtype=self.acc, out=self.d_weight)
         elif z.dtype == torch.bfloat16 and supports_gemm_bf16() and hidden.stride(1) == 1:
-            gemm_bf16(self.d_weight, z.t(), hidden, accumulate=bool(beta))
+            gemm_bf16(self.d_weight, z, hidden, accumulate=bool(beta))
         else:
             torch.addmm(self.d_weight, z.t().to(self.acc), hidden.to(self.acc), beta=beta, out=self.d_weight)
 

@@ -199,8 +199,9 @@ def _head_cross_entropy(
         computed = rows if probabilities else head.count_kept(rows, target, options.ignore_index)
         per_row = options.reduction == "none"
         chunk = linear.chunk_of_cross_entropy(
-            name, dtype, linear_weight, computed, needs, chunk_size, per_row
-        )
+            name, dtype, linear_weight, computed, needs, chunk_size, per_row,
+            probabilities or options.label_smoothing > 0,
+        )  # fmt: skip
         plan = linear.plan_of_cross_entropy(input, linear_weight, dtype, chunk, computed, needs, per_row)
         dispatch.announce("linear_cross_entropy", choice, **({} if name == "reference" else plan))
     if name == "reference":

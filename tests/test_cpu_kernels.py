@@ -8,22 +8,18 @@ import math
 import pytest
 import torch
 from cpu_kernel_calls import (
-    CODES,
     DTYPES,
     EPS,
     STATS,
     acc,
     check_stats,
     close,
-    cpu,
     cross_entropy,
     effective,
     expect_ce,
     expect_stats,
     isa,  # noqa: F401 - every test runs on every instruction set
     make,
-    new_stats,
-    ptr,
     row_grad,
     stats,
 )
@@ -276,43 +272,3 @@ def test_rows_beyond_32_bit_offsets():
     grad = x
     cross_entropy(x, torch.tensor([3, 4]), grad)
     assert abs(float(grad[1].double().sum())) < 1e-2
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("widths", [(5,), (3, 2), (1, 1, 3), (2048, 300, 7), (320, 320, 320, 40)])
-@pytest.mark.parametrize("opt", [{}, {"softcap": 4.0, "scale": 0.7}, {"eps": 0.2, "zeta": 1e-2}])
-def test_blocks_of_the_vocabulary_give_the_rows_numbers(dtype, widths, opt):
-    vocab = sum(widths)
-    generator = torch.Generator().manual_seed(vocab)
-    x = (4 * torch.randn(6, vocab, generator=generator)).to(dtype)
-    x[1, 0] = float("-inf")
-    target = torch.tensor([0, vocab - 1, vocab // 2, -100, 1, vocab - 1])
-    if opt.get("eps"):
-        x[1, 0] = 0
-    grad = torch.empty_like(x)
-    whole = cross_entropy(x, target, grad=grad, gs=0.3, **opt)
-    out = new_stats(x)
-    loss = torch.empty(6, dtype=acc(dtype))
-    state = torch.empty(6, cpu.ROW_STATE_DOUBLES, dtype=torch.float64)
-    call = cpu.vocab_call(
-        CODES[dtype], 6, vocab, target.data_ptr(), -100, 0, opt.get("scale", 1.0), opt.get("softcap", 0.0), 0, 0,
-        opt.get("eps", 0.0), opt.get("zeta", 0.0), 0.3, loss.data_ptr(), *map(ptr, out.values()), state.data_ptr(), 2,
-    )  # fmt: skip
-    blocks = [part.contiguous() for part in x.split(widths, 1)]
-    starts = [sum(widths[:k]) for k in range(len(widths))]
-    for block, start, width in zip(blocks, starts, widths, strict=True):
-        call.forward(block.data_ptr(), 0, 2, width, start, width)
-        call.forward(block[2:].data_ptr(), 2, 6, width, start, width)
-    call.finish()
-    for block, start, width in zip(blocks, starts, widths, strict=True):
-        call.backward(block.data_ptr(), block.data_ptr(), 0, 6, width, start, width)
-    tight = {
-        "rtol": 1e-12 if dtype == torch.float64 else 3e-6,
-        "atol": 1e-12 if dtype == torch.float64 else 3e-6,
-    }
-    torch.testing.assert_close(loss, whole["loss"], **tight)
-    for name, value in out.items():
-        torch.testing.assert_close(value, whole[name], **tight, msg=name)
-    torch.testing.assert_close(
-        torch.cat(blocks, 1), grad, rtol=4 * EPS[dtype] + 3e-6 * (dtype != torch.float64), atol=1e-9
-    )

@@ -100,26 +100,3 @@ def test_floating_point_state_is_left_alone():
     cross_entropy(*make(64, 3000, torch.float32), threads=2)
     denormal = torch.tensor([1e-40])
     assert float(denormal * 0.5) > 0
-
-
-@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (7, 70, 9), (97, 130, 33), (200, 513, 64)])
-@pytest.mark.parametrize("column_major", [False, True])
-@pytest.mark.parametrize("accumulate", [False, True])
-def test_gemm_bf16(m, n, k, column_major, accumulate):
-    if not cpu.supports_gemm_bf16():
-        pytest.skip("AVX512_BF16 alone has it")
-    generator = torch.Generator().manual_seed(m)
-    a = torch.randn(m, k, generator=generator).bfloat16()
-    b = torch.randn(k, n + 3, generator=generator).bfloat16()[:, :n]  # a view: its rows are further apart
-    c = torch.randn(m, n, generator=generator)
-    stored = a.t().contiguous().t() if column_major else a
-    exact = a.double() @ b.double() + (c.double() if accumulate else 0)
-    once = None
-    for threads in (1, 3):
-        out = c.clone()
-        cpu.gemm_bf16(
-            stored.data_ptr(), *stored.stride(), b.data_ptr(), b.stride(0), out.data_ptr(), n, m, n, k, accumulate, threads,
-        )  # fmt: skip
-        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
-        assert once is None or torch.equal(out, once)
-        once = out

@@ -173,7 +173,7 @@ def test_blocks_of_the_vocabulary_against_float64(rows, dim, vocab, dtype, optio
 
     plan = fastloss.explain(fastloss.linear_cross_entropy, hidden, weight.clone().requires_grad_(), target)
     if dtype == torch.float32:
-        assert ("chunk_columns" in plan) == (rows <= dim)
+        assert ("chunk_columns" in plan) == (rows <= 2 * dim)
     eps = 1e-5 if dtype == torch.float32 else 2**-7
     for ours, exact in zip(run(lambda x: x, "auto"), run(lambda x: x.double(), "reference"), strict=True):
         if ours.dtype == torch.bool:
@@ -210,6 +210,35 @@ def test_a_masked_vocabulary_in_blocks():
     torch.testing.assert_close(loss.double(), exact, rtol=1e-6, atol=1e-6)
     assert stats.entropy.isfinite().all()
     assert not grads[1][400:].any() and not grads[2][400:].any()
+
+
+@needs_blocks
+@pytest.mark.parametrize(
+    "options", [o for o in OPTIONS if "label_smoothing" not in o] + [{"reduction": "none"}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_weight_takes_two_gemms_and_no_buffer_of_logits(dtype, options):
+    options = dict(options)
+    hidden, weight, bias, target = operands(150, 20, 1001, dtype)
+    target[: options.pop("ignored", 0)] = IGNORE
+    if "weight" in options:
+        options["weight"] = (torch.rand(1001) + 0.5).to(dtype)
+    leaf = hidden.clone().requires_grad_()
+    plan = fastloss.explain(fastloss.linear_cross_entropy, leaf, weight, target, linear_bias=bias, **options)
+    assert plan["gemms"] == 2
+    if "chunk_columns" in plan:
+        assert plan["buffer_bytes"] < 0.7 * hidden.shape[0] * weight.shape[0] * weight.element_size()
+    grads = []
+    for cast, x in ((lambda t: t, leaf), (lambda t: t.double(), hidden.double().requires_grad_())):
+        more = {k: cast(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        backend = "auto" if x is leaf else "reference"
+        loss = fastloss.linear_cross_entropy(
+            x, cast(weight), target, linear_bias=cast(bias), backend=backend, **more
+        )
+        (loss * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)).sum().backward()
+        grads.append(x.grad.double())
+    eps = 1e-5 if dtype == torch.float32 else 2**-7
+    assert float((grads[0] - grads[1]).abs().max()) <= 3 * eps * float(grads[1].abs().max())
 
 
 @needs_blocks

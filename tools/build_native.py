@@ -42,7 +42,7 @@ ISAS = {
 }
 CUDA_ARCHS = "80;90;100;120+PTX"
 # csrc/cpu sources compiled once per instruction set, each in its own namespace; every other one is plain C++.
-PER_ISA = ("rows.cpp", "policy.cpp", "gemm.cpp", "vocab_blocks.cpp")
+PER_ISA = ("rows.cpp", "policy.cpp", "gemm.cpp", "vocab_blocks.cpp", "head.cpp")
 
 
 class Missing(Exception):

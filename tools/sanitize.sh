@@ -36,5 +36,5 @@ if [ -z "${PLAIN:-}" ]; then
   export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 fi
 cd "$root"
-"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_cpu_math.py "$@"
+"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_cpu_math.py tests/test_cpu_head.py "$@"
 "$python" -m pytest -q -p no:cacheprovider tests/test_pairs_kernels.py -k cpu "$@"

@@ -13,7 +13,7 @@
 namespace fastloss {
 void bind_pairs(pybind11::module_&);
 void bind_policy(pybind11::module_&);
-void bind_vocab_blocks(pybind11::module_&);
+void bind_head(pybind11::module_&);
 void bind_small_call(pybind11::module_&);
 }  // namespace fastloss
 
@@ -118,6 +118,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("supported_isas", &fastloss::supported_isas);
   fastloss::bind_pairs(m);
   fastloss::bind_policy(m);
-  fastloss::bind_vocab_blocks(m);
+  fastloss::bind_head(m);
   fastloss::bind_small_call(m);
 }

@@ -21,11 +21,27 @@ struct BlockScratch {
   explicit BlockScratch(void* memory)
       : z(static_cast<S*>(memory)), e(z + kBlock + W), slope(e + kBlock + W) {}
 };
-constexpr int64_t kScratch = 3 * (kBlock + W) * sizeof(double);
+constexpr int64_t kScratch = 3 * (kBlock + W) * sizeof(float);
 
 template <class S>
 const S* weights_of(const CrossEntropy& c, int64_t row) {
   return c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
+}
+
+// Sums relative to their own maximum, added to those so far: one of the two factors is 1.
+inline void add_sums(Wanted want, double block_max, double sum, double entropy, double square, RowState* to) {
+  RowState& so_far = *to;
+  const double max = block_max > so_far.max ? block_max : so_far.max;
+  const double below = so_far.max - max, block_below = block_max - max;
+  const double keep = below == 0 ? 1.0 : __builtin_exp(below);
+  const double add = block_below == 0 ? 1.0 : __builtin_exp(block_below);
+  if (want.entropy) {  // Σ e (z - max), before the sums it needs change
+    const double old = keep != 0 ? keep * (so_far.entropy + so_far.sum * below) : 0.0;
+    so_far.entropy = old + (add != 0 ? add * (entropy + sum * block_below) : 0.0);
+  }
+  if (want.square) so_far.square = keep * keep * so_far.square + add * add * square;
+  so_far.sum = keep * so_far.sum + add * sum;
+  so_far.max = max;
 }
 
 template <class T>
@@ -37,7 +53,7 @@ void forward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, co
   const Wanted want = wanted(s, l, c);
   for (int64_t row = begin; row < end; ++row) {
     RowState& so_far = state[row];
-    if (block.start == 0) {
+    if (block.first) {
       so_far = RowState{};
       so_far.max = lowest_finite<S>();
       so_far.slope_target = 1;
@@ -55,26 +71,28 @@ void forward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, co
                   reinterpret_cast<uintptr_t>(x + l.row_stride), 0, &sums, &r);
     so_far.z_target = r.z_target, so_far.slope_target = r.slope_target;
     so_far.sum_z += r.sum_z, so_far.sum_w += r.sum_w, so_far.sum_wz += r.sum_wz;
-    // One of the two factors is 1.
-    const double max = sums.max > so_far.max ? sums.max : so_far.max;
-    const double below = so_far.max - max, block_below = sums.max - max;
-    const double keep = below == 0 ? 1.0 : __builtin_exp(below);
-    const double add = block_below == 0 ? 1.0 : __builtin_exp(block_below);
-    if (want.entropy) {  // Σ e (z - max), before the sums it needs change
-      const double old = keep != 0 ? keep * (so_far.entropy + so_far.sum * below) : 0.0;
-      so_far.entropy = old + (add != 0 ? add * (sums.entropy + sums.sum * block_below) : 0.0);
-    }
-    if (want.square) so_far.square = keep * keep * so_far.square + add * add * sums.square;
-    so_far.sum = keep * so_far.sum + add * sums.sum;
-    so_far.max = max;
+    add_sums(want, sums.max, sums.sum, sums.entropy, sums.square, &so_far);
   }
 }
 
-template <class S>
-void finish(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* state) {
+void merge(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* into, const RowState* from) {
+  const Wanted want = wanted(s, l, c);
+  for (int64_t row = 0; row < l.rows; ++row) {
+    RowState& so_far = into[row];
+    const RowState& more = from[row];
+    // The target is in one block: the others have 0 and 1.
+    so_far.z_target += more.z_target, so_far.slope_target *= more.slope_target;
+    so_far.sum_z += more.sum_z, so_far.sum_w += more.sum_w, so_far.sum_wz += more.sum_wz;
+    add_sums(want, more.max, more.sum, more.entropy, more.square, &so_far);
+  }
+}
+
+void finish(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* state, int64_t begin,
+            int64_t end) {
+  using S = float;
   const Wanted want = wanted(s, l, c);
   const double k = c.grad_scale * l.scale;
-  for (int64_t row = 0; row < l.rows; ++row) {
+  for (int64_t row = begin; row < end; ++row) {
     RowState& so_far = state[row];
     const RowKind kind = kind_of(l, row);
     so_far.kind = double(kind);
@@ -134,25 +152,12 @@ void backward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, c
 
 template <class F>
 auto with_dtype(int dtype, F&& f) {
-  switch (dtype) {
-    case kBFloat16:
-      return f(BF16{});
-    case kFloat16:
-      return f(F16{});
-    case kFloat64:
-      return f(double{});
-    default:
-      return f(float{});
-  }
+  return dtype == kBFloat16 ? f(BF16{}) : f(float{});
 }
 
 void forward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const Stats& s,
                 RowState* state, int64_t begin, int64_t end, void* m) {
   with_dtype(l.dtype, [&](auto type) { forward<decltype(type)>(l, block, c, s, state, begin, end, m); });
-}
-void finish_of(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* state) {
-  if (l.dtype == kFloat64) return finish<double>(l, c, s, state);
-  finish<float>(l, c, s, state);
 }
 void backward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const RowState* state,
                  int64_t begin, int64_t end, void* m) {
@@ -162,7 +167,7 @@ void backward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c
 }  // namespace
 
 extern const VocabKernels vocab_kernels;
-const VocabKernels vocab_kernels = {kScratch, forward_of, finish_of, backward_of};
+const VocabKernels vocab_kernels = {kScratch, forward_of, merge, finish, backward_of};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

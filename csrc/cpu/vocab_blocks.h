@@ -1,6 +1,6 @@
 // Cross-entropy over a block of the vocabulary at a time, all rows at once: what the linear head needs to see
 // every logit without ever holding all of them. Reads [rows, width] logits; the backward writes their
-// gradient, in place if it may. Between the blocks 128 bytes a row (RowState) are kept.
+// gradient, in place if it may. float32 and bfloat16. Between the blocks 128 bytes a row (RowState) are kept.
 #pragma once
 
 #include "args.h"
@@ -18,13 +18,17 @@ struct RowState {
 // logits.x is the block's first logit, logits.vocab the whole vocabulary.
 struct VocabBlock {
   int64_t start, width;  // width <= kBlock
+  bool first;            // of those that a RowState sees
 };
 
 struct VocabKernels {
   int64_t scratch_bytes;
   void (*forward)(const Logits&, const VocabBlock&, const CrossEntropy&, const Stats& wanted, RowState*,
                   int64_t begin, int64_t end, void* scratch);
-  void (*finish)(const Logits&, const CrossEntropy&, const Stats&, RowState*);
+  // Adds the sums of other blocks of the same rows, seen by `from`, to `into`.
+  void (*merge)(const Logits&, const CrossEntropy&, const Stats& wanted, RowState* into,
+                const RowState* from);
+  void (*finish)(const Logits&, const CrossEntropy&, const Stats&, RowState*, int64_t begin, int64_t end);
   void (*backward)(const Logits&, const VocabBlock&, const CrossEntropy&, const RowState*, int64_t begin,
                    int64_t end, void* scratch);
 };

@@ -16,7 +16,7 @@ def supports_gemm_bf16() -> bool:
 
 
 def gemm_bf16(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """``out = a @ b``, or ``out += a @ b``: a ``[m, k]`` dense in either dimension, b ``[k, n]`` dense in the last."""
+    """``out = a.t() @ b``, or ``out += a.t() @ b``: a ``[k, m]`` and b ``[k, n]``, each dense in the last dimension."""
     if _get_current_dispatch_mode() is None:
         _run(out, a, b, accumulate)
     else:  # FlopCounterMode and its like see operators only
@@ -24,9 +24,9 @@ def gemm_bf16(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
 
 
 def _run(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    (rows, inner), columns = a.shape, b.shape[1]
+    (inner, rows), columns = a.shape, b.shape[1]
     cpu_rows.native.gemm_bf16(
-        a.data_ptr(), *a.stride(), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
+        a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), out.stride(0),
         rows, columns, inner, accumulate, torch.get_num_threads(),
     )  # fmt: skip
 

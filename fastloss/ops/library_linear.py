@@ -133,8 +133,9 @@ def linear_cross_entropy(
     check_targets(target, weight.shape[0], ignore_index)
     rows = head.count_kept(hidden.shape[0], target, ignore_index)
     chunk = linear.chunk_of_cross_entropy(
-        backend, dtype, weight, rows, Needs(*needs), chunk or None, reduction == "none"
-    )
+        backend, dtype, weight, rows, Needs(*needs), chunk or None, reduction == "none",
+        target is None or label_smoothing > 0,
+    )  # fmt: skip
     h = linear._head(hidden, weight, bias, dtype, chunk)
     names = tuple(want.split(",")) if want else ()
     call = ce.CrossEntropyCall(

@@ -26,9 +26,10 @@ def chunk_of_cross_entropy(
     needs: Needs,
     chunk_size: int | None,
     per_row: bool,
+    smooth: bool,
 ) -> int:
     """Rows per chunk of a call that computes ``rows``, or ``BY_VOCABULARY``."""
-    if vocab_blocks.why_not(backend, dtype, weight, rows, needs, chunk_size, per_row) == "":
+    if vocab_blocks.why_not(backend, dtype, weight, rows, needs, chunk_size, per_row, smooth) == "":
         return BY_VOCABULARY
     chunk = chunk_size or head.default_chunk(rows, weight.shape[0], dtype, weight.device)
     return min(chunk, max(rows, 1))
@@ -49,8 +50,10 @@ def plan_of_cross_entropy(
             "gemms": vocab_blocks.gemms(needs, rows, weight.shape[1]),
             "rows": rows,
             "chunk_rows": rows,
-            "chunk_columns": min(vocab_blocks.WIDTH, weight.shape[0]),
-            "buffer_bytes": vocab_blocks.buffer_bytes(rows, dtype),
+            "chunk_columns": min(
+                vocab_blocks.block_width(weight.shape[0], torch.get_num_threads()), weight.shape[0]
+            ),
+            "buffer_bytes": vocab_blocks.buffer_bytes(rows, weight, needs),
         }
     return {
         "gemms": head.gemm_count(needs, per_row and (needs.weight or needs.bias)),

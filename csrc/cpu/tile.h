@@ -1,0 +1,219 @@
+// The matrix product inside the linear head: C (+)= A · B, C and all sums float32. A tile of C stays in
+// registers over the whole of K; B is packed into panels as wide as the tile, A is read where it lies. K goes
+// in units of 32 bits: one float, or two neighbouring bfloat16 (vdpbf16ps). Whatever is not a multiple of the
+// tile is computed in full and stored in part: a packed panel is padded with zeros.
+#pragma once
+
+#include "vec.h"
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+// C in registers: 12 of 16, or 24 of AVX-512's 32; the others hold a row of B and a number of A.
+constexpr int kTileRows = 6, kTileVectors = FASTLOSS_VECTOR_BYTES == 64 ? 4 : 2;
+constexpr int64_t kPanel = kTileVectors * W;  // columns of a tile
+// Units of K between two visits of a tile: that much of a panel stays in a 32 KB L1.
+constexpr int64_t kDepth = 32768 / (kPanel * 4);
+
+struct FloatUnits {
+  typedef float Unit;
+  static constexpr int64_t kElements = 1;
+  static FASTLOSS_INLINE void multiply_add(F32V& sum, const Unit* a, F32V b) {
+    sum += (*a - F32V{}) * b;  // x - 0 is x for every x: a broadcast alone
+  }
+};
+
+struct BFloat16Pairs {
+  typedef uint32_t Unit;
+  static constexpr int64_t kElements = 2;
+  static FASTLOSS_INLINE void multiply_add(F32V& sum, const Unit* a, F32V b) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+    // An intrinsic would need AVX512_BF16 in the flags of everything that it is inlined into.
+    const __m512i pair = _mm512_set1_epi32(int(*a));
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(b));
+#else  // the same product in two steps: tests the pairs' paths on any processor
+    const U32V bits = bit_cast<U32V>(b);
+    const float low = bit_cast<float>(*a << 16), high = bit_cast<float>(*a & 0xffff0000u);
+    sum += (low - F32V{}) * bit_cast<F32V>(bits << 16);
+    sum += (high - F32V{}) * bit_cast<F32V>(bits & 0xffff0000u);
+#endif
+  }
+};
+
+// Row i of A is at a[i], its units a_step apart; kTileRows pointers each. `rows` and `width` of the tile are
+// stored.
+template <class Op>
+FASTLOSS_INLINE void tile(const typename Op::Unit* const* a, int64_t a_step, const typename Op::Unit* b,
+                          int64_t units, float* const* c, int64_t rows, int64_t width, bool accumulate) {
+  F32V sum[kTileRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) sum[i][v] = F32V{};
+  }
+  const typename Op::Unit* at[kTileRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+    at[i] = a[i];
+    for (int64_t line = 0; line < kPanel; line += 16) __builtin_prefetch(c[i] + line, 1);
+  }
+  for (int64_t k = 0; k < units; ++k, b += kPanel) {
+    F32V row[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) row[v] = load_raw<F32V>(b + v * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) Op::multiply_add(sum[i][v], at[i] + k * a_step, row[v]);
+    }
+  }
+  if (rows == kTileRows && width == kPanel) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v) {
+        float* const out = c[i] + v * W;
+        store(out, accumulate ? load(out) + sum[i][v] : sum[i][v]);
+      }
+    }
+    return;
+  }
+  float part[kTileRows][kPanel];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) store(part[i] + v * W, sum[i][v]);
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < width; ++j) c[i][j] = accumulate ? c[i][j] + part[i][j] : part[i][j];
+  }
+}
+
+// A's rows with their units side by side, or (kColumns) side by side themselves: row i + 1 one unit after row
+// i.
+template <class Op, bool kColumns>
+__attribute__((noinline)) void tile_at(const typename Op::Unit* const* a, int64_t a_step,
+                                       const typename Op::Unit* b, int64_t units, float* const* c,
+                                       int64_t rows, int64_t width, bool accumulate) {
+  if (!kColumns) return tile<Op>(a, 1, b, units, c, rows, width, accumulate);
+  const typename Op::Unit* at[kTileRows];
+  for (int i = 0; i < kTileRows; ++i) at[i] = a[0] + i;
+  tile<Op>(at, a_step, b, units, c, rows, width, accumulate);
+}
+
+// C[m, n] (+)= A · B: `a(i)` and `c(i)` are the rows, B's panels of `units` rows are `panel` units apart.
+// With kColumns A is read up to a tile's rows beyond m.
+template <class Op, bool kColumns, class A, class C>
+FASTLOSS_INLINE void multiply(int64_t m, int64_t n, int64_t units, A&& a, int64_t a_step,
+                              const typename Op::Unit* b, int64_t panel, C&& c, bool accumulate) {
+  for (int64_t j = 0; j < n; j += kPanel, b += panel) {
+    for (int64_t i = 0; i < m; i += kTileRows) {
+      const int64_t rows = m - i < kTileRows ? m - i : kTileRows;
+      const typename Op::Unit* from[kTileRows];
+      float* to[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) {
+        const int64_t row = i + (r < rows ? r : rows - 1);
+        from[r] = a(row), to[r] = c(row) + j;
+      }
+      tile_at<Op, kColumns>(from, a_step, b, units, to, rows, n - j < kPanel ? n - j : kPanel, accumulate);
+    }
+  }
+}
+
+// --- packing
+// --------------------------------------------------------------------------------------------------------
+
+inline constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// W units of a row, and one, from elements of type T (bfloat16 alone makes pairs).
+template <class Op, class T>
+FASTLOSS_INLINE F32V load_units(const T* x) {
+  if constexpr (Op::kElements == 2) {
+    return load_raw<F32V>(x);
+  } else {
+    return load(x);
+  }
+}
+template <class Op, class T>
+FASTLOSS_INLINE typename Op::Unit load_unit(const T* x) {
+  if constexpr (Op::kElements == 2) {
+    return load_raw<uint32_t>(x);
+  } else {
+    return load_n(x, 1)[0];
+  }
+}
+
+// Panels of B = Xᵀ: the n rows of X, `row` elements apart, become columns. K is a multiple of Op::kElements.
+template <class Op, class T>
+void pack_transposed(const T* x, int64_t row, int64_t n, int64_t k, typename Op::Unit* out) {
+  typedef typename Op::Unit Unit;
+  constexpr int64_t kChunk =
+      64;  // units whose lines of a panel stay in L1 until every column has written them
+  const int64_t units = k / Op::kElements;
+  for (int64_t j = 0; j < n; j += kPanel, out += units * kPanel) {
+    const int64_t width = n - j < kPanel ? n - j : kPanel;
+    for (int64_t p = 0; p < units; p += kChunk) {
+      const int64_t end = units - p < kChunk ? units : p + kChunk;
+      for (int64_t column = 0; column < width; ++column) {
+        const T* const from = x + (j + column) * row;
+        Unit* const to = out + column;
+        int64_t q = p;
+        for (; q + W <= end; q += W) {
+          const F32V v = load_units<Op>(from + q * Op::kElements);
+          Unit lanes[W];
+          memcpy(lanes, &v, sizeof lanes);
+#pragma GCC unroll 16
+          for (int lane = 0; lane < W; ++lane) to[(q + lane) * kPanel] = lanes[lane];
+        }
+        for (; q < end; ++q) to[q * kPanel] = load_unit<Op>(from + q * Op::kElements);
+      }
+      for (int64_t column = width; column < kPanel; ++column) {
+        for (int64_t q = p; q < end; ++q) out[q * kPanel + column] = Unit(0);
+      }
+    }
+  }
+}
+
+// W columns of a unit of K: one row's, or two rows' interleaved (`second` may be null: zeros).
+template <class Op, class T>
+FASTLOSS_INLINE F32V interleave(const T* first, const T* second) {
+  if constexpr (Op::kElements == 2) {
+    U32V bits = __builtin_convertvector(load_raw<U16V>(first), U32V);
+    if (second) bits |= __builtin_convertvector(load_raw<U16V>(second), U32V) << 16;
+    return bit_cast<F32V>(bits);
+  } else {
+    return load(first);
+  }
+}
+
+// Panels, `wide` columns each (a multiple of W), of the k rows x(0), x(1) …: B as it lies, or with one wide
+// panel a column-major A. Panels are `panel` units apart.
+template <class Op, class T, class X>
+FASTLOSS_INLINE void pack_rows(X&& x, int64_t n, int64_t k, typename Op::Unit* out, int64_t wide,
+                               int64_t panel) {
+  const int64_t units = (k + Op::kElements - 1) / Op::kElements;
+  for (int64_t p = 0; p < units; ++p) {
+    const T* const first = x(p * Op::kElements);
+    const T* const second =
+        Op::kElements == 2 && p * Op::kElements + 1 < k ? x(p * Op::kElements + 1) : nullptr;
+    for (int64_t j = 0; j < n; j += wide) {
+      typename Op::Unit* const to = out + j / wide * panel + p * wide;
+      for (int64_t i = 0; i < wide; i += W) {
+        const int64_t left = n - j - i;
+        F32V v{};
+        if (left >= W) {
+          v = interleave<Op>(first + j + i, second ? second + j + i : nullptr);
+        } else if (left > 0) {
+          T some[2][W] = {};
+          memcpy(some[0], first + j + i, left * sizeof(T));
+          if (second) memcpy(some[1], second + j + i, left * sizeof(T));
+          v = interleave<Op>(some[0], some[1]);
+        }
+        memcpy(to + i, &v, sizeof v);
+      }
+    }
+  }
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss
