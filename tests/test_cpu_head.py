@@ -26,7 +26,7 @@ def operands(rows, dim, vocab, kinds, seed=0):
 
 def call(
     hidden, weight, target, *, pairs=False, keep=None, bias=None, w=None, width=None, stored=None, threads=3,
-    gradients=("d_hidden", "d_weight", "d_bias"), spread=True, **options,
+    gradients=("d_hidden", "d_weight", "d_bias"), spread=True, split=None, **options,
 ):  # fmt: skip
     """All outputs of one native call, by name."""
     rows = hidden.shape[0] if keep is None else len(keep)
@@ -59,6 +59,7 @@ def call(
     c.weight_dtype, c.weight_stride = CODES[weight.dtype], weight.stride(0)
     c.stored = 0 if "d_weight" not in gradients else min(rows, dim) if stored is None else stored
     c.spread, c.pairs = spread, pairs
+    c.split = rows if split is None else split
     alone = "d_hidden" in gradients and "d_weight" not in gradients
     threads = min(threads, rows if alone else -(-vocab // width))
     state = torch.full((threads, rows, cpu.ROW_STATE_DOUBLES), 77.0, dtype=torch.float64)
@@ -69,10 +70,15 @@ def call(
     }  # fmt: skip
     for name, tensor in tensors.items():
         setattr(c, name, 0 if tensor is None else tensor.data_ptr())
+    rest = torch.full((rows - c.split, dim), 77.0)
+    c.d_hidden_rest = rest.data_ptr()
     scratch = torch.full(
         (threads * c.scratch_bytes() + 64,), 0xFF, dtype=torch.uint8
     )  # NaN, if it is ever used
     c.run(-(-scratch.data_ptr() // 64) * 64, threads)
+    if len(rest):
+        assert (out["d_hidden"][c.split :] == 77).all()
+        out["d_hidden"][c.split :] = rest
     return out
 
 
@@ -177,6 +183,8 @@ def test_rows_apart_rows_left_out_and_gradients_not_wanted(kind):
     assert (untouched == 77).all()
     dense = call(*args, keep=keep, width=32, pairs=kinds[2], spread=False)
     assert torch.equal(dense["d_hidden"], got["d_hidden"][keep])
+    in_two = call(*args, keep=keep, width=32, pairs=kinds[2], spread=False, split=101)
+    assert torch.equal(in_two["d_hidden"], dense["d_hidden"])
     got["d_hidden"] = dense["d_hidden"]
     compare(got, want, kinds)
     for gradients in ((), ("d_weight",), ("d_weight", "d_hidden")):

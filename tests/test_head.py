@@ -242,6 +242,30 @@ def test_a_frozen_weight_takes_two_gemms_and_no_buffer_of_logits(dtype, options)
 
 
 @needs_blocks
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
+@pytest.mark.parametrize("ignored", [0, 1, 5, 20, 38])
+def test_d_hidden_in_low_precision_is_summed_in_its_own_memory(rows, ignored):
+    hidden, weight, _, target = operands(rows, 40, 300, torch.bfloat16)
+    if ignored >= rows:
+        ignored = rows - 1
+    target[:ignored] = IGNORE
+    leaf = hidden.requires_grad_()
+    fastloss.linear_cross_entropy(leaf, weight.requires_grad_(), target).backward()
+    exact = hidden.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(
+        exact @ weight.detach().double().t(), target, ignore_index=IGNORE
+    ).backward()
+    assert not leaf.grad[:ignored].any()
+    assert float((leaf.grad - exact.grad).abs().max()) <= 2**-6 * float(exact.grad.abs().max())
+    # Every row is rounded once: rows do not depend on where their sums lay.
+    alone = hidden.detach()[-1:].requires_grad_()
+    fastloss.linear_cross_entropy(alone, weight, target[-1:], normalizer=float(rows - ignored)).backward()
+    torch.testing.assert_close(
+        alone.grad[0], leaf.grad[-1], rtol=2**-6, atol=1e-3 * float(exact.grad.abs().max())
+    )
+
+
+@needs_blocks
 def test_second_backward_computes_again():
     hidden, weight, _, target = operands(20, 32, 900)
     leaves = [hidden.requires_grad_(), weight.requires_grad_()]

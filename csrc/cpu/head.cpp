@@ -302,7 +302,10 @@ class Block {
                      units() * kPanel);
   }
 
-  float* sum_row(int64_t row) const { return c_.d_hidden + (c_.spread ? place(c_, row) : row) * c_.dim; }
+  float* sum_row(int64_t row) const {
+    if (c_.spread) return c_.d_hidden + place(c_, row) * c_.dim;
+    return row < c_.split ? c_.d_hidden + row * c_.dim : c_.d_hidden_rest + (row - c_.split) * c_.dim;
+  }
 
   void scale_row(float* x, float factor) const {
     write_block(x, c_.dim, [=](int64_t i, int64_t n) { return load_upto(x + i, n) * factor; });

@@ -22,8 +22,10 @@ struct HeadCall {
   void* d_weight;  // [vocab, dim] of the weight's dtype, or null. Until a block of it is written, that memory
                    // holds the block's logits of the first `stored` rows
   int64_t stored;     // at most dim
-  float* d_hidden;    // float32 sums, or null
-  bool spread;        // d_hidden's rows lie as hidden's, else densely
+  float* d_hidden;  // float32 sums, or null
+  float* d_hidden_rest;  // where rows from `split` on have theirs
+  int64_t split;
+  bool spread;      // d_hidden's rows lie as hidden's, undivided; else densely
   float* d_bias;      // [vocab] or null
   int64_t width;      // columns of a block
   int64_t* finished;  // [stripes] blocks that a stripe's d hidden has

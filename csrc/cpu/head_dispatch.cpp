@@ -206,6 +206,8 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("d_weight", d_weight);
   FASTLOSS_FIELD("stored", stored);
   FASTLOSS_FIELD("d_hidden", d_hidden);
+  FASTLOSS_FIELD("d_hidden_rest", d_hidden_rest);
+  FASTLOSS_FIELD("split", split);
   FASTLOSS_FIELD("spread", spread);
   FASTLOSS_FIELD("d_bias", d_bias);
   FASTLOSS_FIELD("width", width);

@@ -123,7 +123,9 @@ def run(
             if grad is not None:
                 grad.zero_()
         return out, Grads(d_hidden, d_weight, d_bias)
-    sums = d_hidden if in_place or d_hidden is None else torch.empty((rows, dim))
+    # d hidden is summed in float32: in its own memory as far as that goes, which is for half of the rows.
+    split = 0 if in_place or d_hidden is None else min(rows, all_rows // 2)
+    rest = None if in_place or d_hidden is None else torch.empty((rows - split, dim))
 
     native = cpu_rows.native
     c = native.HeadCall()
@@ -137,7 +139,7 @@ def run(
     finished = torch.zeros(-(-rows // native.HEAD_STRIPE), dtype=torch.int64)
     tensors = {
         "target": target, "bias": h.bias, "w": w, "keep": keep, "state": state, "finished": finished,
-        "hidden": hidden, "weight": h.weight, "d_weight": d_weight, "d_hidden": sums, "d_bias": d_bias, **out,
+        "hidden": hidden, "weight": h.weight, "d_weight": d_weight, "d_hidden": d_hidden, "d_hidden_rest": rest, "d_bias": d_bias, **out,
     }  # fmt: skip
     for name, tensor in tensors.items():
         setattr(c, name, 0 if tensor is None else tensor.data_ptr())
@@ -148,19 +150,20 @@ def run(
     c.hidden_dtype, c.hidden_stride = DTYPE_CODES[hidden.dtype], hidden.stride(0)
     c.weight_dtype, c.weight_stride = DTYPE_CODES[h.weight.dtype], h.weight.stride(0)
     c.stored = min(rows, dim) if needs.weight else 0
-    c.spread, c.pairs = in_place, pairs
+    c.spread, c.split, c.pairs = in_place, split, pairs
     scratch = torch.empty(threads * c.scratch_bytes() + 64, dtype=torch.uint8)
     if _get_current_dispatch_mode() is not None:  # FlopCounterMode and its like see operators only
         _counted(hidden, h.weight, rows, gemms(needs, rows, dim))
     c.run(-(-scratch.data_ptr() // 64) * 64, threads)
     del scratch
 
-    if d_hidden is not None and not in_place:
-        assert sums is not None
-        if keep is None:
-            d_hidden.copy_(sums)
-        else:
-            d_hidden.zero_().index_copy_(0, keep, sums.to(d_hidden.dtype))
+    if d_hidden is not None and rest is not None:
+        address, code = d_hidden.data_ptr(), DTYPE_CODES[d_hidden.dtype]
+        native.convert(address, DTYPE_CODES[torch.float32], address, code, split * dim, 1)  # front to back
+        d_hidden[split:rows] = rest
+        if keep is not None:
+            dense = d_hidden[:rows].clone()
+            d_hidden.zero_().index_copy_(0, keep, dense)
     return out, Grads(d_hidden, d_weight, d_bias)
 
 
