@@ -202,7 +202,8 @@ def _head_cross_entropy(
             name, dtype, linear_weight, computed, needs, chunk_size, per_row,
             probabilities or options.label_smoothing > 0,
         )  # fmt: skip
-        plan = linear.plan_of_cross_entropy(input, linear_weight, dtype, chunk, computed, needs, per_row)
+        recompute = per_row and (needs.weight or needs.bias)
+        plan = linear.plan(input, linear_weight, dtype, chunk, computed, needs, recompute)
         dispatch.announce("linear_cross_entropy", choice, **({} if name == "reference" else plan))
     if name == "reference":
         return by_definition(

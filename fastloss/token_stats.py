@@ -143,7 +143,7 @@ def linear_token_stats(
             backend, input, unsupported=dispatch.tracing_reason(input, linear_weight, linear_bias, target)
         )
         computed = head.count_kept(hidden.shape[0], flat, ignore_index)
-        chunk = min(chunk_size or head.default_chunk(computed, vocab, dtype, input.device), max(computed, 1))
+        chunk = linear.chunk_of_rows(name, dtype, linear_weight, computed, chunk_size)
         on = torch.is_grad_enabled()
         needs = Needs(
             on and input.requires_grad,
@@ -157,12 +157,9 @@ def linear_token_stats(
             **(
                 {}
                 if name == "reference"
-                else {
-                    "gemms": head.gemm_count(needs, bool(needs) and not ahead),
-                    "rows": computed,
-                    "chunk_rows": chunk,
-                    "buffer_bytes": head.Head(hidden, linear_weight, None, dtype, chunk).buffer_bytes,
-                }
+                else linear.plan(
+                    hidden, linear_weight, dtype, chunk, computed, needs, bool(needs) and not ahead
+                )
             ),
         )
         _check_targets(flat, vocab, ignore_index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cpu_kernel_calls import CODES, cpu, expect_ce, expect_stats, isa  # noqa: F401 - every test runs on every one
+from cpu_kernel_calls import CODES, cpu, effective, expect_ce, expect_stats, isa  # noqa: F401 - every test runs on every one
 
 F32, BF16 = torch.float32, torch.bfloat16
 # hidden, weight, multiplied in pairs
@@ -57,16 +57,23 @@ def call(
     )
     c.hidden_dtype, c.hidden_stride = CODES[hidden.dtype], hidden.stride(0)
     c.weight_dtype, c.weight_stride = CODES[weight.dtype], weight.stride(0)
-    c.stored = 0 if "d_weight" not in gradients else min(rows, dim) if stored is None else stored
+    c.stored = (
+        0
+        if "d_weight" not in gradients or "given" in options
+        else min(rows, dim)
+        if stored is None
+        else stored
+    )
     c.spread, c.pairs = spread, pairs
     c.split = rows if split is None else split
-    alone = "d_hidden" in gradients and "d_weight" not in gradients
+    given = options.get("given", {})
+    alone = "d_hidden" in gradients and "d_weight" not in gradients and not given
     threads = min(threads, rows if alone else -(-vocab // width))
     state = torch.full((threads, rows, cpu.ROW_STATE_DOUBLES), 77.0, dtype=torch.float64)
     finished = torch.zeros(-(-rows // cpu.HEAD_STRIPE), dtype=torch.int64)
     tensors = {
         "hidden": hidden, "weight": weight, "target": target, "keep": keep, "bias": bias, "w": w,
-        "state": state, "finished": finished, **out,
+        "state": state, "finished": finished, **given, **out,
     }  # fmt: skip
     for name, tensor in tensors.items():
         setattr(c, name, 0 if tensor is None else tensor.data_ptr())
@@ -164,6 +171,38 @@ def test_d_hidden_alone(rows, dim, vocab, width, options, kind):
         part = call(hidden, weight, target[keep].contiguous(), keep=keep, **alone)
         assert torch.equal(part["d_hidden"][keep], got["d_hidden"][keep])
         assert (part["d_hidden"][::2] == 77).all()
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize("names", ["ab", "abc", "bcd", "abcd", "c"])
+@pytest.mark.parametrize("form", [{}, {"bias": True, "scale": 0.7, "softcap": 4.0}])
+@pytest.mark.parametrize("gradients", [("d_hidden", "d_weight", "d_bias"), ("d_hidden",), ("d_bias",)])
+def test_a_backward_alone(names, form, gradients, kind):
+    kinds = OPERANDS[kind]
+    rows, dim, vocab = 130, 30, 201
+    hidden, weight, target = operands(rows, dim, vocab, kinds)
+    target[:20] = -100
+    generator = torch.Generator().manual_seed(3)
+    form = dict(form)
+    if "bias" in form:
+        form["bias"] = torch.randn(vocab, generator=generator)
+    w = torch.rand(vocab, generator=generator) if "d" in names else None
+    z = (hidden.double() @ weight.double().t()).to(weight.dtype)
+    u, slope = effective(z, **form)
+    lse = u.logsumexp(-1)
+    k = {name: torch.randn(rows, generator=generator) for name in names}
+    log_p = u - lse[:, None]
+    one = torch.nn.functional.one_hot(target.clamp(min=0), vocab)
+    full = {name: k.get(name, torch.zeros(rows)).double()[:, None] for name in "abcd"}
+    dz = full["a"] * one + (full["b"] + full["c"] * log_p) * log_p.exp()
+    if w is not None:
+        dz = dz + full["d"] * w.double()
+    dz = (dz * slope).to(kinds[1]).double() * (target != -100)[:, None]
+    want = {"d_hidden": dz @ weight.double(), "d_weight": dz.t() @ hidden.double(), "d_bias": dz.sum(0)}
+    got = call(
+        hidden, weight, target, w=w, width=64, gradients=gradients, pairs=kinds[2], given={"lse": lse.float(), **k}, **form,
+    )  # fmt: skip
+    compare({name: got[name] for name in gradients}, want, kinds)
 
 
 @pytest.mark.parametrize("kind", OPERANDS)

@@ -56,11 +56,11 @@ Areas areas_of(const HeadCall& c) {
   const int64_t depth = rows < kRowDepth ? round_up(rows, kStripe) : kRowDepth;
   const bool converts = c.weight_dtype != kFloat32;
   const int64_t z_bytes = converts ? block_stride<BF16>(c.width) * 2 : block_stride<float>(c.width) * 4;
-  const int64_t z_rows = c.d_weight ? rows : kStripe;
+  const int64_t z_rows = c.d_weight || c.given.lse ? rows : kStripe;
   Areas a;
   a.panels = 0;
   a.second = a.panels + round_up(c.width * dim * 4, 64);
-  const bool alone = c.d_hidden && !c.d_weight;
+  const bool alone = is_d_hidden_alone(c);
   a.stripe = a.second + (alone ? round_up(c.width * dim * 4, 64) : 0);
   a.columns = a.stripe + round_up((depth < kStripe ? kStripe : depth) * dim * 4, 64);
   a.z = a.columns +
@@ -176,7 +176,7 @@ class Block {
   void backward() {
     make_gradient();
     if (c_.d_bias) add_bias();
-    make_d_weight();
+    if (c_.d_weight) make_d_weight();
     if (c_.d_hidden) add_d_hidden();
   }
 
@@ -376,6 +376,8 @@ void finish(const HeadCall& c, int64_t shares) {
   vocab_kernels.finish(c.logits, c.ce, c.stats, c.state, 0, c.logits.rows);
 }
 
+void set_coefficients(const HeadCall& c) { vocab_kernels.set_coefficients(c.logits, c.ce, c.given, c.state); }
+
 void backward(const HeadCall& c, int64_t index, void* scratch) {
   with_block(c, index, scratch, [](auto& block) { block.backward(); });
 }
@@ -392,7 +394,8 @@ void d_hidden_alone(const HeadCall& c, int64_t begin, int64_t end, void* scratch
 }  // namespace
 
 extern const HeadKernels head_kernels;
-const HeadKernels head_kernels = {kPanel, scratch_bytes, forward, finish, backward, d_hidden_alone};
+const HeadKernels head_kernels = {kPanel,           scratch_bytes, forward,       finish,
+                                  set_coefficients, backward,      d_hidden_alone};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

@@ -109,14 +109,19 @@ void run(const HeadCall& c, const HeadKernels& k, int64_t shares, char* scratch)
   {
     FlushDenormals flush;
     char* const mine = scratch + stride * slot.fetch_add(1, std::memory_order_relaxed);
-#pragma omp for schedule(static, 1)
-    for (int64_t share = 0; share < shares; ++share) {
-      k.forward(c, c.state + share * c.logits.rows, blocks * share / shares, blocks * (share + 1) / shares,
-                mine);
-    }
+    if (c.given.lse) {
 #pragma omp single
-    k.finish(c, shares);
-    if (c.d_weight) {
+      k.set_coefficients(c);
+    } else {
+#pragma omp for schedule(static, 1)
+      for (int64_t share = 0; share < shares; ++share) {
+        k.forward(c, c.state + share * c.logits.rows, blocks * share / shares, blocks * (share + 1) / shares,
+                  mine);
+      }
+#pragma omp single
+      k.finish(c, shares);
+    }
+    if (c.d_weight || c.given.lse) {
       for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
         k.backward(c, block, mine);
       }
@@ -133,8 +138,9 @@ void check(const HeadCall& c, const HeadKernels& k) {
          "width: expected a multiple of HEAD_PANEL, at most 2048");
   expect(c.stored >= 0 && c.stored <= c.dim && c.stored <= c.logits.rows,
          "stored: expected at most dim rows");
-  expect(c.d_weight || (!c.stored && !c.d_bias), "stored, d_bias: expected with d_weight");
-  expect(c.d_weight || !c.d_hidden || (c.logits.target && c.ce.label_smoothing == 0),
+  expect(!c.stored || (c.d_weight && !c.given.lse), "stored: expected with d_weight, and a forward");
+  expect(!c.d_bias || c.d_weight || c.given.lse, "d_bias: expected with d_weight or a backward alone");
+  expect(!is_d_hidden_alone(c) || (c.logits.target && c.ce.label_smoothing == 0),
          "d_hidden without d_weight: expected index targets without label smoothing");
   for (const int dtype : {c.hidden_dtype, c.weight_dtype}) {
     expect(dtype == kFloat32 || dtype == kBFloat16, "dtype: expected float32 or bfloat16");
@@ -194,6 +200,11 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("log_sum_sq_probs", stats.log_sum_sq_probs);
   FASTLOSS_FIELD("mean_logit", stats.mean_logit);
   FASTLOSS_FIELD("is_top1", stats.is_top1);
+  FASTLOSS_FIELD("lse", given.lse);
+  FASTLOSS_FIELD("a", given.a);
+  FASTLOSS_FIELD("b", given.b);
+  FASTLOSS_FIELD("c", given.c);
+  FASTLOSS_FIELD("d", given.d);
   FASTLOSS_FIELD("state", state);
   FASTLOSS_FIELD("keep", keep);
   FASTLOSS_FIELD("dim", dim);
@@ -225,7 +236,7 @@ void bind_head(py::module_& m) {
     check(c, k);
     c.logits.dtype = c.weight_dtype;
     py::gil_scoped_release release;
-    (c.d_hidden && !c.d_weight ? run_rows : run)(c, k, threads, at<char>(scratch));
+    (is_d_hidden_alone(c) ? run_rows : run)(c, k, threads, at<char>(scratch));
   });
   m.def("can_multiply_pairs", &can_multiply_pairs);
   m.attr("ROW_STATE_DOUBLES") = int(sizeof(RowState) / sizeof(double));

@@ -1,7 +1,7 @@
 // The loss of docs/engine.md, statistics and gradient of all rows, from logits that come a block of the
 // vocabulary at a time. forward: reads the block, adds to the row's running sums (rescaled where the maximum
-// rises). finish: loss, statistics, coefficients. backward: dz = a·[v = target] + b·p + d·w over the block's
-// logits, p from the final sums.
+// rises). finish: loss, statistics, coefficients. backward: dz = a·[v = target] + b·p + c·p·log p + d·w over
+// the block's logits, p from the final sums.
 
 #ifndef FASTLOSS_ISA
 #error "vocab_blocks.cpp is compiled once per instruction set, with -DFASTLOSS_ISA=avx512, avx2 or generic"
@@ -119,6 +119,22 @@ void finish(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* st
   }
 }
 
+void set_coefficients(const Logits& l, const CrossEntropy& ce, const Coefficients& g, RowState* state) {
+  for (int64_t row = 0; row < l.rows; ++row) {
+    RowState& s = state[row];
+    s = RowState{};
+    const RowKind kind = kind_of(l, row);
+    s.kind = double(kind);
+    if (kind != RowKind::normal) continue;
+    s.max = get<float>(g.lse, row);  // p = exp(z - lse)
+    const float* const w = weights_of<float>(ce, row);
+    s.b = get<float>(g.b, row) * l.scale, s.c = get<float>(g.c, row) * l.scale,
+    s.d = get<float>(g.d, row) * l.scale;
+    s.a = get<float>(g.a, row) * l.scale;
+    if (l.target && s.d != 0) s.a += s.d * (w ? double(w[l.target[row]]) : 1.0);
+  }
+}
+
 template <class T>
 void backward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const RowState* state,
               int64_t begin, int64_t end, void* memory) {
@@ -139,14 +155,23 @@ void backward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, c
     const int64_t t = l.target ? l.target[row] - block.start : -1;
     const double z_target = t >= 0 && t < block.width ? double(z[t]) : 0.0;  // read before it is overwritten
     const S* const w = weights_of<S>(c, row);
-    const S ref = S(so_far.max), log_sum = S(so_far.log_sum), b = S(so_far.b);
-    gradient_block(out, block.width, S(so_far.d), w ? w + block.start : nullptr, slope,
-                   [=](int64_t i, int64_t) __attribute__((always_inline)) {
-                     return gradient_from_z<false>(z + i, ref, log_sum, b, S(0));
-                   });
+    const S ref = S(so_far.max), log_sum = S(so_far.log_sum), b = S(so_far.b), entropy = S(so_far.c);
+    const auto write = [&](auto main) __attribute__((always_inline)) {
+      gradient_block(out, block.width, S(so_far.d), w ? w + block.start : nullptr, slope, main);
+    };
+    if (so_far.c == 0) {
+      write([=](int64_t i, int64_t) __attribute__((always_inline)) {
+        return gradient_from_z<false>(z + i, ref, log_sum, b, S(0));
+      });
+    } else {
+      write([=](int64_t i, int64_t) __attribute__((always_inline)) {
+        return gradient_from_z<true>(z + i, ref, log_sum, b, entropy);
+      });
+    }
     if (t < 0 || t >= block.width) continue;
-    const double p = __builtin_exp((z_target - so_far.max) - so_far.log_sum);
-    store_one(out + t, S((so_far.a + so_far.b * p) * (slope ? double(slope[t]) : 1.0)));
+    const double log_p = (z_target - so_far.max) - so_far.log_sum, p = __builtin_exp(log_p);
+    const double c_term = so_far.c != 0 && p != 0 ? so_far.c * p * log_p : 0.0;
+    store_one(out + t, S((so_far.a + so_far.b * p + c_term) * (slope ? double(slope[t]) : 1.0)));
   }
 }
 
@@ -167,7 +192,7 @@ void backward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c
 }  // namespace
 
 extern const VocabKernels vocab_kernels;
-const VocabKernels vocab_kernels = {kScratch, forward_of, merge, finish, backward_of};
+const VocabKernels vocab_kernels = {kScratch, forward_of, merge, finish, set_coefficients, backward_of};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

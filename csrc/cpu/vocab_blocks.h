@@ -10,9 +10,9 @@ namespace fastloss {
 struct RowState {
   double max, sum, entropy, square;  // over the blocks so far; sums relative to max
   double z_target, slope_target, sum_z, sum_w, sum_wz;
-  double log_sum, a, b, d;  // set by finish; a, b, d include the gradient's scale
-  double kind;              // 0 normal, 1 ignored, 2 bad
-  double unused[2];
+  double log_sum, a, b, c, d;  // set by finish or by set_coefficients; a to d include the gradient's scale
+  double kind;                 // 0 normal, 1 ignored, 2 bad
+  double unused;
 };
 
 // logits.x is the block's first logit, logits.vocab the whole vocabulary.
@@ -29,6 +29,8 @@ struct VocabKernels {
   void (*merge)(const Logits&, const CrossEntropy&, const Stats& wanted, RowState* into,
                 const RowState* from);
   void (*finish)(const Logits&, const CrossEntropy&, const Stats&, RowState*, int64_t begin, int64_t end);
+  // In place of forward and finish: what row_grad is given. The vector w is CrossEntropy's.
+  void (*set_coefficients)(const Logits&, const CrossEntropy&, const Coefficients&, RowState*);
   void (*backward)(const Logits&, const VocabBlock&, const CrossEntropy&, const RowState*, int64_t begin,
                    int64_t end, void* scratch);
 };

@@ -32,10 +32,12 @@ def _make_head(
     chunk: int,
     target: Tensor | None,
     ignore_index: int,
+    backend: str,
 ) -> Head:
     rows = head.count_kept(hidden.shape[0], target, ignore_index)
-    chunk = chunk or head.default_chunk(rows, weight.shape[0], dtype, hidden.device)
-    return linear._head(hidden, weight, bias, dtype, chunk)
+    return linear._head(
+        hidden, weight, bias, dtype, linear.chunk_of_rows(backend, dtype, weight, rows, chunk or None)
+    )
 
 
 def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -62,8 +64,8 @@ def linear_row_grad(
     chunk: int,
     backend: str,
 ) -> list[Tensor]:
-    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index)
-    grads = head.backward(
+    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index, backend)
+    grads = linear.recompute(
         h,
         Needs(*needs),
         rows_of(backend),
@@ -287,15 +289,9 @@ def linear_token_stats(
     backend: str,
 ) -> list[Tensor]:
     check_targets(target, weight.shape[0], ignore_index)
-    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index)
+    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index, backend)
     call = ts.StatsCall(rows_of(backend), ignore_index, scale, softcap, False, tuple(want.split(",")))
-    keep = head.kept_rows(target, ignore_index)
-    kept_target = head.pick(target, keep)
-
-    def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
-        return ts.stats(call, z, None if kept_target is None else kept_target[start:stop], h.bias)
-
-    out, _ = head.run(h, NO_NEEDS, row_function, keep=keep)
+    out, _ = linear.token_stats_rows(h, NO_NEEDS, target, call)
     return pack(out, want, out["logsumexp"])
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from fastloss import coefficients, head
+from fastloss.coefficients import Coefficients
 from fastloss.head import Grads, Head, Needs
 from fastloss.ops import cross_entropy as ce
 from fastloss.ops import token_stats as ts
@@ -16,6 +17,14 @@ from fastloss.ops.once import once_differentiable
 
 # In place of a number of rows: cross-entropy goes over blocks of the vocabulary.
 BY_VOCABULARY = 0
+
+
+def chunk_of_rows(backend: str, dtype: torch.dtype, weight: Tensor, rows: int, chunk_size: int | None) -> int:
+    """Rows per chunk of a call that computes ``rows``, or ``BY_VOCABULARY``: of statistics, or of a backward alone."""
+    if vocab_blocks.why_not(backend, dtype, weight, chunk_size) == "":
+        return BY_VOCABULARY
+    chunk = chunk_size or head.default_chunk(rows, weight.shape[0], dtype, weight.device)
+    return min(chunk, max(rows, 1))
 
 
 def chunk_of_cross_entropy(
@@ -28,26 +37,26 @@ def chunk_of_cross_entropy(
     per_row: bool,
     smooth: bool,
 ) -> int:
-    """Rows per chunk of a call that computes ``rows``, or ``BY_VOCABULARY``."""
-    if vocab_blocks.why_not(backend, dtype, weight, rows, needs, chunk_size, per_row, smooth) == "":
-        return BY_VOCABULARY
-    chunk = chunk_size or head.default_chunk(rows, weight.shape[0], dtype, weight.device)
-    return min(chunk, max(rows, 1))
+    """The same of cross-entropy."""
+    if vocab_blocks.why_not_cross_entropy(rows, weight.shape[1], needs, per_row, smooth):
+        chunk_size = chunk_size or head.default_chunk(rows, weight.shape[0], dtype, weight.device)
+    return chunk_of_rows(backend, dtype, weight, rows, chunk_size)
 
 
-def plan_of_cross_entropy(
+def plan(
     hidden: Tensor,
     weight: Tensor,
     dtype: torch.dtype,
     chunk: int,
     rows: int,
     needs: Needs,
-    per_row: bool,
+    recompute: bool,
 ) -> dict[str, Any]:
-    """What ``explain`` tells."""
+    """What ``explain`` tells. ``recompute``: the backward makes the logits again."""
+    gemms = head.gemm_count(needs, recompute)
     if chunk == BY_VOCABULARY:
         return {
-            "gemms": vocab_blocks.gemms(needs, rows, weight.shape[1]),
+            "gemms": gemms if recompute else vocab_blocks.gemms(needs, rows, weight.shape[1]),
             "rows": rows,
             "chunk_rows": rows,
             "chunk_columns": min(
@@ -56,7 +65,7 @@ def plan_of_cross_entropy(
             "buffer_bytes": vocab_blocks.buffer_bytes(rows, weight, needs),
         }
     return {
-        "gemms": head.gemm_count(needs, per_row and (needs.weight or needs.bias)),
+        "gemms": gemms,
         "rows": rows,
         "chunk_rows": min(chunk, rows),
         "buffer_bytes": Head(hidden, weight, None, dtype, min(chunk, rows)).buffer_bytes,
@@ -177,7 +186,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             k = coefficients.of_cross_entropy(
                 upstream, lse, target, w, weight.shape[0], call.label_smoothing, call.z_loss
             )
-            recomputed = head.backward(
+            recomputed = recompute(
                 h,
                 ctx.needs,
                 call.rows,
@@ -217,6 +226,75 @@ def _scale(upstream: Tensor, factor: ce.Factor | None, like: Tensor) -> Any:
     return scale
 
 
+def recompute(
+    h: Head,
+    needs: Needs,
+    rows: Any,
+    target: Tensor | None,
+    lse: Tensor,
+    k: Coefficients,
+    w: Tensor | None,
+    *,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> Grads:
+    """The gradients of rows whose coefficients became known after their forward: makes the logits again."""
+    form: dict[str, Any] = {"ignore_index": ignore_index, "scale": scale, "softcap": softcap}
+    if not h.by_vocabulary:
+        return head.backward(h, needs, rows, target, lse, k, w, **form)
+    keep = head.kept_rows(target, ignore_index)
+    target, lse = head.pick(target, keep), cast(Tensor, head.pick(lse, keep))
+    k = Coefficients(*(head.pick(x, keep) for x in k))
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        return vocab_blocks.backward(h, needs, keep, target, lse, k, w, **form)
+
+
+def token_stats_rows(
+    h: Head, needs: Needs, target: Tensor | None, call: ts.StatsCall
+) -> tuple[dict[str, Tensor], Grads]:
+    """Statistics of all rows, and the gradients of the sum of their log-probabilities."""
+    keep = head.kept_rows(target, call.ignore_index)
+    target = head.pick(target, keep)
+    if h.by_vocabulary:
+        loss = ce.CrossEntropyCall(
+            call.rows,
+            "none",
+            call.ignore_index,
+            0.0,
+            0.0,
+            call.scale,
+            call.softcap,
+            False,
+            h.dtype,
+            call.want,
+        )
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            out, grads = vocab_blocks.run(h, needs, keep, target, None, loss, ce.Factor(-1.0))
+        return head.spread_all(out, keep, h.hidden.shape[0]), grads
+
+    def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
+        chunk_target = None if target is None else target[start:stop]
+        part = ts.stats(call, z, chunk_target, h.bias)
+        if overwrite:
+            one = torch.ones_like(part["logsumexp"])
+            call.rows.row_grad(
+                z,
+                chunk_target,
+                ignore_index=call.ignore_index,
+                bias=h.bias,
+                scale=call.scale,
+                softcap=call.softcap,
+                lse=part["logsumexp"],
+                a=one,
+                b=-one,
+                out=z,
+            )
+        return part
+
+    return head.run(h, needs, row_function, keep=keep)
+
+
 class LinearTokenStats(torch.autograd.Function):
     """(hidden, weight, bias, target) -> the wanted statistics; logprob, entropy and logsumexp carry gradients."""
 
@@ -239,31 +317,7 @@ class LinearTokenStats(torch.autograd.Function):
         # With a frozen weight, and only logprob to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
         ctx.ahead = differentiable == ["logprob"] and ctx.needs == Needs(True, False, False)
 
-        keep = head.kept_rows(target, call.ignore_index)
-        kept_target = head.pick(target, keep)
-
-        def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
-            chunk_target = None if kept_target is None else kept_target[start:stop]
-            part = ts.stats(call, z, chunk_target, h.bias)
-            if overwrite:
-                one = torch.ones_like(part["logsumexp"])
-                call.rows.row_grad(
-                    z,
-                    chunk_target,
-                    ignore_index=call.ignore_index,
-                    bias=h.bias,
-                    scale=call.scale,
-                    softcap=call.softcap,
-                    lse=part["logsumexp"],
-                    a=one,
-                    b=-one,
-                    out=z,
-                )
-            return part
-
-        out, grads = head.run(
-            h, ctx.needs if ctx.ahead else Needs(False, False, False), row_function, keep=keep
-        )
+        out, grads = token_stats_rows(h, ctx.needs if ctx.ahead else Needs(False, False, False), target, call)
         ctx.save_for_backward(
             hidden, weight, bias, target, out["logsumexp"], out.get("entropy"), grads.hidden
         )
@@ -284,7 +338,7 @@ class LinearTokenStats(torch.autograd.Function):
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = ts.row_coefficients(call, upstream, entropy, lse.dtype)
         h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk)
-        grads = head.backward(
+        grads = recompute(
             h,
             ctx.needs,
             call.rows,

@@ -1,4 +1,4 @@
-"""Cross-entropy of the linear head over blocks of the vocabulary, all rows at once, in one native call (csrc/cpu/head.h).
+"""The linear head over blocks of the vocabulary, all rows at once, in one native call (csrc/cpu/head.h).
 
 Pass 1 makes the logits a block at a time and keeps the sums that the loss needs. Pass 2 turns each block into its d logits,
 finishes that block of d weight over all rows – no accumulator, no rounding between chunks – and adds to d hidden. Until d
@@ -6,7 +6,8 @@ weight's own memory is written, it holds the logits of the first D rows; those o
 memory is a few blocks, and d hidden in float32 where it has another dtype; the GEMMs are 3 up to D rows, 3.5 at 2 D.
 
 With a frozen weight one pass is enough, in 2 GEMMs and whatever the rows: exp(logits) times the weight is summed relative to
-the largest logit so far, as in flash attention (Dao et al. 2022, arXiv:2205.14135).
+the largest logit so far, as in flash attention (Dao et al. 2022, arXiv:2205.14135). Where a row's coefficients are known only
+after the forward (a loss per row, log-probs and entropy with gradients) the backward makes the logits again: 4 GEMMs.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from fastloss.coefficients import Coefficients
 from fastloss.head import Grads, Head, Needs, upcasts
 from fastloss.ops import cpu_rows
 from fastloss.ops.cross_entropy import CrossEntropyCall, Factor
 from fastloss.ops.gemm_bf16 import supports_gemm_bf16
-from fastloss.ops.native_rows import DTYPE_CODES, acc_dtype, empty_stats
+from fastloss.ops.native_rows import DTYPE_CODES, empty_stats
 from fastloss.ops.new_gradient import new_gradient
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
@@ -32,18 +34,8 @@ WIDTH = 256
 RECOMPUTE_UP_TO = 2
 
 
-def why_not(
-    backend: str,
-    dtype: torch.dtype,
-    weight: Tensor,
-    rows: int,
-    needs: Needs,
-    chunk_size: int | None,
-    per_row: bool,
-    smooth: bool,
-) -> str:
-    """Why a call goes through chunks of rows instead; empty if it goes through here. ``smooth``: every token of the
-    vocabulary is a target, by smoothing or as a probability."""
+def why_not(backend: str, dtype: torch.dtype, weight: Tensor, chunk_size: int | None) -> str:
+    """Why any call goes through chunks of rows instead; empty if it may go through here."""
     if backend != "cpu" or not hasattr(cpu_rows.native, "HeadCall"):
         return "the backend has no kernels for blocks of the vocabulary"
     if chunk_size is not None or not ENABLED:
@@ -55,17 +47,20 @@ def why_not(
             return "oneDNN multiplies bfloat16 faster than float32"
         if weight.dtype != dtype or weight.shape[1] % 2:
             return "bfloat16 is multiplied in pairs along D, and d weight has the logits' dtype"
-    if weight.stride(1) != 1:
-        return "the weight's layout"
-    if not needs:
+    return "" if weight.stride(1) == 1 else "the weight's layout"
+
+
+def why_not_cross_entropy(rows: int, dim: int, needs: Needs, per_row: bool, smooth: bool) -> str:
+    """The same of cross-entropy. ``smooth``: every token of the vocabulary is a target, by smoothing or as a probability."""
+    if not needs or (
+        per_row and (needs.weight or needs.bias)
+    ):  # a forward alone, perhaps a backward alone later
         return ""
-    if needs == Needs(True, False, False):
+    if not needs.weight:
+        if needs.bias:
+            return "the bias's gradient is made with the weight's"
         return "label smoothing or class probabilities with a frozen weight" if smooth else ""
-    if not needs.weight or per_row:
-        return "the gradient of the weight is not made in the forward"
-    if rows > RECOMPUTE_UP_TO * weight.shape[1]:
-        return f"more than {RECOMPUTE_UP_TO} D rows"
-    return ""
+    return "" if rows <= RECOMPUTE_UP_TO * dim else f"more than {RECOMPUTE_UP_TO} D rows"
 
 
 def multiplies_floats(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -74,7 +69,7 @@ def multiplies_floats(weight: Tensor, dtype: torch.dtype) -> bool:
 
 
 def gemms(needs: Needs, rows: int, dim: int) -> float:
-    """GEMMs of a step; a fraction where the logits of some rows are made again."""
+    """GEMMs of forward and backward in one; a fraction where the logits of some rows are made again."""
     again = max(0, rows - dim) / max(rows, 1) if needs.weight else 0
     return round(1 + needs.hidden + needs.weight + again, 2)
 
@@ -89,9 +84,99 @@ def block_width(vocab: int, threads: int) -> int:
 def buffer_bytes(rows: int, weight: Tensor, needs: Needs) -> int:
     """Of the threads' blocks of logits."""
     threads = torch.get_num_threads()
-    if not needs.weight:
-        rows = min(rows, cpu_rows.native.HEAD_STRIPE)
-    return rows * block_width(weight.shape[0], threads) * weight.dtype.itemsize * threads
+    if needs.weight or needs.bias:
+        return rows * block_width(weight.shape[0], threads) * weight.dtype.itemsize * threads
+    stripe = min(rows, cpu_rows.native.HEAD_STRIPE)
+    return stripe * block_width(weight.shape[0], threads) * weight.dtype.itemsize * threads
+
+
+class _Call:
+    """A native call: the tensors whose addresses it holds, and its gradients."""
+
+    def __init__(
+        self,
+        h: Head,
+        keep: Tensor | None,
+        target: Tensor | None,
+        w: Tensor | None,
+        form: tuple[int, float, float],
+        needs: Needs,
+    ):
+        self.keep, self.all_rows, self.dim = keep, *h.hidden.shape
+        self.vocab = h.weight.shape[0]
+        self.rows = self.all_rows if keep is None else keep.numel()
+        self.needs = needs
+        self.tensors: list[Tensor] = []
+        pairs = not multiplies_floats(h.weight, h.dtype)
+        hidden = h.hidden.to(h.dtype if pairs or h.hidden.dtype not in DTYPE_CODES else h.hidden.dtype)
+        if hidden.stride(1) != 1:
+            hidden = hidden.contiguous()
+        self.operands = hidden, h.weight
+        self._gradients(hidden, h.weight)
+        c = self.native = cpu_rows.native.HeadCall()
+        c.rows, c.vocab, c.dim = self.rows, self.vocab, self.dim
+        c.width = block_width(self.vocab, torch.get_num_threads())
+        c.ignore_index, c.scale, c.softcap = form
+        c.hidden_dtype, c.hidden_stride = DTYPE_CODES[hidden.dtype], hidden.stride(0)
+        c.weight_dtype, c.weight_stride = DTYPE_CODES[h.weight.dtype], h.weight.stride(0)
+        c.w_row_stride = 0 if w is None or w.dim() == 1 else w.stride(0)
+        c.grad_scale, c.spread, c.split, c.pairs = 1.0, self.rest is None, self.split, pairs
+        self.point_to(
+            target=target, bias=h.bias, w=w, keep=keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
+            d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias,
+        )  # fmt: skip
+
+    def point_to(self, **tensors: Tensor | None) -> None:
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self.tensors.append(tensor)
+                setattr(self.native, name, tensor.data_ptr())
+
+    def _gradients(self, hidden: Tensor, weight: Tensor) -> None:
+        shape = self.all_rows, self.dim
+        self.d_weight = new_gradient(weight.shape, weight.dtype, weight.device) if self.needs.weight else None
+        self.d_bias = torch.empty(self.vocab) if self.needs.bias else None
+        self.d_hidden = torch.empty(shape, dtype=hidden.dtype) if self.needs.hidden else None
+        # In low precision it is summed in float32: in its own memory as far as that goes, which is for half of the rows.
+        self.split, self.rest = self.rows, None
+        if self.d_hidden is None or hidden.dtype == torch.float32:
+            if self.d_hidden is not None and self.keep is not None:
+                self.d_hidden.zero_()
+            return
+        self.split = min(self.rows, self.all_rows // 2)
+        self.rest = torch.empty((self.rows - self.split, self.dim))
+
+    def execute(self, gemms: float, *, row_by_row: bool = False, backward_alone: bool = False) -> None:
+        """``row_by_row``: the threads share the rows, not the vocabulary."""
+        if not self.rows:
+            for grad in (self.d_hidden, self.d_weight, self.d_bias):
+                if grad is not None:
+                    grad.zero_()
+            return
+        c, native = self.native, cpu_rows.native
+        threads = min(torch.get_num_threads(), self.rows if row_by_row else -(-self.vocab // c.width))
+        states = 1 if row_by_row or backward_alone else threads
+        self.point_to(
+            state=torch.empty((states, self.rows, native.ROW_STATE_DOUBLES), dtype=torch.float64),
+            finished=torch.zeros(-(-self.rows // native.HEAD_STRIPE), dtype=torch.int64),
+        )
+        scratch = torch.empty(threads * c.scratch_bytes() + 64, dtype=torch.uint8)
+        if _get_current_dispatch_mode() is not None:  # FlopCounterMode and its like see operators only
+            _counted(*self.operands, self.rows, gemms)
+        c.run(-(-scratch.data_ptr() // 64) * 64, threads)
+
+    def gradients(self) -> Grads:
+        """Those of an executed call."""
+        if self.d_hidden is not None and self.rest is not None and self.rows:
+            x, split = self.d_hidden, self.split
+            code, address = DTYPE_CODES[x.dtype], x.data_ptr()
+            # Front to back, so that no sum is overwritten before it is read.
+            cpu_rows.native.convert(address, DTYPE_CODES[torch.float32], address, code, split * self.dim, 1)
+            x[split : self.rows] = self.rest
+            if self.keep is not None:
+                dense = x[: self.rows].clone()
+                x.zero_().index_copy_(0, self.keep, dense)
+        return Grads(self.d_hidden, self.d_weight, self.d_bias)
 
 
 def run(
@@ -104,75 +189,37 @@ def run(
     factor: Factor,
 ) -> tuple[dict[str, Tensor], Grads]:
     """Losses and statistics of the kept rows (``target`` is theirs), and the gradients of their sum times ``factor``."""
-    all_rows, dim = h.hidden.shape
-    vocab = h.weight.shape[0]
-    rows = all_rows if keep is None else keep.numel()
-    pairs = not multiplies_floats(h.weight, h.dtype)
-    hidden = h.hidden.to(h.dtype if pairs or h.hidden.dtype not in DTYPE_CODES else h.hidden.dtype)
-    if hidden.stride(1) != 1:
-        hidden = hidden.contiguous()
-    out = _empty(rows, call.want)
-    d_weight = new_gradient((vocab, dim), h.weight.dtype, h.hidden.device) if needs.weight else None
-    d_bias = torch.empty(vocab) if needs.bias else None
-    in_place = hidden.dtype == torch.float32
-    d_hidden = torch.empty((all_rows, dim), dtype=hidden.dtype) if needs.hidden else None
-    if d_hidden is not None and keep is not None and in_place:
-        d_hidden.zero_()
-    if not rows:
-        for grad in (d_hidden, d_weight, d_bias):
-            if grad is not None:
-                grad.zero_()
-        return out, Grads(d_hidden, d_weight, d_bias)
-    # d hidden is summed in float32: in its own memory as far as that goes, which is for half of the rows.
-    split = 0 if in_place or d_hidden is None else min(rows, all_rows // 2)
-    rest = None if in_place or d_hidden is None else torch.empty((rows - split, dim))
-
-    native = cpu_rows.native
-    c = native.HeadCall()
-    c.rows, c.vocab, c.dim = rows, vocab, dim
-    threads = torch.get_num_threads()
-    c.width = block_width(vocab, threads)
-    alone = needs.hidden and not needs.weight  # threads share the rows, not the vocabulary
-    threads = min(threads, rows if alone else -(-vocab // c.width))
-    shape = (1 if alone else threads, rows, native.ROW_STATE_DOUBLES)
-    state = torch.empty(shape, dtype=torch.float64)
-    finished = torch.zeros(-(-rows // native.HEAD_STRIPE), dtype=torch.int64)
-    tensors = {
-        "target": target, "bias": h.bias, "w": w, "keep": keep, "state": state, "finished": finished,
-        "hidden": hidden, "weight": h.weight, "d_weight": d_weight, "d_hidden": d_hidden, "d_hidden_rest": rest, "d_bias": d_bias, **out,
-    }  # fmt: skip
-    for name, tensor in tensors.items():
-        setattr(c, name, 0 if tensor is None else tensor.data_ptr())
-    c.ignore_index, c.scale, c.softcap = call.ignore_index, call.scale, call.softcap
-    c.w_row_stride = 0 if w is None or w.dim() == 1 else w.stride(0)
+    this = _Call(h, keep, target, w, (call.ignore_index, call.scale, call.softcap), needs)
+    out = empty_stats(torch.empty((this.rows, 0)), call.want)
+    for name in ("logsumexp", "loss"):
+        out.setdefault(name, torch.empty(this.rows))
+    this.point_to(**out)
+    c = this.native
     c.label_smoothing, c.z_loss = call.label_smoothing, call.z_loss
     c.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
-    c.hidden_dtype, c.hidden_stride = DTYPE_CODES[hidden.dtype], hidden.stride(0)
-    c.weight_dtype, c.weight_stride = DTYPE_CODES[h.weight.dtype], h.weight.stride(0)
-    c.stored = min(rows, dim) if needs.weight else 0
-    c.spread, c.split, c.pairs = in_place, split, pairs
-    scratch = torch.empty(threads * c.scratch_bytes() + 64, dtype=torch.uint8)
-    if _get_current_dispatch_mode() is not None:  # FlopCounterMode and its like see operators only
-        _counted(hidden, h.weight, rows, gemms(needs, rows, dim))
-    c.run(-(-scratch.data_ptr() // 64) * 64, threads)
-    del scratch
-
-    if d_hidden is not None and rest is not None:
-        address, code = d_hidden.data_ptr(), DTYPE_CODES[d_hidden.dtype]
-        native.convert(address, DTYPE_CODES[torch.float32], address, code, split * dim, 1)  # front to back
-        d_hidden[split:rows] = rest
-        if keep is not None:
-            dense = d_hidden[:rows].clone()
-            d_hidden.zero_().index_copy_(0, keep, dense)
-    return out, Grads(d_hidden, d_weight, d_bias)
+    c.stored = min(this.rows, this.dim) if needs.weight else 0
+    this.execute(gemms(needs, this.rows, this.dim), row_by_row=needs.hidden and not needs.weight)
+    return out, this.gradients()
 
 
-def _empty(rows: int, want: tuple[str, ...]) -> dict[str, Tensor]:
-    """The statistics that are wanted, and always the loss and logsumexp."""
-    out = empty_stats(torch.empty((rows, 0)), want)
-    for name in ("logsumexp", "loss"):
-        out.setdefault(name, torch.empty(rows, dtype=acc_dtype(torch.float32)))
-    return out
+def backward(
+    h: Head,
+    needs: Needs,
+    keep: Tensor | None,
+    target: Tensor | None,
+    lse: Tensor,
+    k: Coefficients,
+    w: Tensor | None,
+    *,
+    ignore_index: int,
+    scale: float,
+    softcap: float,
+) -> Grads:
+    """Of rows with the coefficients ``k`` (the kept rows', as ``target`` and ``lse``): makes the logits again."""
+    this = _Call(h, keep, target, w, (ignore_index, scale, softcap), needs)
+    this.point_to(lse=lse, **{name: None if x is None else x.contiguous() for name, x in k._asdict().items()})
+    this.execute(1 + needs.hidden + needs.weight, backward_alone=True)
+    return this.gradients()
 
 
 @torch.library.custom_op("fastloss::head_gemms", mutates_args=())
