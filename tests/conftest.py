@@ -1,11 +1,13 @@
 """Set before anything imports triton or fastloss: the device of the suite, the interpreter, the threads, the seeds.
 
 FASTLOSS_TEST_DEVICE=cpu (the default) runs the Triton kernels in Triton's interpreter; FASTLOSS_TEST_DEVICE=cuda runs
-everything on the GPU.
+everything on the GPU. FASTLOSS_CPU_MODULE=<path of a .so> tests another build of the native CPU module (tools/sanitize.sh).
 """
 
+import importlib.util
 import os
 import random
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ import torch
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
+if path := os.environ.get("FASTLOSS_CPU_MODULE"):
+    spec = importlib.util.spec_from_file_location("fastloss._cpu", path)
+    assert spec is not None and spec.loader is not None, path
+    sys.modules["fastloss._cpu"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["fastloss._cpu"])
 if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.exit("FASTLOSS_TEST_DEVICE=cuda, but torch sees no CUDA device", returncode=2)
 if DEVICE != "cuda":

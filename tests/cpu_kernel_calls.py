@@ -1,32 +1,16 @@
-"""fastloss._cpu called by address, and the formulas of docs/engine.md in float64.
-
-FASTLOSS_CPU_MODULE=<path of a .so> tests another build (tools/sanitize.sh).
-"""
+"""fastloss._cpu called by address, and the formulas of docs/engine.md in float64."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 
 import pytest
 import torch
 
-
-def _load():
-    path = os.environ.get("FASTLOSS_CPU_MODULE")
-    if not path:
-        try:
-            return importlib.import_module("fastloss._cpu")
-        except ImportError as error:
-            pytest.skip(f"the native CPU module is not built ({error})", allow_module_level=True)
-    spec = importlib.util.spec_from_file_location("_cpu", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cpu = _load()
+try:
+    cpu = importlib.import_module("fastloss._cpu")
+except ImportError as error:
+    pytest.skip(f"the native CPU module is not built ({error})", allow_module_level=True)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 DTYPES = list(CODES)
 STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")

@@ -1,14 +1,10 @@
-"""The kernels of docs/sequences.md, 4 to 6, on every backend against the definition in float64 and its autograd.
-
-FASTLOSS_CPU_MODULE=<path of a .so> tests another build of the CPU's (tools/sanitize.sh).
-"""
+"""The kernels of docs/sequences.md, 4 to 6, on every backend against the definition in float64 and its autograd."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import math
-import os
 from typing import Any
 
 import pytest
@@ -17,7 +13,6 @@ from backends_under_test import DEVICE, KERNELS, need
 from torch import Tensor
 
 from fastloss import dispatch
-from fastloss.ops.native_pairs import NativePairs
 from fastloss.ops.pair_call import PairCall
 from fastloss.reference import preference as definition
 
@@ -41,13 +36,6 @@ backends = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=IDS)
 
 
 def rows_of(backend: str, dtype: torch.dtype = torch.float32) -> Any:
-    path = os.environ.get("FASTLOSS_CPU_MODULE")
-    if backend == "cpu" and path:
-        spec = importlib.util.spec_from_file_location("_cpu", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return NativePairs(module, lambda _: torch.get_num_threads())
     return dispatch.choose(need(backend), torch.empty(1, dtype=dtype, device=DEVICE)).rows
 
 

@@ -36,5 +36,8 @@ if [ -z "${PLAIN:-}" ]; then
   export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)"
 fi
 cd "$root"
-"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_cpu_math.py tests/test_cpu_head.py "$@"
-"$python" -m pytest -q -p no:cacheprovider tests/test_pairs_kernels.py -k cpu "$@"
+# Everything that calls the native module: its kernels on every instruction set, then what calls it with tensors.
+"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_cpu_math.py tests/test_cpu_head.py \
+  tests/test_head.py tests/test_plain_pairs.py tests/test_plain_policy.py "$@"
+"$python" -m pytest -q -p no:cacheprovider tests/test_pairs_kernels.py tests/test_policy_kernels.py \
+  tests/test_scan_kernels.py -k cpu "$@"
