@@ -11,12 +11,11 @@
 #include <sched.h>
 
 #include "block.h"
+#include "head_scratch.h"
 #include "tile.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
-
-extern const VocabKernels vocab_kernels;
 
 namespace {
 
@@ -28,50 +27,6 @@ template <class A>
 struct Same<A, A> {
   static constexpr bool value = true;
 };
-
-// Rows of K that dW takes at once.
-constexpr int64_t kRowDepth = 256;
-
-// Elements of type T between rows of a block: an odd number of cache lines, so that a column's lines share no
-// set.
-template <class T>
-constexpr int64_t block_stride(int64_t width) {
-  const int64_t lines = (width * int64_t(sizeof(T)) + 63) / 64;
-  return (lines | 1) * (64 / int64_t(sizeof(T)));
-}
-
-// A thread's scratch, in bytes from its beginning.
-struct Areas {
-  int64_t panels;   // a packed block of the weight, or its gradient in float32
-  int64_t second;   // the block packed the other way, where both are needed at once
-  int64_t stripe;   // hidden states of some rows, converted or packed
-  int64_t columns;  // their logits or dZ, in float32 or as columns
-  int64_t z;        // dZ of all rows
-  int64_t states;   // of a stripe
-  int64_t kernel, bytes;
-};
-
-Areas areas_of(const HeadCall& c) {
-  const int64_t dim = round_up(c.dim, kPanel), rows = c.logits.rows;
-  const int64_t depth = rows < kRowDepth ? round_up(rows, kStripe) : kRowDepth;
-  const bool converts = c.weight_dtype != kFloat32;
-  const int64_t z_bytes = converts ? block_stride<BF16>(c.width) * 2 : block_stride<float>(c.width) * 4;
-  const int64_t z_rows = c.d_weight || c.given.lse ? rows : kStripe;
-  Areas a;
-  a.panels = 0;
-  a.second = a.panels + round_up(c.width * dim * 4, 64);
-  const bool alone = is_d_hidden_alone(c);
-  a.stripe = a.second + (alone ? round_up(c.width * dim * 4, 64) : 0);
-  a.columns = a.stripe + round_up((depth < kStripe ? kStripe : depth) * dim * 4, 64);
-  a.z = a.columns +
-        (converts ? round_up((depth < kStripe ? kStripe : depth) * block_stride<float>(c.width) * 4, 64) : 0);
-  a.states = a.z + round_up((z_rows < kStripe ? kStripe : z_rows) * z_bytes + 64, 64);
-  a.kernel = a.states + (alone ? kStripe * sizeof(RowState) : 0);
-  // d bias sums a block's columns in double there.
-  const int64_t sums = c.width * 8;
-  a.bytes = a.kernel + round_up(vocab_kernels.scratch_bytes > sums ? vocab_kernels.scratch_bytes : sums, 64);
-  return a;
-}
 
 int64_t place(const HeadCall& c, int64_t row) { return c.keep ? c.keep[row] : row; }
 
@@ -145,14 +100,15 @@ class Block {
         RowState& s = states_[i - row];
         const double old = s.max;
         s = RowState{};
+        s.kind = c_.logits.target[i] == c_.logits.ignore_index;
         s.max = c_.state[i].max, s.b = 1;  // its gradient is exp(z - max)
         if (index_ > 0 && old != s.max) scale_row(sum_row(i), float(__builtin_exp(old - s.max)));
       }
       ce.grad = reinterpret_cast<void*>(uintptr_t(z_) - row * z_stride_ * sizeof(T));
       vocab_kernels.backward(l, {start_, w_, false}, ce, states_ - row, row, stop, kernel_);
       zero_second_of_last_pair(z_, stop - row);
-      for (int64_t i = row; i < stop;
-           ++i) {  // the target's own term is small where p is near 1: it comes at the end
+      // The target's own term is small where p is near 1: it comes at the end.
+      for (int64_t i = row; i < stop; ++i) {
         const int64_t t = c_.logits.target[i] - start_;
         if (t >= 0 && t < w_) z_[(i - row) * z_stride_ + t] = T{};
       }
@@ -256,9 +212,10 @@ class Block {
     for (int64_t j = 0; j < w_; ++j) sum[j] = 0;
     for (int64_t i = 0; i < c_.logits.rows; ++i) {
       for (int64_t j = 0; j < w_; j += W) {
-        const int64_t count = w_ - j < W ? w_ - j : W;
-        const F32V v = load_upto(z_ + i * z_stride_ + j, count);
-        for (int64_t lane = 0; lane < count; ++lane) sum[j + lane] += v[lane];
+        float z[W];
+        store(z, load_upto(z_ + i * z_stride_ + j, w_ - j));
+        store(sum + j, load(sum + j) + widen(z));
+        store(sum + j + W / 2, load(sum + j + W / 2) + widen(z + W / 2));
       }
     }
     for (int64_t j = 0; j < w_; ++j) c_.d_bias[start_ + j] = float(sum[j]);
