@@ -39,6 +39,10 @@ class _DeviceGuarded(NativeRows):
         with torch.cuda.device_of(logits):
             return super().row_cross_entropy(logits, *args, **kwargs)
 
+    def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
+        with torch.cuda.device_of(x):
+            super().scale_in_place(x, scale)
+
 
 class _GuardedPairs(NativePairs):
     def _call(self, name: str, tensor: Tensor, *arguments: Any) -> None:
@@ -85,6 +89,10 @@ def row_grad(*args: Any, **kwargs: Any) -> None:
 
 def row_cross_entropy(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return rows.row_cross_entropy(*args, **kwargs)
+
+
+def scale_in_place(x: Tensor, scale: Tensor) -> None:
+    rows.scale_in_place(x, scale)
 
 
 def segment_sum(*args: Any, **kwargs: Any) -> Tensor:

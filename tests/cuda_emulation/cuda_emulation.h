@@ -159,7 +159,11 @@ inline uint32_t __float_as_uint(float x) {
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess, cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum {
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount
+};
 inline const char* cudaGetErrorString(int) { return "emulated"; }
 inline int cudaGetLastError() { return cudaSuccess; }
 inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
