@@ -12,6 +12,7 @@ from backends_under_test import DEVICE, KERNELS, dtypes, need
 from torch import Tensor
 
 import fastloss
+from fastloss import dispatch
 from fastloss.head import Grads
 from fastloss.ops import linear
 from fastloss.ops.scale import scale_in_place
@@ -124,6 +125,13 @@ def test_backward_scales_once_each_time(backend: str, dtype: torch.dtype) -> Non
                     torch.testing.assert_close(
                         again.double(), exact.grad * other, rtol=1.1 * torch.finfo(dtype).eps, atol=1e-6
                     )
+
+
+def test_kernels_are_found_by_the_tensor() -> None:
+    x = torch.randn(2, device=DEVICE)
+    cuda = adapter("cuda")
+    assert dispatch.gpu_kernels(x) is cuda
+    assert dispatch.gpu_kernels(x.double()) is None
 
 
 @pytest.mark.parametrize("backend", GPU_KERNELS)
