@@ -54,5 +54,8 @@ const char* row_cross_entropy(const Logits& in, const CrossEntropy& ce, const St
 const char* row_stats(const Logits& in, const Stats& out, void* stream);
 const char* row_grad(const Logits& in, const Coefficients& k, void* stream);
 const char* scale_in_place(const Scaling& a, void* stream);
+// Why no kernel can run on the current device: an architecture that was not compiled, a driver older than the
+// runtime.
+const char* why_not();
 
 }  // namespace fastloss::cuda

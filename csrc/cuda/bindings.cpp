@@ -90,6 +90,10 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
   m.def("row_grad", &row_grad, unlocked);
   m.def("row_cross_entropy", &row_cross_entropy, unlocked);
   m.def("scale_in_place", &scale_in_place, unlocked);
+  m.def("why_not", [] {
+    const char* error = cuda::why_not();
+    return std::string(error ? error : "");
+  });
   cuda::bind_pairs(m);
   cuda::bind_policy(m);
 }
