@@ -157,6 +157,15 @@ def _choose_automatically(tensor: Tensor, unsupported: str) -> Choice:
     return Choice("reference", None, text)
 
 
+def gpu_kernels(tensor: Tensor) -> Any:
+    """The adapter of the first GPU backend that takes ``tensor``, None where none does."""
+    for name in ("cuda", "triton"):
+        adapter, reason = _load(name)
+        if not (reason or adapter.why_not_for(tensor)):
+            return adapter
+    return None
+
+
 _warned: set[str] = set()
 
 

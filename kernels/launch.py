@@ -15,9 +15,13 @@ import triton
 from torch import Tensor
 
 from . import rows as kernels
+from . import scale as scale_kernels
 
 STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 WARP = 64 if torch.version.hip else 32
+# Enough programs for any GPU, few enough to cost little where the scale is 1; 16 elements per thread. Not tuned on a GPU.
+SCALE_PROGRAMS = 2048
+SCALE_SHAPE = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": True}
 MAX_VOCAB = 1 << 30  # indices within a row are 32-bit, with room for one block more
 
 
@@ -146,3 +150,13 @@ def row_cross_entropy(
                 HAS_SOFTCAP=softcap > 0, SPREAD=target is None or label_smoothing > 0, **launch_shape(vocab, softcap > 0),
             )  # fmt: skip
     return out
+
+
+def scale_in_place(x: Tensor, scale: Tensor) -> None:
+    """``x [rows, width]`` (unit stride along a row) times ``scale``, one float32."""
+    rows, width = x.shape
+    at_once = min(rows, SCALE_PROGRAMS)
+    along = min(triton.cdiv(width, SCALE_SHAPE["BLOCK"]), max(SCALE_PROGRAMS // max(at_once, 1), 1))
+    if rows and width:
+        with _on_device_of(x):
+            scale_kernels.scale_kernel[(at_once, along)](x, x.stride(0), rows, width, scale, **SCALE_SHAPE)

@@ -1,11 +1,11 @@
-"""The functions of kernels/exact.py over a tensor, for their test. Apart, so that it is imported after the environment is set."""
+"""The functions of kernels/exact.py, and exp of kernels/rows.py, over a tensor, for their tests. Apart, so that it is imported after the environment is set."""
 
 import numpy
 import torch
 import triton
 import triton.language as tl
 
-from fastloss.kernels import exact
+from fastloss.kernels import exact, rows
 
 
 @triton.jit
@@ -14,6 +14,8 @@ def kernel(x_ptr, out_ptr, n, NAME: tl.constexpr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + i, mask=i < n, other=0.5)
     if NAME == "exp":
         y = exact.exp(x)
+    elif NAME == "exp of rows":
+        y = rows.exp(x, x_ptr)
     elif NAME == "expm1":
         y = exact.expm1(x)
     elif NAME == "log1p":

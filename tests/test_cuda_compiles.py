@@ -26,6 +26,9 @@ def test_no_kernel_touches_local_memory(arch: str) -> None:
         "pair_loss_kernel",
         "unpaired_loss_kernel",
         "policy_loss_kernel",
+        "scale_kernel<float>",
+        "scale_kernel<bfloat16>",
+        "scale_kernel<float16>",
         "scan_kernel<float, 0>",
         "scan_kernel<float, 1>",
     } <= set(names)

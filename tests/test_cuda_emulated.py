@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from cuda_emulation.build import build_emulated, build_race_check, compiler
 from torch import Tensor
+
+from fastloss.ops import cuda_rows
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ for the CUDA emulation")
 
@@ -371,6 +375,34 @@ def test_bad_arguments_are_errors() -> None:
     with pytest.raises(RuntimeError, match="vocab"):
         build_emulated().row_stats(x.data_ptr(), 0, 1, 0, 4, 0, IGNORE, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 0, 0)
     run_stats(x[:0], None)
+
+
+def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old GPU or an old driver: a reason, which lets `auto` go on to triton, and no failing launch."""
+    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:1"))
+    devices = []
+
+    def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
+        devices.append(device)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    monkeypatch.setattr(cuda_rows, "_emulated", False)
+    for answer in ("no kernel image is available", ""):
+        cuda_rows._why_not_on.cache_clear()
+        monkeypatch.setattr(cuda_rows, "native", SimpleNamespace(why_not=lambda answer=answer: answer))
+        assert (answer in cuda_rows.why_not_for(tensor)) and bool(cuda_rows.why_not_for(tensor)) == bool(
+            answer
+        )
+    assert devices == [tensor.device] * 2  # asked on the tensor's own device, once for each answer
+    cuda_rows._why_not_on.cache_clear()
+    assert build_emulated().why_not() == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what the module says without a GPU")
+def test_module_says_why_it_cannot_run() -> None:
+    module = pytest.importorskip("fastloss._cuda")
+    assert module.why_not() != ""
 
 
 def test_no_race_between_the_threads_of_a_block() -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +106,13 @@ def _collect_source(arch: str, source: Path) -> list[dict[str, Any]]:
 
 
 def collect(arches: tuple[str, ...] = ARCHES) -> list[dict[str, Any]]:
-    return [kernel for arch in arches for kernel in collect_arch(arch)]
+    """Every kernel for every architecture; the cores share the compilers."""
+    jobs = list(itertools.product(arches, sorted(SOURCES.glob("*.cu"))))
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ThreadPoolExecutor(workers) as pool:
+        return [
+            kernel for kernels in pool.map(_collect_source, *zip(*jobs, strict=True)) for kernel in kernels
+        ]
 
 
 def faults(kernels: list[dict[str, Any]]) -> list[str]:

@@ -1,6 +1,7 @@
-"""The cases of kernel_report_triton.py for the kernels of docs/sequences.md: which arguments and options are compiled.
+"""The cases of kernel_report_triton.py for scale_in_place and docs/sequences.md: which arguments and options are compiled.
 
-A pointer is float32 but for those in POINTERS; an argument that is an upper-case name is a compile-time constant.
+A pointer is float32 but for those in POINTERS and those that a case gives a type; an argument that is an upper-case name is
+a compile-time constant, and so is a number that a case gives; an integer that is given is a multiple of 16.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 POINTERS = {"offsets_ptr": "*i64", "desirable_ptr": "*u8", "mask_ptr": "*u8", "select_ptr": "*u8"}
-INTEGERS = ("length", "count", "n", "pairs", "sequences", "chunks")
+INTEGERS = ("length", "count", "n", "pairs", "sequences", "chunks", "rows", "row_stride", "width")
 
 PAIR_ALWAYS = (
     "c_ptr",
@@ -100,16 +101,22 @@ CASES |= {
         "returns": (("rewards_ptr", "mask_ptr", "returns_ptr"), {}),
     },
 }
+# The usual gradient is one row that is aligned; a row apart from the next one need not be.
+CASES[("scale", "scale_kernel")] = {
+    f"{dtype} {layout}": (("x_ptr", "scale_ptr", *aligned), {"x_ptr": f"*{dtype}", **rows})
+    for dtype in ("fp32", "bf16", "fp16")
+    for layout, aligned, rows in (("whole", ("width",), {"rows": 1}), ("rows", (), {}))
+}
 SHAPES = {
-    "policy_loss_kernel": ("policy", "POLICY_SHAPE"), "policy_total_kernel": ("policy", "TOTAL_SHAPE"),
-    "scan_kernel": ("policy", "SCAN_SHAPE"),
+    "policy_loss_kernel": ("launch_policy", "POLICY_SHAPE"), "policy_total_kernel": ("launch_policy", "TOTAL_SHAPE"),
+    "scan_kernel": ("launch_policy", "SCAN_SHAPE"), "scale_kernel": ("launch", "SCALE_SHAPE"),
 }  # fmt: skip
 
 
 def _shape(module: str, kernel: str) -> dict[str, Any]:
-    usual = (module, "SUM_SHAPE" if kernel.startswith("segment") else "PAIR_SHAPE")
+    usual = (f"launch_{module}", "SUM_SHAPE" if kernel.startswith("segment") else "PAIR_SHAPE")
     family, name = SHAPES.get(kernel, usual)
-    return getattr(importlib.import_module(f"kernels.launch_{family}"), name)
+    return getattr(importlib.import_module(f"kernels.{family}"), name)
 
 
 def cases(targets: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
@@ -133,13 +140,17 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     constexprs: dict[Any, Any] = {}
     attributes = {}
     for i, arg in enumerate(kernel.arg_names):
-        if arg.isupper() or (arg.endswith("_ptr") and arg not in given):
+        pointer = arg.endswith("_ptr")
+        if arg.isupper() or (pointer and arg not in given) or (not pointer and arg in constants):
             signature[arg], constexprs[arg] = "constexpr", constants.get(arg)
-        elif arg.endswith("_ptr"):
-            signature[arg] = POINTERS.get(arg, "*fp32")
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            continue
+        if pointer:
+            signature[arg] = constants.get(arg, POINTERS.get(arg, "*fp32"))
         else:
             signature[arg] = "i32" if arg in INTEGERS else "fp32"
+        if arg in given:
+            attributes[(i,)] = [["tt.divisibility", 16]]
     numbers = compile_kernel(kernel, signature, constexprs, attributes, shape, target)
-    return {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": "fp32", "options": options,
+    dtype = constants.get("x_ptr", "*fp32").removeprefix("*")
+    return {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
             "block": launch.get("BLOCK", ""), "warps": shape["num_warps"]} | numbers  # fmt: skip

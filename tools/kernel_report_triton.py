@@ -85,7 +85,7 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     from kernels import rows
     from kernels.launch import launch_shape
 
-    if rows.ROUND_BY_HAND.value:
+    if rows.INTERPRETED.value:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no machine code")
     target, name, options, dtype, vocab = case
     kernel, given = getattr(rows, name), CASES[name][options]

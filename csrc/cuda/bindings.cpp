@@ -1,4 +1,4 @@
-// fastloss._cuda: the three row functions of docs/engine.md from Python, every pointer an integer address.
+// fastloss._cuda: the functions of docs/engine.md from Python, every pointer an integer address.
 // Reads and writes nothing itself.
 // No PyTorch header: builds in seconds, once for every torch version. The emulated module is this file too.
 #include <pybind11/pybind11.h>
@@ -76,6 +76,11 @@ void row_cross_entropy(Address logits, int dtype, int64_t rows, int64_t vocab, i
   check(cuda::row_cross_entropy(in, ce, out, at<void>(stream)));
 }
 
+void scale_in_place(Address x, int dtype, int64_t rows, int64_t width, int64_t row_stride, Address scale,
+                    Address stream) {
+  check(cuda::scale_in_place({at<void>(x), dtype, rows, width, row_stride, at(scale)}, at<void>(stream)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(FASTLOSS_MODULE, m) {
@@ -84,6 +89,11 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
   m.def("row_stats", &row_stats, unlocked);
   m.def("row_grad", &row_grad, unlocked);
   m.def("row_cross_entropy", &row_cross_entropy, unlocked);
+  m.def("scale_in_place", &scale_in_place, unlocked);
+  m.def("why_not", [] {
+    const char* error = cuda::why_not();
+    return std::string(error ? error : "");
+  });
   cuda::bind_pairs(m);
   cuda::bind_policy(m);
 }

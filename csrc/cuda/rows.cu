@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <cstring>
 
-#include "args.h"
 #include "forward.h"
 #include "gradient.h"
+#include "launch.h"
 
 namespace fastloss::cuda {
 namespace {
@@ -24,21 +24,9 @@ int threads_for(int64_t vocab) {
   return int(std::clamp<int64_t>((threads + kWarp - 1) / kWarp * kWarp, kWarp, kMaxThreads));
 }
 
-const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
 const char* unusable(const Logits& in) {
   if (in.vocab < 1 || in.vocab > kMaxVocab) return "vocab must be between 1 and 2^30";
-  if (in.dtype < kFloat32 || in.dtype > kFloat16)
-    return "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)";
-  return nullptr;
-}
-
-// Calls f with a null pointer of the storage type.
-template <class F>
-const char* with_dtype(int dtype, F f) {
-  if (dtype == kFloat32) return f(static_cast<float*>(nullptr));
-  if (dtype == kBFloat16) return f(static_cast<bfloat16*>(nullptr));
-  return f(static_cast<float16*>(nullptr));
+  return unusable_dtype(in.dtype);
 }
 
 // Half of a multiprocessor's shared memory, so that one block reads while another reduces or writes.
@@ -130,6 +118,13 @@ const char* row_grad(const Logits& in, const Coefficients& k, void* stream) {
       return k.w ? launch_grad<T, true, true>(in, k, stream) : launch_grad<T, true, false>(in, k, stream);
     return k.w ? launch_grad<T, false, true>(in, k, stream) : launch_grad<T, false, false>(in, k, stream);
   });
+}
+
+const char* why_not() {
+  cudaFuncAttributes attributes;
+  const char* error = text_of(cudaFuncGetAttributes(&attributes, row_grad_kernel<float, false, false>));
+  cudaGetLastError();  // this error is an answer: the next launch must not find it
+  return error;
 }
 
 }  // namespace fastloss::cuda

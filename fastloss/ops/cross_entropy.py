@@ -14,6 +14,7 @@ from fastloss.ops import cpu_rows
 from fastloss.ops.native_rows import acc_dtype
 from fastloss.ops.new_gradient import new_gradient
 from fastloss.ops.once import once_differentiable
+from fastloss.ops.scale import scale_in_place
 
 
 class CrossEntropyCall(NamedTuple):
@@ -127,17 +128,17 @@ def run(
     )
 
 
-def scale_gradient(grad: Tensor, upstream: Tensor, factor: Factor | None) -> Tensor:
+def scale_gradient(rows: Any, grad: Tensor, upstream: Tensor, factor: Factor | None) -> Tensor:
     """``grad`` (exclusively ours) times the upstream scalar, in place; nothing is done where that is 1."""
-    if grad.device.type == "cpu":
+    if not hasattr(rows, "scale_in_place"):  # the cpu backend: the host may look
         value = float(upstream)
         if factor is not None:
             value *= factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
-        return grad if value == 1.0 else grad.mul_(value)
+        return scale_in_place(grad, value)
     scale = upstream.to(acc_dtype(grad.dtype))
     if factor is not None:
         scale = scale * factor.value if factor.tensor is None else scale * factor.tensor
-    return grad.mul_(scale)
+    return scale_in_place(grad, scale, rows)
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -209,7 +210,7 @@ class CrossEntropy(torch.autograd.Function):
             grad = new_gradient(logits.shape, logits.dtype, logits.device)
             run(call, logits, target, w, None, grad, ctx.factor)
         return (
-            scale_gradient(grad, upstream, ctx.factor if factor_is_late(grad.dtype) else None),
+            scale_gradient(call.rows, grad, upstream, ctx.factor if factor_is_late(grad.dtype) else None),
             None,
             None,
             None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -38,6 +39,10 @@ class _DeviceGuarded(NativeRows):
     def row_cross_entropy(self, logits: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         with torch.cuda.device_of(logits):
             return super().row_cross_entropy(logits, *args, **kwargs)
+
+    def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
+        with torch.cuda.device_of(x):
+            super().scale_in_place(x, scale)
 
 
 class _GuardedPairs(NativePairs):
@@ -87,6 +92,10 @@ def row_cross_entropy(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
     return rows.row_cross_entropy(*args, **kwargs)
 
 
+def scale_in_place(x: Tensor, scale: Tensor) -> None:
+    rows.scale_in_place(x, scale)
+
+
 def segment_sum(*args: Any, **kwargs: Any) -> Tensor:
     return pairs.segment_sum(*args, **kwargs)
 
@@ -131,9 +140,17 @@ def why_not() -> str:
     return "" if _emulated or torch.version.cuda else "this torch is not built for CUDA"
 
 
+@functools.cache
+def _why_not_on(device: torch.device) -> str:
+    """CUDA's own answer: an architecture that was not compiled, a driver older than the runtime in the module."""
+    with torch.cuda.device(device):
+        reason = native.why_not()
+    return f"its kernels cannot run on {device} ({reason})" if reason else ""
+
+
 def why_not_for(tensor: Tensor) -> str:
     if not tensor.is_cuda and not _emulated:
         return f"it takes cuda tensors, got {tensor.device.type}"
     if tensor.dtype not in DTYPE_CODES or tensor.dtype == torch.float64:
         return f"it has no kernel for {tensor.dtype}"
-    return ""
+    return "" if _emulated else _why_not_on(tensor.device)

@@ -14,6 +14,7 @@ from fastloss.ops import cross_entropy as ce
 from fastloss.ops import token_stats as ts
 from fastloss.ops import vocab_blocks
 from fastloss.ops.once import once_differentiable
+from fastloss.ops.scale import scale_in_place
 
 # In place of a number of rows: cross-entropy goes over blocks of the vocabulary.
 BY_VOCABULARY = 0
@@ -111,7 +112,7 @@ def finish(grads: Grads, dtypes: tuple[torch.dtype, ...], scale: Any = None) -> 
     out = []
     for grad, dtype in zip(grads, dtypes, strict=True):
         if grad is not None and scale is not None:
-            grad = grad.mul_(scale)
+            grad = scale_in_place(grad, scale)
         out.append(grad if grad is None else grad.to(dtype))
     return tuple(out)
 

@@ -1,4 +1,4 @@
-"""The three row functions of docs/engine.md over a native module, ``fastloss._cpu`` or ``fastloss._cuda``."""
+"""The functions of docs/engine.md over a native module, ``fastloss._cpu`` or ``fastloss._cuda``."""
 
 from __future__ import annotations
 
@@ -164,3 +164,10 @@ class NativeRows:
             self.context(logits),
         )
         return out
+
+    def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
+        """``x [rows, width]`` (unit stride along a row) times ``scale``, one float32; ``fastloss._cuda`` alone."""
+        if x.numel():
+            self.module.scale_in_place(
+                x.data_ptr(), DTYPE_CODES[x.dtype], *x.shape, x.stride(0), scale.data_ptr(), self.context(x)
+            )

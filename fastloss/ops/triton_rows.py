@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 try:
-    from fastloss.kernels.launch import row_cross_entropy, row_grad, row_stats
+    from fastloss.kernels.launch import row_cross_entropy, row_grad, row_stats, scale_in_place
     from fastloss.kernels.launch_pairs import pair_loss, segment_expand, segment_sum, unpaired_loss
     from fastloss.kernels.launch_policy import discounted_returns, gae, policy_loss
 
@@ -24,6 +24,7 @@ __all__ = [
     "row_cross_entropy",
     "row_grad",
     "row_stats",
+    "scale_in_place",
     "segment_expand",
     "segment_sum",
     "unpaired_loss",

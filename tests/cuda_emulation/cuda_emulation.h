@@ -159,12 +159,21 @@ inline uint32_t __float_as_uint(float x) {
 using cudaError_t = int;
 using cudaStream_t = void*;
 enum { cudaSuccess, cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum { cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum {
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMultiProcessorCount
+};
 inline const char* cudaGetErrorString(int) { return "emulated"; }
 inline int cudaGetLastError() { return cudaSuccess; }
 inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 // One KB is left for the copy of a row: rows longer than that exercise the part that is read again.
 inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2 * 3072, cudaSuccess; }
+struct cudaFuncAttributes {};
+template <class Kernel>
+int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
+  return cudaSuccess;
+}
 template <class Kernel>
 int cudaFuncSetAttribute(Kernel, int, int) {
   return cudaSuccess;

@@ -48,6 +48,8 @@ int main(int argc, char** argv) {
         ce.grad = x.data();
         if (!error) error = row_cross_entropy(in, ce, stats, nullptr);
         if (!error) error = row_grad(in, k, nullptr);
+        const float half = 0.5f;
+        if (!error) error = scale_in_place({x.data(), dtype, rows, vocab, vocab, &half}, nullptr);
         if (error) return std::printf("%s\n", error), 2;
       }
     }
