@@ -143,13 +143,13 @@ def linear_token_stats(
             backend, input, unsupported=dispatch.tracing_reason(input, linear_weight, linear_bias, target)
         )
         computed = head.count_kept(hidden.shape[0], flat, ignore_index)
-        chunk = linear.chunk_of_rows(name, dtype, linear_weight, computed, chunk_size)
         on = torch.is_grad_enabled()
         needs = Needs(
             on and input.requires_grad,
             on and linear_weight.requires_grad,
             linear_bias is not None and on and linear_bias.requires_grad,
         )
+        chunk = linear.chunk_of_rows(name, dtype, linear_weight, computed, needs, chunk_size)
         ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
         dispatch.announce(
             "linear_token_stats",

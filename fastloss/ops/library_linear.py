@@ -33,11 +33,11 @@ def _make_head(
     target: Tensor | None,
     ignore_index: int,
     backend: str,
+    needs: Needs,
 ) -> Head:
     rows = head.count_kept(hidden.shape[0], target, ignore_index)
-    return linear._head(
-        hidden, weight, bias, dtype, linear.chunk_of_rows(backend, dtype, weight, rows, chunk or None)
-    )
+    chunk = linear.chunk_of_rows(backend, dtype, weight, rows, needs, chunk or None)
+    return linear._head(hidden, weight, bias, dtype, chunk)
 
 
 def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -64,7 +64,7 @@ def linear_row_grad(
     chunk: int,
     backend: str,
 ) -> list[Tensor]:
-    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index, backend)
+    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index, backend, Needs(*needs))
     grads = linear.recompute(
         h,
         Needs(*needs),
@@ -289,7 +289,7 @@ def linear_token_stats(
     backend: str,
 ) -> list[Tensor]:
     check_targets(target, weight.shape[0], ignore_index)
-    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index, backend)
+    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index, backend, NO_NEEDS)
     call = ts.StatsCall(rows_of(backend), ignore_index, scale, softcap, False, tuple(want.split(",")))
     out, _ = linear.token_stats_rows(h, NO_NEEDS, target, call)
     return pack(out, want, out["logsumexp"])

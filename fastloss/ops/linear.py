@@ -20,9 +20,11 @@ from fastloss.ops.scale import scale_in_place
 BY_VOCABULARY = 0
 
 
-def chunk_of_rows(backend: str, dtype: torch.dtype, weight: Tensor, rows: int, chunk_size: int | None) -> int:
+def chunk_of_rows(
+    backend: str, dtype: torch.dtype, weight: Tensor, rows: int, needs: Needs, chunk_size: int | None
+) -> int:
     """Rows per chunk of a call that computes ``rows``, or ``BY_VOCABULARY``: of statistics, or of a backward alone."""
-    if vocab_blocks.why_not(backend, dtype, weight, chunk_size) == "":
+    if vocab_blocks.why_not(backend, dtype, weight, rows, needs, chunk_size) == "":
         return BY_VOCABULARY
     chunk = chunk_size or head.default_chunk(rows, weight.shape[0], dtype, weight.device)
     return min(chunk, max(rows, 1))
@@ -41,7 +43,7 @@ def chunk_of_cross_entropy(
     """The same of cross-entropy."""
     if vocab_blocks.why_not_cross_entropy(rows, weight.shape[1], needs, per_row, smooth):
         chunk_size = chunk_size or head.default_chunk(rows, weight.shape[0], dtype, weight.device)
-    return chunk_of_rows(backend, dtype, weight, rows, chunk_size)
+    return chunk_of_rows(backend, dtype, weight, rows, needs, chunk_size)
 
 
 def plan(
