@@ -109,12 +109,14 @@ def factor_is_late(h: Head) -> bool:
     return ce.factor_is_late(h.dtype)
 
 
-def finish(grads: Grads, dtypes: tuple[torch.dtype, ...], scale: Any = None) -> tuple[Tensor | None, ...]:
-    """Gradients (exclusively ours) times a scalar, in their leaves' dtypes."""
+def finish(
+    grads: Grads, dtypes: tuple[torch.dtype, ...], scale: Any = None, rows: Any = None
+) -> tuple[Tensor | None, ...]:
+    """Gradients (exclusively ours) times a scalar, in their leaves' dtypes. ``rows``: the call's backend."""
     out = []
     for grad, dtype in zip(grads, dtypes, strict=True):
         if grad is not None and scale is not None:
-            grad = scale_in_place(grad, scale)
+            grad = scale_in_place(grad, scale, rows)
         out.append(grad if grad is None else grad.to(dtype))
     return tuple(out)
 
@@ -213,7 +215,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 *finish(grads, dtypes, upstream.to(torch.promote_types(ctx.dtype, upstream.dtype))[:, None]),
                 *rest,
             )
-        return (*finish(grads, dtypes, _scale(upstream, ctx.factor if ctx.late else None, hidden)), *rest)
+        scale = _scale(upstream, ctx.factor if ctx.late else None, hidden)
+        return (*finish(grads, dtypes, scale, call.rows), *rest)
 
 
 def _scale(upstream: Tensor, factor: ce.Factor | None, like: Tensor) -> Any:

@@ -97,4 +97,4 @@ class LinearContrast(torch.autograd.Function):
             grads = run(linear._head(hidden, weight, bias, plan.dtype, plan.chunk), plan)[1]
         late = ce.Factor(1.0 / plan.total) if ctx.late else None
         scale = linear._scale(upstream, late, hidden)
-        return (*linear.finish(grads, linear._dtypes(hidden, weight, bias), scale), None)
+        return (*linear.finish(grads, linear._dtypes(hidden, weight, bias), scale, plan.call.rows), None)

@@ -161,5 +161,5 @@ class LinearPolicyLoss(torch.autograd.Function):
             scale = scale * ctx.call.scale
         # On a GPU a comparison with 1 would wait for the device: the kernel that multiplies looks itself.
         factor = float(scale) if hidden.device.type == "cpu" else scale
-        done = finish(grads, _dtypes(hidden, weight, bias), factor)
+        done = finish(grads, _dtypes(hidden, weight, bias), factor, ctx.call.rows)
         return (*done, None, None, None, None)

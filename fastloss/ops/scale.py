@@ -24,7 +24,7 @@ def scale_in_place(grad: Tensor, scale: float | Tensor, rows: Any = None) -> Ten
     matrix = _as_rows(grad) if scale.dim() == 0 else None
     if matrix is None:
         return grad.mul_(scale)
-    kernels = rows or dispatch.gpu_kernels(grad)
+    kernels = rows if hasattr(rows, "scale_in_place") else dispatch.gpu_kernels(grad)
     if kernels is None or kernels.why_not_for(grad):
         return grad.mul_(scale)
     kernels.scale_in_place(matrix, scale.to(grad.device, torch.float32))
