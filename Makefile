@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # e.g. TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" for the smaller build without CUDA
 TORCH_ARGS ?=
+# for a torch that brings no Triton; PyTorch's CUDA build for Linux brings the one that it was made for
+TRITON ?= triton==3.8.0
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -18,7 +20,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch $(TORCH_ARGS)
-	if [ "$$(uname -s)" = Linux ]; then $(PIP) install -q -c constraints.txt --no-deps triton; fi
+	if [ "$$(uname -s)" = Linux ]; then $(PIP) show -q triton 2>/dev/null || $(PIP) install -q --no-deps '$(TRITON)'; fi
 	$(PIP) install -q -c constraints.txt setuptools wheel pybind11 ninja
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev,train,wandb,data,lora,bench,peers]'
 	touch $@
