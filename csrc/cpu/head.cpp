@@ -224,8 +224,8 @@ class Block {
   void make_d_weight() {
     constexpr bool kDirect = Same<T, float>::value;
     float* const out = kDirect ? reinterpret_cast<float*>(d_weight()) : reinterpret_cast<float*>(panels_);
-    for (int64_t row = 0; row < c_.logits.rows; row += kRowDepth) {
-      const int64_t count = c_.logits.rows - row < kRowDepth ? c_.logits.rows - row : kRowDepth;
+    for (int64_t row = 0; row < c_.logits.rows; row += kStripe) {
+      const int64_t count = stripe_end(row, c_.logits.rows) - row;
       const int64_t units = (count + Op::kElements - 1) / Op::kElements;
       with_hidden([&](auto* x) {
         pack_rows<Op, typename Element<decltype(x)>::type>(

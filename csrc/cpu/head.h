@@ -35,7 +35,7 @@ struct HeadCall {
 
 inline bool is_d_hidden_alone(const HeadCall& c) { return c.d_hidden && !c.d_weight && !c.given.lse; }
 
-// Rows that are taken together: their hidden states stay in L2 while a block of the vocabulary passes.
+// Rows that are taken together: their hidden states and their part of a block stay in L2.
 constexpr int64_t kStripe = 96;
 
 // Three kinds of call: d_weight (and more) is wanted; d_hidden alone is; nothing but losses and statistics

@@ -179,7 +179,7 @@ void advise_huge_pages(Address address, int64_t bytes) {
 #define FASTLOSS_FIELD(name, member) field(type, name, [](HeadCall& c) -> auto& { return c.member; })
 
 void bind_head(py::module_& m) {
-  py::class_<HeadCall> type(m, "HeadCall");
+  py::class_<HeadCall> type(m, "HeadCall", py::module_local());  // another build may be loaded too
   type.def(py::init([] { return HeadCall{}; }));
   FASTLOSS_FIELD("rows", logits.rows);
   FASTLOSS_FIELD("vocab", logits.vocab);

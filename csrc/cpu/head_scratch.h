@@ -12,9 +12,6 @@ extern const VocabKernels vocab_kernels;
 
 namespace {
 
-// Rows of K that dW takes at once.
-constexpr int64_t kRowDepth = 256;
-
 // Elements of type T between rows of a block: an odd number of cache lines, so that a column's lines share no
 // set.
 template <class T>
@@ -36,8 +33,6 @@ struct Areas {
 
 Areas areas_of(const HeadCall& c) {
   const int64_t dim = round_up(c.dim, kPanel), rows = c.logits.rows;
-  // Rows that are converted or packed at once: a stripe, or what dW takes.
-  const int64_t depth = rows <= kStripe ? kStripe : rows < kRowDepth ? round_up(rows, kStripe) : kRowDepth;
   const bool converts = c.weight_dtype != kFloat32;
   const int64_t z_bytes = converts ? block_stride<BF16>(c.width) * 2 : block_stride<float>(c.width) * 4;
   const int64_t z_rows = c.d_weight || c.given.lse ? rows : kStripe;
@@ -46,9 +41,8 @@ Areas areas_of(const HeadCall& c) {
   a.second = a.panels + round_up(c.width * dim * 4, 64);
   const bool alone = is_d_hidden_alone(c);
   a.stripe = a.second + (alone ? round_up(c.width * dim * 4, 64) : 0);
-  const int64_t units = c.pairs ? depth / 2 : depth, columns = units < kStripe ? kStripe : units;
-  a.columns = a.stripe + round_up(units * dim * 4, 64);
-  a.z = a.columns + (converts ? round_up(columns * block_stride<float>(c.width) * 4, 64) : 0);
+  a.columns = a.stripe + round_up(kStripe / (c.pairs ? 2 : 1) * dim * 4, 64);
+  a.z = a.columns + (converts ? round_up(kStripe * block_stride<float>(c.width) * 4, 64) : 0);
   a.states = a.z + round_up((z_rows < kStripe ? kStripe : z_rows) * z_bytes + 64, 64);
   a.kernel = a.states + (alone ? kStripe * sizeof(RowState) : 0);
   // d bias sums a block's columns in double there, a vector at a time.

@@ -29,7 +29,7 @@ from fastloss.ops.new_gradient import new_gradient
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
 # Columns of a block at most: each thread holds a block of all rows' d logits.
-WIDTH = 256
+WIDTH = 192
 # Below this many rows a GEMM waits for the weight's memory, and packing it costs more than the chunks' GEMMs (AMD Zen 3, one
 # thread: at 16 rows 1.1 to 1.4 times them, at 64 0.76 to 0.94). With d weight blocks are as fast from the first row.
 FORWARD_FROM = 64
