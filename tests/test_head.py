@@ -201,6 +201,32 @@ def test_blocks_of_the_vocabulary_give_the_numbers_of_chunks_of_rows():
 
 
 @needs_blocks
+@pytest.mark.parametrize("dim", [512, 1024, 4096])
+def test_float32_errors_are_not_above_those_of_eager(dim):
+    generator = torch.Generator().manual_seed(dim)
+    hidden = torch.randn(256, dim, generator=generator)
+    weight = torch.randn(3000, dim, generator=generator) / dim**0.5
+    target = torch.randint(0, 3000, (256,), generator=generator)
+
+    def grads(cast, function):
+        leaves = [cast(x).requires_grad_() for x in (hidden.clone(), weight.clone())]
+        loss = function(*leaves)
+        loss.mean().backward()
+        return [loss.detach(), *(x.grad for x in leaves)]
+
+    def eager(h, w):
+        return torch.nn.functional.cross_entropy(h @ w.t(), target, reduction="none")
+
+    exact = grads(torch.Tensor.double, eager)
+    theirs = grads(lambda x: x, eager)
+    ours = grads(lambda x: x, lambda h, w: fastloss.linear_cross_entropy(h, w, target))
+    ours[0] = -fastloss.linear_token_stats(hidden, weight, target).logprobs
+    for name, x, y, z in zip(("logprob", "hidden", "weight"), ours, theirs, exact, strict=True):
+        error, bound = (float((v - z).square().mean().sqrt()) for v in (x, y))
+        assert error <= bound, f"{name}: {error} against {bound}"
+
+
+@needs_blocks
 def test_a_masked_vocabulary_in_blocks():
     hidden, weight, bias, target = operands(20, 32, 900)
     bias[400:] = float("-inf")
