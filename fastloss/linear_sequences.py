@@ -302,8 +302,9 @@ def evaluate(
         values = {**stats, "logprob": stats["logprobs"], "mean_logit": stats["mean_logits"]}
     else:
         call = ts.StatsCall(how.rows, x.ignore_index, x.scale, x.softcap, False, want, ("logprob",))
-        apply = linear.LinearTokenStats.apply
-        result = apply(x.hidden, x.weight, x.bias, layout.target, call, how.dtype, how.chunk, how.needs)
+        result = linear.LinearTokenStats.apply(
+            x.hidden, x.weight, x.bias, layout.target, call, how.dtype, how.chunk, how.chunk, how.needs
+        )
         values = dict(zip(want, result, strict=True))
     logprob = values["logprob"].to(layout.segments.lengths.dtype)
     loss, out = contrast(logprob, values, (0, layout.target.numel()), (0, layout.groups))

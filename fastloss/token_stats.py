@@ -149,7 +149,8 @@ def linear_token_stats(
             on and linear_weight.requires_grad,
             linear_bias is not None and on and linear_bias.requires_grad,
         )
-        chunk = linear.chunk_of_rows(name, dtype, linear_weight, computed, needs, chunk_size)
+        chunk = min(chunk_size or head.default_chunk(computed, vocab, dtype, input.device), max(computed, 1))
+        chunk_of_backward = linear.chunk_of_rows(name, dtype, linear_weight, computed, needs, chunk_size)
         ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
         dispatch.announce(
             "linear_token_stats",
@@ -194,7 +195,7 @@ def linear_token_stats(
     else:
         call = ts.StatsCall(adapter, ignore_index, scale, cap, False, want)
         result = linear.LinearTokenStats.apply(
-            hidden, linear_weight, linear_bias, flat, call, dtype, chunk, needs
+            hidden, linear_weight, linear_bias, flat, call, dtype, chunk, chunk_of_backward, needs
         )
         stats = from_engine(dict(zip(want, result, strict=True)), want)
     return TokenStats(*(None if s is None else s.reshape(lead) for s in stats))

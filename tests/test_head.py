@@ -226,6 +226,22 @@ def test_float32_errors_are_not_above_those_of_eager(dim):
         assert error <= bound, f"{name}: {error} against {bound}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [40, 300])
+def test_a_log_probability_has_the_same_bits_in_every_function(rows, dtype):
+    hidden, weight, _, target = operands(rows, 40, 700, dtype)
+    old = fastloss.linear_token_stats(hidden, weight, target).logprobs
+    for trained in ((True, False), (False, True), (True, True)):
+        leaves = [x.clone().requires_grad_(on) for x, on in zip((hidden, weight), trained, strict=True)]
+        for outputs in (("logprobs",), ("logprobs", "entropy")):
+            assert torch.equal(fastloss.linear_token_stats(*leaves, target, outputs=outputs).logprobs, old)
+        mask = torch.ones(1, rows)
+        out = fastloss.linear_policy_loss(
+            leaves[0][None], leaves[1], target[None], old[None], torch.ones(1), mask
+        )
+        assert float(out.metrics["approx_kl_k3"]) == 0
+
+
 @needs_blocks
 def test_a_masked_vocabulary_in_blocks():
     hidden, weight, bias, target = operands(20, 32, 900)

@@ -289,7 +289,9 @@ def linear_token_stats(
     backend: str,
 ) -> list[Tensor]:
     check_targets(target, weight.shape[0], ignore_index)
-    h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index, backend, NO_NEEDS)
+    rows = head.count_kept(hidden.shape[0], target, ignore_index)
+    chunk = chunk or head.default_chunk(rows, weight.shape[0], dtype, hidden.device)
+    h = linear._head(hidden, weight, bias, dtype, chunk)
     call = ts.StatsCall(rows_of(backend), ignore_index, scale, softcap, False, tuple(want.split(",")))
     out, _ = linear.token_stats_rows(h, NO_NEEDS, target, call)
     return pack(out, want, out["logsumexp"])

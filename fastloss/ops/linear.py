@@ -259,25 +259,12 @@ def recompute(
 def token_stats_rows(
     h: Head, needs: Needs, target: Tensor | None, call: ts.StatsCall
 ) -> tuple[dict[str, Tensor], Grads]:
-    """Statistics of all rows, and the gradients of the sum of their log-probabilities."""
+    """Statistics of all rows, and the gradients of the sum of their log-probabilities.
+
+    Always in chunks of rows, as the preference and policy losses: a token's log-probability has the same bits in all of
+    them, so that the first ratio of new to old is exactly 1."""
     keep = head.kept_rows(target, call.ignore_index)
     target = head.pick(target, keep)
-    if h.by_vocabulary:
-        loss = ce.CrossEntropyCall(
-            call.rows,
-            "none",
-            call.ignore_index,
-            0.0,
-            0.0,
-            call.scale,
-            call.softcap,
-            False,
-            h.dtype,
-            call.want,
-        )
-        with torch.autocast("cpu", enabled=False), torch.no_grad():
-            out, grads = vocab_blocks.run(h, needs, keep, target, None, loss, ce.Factor(-1.0))
-        return head.spread_all(out, keep, h.hidden.shape[0]), grads
 
     def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
         chunk_target = None if target is None else target[start:stop]
@@ -314,9 +301,10 @@ class LinearTokenStats(torch.autograd.Function):
         call: ts.StatsCall,
         dtype: torch.dtype,
         chunk: int,
+        chunk_of_backward: int,
         needs: Needs,
     ) -> Any:
-        ctx.call, ctx.dtype, ctx.chunk, ctx.needs = call, dtype, chunk, needs
+        ctx.call, ctx.dtype, ctx.needs, ctx.chunk_of_backward = call, dtype, needs, chunk_of_backward
         ctx.set_materialize_grads(False)
         h = _head(hidden, weight, bias, dtype, chunk)
         differentiable = [name for name in call.want if name in call.differentiable]
@@ -335,7 +323,7 @@ class LinearTokenStats(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         call: ts.StatsCall = ctx.call
         hidden, weight, bias, target, lse, entropy, d_hidden = ctx.saved_tensors
-        none = (None,) * 5
+        none = (None,) * 6
         if all(g is None for g in upstream):
             return (None, None, None, *none)
         if ctx.ahead:
@@ -343,7 +331,7 @@ class LinearTokenStats(torch.autograd.Function):
             assert g is not None
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = ts.row_coefficients(call, upstream, entropy, lse.dtype)
-        h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk)
+        h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk_of_backward)
         grads = recompute(
             h,
             ctx.needs,

@@ -59,10 +59,8 @@ def why_not(
 
 def why_not_cross_entropy(rows: int, dim: int, needs: Needs, per_row: bool, smooth: bool) -> str:
     """The same of cross-entropy. ``smooth``: every token of the vocabulary is a target, by smoothing or as a probability."""
-    if not needs or (
-        per_row and (needs.weight or needs.bias)
-    ):  # a forward alone, perhaps a backward alone later
-        return ""
+    if not needs or (per_row and (needs.weight or needs.bias)):
+        return ""  # a forward alone, perhaps a backward alone later
     if not needs.weight:
         if needs.bias:
             return "the bias's gradient is made with the weight's"
@@ -115,7 +113,9 @@ class _Call:
         self.needs = needs
         self.tensors: list[Tensor] = []
         pairs = not multiplies_floats(h.weight, h.dtype)
-        hidden = h.hidden.to(h.dtype if pairs or h.hidden.dtype not in DTYPE_CODES else h.hidden.dtype)
+        hidden = h.hidden
+        if pairs or hidden.dtype not in (torch.float32, torch.bfloat16):
+            hidden = hidden.to(h.dtype if pairs else torch.float32)
         if hidden.stride(1) != 1:
             hidden = hidden.contiguous()
         self.operands = hidden, h.weight
