@@ -45,9 +45,7 @@ class Head(NamedTuple):
     bias: Tensor | None  # [V]
     dtype: torch.dtype
     chunk: int
-    by_vocabulary: bool = (
-        False  # cross-entropy goes over blocks of the vocabulary (ops/vocab_blocks.py) instead
-    )
+    by_vocabulary: bool = False  # the call goes over blocks of the vocabulary (ops/vocab_blocks.py) instead
 
     @property
     def buffer_dtype(self) -> torch.dtype:
@@ -202,6 +200,23 @@ def _gemms(head: Head, needs: Needs, keep: Tensor | None) -> _Gemms:
     return kind(head, needs, keep)
 
 
+class Given(NamedTuple):
+    """What a backward of its own knows of each row: row_grad's arguments (docs/engine.md)."""
+
+    target: Tensor | None
+    lse: Tensor
+    k: Coefficients
+    w: Tensor | None
+    ignore_index: int
+    scale: float
+    softcap: float
+
+    def pick(self, keep: Tensor | None) -> Given:
+        """The same of the kept rows."""
+        k = Coefficients(*(pick(x, keep) for x in self.k))
+        return self._replace(target=pick(self.target, keep), lse=cast(Tensor, pick(self.lse, keep)), k=k)
+
+
 RowFunction = Callable[[Tensor, int, int, bool], dict[str, Tensor]]
 
 
@@ -268,38 +283,23 @@ def spread_all(out: dict[str, Tensor], keep: Tensor | None, rows: int) -> dict[s
     return {name: x.new_zeros((rows, *x.shape[1:])).index_copy_(0, keep, x) for name, x in out.items()}
 
 
-def backward(
-    head: Head,
-    needs: Needs,
-    rows: Any,
-    target: Tensor | None,
-    lse: Tensor,
-    k: Coefficients,
-    w: Tensor | None,
-    *,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-) -> Grads:
-    """Recomputes the logits: 1 GEMM, plus one for each of d hidden and d weight."""
-    keep = kept_rows(target, ignore_index)
-    target, lse = pick(target, keep), cast(Tensor, pick(lse, keep))
-    k = Coefficients(*(pick(x, keep) for x in k))
+def backward(head: Head, needs: Needs, rows: Any, given: Given, keep: Tensor | None) -> Grads:
+    """Of what :meth:`Given.pick` kept. Recomputes the logits: 1 GEMM, plus one for each of d hidden and d weight."""
 
     def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
-        part = k.rows(start, stop)
+        k, w = given.k.rows(start, stop), given.w
         rows.row_grad(
             z,
-            None if target is None else target[start:stop],
-            ignore_index=ignore_index,
+            None if given.target is None else given.target[start:stop],
+            ignore_index=given.ignore_index,
             bias=head.bias,
-            scale=scale,
-            softcap=softcap,
-            lse=lse[start:stop],
-            a=part.a,
-            b=part.b,
-            c=part.c,
-            d=part.d,
+            scale=given.scale,
+            softcap=given.softcap,
+            lse=given.lse[start:stop],
+            a=k.a,
+            b=k.b,
+            c=k.c,
+            d=k.d,
             w=w if w is None or w.dim() == 1 else w[start:stop],
             out=z,
         )

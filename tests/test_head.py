@@ -243,6 +243,22 @@ def test_a_log_probability_has_the_same_bits_in_every_function(rows, dtype):
 
 
 @needs_blocks
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_autocast_takes_hidden_states_of_any_dtype(dtype):
+    hidden, weight, _, target = operands(80, 40, 300)
+    leaves = [hidden.to(dtype).requires_grad_(), weight.requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastloss.linear_cross_entropy(*leaves, target)
+    loss.backward()
+    assert [x.grad.dtype for x in leaves] == [dtype, torch.float32]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), target, ignore_index=IGNORE).backward()
+    for ours, theirs in zip(leaves, exact, strict=True):
+        error = float((ours.grad.double() - theirs.grad).abs().max())
+        assert error <= 2**-6 * float(theirs.grad.abs().max())
+
+
+@needs_blocks
 def test_a_masked_vocabulary_in_blocks():
     hidden, weight, bias, target = operands(20, 32, 900)
     bias[400:] = float("-inf")

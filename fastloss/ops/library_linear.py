@@ -65,18 +65,9 @@ def linear_row_grad(
     backend: str,
 ) -> list[Tensor]:
     h = _make_head(hidden, weight, bias, dtype, chunk, target, ignore_index, backend, Needs(*needs))
-    grads = linear.recompute(
-        h,
-        Needs(*needs),
-        rows_of(backend),
-        target,
-        lse,
-        coefficients.Coefficients(a, b, c, d),
-        w,
-        ignore_index=ignore_index,
-        scale=scale,
-        softcap=softcap,
-    )
+    k = coefficients.Coefficients(a, b, c, d)
+    given = head.Given(target, lse, k, w, ignore_index, scale, softcap)
+    grads = linear.recompute(h, Needs(*needs), rows_of(backend), given)
     return _or_nothing(hidden, linear.finish(grads, linear._dtypes(hidden, weight, bias)))
 
 

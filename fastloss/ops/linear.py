@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastloss import coefficients, head
-from fastloss.coefficients import Coefficients
-from fastloss.head import Grads, Head, Needs
+from fastloss.head import Given, Grads, Head, Needs
 from fastloss.ops import cross_entropy as ce
 from fastloss.ops import token_stats as ts
 from fastloss.ops import vocab_blocks
 from fastloss.ops.once import once_differentiable
 from fastloss.ops.scale import scale_in_place
 
-# In place of a number of rows: cross-entropy goes over blocks of the vocabulary.
+# In place of a number of rows: the call goes over blocks of the vocabulary.
 BY_VOCABULARY = 0
 
 
@@ -191,18 +190,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             k = coefficients.of_cross_entropy(
                 upstream, lse, target, w, weight.shape[0], call.label_smoothing, call.z_loss
             )
-            recomputed = recompute(
-                h,
-                ctx.needs,
-                call.rows,
-                target,
-                lse,
-                k,
-                w,
-                ignore_index=call.ignore_index,
-                scale=call.scale,
-                softcap=call.softcap,
-            )
+            given = Given(target, lse, k, w, call.ignore_index, call.scale, call.softcap)
+            recomputed = recompute(h, ctx.needs, call.rows, given)
             return (*finish(recomputed, dtypes), *rest)
         grads = ctx.grads
         ctx.grads = None
@@ -232,28 +221,14 @@ def _scale(upstream: Tensor, factor: ce.Factor | None, like: Tensor) -> Any:
     return scale
 
 
-def recompute(
-    h: Head,
-    needs: Needs,
-    rows: Any,
-    target: Tensor | None,
-    lse: Tensor,
-    k: Coefficients,
-    w: Tensor | None,
-    *,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-) -> Grads:
+def recompute(h: Head, needs: Needs, rows: Any, given: Given) -> Grads:
     """The gradients of rows whose coefficients became known after their forward: makes the logits again."""
-    form: dict[str, Any] = {"ignore_index": ignore_index, "scale": scale, "softcap": softcap}
+    keep = head.kept_rows(given.target, given.ignore_index)
+    given = given.pick(keep)
     if not h.by_vocabulary:
-        return head.backward(h, needs, rows, target, lse, k, w, **form)
-    keep = head.kept_rows(target, ignore_index)
-    target, lse = head.pick(target, keep), cast(Tensor, head.pick(lse, keep))
-    k = Coefficients(*(head.pick(x, keep) for x in k))
+        return head.backward(h, needs, rows, given, keep)
     with torch.autocast("cpu", enabled=False), torch.no_grad():
-        return vocab_blocks.backward(h, needs, keep, target, lse, k, w, **form)
+        return vocab_blocks.backward(h, needs, given, keep)
 
 
 def token_stats_rows(
@@ -332,16 +307,6 @@ class LinearTokenStats(torch.autograd.Function):
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = ts.row_coefficients(call, upstream, entropy, lse.dtype)
         h = _head(hidden, weight, bias, ctx.dtype, ctx.chunk_of_backward)
-        grads = recompute(
-            h,
-            ctx.needs,
-            call.rows,
-            target,
-            lse,
-            k,
-            None,
-            ignore_index=call.ignore_index,
-            scale=call.scale,
-            softcap=call.softcap,
-        )
+        given = Given(target, lse, k, None, call.ignore_index, call.scale, call.softcap)
+        grads = recompute(h, ctx.needs, call.rows, given)
         return (*finish(grads, _dtypes(hidden, weight, bias)), *none)

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from fastloss.coefficients import Coefficients
-from fastloss.head import Grads, Head, Needs, upcasts
+from fastloss.head import Given, Grads, Head, Needs, upcasts
 from fastloss.ops import cpu_rows
 from fastloss.ops.cross_entropy import CrossEntropyCall, Factor
 from fastloss.ops.gemm_bf16 import supports_gemm_bf16
@@ -209,22 +208,12 @@ def run(
     return out, this.gradients()
 
 
-def backward(
-    h: Head,
-    needs: Needs,
-    keep: Tensor | None,
-    target: Tensor | None,
-    lse: Tensor,
-    k: Coefficients,
-    w: Tensor | None,
-    *,
-    ignore_index: int,
-    scale: float,
-    softcap: float,
-) -> Grads:
-    """Of rows with the coefficients ``k`` (the kept rows', as ``target`` and ``lse``): makes the logits again."""
-    this = _Call(h, keep, target, w, (ignore_index, scale, softcap), needs)
-    this.point_to(lse=lse, **{name: None if x is None else x.contiguous() for name, x in k._asdict().items()})
+def backward(h: Head, needs: Needs, given: Given, keep: Tensor | None) -> Grads:
+    """Of what :meth:`Given.pick` kept: makes the logits again."""
+    form = given.ignore_index, given.scale, given.softcap
+    this = _Call(h, keep, given.target, given.w, form, needs)
+    k = {name: None if x is None else x.contiguous() for name, x in given.k._asdict().items()}
+    this.point_to(lse=given.lse, **k)
     this.execute(1 + needs.hidden + needs.weight, backward_alone=True)
     return this.gradients()
 
