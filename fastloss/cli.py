@@ -53,7 +53,7 @@ def info() -> None:
     import fastloss
 
     try:
-        from fastloss import _build_info as build  # type: ignore[attr-defined]
+        from fastloss import _build_info as build
     except ImportError:
         build = None  # type: ignore[assignment]
     print(f"fastloss {fastloss.__version__}   torch {torch.__version__}   python {platform.python_version()}")
@@ -62,7 +62,7 @@ def info() -> None:
     )
     for name, state in fastloss.backends().items():
         print(f"  {name:<10} {state}")
-    from fastloss.ops import cpu_rows
+    from fastloss.engine import cpu_rows
 
     if cpu_rows.native is not None:
         print(

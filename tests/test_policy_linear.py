@@ -10,8 +10,8 @@ from backends_under_test import ALL, DEVICE, KERNELS, need
 from torch import Tensor
 
 import fastloss
-from fastloss.head import upcasts
-from fastloss.ops.policy_options import AGGREGATIONS, KL_KINDS, VARIANTS
+from fastloss.engine.head import upcasts
+from fastloss.losses.policy_options import AGGREGATIONS, KL_KINDS, VARIANTS
 
 B, T, D, V = 4, 6, 8, 37
 LEAVES = ("input", "linear_weight", "linear_bias")

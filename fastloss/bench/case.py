@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss import head
+from fastloss.engine import head
 
 IGNORE = -100
 # rows × dim × vocab above which a low-precision GEMM that the CPU only emulates takes minutes.

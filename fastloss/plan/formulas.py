@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastloss import head
+from fastloss.engine import head
 from fastloss.plan.hardware import NODE, Device
 from fastloss.plan.model import Model
 

@@ -131,8 +131,8 @@ def test_the_rows_with_a_loss_have_a_line_of_their_own() -> None:
 
 
 def test_where_low_precision_is_emulated_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastloss import head
     from fastloss.bench import case as module
+    from fastloss.engine import head
 
     monkeypatch.setattr(head, "upcasts", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(module, "EMULATED_WORK", 1)
