@@ -118,3 +118,14 @@ def replaced(value: Any, **fields: Any) -> Any:
     """``value._replace(**fields)`` of a NamedTuple, in a form that torch.compile of torch 2.8 traces."""
     kind = type(value)
     return kind(*[fields.get(name, old) for name, old in zip(kind._fields, value, strict=True)])
+
+
+def host_reads(tensor: Tensor) -> bool:
+    """Whether a value of ``tensor`` may be looked at: it is on the CPU, and nothing traces or transforms the call."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )
