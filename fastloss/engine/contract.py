@@ -36,6 +36,9 @@ class Factor(NamedTuple):
     tensor: Tensor | None = None
 
 
+WHOLE = Factor()
+
+
 class PairResult(NamedTuple):
     """Of a contrast of pairs, acc ``[B]``. A differentiable backend makes no gradients: they are None."""
 
@@ -135,7 +138,7 @@ class Backend(Protocol):
         target: Tensor | None,
         options: CrossEntropyOptions,
         *,
-        factor: Factor = Factor(),
+        factor: Factor = WHOLE,
         grad: Tensor | None = None,
         want: Sequence[str] = (),
         bias: Tensor | None = None,
