@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastloss
-from fastloss.engine import backend as dispatch
-from fastloss.engine import cuda_rows
+from fastloss.engine import backend as backends
+from fastloss.engine.native import emulated_cuda
 
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
 KERNELS = ("cuda", "triton") if DEVICE == "cuda" else ("cpu", "triton", "cuda")
@@ -26,7 +26,7 @@ def _emulate() -> str:
         return "no g++ for the CUDA emulation"
     from cuda_emulation.build import build_emulated
 
-    cuda_rows.emulate(build_emulated())
+    backends.replace_backend("cuda", emulated_cuda(build_emulated()))
     return ""
 
 
@@ -34,7 +34,6 @@ def need(backend: str) -> str:
     """Make a backend ready, or skip with the reason why this machine cannot run it."""
     if backend == "cuda" and (reason := _emulate()):
         pytest.skip(reason)
-    dispatch._loaded.pop(backend, None)
     state = fastloss.backends()[backend]
     if state != "available":
         pytest.fail(f"{backend}: {state}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.engine import head
+from fastloss.engine import head_rows as head
 
 IGNORE = -100
 # rows × dim × vocab above which a low-precision GEMM that the CPU only emulates takes minutes.

@@ -13,18 +13,22 @@ after the forward (a loss per row, log-probs and entropy with gradients) the bac
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from fastloss.engine import cpu_rows
-from fastloss.engine.cross_entropy import CrossEntropyCall, Factor
-from fastloss.engine.gemm_bf16 import supports_gemm_bf16
-from fastloss.engine.head import Given, Grads, Head, Needs, upcasts
-from fastloss.engine.native_rows import DTYPE_CODES, empty_stats
-from fastloss.engine.new_gradient import new_gradient
+from fastloss.engine.autograd import new_gradient
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import Backend, Factor
+from fastloss.engine.gate import address
+from fastloss.engine.head_rows import upcasts
+from fastloss.engine.head_types import Grads, Head, Needs
+from fastloss.engine.native import NativeBackend, supports_gemm_bf16
+from fastloss.tables import DTYPE_CODES, CrossEntropyOptions, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
 # Columns of a block at most: each thread holds a block of all rows' d logits.
@@ -37,10 +41,10 @@ RECOMPUTE_UP_TO = 2
 
 
 def why_not(
-    backend: str, dtype: torch.dtype, weight: Tensor, rows: int, needs: Needs, chunk_size: int | None
+    backend: Backend, dtype: torch.dtype, weight: Tensor, rows: int, needs: Needs, chunk_size: int | None
 ) -> str:
     """Why any call goes through chunks of rows instead; empty if it may go through here."""
-    if backend != "cpu" or not hasattr(cpu_rows.native, "HeadCall"):
+    if not isinstance(backend, NativeBackend) or not backend.has_head:
         return "the backend has no kernels for blocks of the vocabulary"
     if chunk_size is not None or not ENABLED:
         return "chunk_size, or FASTLOSS_VOCABULARY_BLOCKS=0"
@@ -78,38 +82,90 @@ def gemms(needs: Needs, rows: int, dim: int) -> float:
     return round(1 + needs.hidden + needs.weight + again, 2)
 
 
-def block_width(vocab: int, threads: int) -> int:
+def block_width(backend: NativeBackend, vocab: int, threads: int) -> int:
     """Columns of a block: the threads' blocks together are at most 3% of the logits, where that is not too narrow."""
-    panel: int = cpu_rows.native.head_panel()
+    panel: int = backend.module.head_panel()
     width = max(64, min(WIDTH, vocab // (32 * threads)))
     return -(-min(width, vocab) // panel) * panel
 
 
-def buffer_bytes(rows: int, weight: Tensor, needs: Needs) -> int:
+def buffer_bytes(backend: NativeBackend, rows: int, weight: Tensor, needs: Needs) -> int:
     """Of the threads' blocks of logits."""
     threads = torch.get_num_threads()
+    width = block_width(backend, weight.shape[0], threads)
     if needs.weight or needs.bias:
-        return rows * block_width(weight.shape[0], threads) * weight.dtype.itemsize * threads
-    stripe = min(rows, cpu_rows.native.HEAD_STRIPE)
-    return stripe * block_width(weight.shape[0], threads) * weight.dtype.itemsize * threads
+        return rows * width * weight.dtype.itemsize * threads
+    stripe = min(rows, backend.module.HEAD_STRIPE)
+    return stripe * width * weight.dtype.itemsize * threads
 
 
-class _Call:
+class VocabularyBlocks:
+    """One pass with all rows in one part (the interface of engine/head.py)."""
+
+    def __init__(self, head: Head, needs: Needs, keep: Tensor | None):
+        assert isinstance(head.backend, NativeBackend)
+        self.head, self.needs, self.keep, self.native = head, needs, keep, head.backend
+        self.all_rows = head.hidden.shape[0]
+        self.rows = self.all_rows if keep is None else keep.numel()
+        self.made = Grads(None, None, None)
+
+    def parts(self) -> Iterator[VocabularyBlocks]:
+        yield self
+
+    def grads(self) -> Grads:
+        return self.made
+
+    def of(self, per_row: Tensor | None) -> Tensor | None:
+        """All computed rows are this part's."""
+        return per_row
+
+    def cross_entropy(
+        self,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        *,
+        w: Tensor | None,
+        factor: Factor,
+        want: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Losses and statistics of the rows; the gradients of their sum times ``factor`` are made on the way."""
+        call = _NativeCall(self, target, w, options)
+        out = self.native.empty_stats(self.head.hidden, self.rows, {"logsumexp": None, **dict.fromkeys(want)})
+        out["loss"] = torch.empty_like(out["logsumexp"])
+        call.point_to(**out)
+        c = call.record
+        c.label_smoothing, c.z_loss = options.label_smoothing, options.z_loss
+        c.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
+        dim = self.head.weight.shape[1]
+        c.stored = min(self.rows, dim) if self.needs.weight else 0
+        by_row = self.needs.hidden and not self.needs.weight
+        call.execute(gemms(self.needs, self.rows, dim), row_by_row=by_row)
+        self.made = call.gradients()
+        return out
+
+    def gradients(
+        self,
+        target: Tensor | None,
+        options: RowOptions,
+        logsumexp: Tensor,
+        coefficients: Coefficients,
+        w: Tensor | None = None,
+    ) -> None:
+        """Makes the logits again."""
+        call = _NativeCall(self, target, w, options)
+        k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
+        call.point_to(lse=logsumexp, **k)
+        call.execute(1 + self.needs.hidden + self.needs.weight, backward_alone=True)
+        self.made = call.gradients()
+
+
+class _NativeCall:
     """A native call: the tensors whose addresses it holds, and its gradients."""
 
-    def __init__(
-        self,
-        h: Head,
-        keep: Tensor | None,
-        target: Tensor | None,
-        w: Tensor | None,
-        form: tuple[int, float, float],
-        needs: Needs,
-    ):
-        self.keep, self.all_rows, self.dim = keep, *h.hidden.shape
-        self.vocab = h.weight.shape[0]
-        self.rows = self.all_rows if keep is None else keep.numel()
-        self.needs = needs
+    def __init__(self, run: VocabularyBlocks, target: Tensor | None, w: Tensor | None, options: RowOptions):
+        h, self.keep, self.needs = run.head, run.keep, run.needs
+        self.native, self.rows, self.all_rows = run.native, run.rows, run.all_rows
+        self.vocab, self.dim = h.weight.shape
         self.tensors: list[Tensor] = []
         pairs = not multiplies_floats(h.weight, h.dtype)
         hidden = h.hidden
@@ -118,17 +174,17 @@ class _Call:
         if hidden.stride(1) != 1:
             hidden = hidden.contiguous()
         self.operands = hidden, h.weight
-        self._gradients(hidden, h.weight)
-        c = self.native = cpu_rows.native.HeadCall()
+        self._make_gradients(hidden, h.weight)
+        c = self.record = self.native.module.HeadCall()
         c.rows, c.vocab, c.dim = self.rows, self.vocab, self.dim
-        c.width = block_width(self.vocab, torch.get_num_threads())
-        c.ignore_index, c.scale, c.softcap = form
+        c.width = block_width(self.native, self.vocab, torch.get_num_threads())
+        c.ignore_index, c.scale, c.softcap = options.ignore_index, options.scale, options.softcap
         c.hidden_dtype, c.hidden_stride = DTYPE_CODES[hidden.dtype], hidden.stride(0)
         c.weight_dtype, c.weight_stride = DTYPE_CODES[h.weight.dtype], h.weight.stride(0)
         c.w_row_stride = 0 if w is None or w.dim() == 1 else w.stride(0)
         c.grad_scale, c.spread, c.split, c.pairs = 1.0, self.rest is None, self.split, pairs
         self.point_to(
-            target=target, bias=h.bias, w=w, keep=keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
+            target=target, bias=h.bias, w=w, keep=self.keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
             d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias,
         )  # fmt: skip
 
@@ -136,13 +192,13 @@ class _Call:
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.tensors.append(tensor)
-                setattr(self.native, name, tensor.data_ptr())
+                setattr(self.record, _FIELDS.get(name, name), address(tensor))
 
-    def _gradients(self, hidden: Tensor, weight: Tensor) -> None:
-        shape = self.all_rows, self.dim
+    def _make_gradients(self, hidden: Tensor, weight: Tensor) -> None:
+        shape, device = (self.all_rows, self.dim), hidden.device
         self.d_weight = new_gradient(weight.shape, weight.dtype, weight.device) if self.needs.weight else None
-        self.d_bias = torch.empty(self.vocab) if self.needs.bias else None
-        self.d_hidden = torch.empty(shape, dtype=hidden.dtype) if self.needs.hidden else None
+        self.d_bias = torch.empty(self.vocab, dtype=torch.float32, device=device) if self.needs.bias else None
+        self.d_hidden = torch.empty(shape, dtype=hidden.dtype, device=device) if self.needs.hidden else None
         # In low precision it is summed in float32: in its own memory as far as that goes, which is for half of the rows.
         self.split, self.rest = self.rows, None
         if self.d_hidden is None or hidden.dtype == torch.float32:
@@ -150,7 +206,7 @@ class _Call:
                 self.d_hidden.zero_()
             return
         self.split = min(self.rows, self.all_rows // 2)
-        self.rest = torch.empty((self.rows - self.split, self.dim))
+        self.rest = torch.empty((self.rows - self.split, self.dim), dtype=torch.float32, device=device)
 
     def execute(self, gemms: float, *, row_by_row: bool = False, backward_alone: bool = False) -> None:
         """``row_by_row``: the threads share the rows, not the vocabulary."""
@@ -159,25 +215,25 @@ class _Call:
                 if grad is not None:
                     grad.zero_()
             return
-        c, native = self.native, cpu_rows.native
+        c, module, device = self.record, self.native.module, self.operands[0].device
         threads = min(torch.get_num_threads(), self.rows if row_by_row else -(-self.vocab // c.width))
         states = 1 if row_by_row or backward_alone else threads
+        shape = states, self.rows, module.ROW_STATE_DOUBLES
         self.point_to(
-            state=torch.empty((states, self.rows, native.ROW_STATE_DOUBLES), dtype=torch.float64),
-            finished=torch.zeros(-(-self.rows // native.HEAD_STRIPE), dtype=torch.int64),
+            state=torch.empty(shape, dtype=torch.float64, device=device),
+            finished=torch.zeros(-(-self.rows // module.HEAD_STRIPE), dtype=torch.int64, device=device),
         )
-        scratch = torch.empty(threads * c.scratch_bytes() + 64, dtype=torch.uint8)
+        scratch = torch.empty(threads * c.scratch_bytes() + 64, dtype=torch.uint8, device=device)
         if _get_current_dispatch_mode() is not None:  # FlopCounterMode and its like see operators only
             _counted(*self.operands, self.rows, gemms)
-        c.run(-(-scratch.data_ptr() // 64) * 64, threads)
+        c.run(-(-address(scratch) // 64) * 64, threads)
 
     def gradients(self) -> Grads:
         """Those of an executed call."""
         if self.d_hidden is not None and self.rest is not None and self.rows:
             x, split = self.d_hidden, self.split
-            code, address = DTYPE_CODES[x.dtype], x.data_ptr()
             # Front to back, so that no sum is overwritten before it is read.
-            cpu_rows.native.convert(address, DTYPE_CODES[torch.float32], address, code, split * self.dim, 1)
+            self.native.convert_in_place(x, split * self.dim, torch.float32)
             x[split : self.rows] = self.rest
             if self.keep is not None:
                 dense = x[: self.rows].clone()
@@ -185,37 +241,8 @@ class _Call:
         return Grads(self.d_hidden, self.d_weight, self.d_bias)
 
 
-def run(
-    h: Head,
-    needs: Needs,
-    keep: Tensor | None,
-    target: Tensor | None,
-    w: Tensor | None,
-    call: CrossEntropyCall,
-    factor: Factor,
-) -> tuple[dict[str, Tensor], Grads]:
-    """Losses and statistics of the kept rows (``target`` is theirs), and the gradients of their sum times ``factor``."""
-    this = _Call(h, keep, target, w, (call.ignore_index, call.scale, call.softcap), needs)
-    out = empty_stats(torch.empty((this.rows, 0)), call.want)
-    for name in ("logsumexp", "loss"):
-        out.setdefault(name, torch.empty(this.rows))
-    this.point_to(**out)
-    c = this.native
-    c.label_smoothing, c.z_loss = call.label_smoothing, call.z_loss
-    c.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
-    c.stored = min(this.rows, this.dim) if needs.weight else 0
-    this.execute(gemms(needs, this.rows, this.dim), row_by_row=needs.hidden and not needs.weight)
-    return out, this.gradients()
-
-
-def backward(h: Head, needs: Needs, given: Given, keep: Tensor | None) -> Grads:
-    """Of what :meth:`Given.pick` kept: makes the logits again."""
-    form = given.ignore_index, given.scale, given.softcap
-    this = _Call(h, keep, given.target, given.w, form, needs)
-    k = {name: None if x is None else x.contiguous() for name, x in given.k._asdict().items()}
-    this.point_to(lse=given.lse, **k)
-    this.execute(1 + needs.hidden + needs.weight, backward_alone=True)
-    return this.gradients()
+# Names of csrc/cpu/head.h that differ from the statistics'.
+_FIELDS = {"logprobs": "logprob", "mean_logits": "mean_logit"}
 
 
 @torch.library.custom_op("fastloss::head_gemms", mutates_args=())
@@ -225,6 +252,6 @@ def _counted(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
 
 @register_flop_formula(torch.ops.fastloss.head_gemms)
 def _(
-    hidden_shape: list[int], weight_shape: list[int], rows: int, gemms: float, *args: object, **kwargs: object
+    hidden_shape: list[int], weight_shape: list[int], rows: int, gemms: float, *args: Any, **kwargs: Any
 ) -> int:
     return round(2 * rows * weight_shape[0] * weight_shape[1] * gemms)
