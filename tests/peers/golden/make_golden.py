@@ -1,4 +1,4 @@
-"""Makes tests/golden/data again: ``python make_golden.py [family …]`` (all of them without a name).
+"""Makes tests/peers/golden/data again: ``python make_golden.py [family …]`` (all of them without a name).
 
 A family whose peer is not installed is left as it is, and said so. README.md has the versions and how to install them.
 """

@@ -1,6 +1,6 @@
-"""Golden vectors: what peers' own code computed (tests/golden/README.md), against every backend.
+"""Golden vectors: what peers' own code computed (tests/peers/golden/README.md), against every backend.
 
-Every ``*.json`` of tests/golden/data is read, or of the folder (and its subfolders) that FASTLOSS_GOLDEN names.
+Every ``*.json`` of tests/peers/golden/data is read, or of the folder (and its subfolders) that FASTLOSS_GOLDEN names.
 """
 
 from __future__ import annotations

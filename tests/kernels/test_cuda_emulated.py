@@ -1,4 +1,4 @@
-"""The CUDA source compiled by g++ against tests/cuda_emulation, against float64, and under ThreadSanitizer."""
+"""The CUDA source compiled by g++ against tests/helpers/cuda_emulation, against float64, and under ThreadSanitizer."""
 
 from __future__ import annotations
 

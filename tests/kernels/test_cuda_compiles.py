@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 _spec = importlib.util.spec_from_file_location(
-    "kernel_report_cuda", Path(__file__).resolve().parents[1] / "tools" / "kernel_report_cuda.py"
+    "kernel_report_cuda", Path(__file__).resolve().parents[2] / "tools" / "kernel_report_cuda.py"
 )
 assert _spec is not None and _spec.loader is not None
 report = importlib.util.module_from_spec(_spec)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 SOURCES = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "cuda_emulation"
 # -ffp-contract=off as nvcc's -fmad=false: the only fused multiply-adds are the ones that are written.

@@ -1,4 +1,4 @@
-"""pass_at_k, gdpo and the optimal token baseline: edges, layouts, errors. Their values: tests/golden."""
+"""pass_at_k, gdpo and the optimal token baseline: edges, layouts, errors. Their values: tests/peers/golden."""
 
 from __future__ import annotations
 

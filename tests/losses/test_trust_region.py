@@ -1,4 +1,4 @@
-"""trust_region_mask: every statistic and level against its formula, packed, edges, errors. verl's values: tests/golden."""
+"""trust_region_mask: every statistic and level against its formula, packed, edges, errors. verl's values: tests/peers/golden."""
 
 from __future__ import annotations
 
