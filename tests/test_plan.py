@@ -14,7 +14,7 @@ typer = pytest.importorskip("typer")
 from typer.testing import CliRunner  # noqa: E402
 
 from fastloss.bench import memory  # noqa: E402
-from fastloss.cli_plan import amount, plan  # noqa: E402
+from fastloss.cli.plan import amount, plan  # noqa: E402
 from fastloss.plan import config, formulas, report  # noqa: E402
 from fastloss.plan.hardware import DEVICES  # noqa: E402
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastloss import head
+from fastloss.bench import internals
 from fastloss.plan.hardware import NODE, Device
 from fastloss.plan.model import Model
 
@@ -119,7 +119,7 @@ FASTLOSS_TRAFFIC = 10
 
 
 def loss_layer(model: Model, rows: int) -> LossLayer:
-    chunk = head.default_chunk(rows, model.vocab, torch.bfloat16, torch.device("cuda"))
+    chunk = internals.gpu_chunk(rows, model.vocab, torch.bfloat16)
     logits = rows * model.vocab
     # The weight's gradient is added up in float32 and leaves in bfloat16.
     accumulator = (F32 - BF16) * model.vocab * model.hidden

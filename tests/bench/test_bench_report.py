@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from fastloss.bench import clock, goals, machine, report
 from fastloss.bench.cases import cases
 from fastloss.bench.run import run_case
-from fastloss.cli_bench import bench
+from fastloss.cli.bench import bench
 
 APP = typer.Typer()
 APP.command()(bench)

@@ -131,10 +131,10 @@ def test_the_rows_with_a_loss_have_a_line_of_their_own() -> None:
 
 
 def test_where_low_precision_is_emulated_nobody_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastloss import head
     from fastloss.bench import case as module
+    from fastloss.bench import internals
 
-    monkeypatch.setattr(head, "upcasts", lambda device, dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(internals, "upcasts", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(module, "EMULATED_WORK", 1)
     result = run_case(QUICK["policy-linear-bf16-32x16x500"], repeats=1, pattern="torch*")
     measured = {p["name"]: "reason" not in p for p in result["providers"]}

@@ -18,8 +18,8 @@ from fastloss.bench.case import Case
 from fastloss.bench.cases import cases as all_cases
 from fastloss.bench.machine import machine, slug
 from fastloss.bench.run import run_case
-from fastloss.cli_tables import console as wide_console
-from fastloss.cli_tables import show
+from fastloss.cli.tables import console as wide_console
+from fastloss.cli.tables import show
 
 WIDE = 176  # columns that the tables want
 
