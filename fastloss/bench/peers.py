@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastloss.bench.case import IGNORE, Case, Loss
 from fastloss.bench.kinds import policy, preference, token_stats
-from fastloss.bench.providers import Provider, emulated
+from fastloss.bench.provider import Provider, emulated
 
 # The vocabulary tile of TRL 1.16's trainers (trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE).
 TRL_CHUNK = 32768
