@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from fastloss.bench import clock
+from fastloss.bench import clock, contention
 from fastloss.bench.case import Case
 from fastloss.bench.cases import cases, data, exact
 from fastloss.bench.exact import errors
@@ -23,6 +23,7 @@ QUICK = {case.name: case for case in cases(quick=True)}
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "FLUSH_BYTES", 1 << 20)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(contention.Spins, "free", lambda self: True)
 
 
 # The cold and warm twins run the same code.
