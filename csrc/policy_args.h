@@ -1,6 +1,6 @@
 // The arguments of policy_loss (docs/sequences.md, 7) as plain structs, shared by the CPU's and CUDA's
 // kernels. Reads and writes nothing: every pointer is the caller's memory. The names of the options are
-// those of fastloss/ops/policy_options.py.
+// those of fastloss/losses/policy_options.py.
 #pragma once
 
 #include <cmath>
@@ -36,7 +36,7 @@ enum Sum : int {
   kSums
 };
 
-// The metrics that Python shows, in its order (fastloss/ops/policy.py, METRICS); means over the tokens.
+// The metrics that Python shows, in its order (fastloss/engine/policy.py, METRICS); means over the tokens.
 enum Metric : int {
   kPolicyLoss,
   kClipLow,

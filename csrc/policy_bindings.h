@@ -21,7 +21,7 @@ inline void expect_code(const char* name, int code, int most) {
                                 std::to_string(most) + ", got " + std::to_string(code));
 }
 
-// Of a fastloss.ops.policy_options.PolicyOptions, by name.
+// Of a fastloss.losses.policy_options.PolicyOptions, by name.
 inline policy::Options<double> options_from(const pybind11::object& options) {
   const auto number = [&](const char* name) { return options.attr(name).cast<double>(); };
   const auto code = [&](const char* name, int most) {

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.ops.pair_call import Number, PairCall
+from fastloss.engine.pair_call import Number, PairCall
 
 from . import pairs as kernels
 from .launch import _on_device_of

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.ops.native_policy import SUMS, as_bytes, empty_gradient, runs_of
-from fastloss.ops.policy_options import AGGREGATIONS, PolicyOptions
+from fastloss.engine.native_policy import SUMS, as_bytes, empty_gradient, runs_of
+from fastloss.losses.policy_options import AGGREGATIONS, PolicyOptions
 
 from . import policy, scan
 from .launch import _on_device_of

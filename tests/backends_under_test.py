@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import fastloss
-from fastloss import dispatch
-from fastloss.ops import cuda_rows
+from fastloss.engine import backend as dispatch
+from fastloss.engine import cuda_rows
 
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
 KERNELS = ("cuda", "triton") if DEVICE == "cuda" else ("cpu", "triton", "cuda")

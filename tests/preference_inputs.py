@@ -9,8 +9,8 @@ from backends_under_test import DEVICE
 from torch import Tensor
 
 import fastloss
-from fastloss import pairs
-from fastloss.preference import PreferenceOutput
+from fastloss.losses import pairs
+from fastloss.losses.preference import PreferenceOutput
 
 TYPES = [name for name in pairs.LOSS_TYPES if name not in pairs.SORTED]
 DIVERGENCES: list[dict[str, Any]] = [

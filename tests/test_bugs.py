@@ -442,7 +442,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 def test_rows_further_apart_than_32_bits(backend: str) -> None:
     """Read, written in place and differentiated through a row stride of 2³¹ + 1 elements."""
-    rows, stride = importlib.import_module(f"fastloss.ops.{backend}_rows"), 2**31 + 1
+    rows, stride = importlib.import_module(f"fastloss.engine.{backend}_rows"), 2**31 + 1
     memory = torch.empty(stride + 64, dtype=torch.bfloat16, device=DEVICE)  # most pages are never touched
     x, t = memory.as_strided((2, 50), (stride, 1)), torch.tensor([3, 49], device=DEVICE)
     exact = torch.randn(2, 50, device=DEVICE).bfloat16().double().requires_grad_()

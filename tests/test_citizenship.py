@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss.ops import library
+from fastloss.engine import library
 
 STATS = "logsumexp,logprob,entropy,log_sum_sq_probs,mean_logit,is_top1"
 

@@ -13,7 +13,7 @@ import torch
 from cuda_emulation.build import build_emulated, build_race_check, compiler
 from torch import Tensor
 
-from fastloss.ops import cuda_rows
+from fastloss.engine import cuda_rows
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ for the CUDA emulation")
 

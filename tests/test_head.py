@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss import head
+from fastloss.engine import head
 
 IGNORE = -100
 

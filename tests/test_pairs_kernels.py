@@ -12,8 +12,8 @@ import torch
 from backends_under_test import DEVICE, KERNELS, need
 from torch import Tensor
 
-from fastloss import dispatch
-from fastloss.ops.pair_call import PairCall
+from fastloss.engine import backend as dispatch
+from fastloss.engine.pair_call import PairCall
 from fastloss.reference import preference as definition
 
 CASES = [(backend, torch.float32) for backend in KERNELS] + [("cpu", torch.float64)] * ("cpu" in KERNELS)

@@ -1,4 +1,4 @@
-"""preference_loss and reward_model_loss on the CPU in one native call (ops/plain_pairs.py) are what the long way gives."""
+"""preference_loss and reward_model_loss on the CPU in one native call (engine/plain_pairs.py) are what the long way gives."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from backends_under_test import need
 from torch import Tensor
 
 import fastloss
-from fastloss import pairs
-from fastloss.ops import plain_pairs
+from fastloss.engine import plain_pairs
+from fastloss.losses import pairs
 
 B = 7
 LONG = ("ipo", "sft", "sigmoid_norm", "simpo", "orpo", *pairs.SORTED)

@@ -1,4 +1,4 @@
-"""policy_loss of padded log-probs on the CPU in one native call (ops/plain_policy.py) is what the long way gives."""
+"""policy_loss of padded log-probs on the CPU in one native call (engine/plain_policy.py) is what the long way gives."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss import policy_gradient
-from fastloss.ops.policy_options import VARIANTS
+from fastloss.losses.policy_options import VARIANTS
 
 B, T = 5, 300
 OPTIONS: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss import reference
-from fastloss.ops.policy_options import KL_KINDS, VARIANTS
+from fastloss.losses.policy_options import KL_KINDS, VARIANTS
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -13,7 +13,7 @@ from backends_under_test import DEVICE, KERNELS, need
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.ops.policy_options import (
+from fastloss.losses.policy_options import (
     AGGREGATIONS,
     KL_KINDS,
     LEVELS,
@@ -31,7 +31,7 @@ FEW = (5, 0, 21)  # for kernels that are interpreted or emulated here
 
 
 def adapter(backend: str) -> Any:
-    return importlib.import_module(f"fastloss.ops.{need(backend)}_rows")
+    return importlib.import_module(f"fastloss.engine.{need(backend)}_rows")
 
 
 def make_batch(
@@ -172,7 +172,7 @@ def test_agrees_with_float64(backend: str, surrogate: int, level: int) -> None:
             check(backend, batch, options, dtype)
 
 
-@pytest.mark.parametrize("isa", importlib.import_module("fastloss.ops.cpu_rows").native.supported_isas())
+@pytest.mark.parametrize("isa", importlib.import_module("fastloss.engine.cpu_rows").native.supported_isas())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_isa(isa: str, dtype: torch.dtype) -> None:
     native = adapter("cpu").native

@@ -14,7 +14,8 @@ from preference_inputs import DIVERGENCES, TYPES, assert_close, call, double, ev
 from torch import Tensor
 
 import fastloss
-from fastloss import pairs, reference
+from fastloss import reference
+from fastloss.losses import pairs
 
 PER_PAIR: dict[str, Any] = {
     "beta": "beta",

@@ -11,7 +11,7 @@ from backends_under_test import ALL, DEVICE, need
 from preference_inputs import DIVERGENCES, TYPES, call, evaluate, needed, numbers
 
 import fastloss
-from fastloss import pairs
+from fastloss.losses import pairs
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss import linear_sequences
+from fastloss.losses import linear_sequences
 
 PAIRS, WIDTH, DIM, VOCAB = 4, 6, 8, 37
 LENGTHS = [6, 3, 1, 4, 2, 5, 0, 6]  # tokens with a target, chosen and then rejected

@@ -12,10 +12,10 @@ from backends_under_test import DEVICE, KERNELS, dtypes, need
 from torch import Tensor
 
 import fastloss
-from fastloss import dispatch
-from fastloss.head import Grads
-from fastloss.ops import linear
-from fastloss.ops.scale import scale_in_place
+from fastloss.engine import backend as dispatch
+from fastloss.engine import linear
+from fastloss.engine.head import Grads
+from fastloss.engine.scale import scale_in_place
 
 GPU_KERNELS = [name for name in KERNELS if name != "cpu"]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 
 
 def adapter(backend: str) -> Any:
-    return importlib.import_module(f"fastloss.ops.{need(backend)}_rows")
+    return importlib.import_module(f"fastloss.engine.{need(backend)}_rows")
 
 
 def number(value: float) -> Tensor:
@@ -137,7 +137,7 @@ def test_kernels_are_found_by_the_tensor() -> None:
 @pytest.mark.parametrize("backend", GPU_KERNELS)
 def test_gradients_of_the_head_go_through_the_kernel(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = adapter(backend)
-    monkeypatch.setattr("fastloss.dispatch.gpu_kernels", lambda _: rows)
+    monkeypatch.setattr("fastloss.engine.backend.gpu_kernels", lambda _: rows)
     hidden, weight = (torch.randn(shape, device=DEVICE).bfloat16() for shape in ((4, 8), (9, 8)))
     expected = [(g.double() / 3).bfloat16() for g in (hidden, weight)]
     done = linear.finish(

@@ -23,7 +23,7 @@ LENGTHS = {
 
 
 def adapter(backend: str) -> Any:
-    return importlib.import_module(f"fastloss.ops.{need(backend)}_rows")
+    return importlib.import_module(f"fastloss.engine.{need(backend)}_rows")
 
 
 def make_batch(lengths: tuple[int, ...], packed: bool, density: float = 0.8) -> tuple[dict[str, Tensor], Any]:

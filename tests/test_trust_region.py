@@ -11,7 +11,7 @@ from backends_under_test import DEVICE
 from torch import Tensor
 
 import fastloss
-from fastloss.trust_region import LEVELS, STATISTICS
+from fastloss.losses.trust_region import LEVELS, STATISTICS
 
 CASES = [case for case in itertools.product(STATISTICS, LEVELS) if case != ("ratio", "seq_max")]
 

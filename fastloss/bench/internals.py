@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastloss import head
-from fastloss.ops import cpu_rows
+from fastloss.engine import cpu_rows, head
 
 
 def upcasts(device: torch.device, dtype: torch.dtype) -> bool:

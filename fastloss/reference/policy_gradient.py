@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from fastloss import checks
-from fastloss.ops.policy_options import LEVELS, MAX_LOG_RATIO, SURROGATES, PolicyOptions
+from fastloss.engine import checks
+from fastloss.losses.policy_options import LEVELS, MAX_LOG_RATIO, SURROGATES, PolicyOptions
 
 LOG_SMALL = math.log(1e-8)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.ops.pair_call import Number, PairCall
+from fastloss.engine.pair_call import Number, PairCall
 
 MAX_EXPONENT = 80.0  # e^80 is finite in float32
 MAX_MARGIN = 1e16  # its square, summed over a batch, is finite in float32
