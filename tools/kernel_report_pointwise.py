@@ -10,6 +10,8 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kernel_report_compile import compile_kernel
+
 POINTERS = {"offsets_ptr": "*i64", "desirable_ptr": "*u8", "mask_ptr": "*u8", "select_ptr": "*u8"}
 INTEGERS = ("length", "count", "n", "pairs", "sequences", "chunks", "rows", "row_stride", "width")
 
@@ -128,8 +130,6 @@ def cases(targets: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
 
 def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     """Compile (target, module, kernel, options) and return its row of the report."""
-    from kernel_report_triton import compile_kernel
-
     target, module, name, options = case
     kernel = getattr(importlib.import_module(f"kernels.{module}"), name)
     given, constants = CASES[module, name][options]

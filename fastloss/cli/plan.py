@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fastloss.cli_tables import console as wide_console
-from fastloss.cli_tables import show
+from fastloss.cli.tables import console as wide_console
+from fastloss.cli.tables import show
 from fastloss.plan import config, formulas, report
 from fastloss.plan.hardware import DEVICES, NETWORK
 

@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 
 import typer
 
-from .harness import config as configs
-from .harness.config import (
+from fastloss.harness import config as configs
+from fastloss.harness.config import (
     DpoConfig,
     GrpoConfig,
     PpoConfig,
@@ -127,11 +127,11 @@ def demo(
     """Train one small model twice, with fastloss and with PyTorch's loss: curves, time and memory."""
     with errors():
         if chain:
-            from .harness.chain import run_chain
+            from fastloss.harness.chain import run_chain
 
             run_chain(out or "runs/chain", seed=seed, threads=threads, steps=steps)
             return
-        from .harness.demo import DEMO, run_demo
+        from fastloss.harness.demo import DEMO, run_demo
 
         run_demo(
             dataclasses.replace(
