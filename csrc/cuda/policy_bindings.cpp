@@ -11,7 +11,8 @@ namespace {
 struct Cuda {
   template <class Arguments>
   static void run(const Arguments& a, int dtype, int64_t stream) {
-    if (dtype != 0) throw std::runtime_error("fastloss CUDA kernel: dtype must be 0 (float32)");
+    if (dtype != kFloat32)
+      throw std::invalid_argument("dtype: expected 0 (float32), got " + std::to_string(dtype));
     const char* error = nullptr;
     {
       const pybind11::gil_scoped_release unlocked;
