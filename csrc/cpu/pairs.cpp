@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../pair_bindings.h"
+#include "common/pair_bindings.h"
 #include "parallel.h"
 
 namespace fastloss {

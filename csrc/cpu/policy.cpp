@@ -1,4 +1,4 @@
-// policy_loss of a range of sequences: each token's loss by csrc/policy.h, its gradient, its sequence's sums.
+// policy_loss of a range of sequences: each token's loss by csrc/common/policy_terms.h, its gradient, its sequence's sums.
 // Reads each input once (twice where the sequence has a weight of its own: the second time from the cache, or
 // the mask alone), writes the gradient. Vectors of tokens; sums of 256 tokens in lanes, beyond that in
 // double.

@@ -3,7 +3,7 @@
 // namespace.
 #pragma once
 
-#include "../policy.h"
+#include "common/policy_terms.h"
 #include "args.h"
 
 namespace fastloss {

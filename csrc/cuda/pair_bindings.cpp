@@ -1,7 +1,7 @@
 // The kernels of pairs.cu in fastloss._cuda: float32 alone, on the stream given last.
 // Reads and writes nothing itself.
 // Apart from bindings.cpp, which has the row functions.
-#include "../pair_bindings.h"
+#include "common/pair_bindings.h"
 
 #include "pairs.h"
 

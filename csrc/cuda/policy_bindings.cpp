@@ -1,7 +1,7 @@
 // The kernels of policy.cu and scan.cu in fastloss._cuda: float32 alone, on the stream given last.
 // Reads and writes nothing itself.
 // Apart from bindings.cpp, which has the row functions.
-#include "../policy_bindings.h"
+#include "common/policy_bindings.h"
 
 #include "policy.h"
 

@@ -12,7 +12,7 @@ from fastloss.engine.once import once_differentiable
 from fastloss.losses.policy_batch import Batch
 from fastloss.losses.policy_options import PolicyOptions
 
-# The public metrics, in the order of csrc/policy_args.h. The last three where their inputs are given.
+# The public metrics, in the order of csrc/common/policy_arguments.h. The last three where their inputs are given.
 METRICS = (
     "policy_loss",
     "clip_ratio/low",

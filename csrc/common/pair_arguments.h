@@ -3,7 +3,7 @@
 // memory, `M` the one computed in: float and double on the CPU, float and float on a GPU.
 #pragma once
 
-#include "pairs.h"
+#include "common/pair_terms.h"
 
 namespace fastloss {
 

@@ -11,8 +11,8 @@
 #include <stdexcept>
 
 #include "common/code_bindings.h"
-#include "policy_args.h"
-#include "scan_args.h"
+#include "common/policy_arguments.h"
+#include "common/scan_arguments.h"
 
 namespace fastloss {
 

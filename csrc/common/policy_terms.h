@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "policy_args.h"
+#include "common/policy_arguments.h"
 
 #ifdef FASTLOSS_ISA
 #include "cpu/math.h"

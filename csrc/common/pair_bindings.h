@@ -1,4 +1,4 @@
-// The functions of csrc/pair_args.h from Python, once for both modules: every pointer an integer address, 0
+// The functions of csrc/common/pair_arguments.h from Python, once for both modules: every pointer an integer address, 0
 // for null. Reads and writes what docs/sequences.md says. A backend brings its dtypes and its launchers.
 // Arguments are positional; the last one is the number of threads (CPU) or the stream's address (CUDA).
 #pragma once
@@ -8,7 +8,7 @@
 #include <stdexcept>
 
 #include "common/code_bindings.h"
-#include "pair_args.h"
+#include "common/pair_arguments.h"
 
 namespace fastloss {
 
