@@ -135,18 +135,24 @@ CORRECTIONS = [
     {"correction": c, "cap": cap, "floor": floor}
     for c, (cap, floor) in itertools.product(range(5), [(1.2, 0.8), (1.1, 0.0)])
 ]
-CLIPS = [{}, {"dual_clip": 1.5}, {"delta": 1.3, "clip_high": 0.28}, {"delta": 1.1, "dual_clip": 1.2}]
+CLIPS = [
+    {"clip_high": 0.25},
+    {"dual_clip": 1.5},
+    {"delta": 1.3, "clip_high": 0.28},
+    {"delta": 1.1, "dual_clip": 1.2},
+]
 BOUNDS = [{"off_policy_threshold": INF}, {"off_policy_threshold": 0.01}, {"off_policy_threshold": -0.05}]
 MIXED = [EVERYTHING, ("old", "ref"), (), ("old", "sampler", "entropy"), (*EVERYTHING, "agg")]
 
 
 def options_of(surrogate: int, level: int, aggregation: int, turn: int) -> PolicyOptions:
     kl_kind, kl_unbiased, beta = KLS[turn % len(KLS)]
+    clips = {"clip_low": 0.2, "clip_high": 0.2, **CLIPS[turn % len(CLIPS)]}
     return PolicyOptions(
         surrogate=surrogate, level=level, aggregation=aggregation, kl_kind=kl_kind, kl_unbiased=kl_unbiased, beta=beta,
         kl_cov_coef=(0.0, 0.5)[turn % 2], entropy_coef=(0.0, 0.1)[turn % 3 > 0], max_length=50.0, cispo_low=0.7,
-        cispo_high=1.3, log_low=0.2, log_high=0.25, sapo_neg=1.25,
-        **{**CORRECTIONS[turn % len(CORRECTIONS)], **CLIPS[turn % len(CLIPS)], **BOUNDS[turn % len(BOUNDS)]},
+        cispo_high=1.3, log_low=clips["clip_low"], log_high=clips["clip_high"], sapo_neg=1.25,
+        **{**CORRECTIONS[turn % len(CORRECTIONS)], **clips, **BOUNDS[turn % len(BOUNDS)]},
     )  # fmt: skip
 
 

@@ -3,11 +3,12 @@
 // memory, `M` the one computed in: float and double on the CPU, float and float on a GPU.
 #pragma once
 
-#include "pairs.h"
+#include "common/pair_terms.h"
 
 namespace fastloss {
 
 constexpr int kMaxTerms = 8, kSums = 7;
+static_assert(kPairSums == kSums && kUnpairedSums == kSums);
 
 struct Segments {
   const int64_t* offsets;  // [count + 1], or null: every sequence has `length`
@@ -53,9 +54,10 @@ struct PairLoss {
   const S *c, *r;
   int64_t pairs;
   const S *rc, *rr, *lc, *lr, *nll;  // each [pairs] or null
-  int terms, code[kMaxTerms];
+  int terms;
+  PairTerm code[kMaxTerms];
   M term_weight[kMaxTerms];
-  int divergence;
+  Divergence divergence;
   M alpha_minus_1;
   PerPair<S, M> beta, smoothing, margin, weight;
   PerPair<S, M> delta;  // a number, or one in memory
@@ -65,7 +67,7 @@ struct PairLoss {
 
   FASTLOSS_HD bool needs_tokens() const {
     bool any = false;
-    for (int k = 0; k < terms; ++k) any |= code[k] == kSft;
+    for (int k = 0; k < terms; ++k) any |= code[k] == PairTerm::kSft;
     return any && lc;
   }
 };
@@ -106,9 +108,10 @@ FASTLOSS_HD inline void one_pair(const PairLoss<S, M>& a, const PairConstants<M>
   if (a.average_rewards) chosen /= pair.lc, rejected /= pair.lr;
   a.loss[i] = loss, a.chosen_reward[i] = S(chosen), a.rejected_reward[i] = S(rejected);
 
-  sums[0] += double(loss), sums[1] += double(chosen), sums[2] += double(rejected);
-  sums[3] += chosen > rejected ? 1.0 : 0.0, sums[4] += double(chosen) - double(rejected);
-  sums[5] += double(pair.c), sums[6] += double(pair.r);
+  sums[kPairLoss] += double(loss);
+  sums[kChosenReward] += double(chosen), sums[kRejectedReward] += double(rejected);
+  sums[kAccuracy] += chosen > rejected ? 1.0 : 0.0, sums[kMargin] += double(chosen) - double(rejected);
+  sums[kChosenLogps] += double(pair.c), sums[kRejectedLogps] += double(pair.r);
 }
 
 template <class S, class M>
@@ -118,7 +121,7 @@ struct UnpairedLoss {
   const S *ref, *weight;  // each [sequences] or null
   const uint8_t* desirable;
   const S* kl;  // one number, or null
-  int code;
+  UnpairedTerm code;
   M beta, desirable_weight, undesirable_weight;
   S *loss, *d, *reward, *sums;
 };
@@ -134,9 +137,11 @@ FASTLOSS_HD inline void one_sequence(const UnpairedLoss<S, M>& a, M kl, int64_t 
   const M reward = a.beta * x;
   a.loss[i] = loss, a.d[i] = S(weight * term.slope), a.reward[i] = S(reward);
 
-  sums[0] += double(loss), sums[1] += desirable ? 1.0 : 0.0;
-  sums[2] += desirable ? double(reward) : 0.0, sums[3] += desirable ? 0.0 : double(reward);
-  sums[4] += desirable ? double(logps) : 0.0, sums[5] += desirable ? 0.0 : double(logps);
+  sums[kUnpairedLoss] += double(loss), sums[kDesirable] += desirable ? 1.0 : 0.0;
+  sums[kDesirableReward] += desirable ? double(reward) : 0.0;
+  sums[kUndesirableReward] += desirable ? 0.0 : double(reward);
+  sums[kDesirableLogps] += desirable ? double(logps) : 0.0;
+  sums[kUndesirableLogps] += desirable ? 0.0 : double(logps);
 }
 
 }  // namespace fastloss

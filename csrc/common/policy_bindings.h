@@ -10,32 +10,25 @@
 #include <limits>
 #include <stdexcept>
 
-#include "policy_args.h"
-#include "scan_args.h"
+#include "common/code_bindings.h"
+#include "common/policy_arguments.h"
+#include "common/scan_arguments.h"
 
 namespace fastloss {
-
-inline void expect_code(const char* name, int code, int most) {
-  if (code < 0 || code > most)
-    throw std::invalid_argument(std::string("options: ") + name + " must be from 0 to " +
-                                std::to_string(most) + ", got " + std::to_string(code));
-}
 
 // Of a fastloss.losses.policy_options.PolicyOptions, by name.
 inline policy::Options<double> options_from(const pybind11::object& options) {
   const auto number = [&](const char* name) { return options.attr(name).cast<double>(); };
-  const auto code = [&](const char* name, int most) {
-    const int value = options.attr(name).cast<int>();
-    expect_code(name, value, most);
-    return value;
-  };
+  const auto code = [&](const char* name) { return options.attr(name).cast<int>(); };
   policy::Options<double> o = {};
-  o.surrogate = code("surrogate", policy::kRatio), o.level = code("level", policy::kGeometric);
-  o.kl_kind = code("kl_kind", policy::kLowVar), o.correction = code("correction", policy::kSequenceMask);
-  o.aggregation = code("aggregation", policy::kSeqMeanTokenSumNorm);
+  o.surrogate = code_of<policy::Surrogate>("surrogate", code("surrogate"));
+  o.level = code_of<policy::Level>("level", code("level"));
+  o.kl_kind = code_of<policy::KlKind>("kl_kind", code("kl_kind"));
+  o.correction = code_of<policy::Correction>("correction", code("correction"));
+  o.aggregation = code_of<policy::Aggregation>("aggregation", code("aggregation"));
   o.kl_unbiased = options.attr("kl_unbiased").cast<bool>();
-  o.ratio_low = 1.0 - number("clip_low"), o.ratio_high = 1.0 + number("clip_high");
-  o.log_low = number("log_low"), o.log_high = number("log_high");
+  o.clip_low = number("clip_low"), o.clip_high = number("clip_high");
+  o.ratio_low = 1.0 - o.clip_low, o.ratio_high = 1.0 + o.clip_high;
   o.delta = number("delta"), o.dual_clip = number("dual_clip");
   o.cispo_low = number("cispo_low"), o.cispo_high = number("cispo_high");
   o.sapo_pos = number("sapo_pos"), o.sapo_neg = number("sapo_neg");
@@ -54,9 +47,9 @@ inline policy::Options<double> options_from(const pybind11::object& options) {
 inline void set_options(policy::Call& c, const policy::Options<double>& options,
                         const pybind11::object& normalizer) {
   c.options = options;
-  if (c.options.correction && !c.sampler) c.options.correction = policy::kNone;
-  const bool by_length = !c.agg && c.options.aggregation == policy::kSeqMeanTokenSumNorm;
-  c.by_tokens = c.agg || c.options.aggregation == policy::kTokenMean;
+  if (!c.sampler) c.options.correction = policy::Correction::kNone;
+  const bool by_length = !c.agg && c.options.aggregation == policy::Aggregation::kSeqMeanTokenSumNorm;
+  c.by_tokens = c.agg || c.options.aggregation == policy::Aggregation::kTokenMean;
   c.has_normalizer = !normalizer.is_none();
   c.normalizer = normalizer.is_none() ? 0.0 : normalizer.cast<double>();
   c.normalizer_factor = by_length ? c.options.max_length : 1.0;

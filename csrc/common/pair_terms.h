@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/codes.h"
+
 #ifndef FASTLOSS_HD
 #ifdef __CUDACC__
 #define FASTLOSS_HD __host__ __device__
@@ -15,28 +17,6 @@
 #endif
 
 namespace fastloss {
-
-enum PairTerm : int {
-  kSigmoid,
-  kHinge,
-  kIpo,
-  kExoPair,
-  kNcaPair,
-  kRobust,
-  kBcoPair,
-  kSppoHard,
-  kApoZero,
-  kApoDown,
-  kDiscopop,
-  kSft,
-  kSigmoidNorm,
-  kSimpo,
-  kOrpo,
-  kCenter,
-  kPairTerms
-};
-enum Divergence : int { kReverseKl, kForwardKl, kJsDivergence, kAlphaDivergence, kDivergences };
-enum UnpairedTerm : int { kKto, kApoZeroUnpaired, kBco, kUnpairedTerms };
 
 constexpr double kLargestExponent = 80;  // e^80 is finite in float32
 constexpr double kLargestMargin = 1e16;  // its square, summed over a batch, is finite in float32
@@ -79,20 +59,25 @@ struct Valued {
 
 // f of a log-ratio.
 template <class T>
-FASTLOSS_HD inline Valued<T> divergence_of(int kind, T x, T alpha_minus_1) {
-  if (kind == kForwardKl) {
-    const T e = exp_of(at_most(-x, T(kLargestExponent)));
-    return {T(1) - e, -x > T(kLargestExponent) ? T(0) : e};
+FASTLOSS_HD inline Valued<T> divergence_of(Divergence kind, T x, T alpha_minus_1) {
+  switch (kind) {
+    case Divergence::kReverseKl:
+      return {x, T(1)};
+    case Divergence::kForwardKl: {
+      const T e = exp_of(at_most(-x, T(kLargestExponent)));
+      return {T(1) - e, -x > T(kLargestExponent) ? T(0) : e};
+    }
+    case Divergence::kJsDivergence: {
+      const Logistic<T> s = logistic(x);
+      return {T(0.6931471805599453) + s.log_p, s.q};
+    }
+    case Divergence::kAlphaDivergence: {
+      if (alpha_minus_1 == 0) return {x, T(1)};
+      const T y = alpha_minus_1 * x, clamped = at_most(y, T(kLargestExponent));
+      return {expm1_of(clamped) / alpha_minus_1, y > clamped ? T(0) : exp_of(clamped)};
+    }
   }
-  if (kind == kJsDivergence) {
-    const Logistic<T> s = logistic(x);
-    return {T(0.6931471805599453) + s.log_p, s.q};
-  }
-  if (kind == kAlphaDivergence && alpha_minus_1 != 0) {
-    const T y = alpha_minus_1 * x, clamped = at_most(y, T(kLargestExponent));
-    return {expm1_of(clamped) / alpha_minus_1, y > clamped ? T(0) : exp_of(clamped)};
-  }
-  return {x, T(1)};
+  FASTLOSS_UNREACHABLE();
 }
 
 // -(1-ε) ℓ(u) - ε ℓ(-u)
@@ -244,54 +229,64 @@ FASTLOSS_HD inline Term<T> center(const Pair<T>& pair) {
 }
 
 template <class T>
-FASTLOSS_HD inline Term<T> pair_term(int code, const Pair<T>& pair, const PairConstants<T>& k) {
+FASTLOSS_HD inline Term<T> pair_term(PairTerm code, const Pair<T>& pair, const PairConstants<T>& k) {
   const T u = pair.beta * (pair.sc.value - pair.sr.value) - pair.margin;
   switch (code) {
-    case kSigmoid:
+    case PairTerm::kSigmoid:
       return of_contrast(pair, smoothed(u, pair.smoothing));
-    case kHinge:
+    case PairTerm::kHinge:
       return of_contrast(pair, hinge(u));
-    case kIpo:
+    case PairTerm::kIpo:
       return ipo(pair);
-    case kExoPair:
+    case PairTerm::kExoPair:
       return of_contrast(pair, exo(u, pair.smoothing));
-    case kNcaPair:
+    case PairTerm::kNcaPair:
       return nca_pair(pair);
-    case kRobust:
+    case PairTerm::kRobust:
       return of_contrast(pair, robust(u, pair.smoothing));
-    case kBcoPair:
+    case PairTerm::kBcoPair:
       return bco_pair(pair, k.delta);
-    case kSppoHard:
+    case PairTerm::kSppoHard:
       return sppo_hard(pair);
-    case kApoZero:
+    case PairTerm::kApoZero:
       return apo_zero(pair);
-    case kApoDown:
+    case PairTerm::kApoDown:
       return apo_down(pair);
-    case kDiscopop:
+    case PairTerm::kDiscopop:
       return of_contrast(pair, discopop(u, k.tau));
-    case kSft:
+    case PairTerm::kSft:
       return {-pair.nll * k.sft_scale, T(0), T(0), -k.sft_scale};
-    case kSigmoidNorm:
+    case PairTerm::kSigmoidNorm:
       return sigmoid_norm(pair);
-    case kSimpo:
+    case PairTerm::kSimpo:
       return simpo(pair);
-    case kOrpo:
+    case PairTerm::kOrpo:
       return orpo(pair, k.log1mexp_limit);
-    default:
+    case PairTerm::kCenter:
       return center(pair);
   }
+  FASTLOSS_UNREACHABLE();
 }
 
 // Value, and its derivative for x = logps - ref; λ is the caller's.
 template <class T>
-FASTLOSS_HD inline Valued<T> unpaired_term(int code, T x, T beta, T kl, bool desirable) {
+FASTLOSS_HD inline Valued<T> unpaired_term(UnpairedTerm code, T x, T beta, T kl, bool desirable) {
   const T sign = desirable ? T(-1) : T(1);
-  if (code == kBco) {
-    const Logistic<T> s = logistic(sign * (beta * x - kl));
-    return {-s.log_q, sign * beta * s.p};
+  switch (code) {
+    case UnpairedTerm::kKto: {
+      const Logistic<T> s = logistic(sign * beta * (x - kl));
+      return {s.p, sign * beta * s.p * s.q};
+    }
+    case UnpairedTerm::kApoZeroUnpaired: {
+      const Logistic<T> s = logistic(sign * beta * x);
+      return {s.p, sign * beta * s.p * s.q};
+    }
+    case UnpairedTerm::kBco: {
+      const Logistic<T> s = logistic(sign * (beta * x - kl));
+      return {-s.log_q, sign * beta * s.p};
+    }
   }
-  const Logistic<T> s = logistic(sign * beta * (code == kKto ? x - kl : x));
-  return {s.p, sign * beta * s.p * s.q};
+  FASTLOSS_UNREACHABLE();
 }
 
 }  // namespace fastloss

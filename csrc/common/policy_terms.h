@@ -5,7 +5,7 @@
 
 #include <type_traits>
 
-#include "policy_args.h"
+#include "common/policy_arguments.h"
 
 #ifdef FASTLOSS_ISA
 #include "cpu/math.h"
@@ -127,18 +127,19 @@ struct Sequence {
 
 template <class S>
 FASTLOSS_POLICY_INLINE bool needs_more_than_a_count(const Options<S>& o) {
-  return o.level != policy::kToken || o.correction >= policy::kSequenceTruncate ||
-         o.off_policy_threshold < S(INFINITY) || o.surrogate == policy::kVespo;
+  return o.level != policy::Level::kToken || o.correction >= policy::Correction::kSequenceTruncate ||
+         o.off_policy_threshold < S(INFINITY) || o.surrogate == policy::Surrogate::kVespo;
 }
 
 template <class S>
 FASTLOSS_POLICY_INLINE bool needs_sums(const Options<S>& o, bool agg) {
-  return needs_more_than_a_count(o) || (!agg && o.aggregation == policy::kSeqMeanTokenMean);
+  return needs_more_than_a_count(o) || (!agg && o.aggregation == policy::Aggregation::kSeqMeanTokenMean);
 }
 
 template <class S>
 FASTLOSS_POLICY_INLINE bool truncates(const Options<S>& o) {
-  return o.correction == policy::kTokenTruncate || o.correction == policy::kSequenceTruncate;
+  return o.correction == policy::Correction::kTokenTruncate ||
+         o.correction == policy::Correction::kSequenceTruncate;
 }
 
 // c of e^d, and whether it is 0 or truncated.
@@ -161,9 +162,9 @@ FASTLOSS_POLICY_INLINE V log_correction(const Options<S>& o, V d) {
 template <class V, class S>
 FASTLOSS_POLICY_INLINE V one_sided(const Options<S>& o, V lr, V advantage, MaskOf<V>* slope) {
   const MaskOf<V> positive = advantage > S(0);
-  const MaskOf<V> outside = positive ? lr > o.log_high : lr < -o.log_low;
+  const MaskOf<V> outside = positive ? lr > o.clip_high : lr < -o.clip_low;
   *slope = outside == 0;
-  return outside ? (positive ? splat<V>(o.log_high) : splat<V>(-o.log_low)) : lr;
+  return outside ? (positive ? splat<V>(o.clip_high) : splat<V>(-o.clip_low)) : lr;
 }
 
 template <class R, class S>
@@ -177,22 +178,22 @@ FASTLOSS_POLICY_INLINE Sequence<S> sequence_of(const Options<S>& o, const Sequen
                                                S first_advantage) {
   Sequence<S> s = {S(1), S(1), S(0), S(1), false, S(1), S(0), S(0)};
   const R n = sums.n > R(1) ? sums.n : R(1);
-  if (o.aggregation == policy::kSeqMeanTokenMean) s.share = S(R(1) / n);
-  if (o.level != policy::kToken) {
-    const bool sum = o.level == policy::kSequenceSum;
-    const R total = o.level == policy::kGeometric ? sums.g : sums.lr;
+  if (o.aggregation == policy::Aggregation::kSeqMeanTokenMean) s.share = S(R(1) / n);
+  if (o.level != policy::Level::kToken) {
+    const bool sum = o.level == policy::Level::kSequenceSum;
+    const R total = o.level == policy::Level::kGeometric ? sums.g : sums.lr;
     const R w = sum ? clamped(total, R(-kMaxLogRatio), R(kMaxLogRatio)) : total / n;
     s.rho = S(exponential(w));
     s.w_slope = sum ? (within(total, R(-kMaxLogRatio), R(kMaxLogRatio)) ? S(1) : S(0)) : S(R(1) / n);
   }
   R log_c = sums.log_c;
-  if (o.correction >= policy::kSequenceTruncate) {
+  if (o.correction >= policy::Correction::kSequenceTruncate) {
     const R e = exponential(sums.d);
     s.c = S(correct(o, e, &s.cut));
     log_c = log_correction(o, sums.d);
   }
   if (first_advantage < S(0) && sums.off_policy / n > R(o.off_policy_threshold)) s.keep = S(0);
-  if (o.surrogate == policy::kVespo) {
+  if (o.surrogate == policy::Surrogate::kVespo) {
     const R log_w = clamped(sums.lr + log_c, R(kLogTiny), R(kMaxLogRatio)), w = exponential(log_w);
     s.phi_pos = S(vespo_phi(log_w, w, o.vespo_k_pos, o.vespo_lambda_pos));
     s.phi_neg = S(vespo_phi(log_w, w, o.vespo_k_neg, o.vespo_lambda_neg));
@@ -225,7 +226,7 @@ FASTLOSS_POLICY_INLINE void surrogate(const Options<S>& o, const Sequence<S>& s,
   const V a = t.advantage, zero = V{};
   *dw = *dlogprob = zero;
   switch (o.surrogate) {
-    case policy::kClip: {
+    case policy::Surrogate::kClip: {
       const V clipped = clamped(rho, o.ratio_low, o.ratio_high);
       V bounded = rho, d_first = rho;
       if (o.delta < S(INFINITY)) {
@@ -245,20 +246,23 @@ FASTLOSS_POLICY_INLINE void surrogate(const Options<S>& o, const Sequence<S>& s,
       }
       break;
     }
-    case policy::kSapo: {
+    case policy::Surrogate::kSapo: {
       const V tau = a > zero ? splat<V>(o.sapo_pos) : splat<V>(o.sapo_neg), y = tau * (rho - S(1));
       const V e = exponential(y < zero ? y : -y), inverse = S(1) / (e + S(1));
       *value = -a * (y < zero ? e * inverse : inverse) * (S(4) / tau);
       *dw = -a * (S(4) * e * inverse * inverse) * rho;
       break;
     }
-    case policy::kRatio:
+    case policy::Surrogate::kRatio:
       *value = *dw = -rho * a;
       break;
-    default: {
+    case policy::Surrogate::kLogprob:
+    case policy::Surrogate::kCispo:
+    case policy::Surrogate::kVespo: {
       V factor = splat<V>(S(1));
-      if (o.surrogate == policy::kCispo) factor = clamped(rho, o.cispo_low, o.cispo_high);
-      if (o.surrogate == policy::kVespo) factor = a >= zero ? splat<V>(s.phi_pos) : splat<V>(s.phi_neg);
+      if (o.surrogate == policy::Surrogate::kCispo) factor = clamped(rho, o.cispo_low, o.cispo_high);
+      if (o.surrogate == policy::Surrogate::kVespo)
+        factor = a >= zero ? splat<V>(s.phi_pos) : splat<V>(s.phi_neg);
       *dlogprob = -factor * a;
       *value = *dlogprob * t.logprob;
     }
@@ -272,20 +276,21 @@ FASTLOSS_POLICY_INLINE V kl_of(const Options<S>& o, V ref_minus_logprob, V* slop
   const MaskOf<V> inside = within(ref_minus_logprob, S(-kMaxLogRatio), S(kMaxLogRatio));
   V kl, d;
   switch (o.kl_kind) {
-    case policy::kK1:
+    case policy::KlKind::kK1:
       kl = -t, d = splat<V>(S(1));
       break;
-    case policy::kK2:
+    case policy::KlKind::kK2:
       kl = S(0.5) * t * t, d = -t;
       break;
-    case policy::kAbs:
+    case policy::KlKind::kAbs:
       kl = t < zero ? -t : t;
       d = t < zero ? splat<V>(S(1)) : t > zero ? splat<V>(S(-1)) : zero;
       break;
-    default: {
+    case policy::KlKind::kK3:
+    case policy::KlKind::kLowVar: {
       exponential_and_k3(t, &kl);
       d = -(kl + t);
-      if (o.kl_kind == policy::kLowVar) {
+      if (o.kl_kind == policy::KlKind::kLowVar) {
         d = kl > S(10) ? zero : d;
         kl = kl > S(10) ? splat<V>(S(10)) : kl;
       }
@@ -301,7 +306,7 @@ FASTLOSS_POLICY_INLINE Terms<V> terms_of(const Options<S>& o, const policy::Call
   const V zero = V{}, a = t.advantage;
   Terms<V> out;
   const V ratio = exponential_and_k3(t.lr, &out.k3);  // the token's, whatever the level
-  out.rho = o.level == policy::kToken ? ratio : splat<V>(s.rho);
+  out.rho = o.level == policy::Level::kToken ? ratio : splat<V>(s.rho);
   out.dual = out.cut = zero > zero;
 
   V value;
@@ -314,14 +319,14 @@ FASTLOSS_POLICY_INLINE Terms<V> terms_of(const Options<S>& o, const policy::Call
 
   V factor = splat<V>(s.keep);
   if (call.token_weight) factor *= t.weight;
-  if (o.correction) {
+  if (o.correction != policy::Correction::kNone) {
     V c = splat<V>(s.c);
-    if (o.correction < policy::kSequenceTruncate) {
+    if (o.correction < policy::Correction::kSequenceTruncate) {
       c = correct(o, exponential(t.d), &out.cut);
     } else if (s.cut) {
       out.cut = out.cut == 0;
     }
-    if (o.surrogate != policy::kVespo) factor *= c;
+    if (o.surrogate != policy::Surrogate::kVespo) factor *= c;
   }
   out.loss = out.policy = factor * value;
   out.dw *= factor, out.dlogprob *= factor;
@@ -340,12 +345,13 @@ FASTLOSS_POLICY_INLINE Terms<V> terms_of(const Options<S>& o, const policy::Call
   if (call.entropy && o.entropy_coef != S(0)) out.loss -= o.entropy_coef * t.entropy;
 
   const MaskOf<V> positive = a > zero, negative = a < zero;
-  if (o.level == policy::kGeometric) {
-    out.low = (t.lr < -o.log_low) & negative;
-    out.high = (t.lr > o.log_high) & positive;
+  if (o.level == policy::Level::kGeometric) {
+    out.low = (t.lr < -o.clip_low) & negative;
+    out.high = (t.lr > o.clip_high) & positive;
   } else {
     out.low = (out.rho < o.ratio_low) & negative;
-    out.high = (out.rho > (o.surrogate == policy::kCispo ? o.cispo_high : o.ratio_high)) & positive;
+    out.high =
+        (out.rho > (o.surrogate == policy::Surrogate::kCispo ? o.cispo_high : o.ratio_high)) & positive;
   }
   return out;
 }

@@ -6,61 +6,21 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/codes.h"
+
 namespace fastloss {
 namespace policy {
 
-enum Surrogate : int { kClip, kLogprob, kCispo, kSapo, kVespo, kRatio };
-enum Level : int { kToken, kSequence, kSequenceSum, kGeometric };
-enum KlKind : int { kK1, kK2, kK3, kAbs, kLowVar };
-enum Correction : int { kNone, kTokenTruncate, kTokenMask, kSequenceTruncate, kSequenceMask };
-enum Aggregation : int { kTokenMean, kSeqMeanTokenSum, kSeqMeanTokenMean, kSeqMeanTokenSumNorm };
-
-// The places of out[16], and of a sequence's sums: there kLoss and kPolicy are not scaled, kScale is unused.
-enum Sum : int {
-  kLoss,
-  kScale,
-  kTokens,
-  kLowClipped,
-  kHighClipped,
-  kDualClipped,
-  kK1Sum,
-  kK3Sum,
-  kKl,
-  kEntropy,
-  kMinRatio,
-  kMaxRatio,
-  kRatioSum,
-  kRatioSquared,
-  kCut,
-  kPolicy,
-  kSums
-};
-
-// The metrics that Python shows, in its order (fastloss/engine/policy.py, METRICS); means over the tokens.
-enum Metric : int {
-  kPolicyLoss,
-  kClipLow,
-  kClipHigh,
-  kClipRegion,
-  kClipDual,
-  kApproxKl,
-  kApproxKlK3,
-  kRatioMean,
-  kRatioMin,
-  kRatioMax,
-  kEss,
-  kKlMean,
-  kEntropyMean,
-  kCutFraction,
-  kMetrics
-};
-
 template <class S>
 struct Options {
-  int surrogate, level, kl_kind, correction, aggregation;
+  Surrogate surrogate;
+  Level level;
+  KlKind kl_kind;
+  Correction correction;
+  Aggregation aggregation;
   bool kl_unbiased;
   S ratio_low, ratio_high;  // 1 - clip_low, 1 + clip_high
-  S log_low, log_high, delta, dual_clip, cispo_low, cispo_high, sapo_pos, sapo_neg;
+  S clip_low, clip_high, delta, dual_clip, cispo_low, cispo_high, sapo_pos, sapo_neg;
   S vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, kl_cov_coef, beta, entropy_coef;
   S cap, floor, log_cap, log_floor, off_policy_threshold, max_length;
 
@@ -70,7 +30,7 @@ struct Options {
             kl_kind,         correction,
             aggregation,     kl_unbiased,
             R(ratio_low),    R(ratio_high),
-            R(log_low),      R(log_high),
+            R(clip_low),     R(clip_high),
             R(delta),        R(dual_clip),
             R(cispo_low),    R(cispo_high),
             R(sapo_pos),     R(sapo_neg),

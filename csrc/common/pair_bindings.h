@@ -1,4 +1,4 @@
-// The functions of csrc/pair_args.h from Python, once for both modules: every pointer an integer address, 0
+// The functions of csrc/common/pair_arguments.h from Python, once for both modules: every pointer an integer address, 0
 // for null. Reads and writes what docs/sequences.md says. A backend brings its dtypes and its launchers.
 // Arguments are positional; the last one is the number of threads (CPU) or the stream's address (CUDA).
 #pragma once
@@ -7,7 +7,8 @@
 
 #include <stdexcept>
 
-#include "pair_args.h"
+#include "common/code_bindings.h"
+#include "common/pair_arguments.h"
 
 namespace fastloss {
 
@@ -24,18 +25,15 @@ void set_terms(PairLoss<S, M>& a, const pybind11::sequence& terms) {
   if (terms.size() > size_t(kMaxTerms)) throw std::invalid_argument("terms: expected at most 8");
   for (const pybind11::handle term : terms) {
     const auto pair = pybind11::reinterpret_borrow<pybind11::sequence>(term);
-    const int code = pair[0].cast<int>();
-    if (code < 0 || code >= kPairTerms) throw std::invalid_argument("terms: expected codes from 0 to 15");
-    a.code[a.terms] = code, a.term_weight[a.terms++] = M(pair[1].cast<double>());
+    a.code[a.terms] = code_of<PairTerm>("terms", pair[0].cast<int>());
+    a.term_weight[a.terms++] = M(pair[1].cast<double>());
   }
   a.log1mexp_limit = M(sizeof(S) == 4 ? -1e-7 : -1e-15);
 }
 
 template <class S, class M>
 void set_divergence(PairLoss<S, M>& a, int divergence, double alpha) {
-  if (divergence < 0 || divergence >= kDivergences)
-    throw std::invalid_argument("divergence: expected a code from 0 to 3");
-  a.divergence = divergence;
+  a.divergence = code_of<Divergence>("divergence", divergence);
   a.alpha_minus_1 = std::fabs(alpha - 1) < kNearlyOne ? M(0) : M(alpha - 1);
 }
 
@@ -95,12 +93,12 @@ struct PairBindings {
                             Address weight, Address kl, int code, double beta, double desirable_weight,
                             double undesirable_weight, Address loss, Address d, Address reward, Address sums,
                             int64_t context) {
-    if (code < 0 || code >= kUnpairedTerms) throw std::invalid_argument("code: expected 0, 1 or 2");
+    const UnpairedTerm term = code_of<UnpairedTerm>("term", code);
     Backend::with_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
       using M = typename Backend::template Math<S>;
       Backend::run(UnpairedLoss<S, M>{from<S>(logps), sequences, from<S>(ref), from<S>(weight),
-                                      from<uint8_t>(desirable), from<S>(kl), code, M(beta),
+                                      from<uint8_t>(desirable), from<S>(kl), term, M(beta),
                                       M(desirable_weight), M(undesirable_weight), from<S>(loss), from<S>(d),
                                       from<S>(reward), from<S>(sums)},
                    context);
