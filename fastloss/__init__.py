@@ -45,7 +45,12 @@ from fastloss.token_stats import (
 from fastloss.trust_region import trust_region_mask
 from fastloss.unpaired import UnpairedOutput, bco_loss, kto_loss, linear_kto_loss
 
+# These use the names above.
+from fastloss.lazy_logits import LazyLogits  # isort: skip
+from fastloss.patch import patch  # isort: skip
+
 __all__ = [
+    "LazyLogits",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
@@ -81,6 +86,7 @@ __all__ = [
     "opo_advantages",
     "optimal_token_advantages",
     "orpo_loss",
+    "patch",
     "pass_at_k_advantages",
     "policy_loss",
     "preference_loss",
