@@ -527,6 +527,53 @@ class _Memory:
         self.owner: Any = None
 
 
+class _Node:
+    """How lazy logits were made: of a head, or by a function of other lazy logits. It never changes."""
+
+    def __init__(self, formula: HeadLogits, origin: tuple[Any, Any, Any] | None) -> None:
+        self.formula = formula
+        self.origin = origin
+        self.real: Tensor | None = None
+        self.real_has_graph = False
+        self.with_graph = torch.is_grad_enabled()
+        self.versions = _versions(formula)
+
+    def has_real(self) -> bool:
+        graph = self.with_graph and torch.is_grad_enabled()
+        return self.real is not None and (self.real_has_graph or not graph)
+
+    def dense(self) -> Tensor:
+        if not self.has_real():
+            self.real = self.make()
+            self.real_has_graph = self.with_graph and torch.is_grad_enabled()
+        assert self.real is not None
+        return self.real
+
+    def make(self) -> Tensor:
+        self.check()
+        with torch.set_grad_enabled(self.with_graph and torch.is_grad_enabled()):
+            if self.origin is None:
+                with self.formula.autocast():
+                    return F.linear(self.formula.hidden, self.formula.weight, self.formula.bias)
+            # What the caller did, done to real logits: their bits are those of a model without lazy logits.
+            function, args, kwargs = self.origin
+            real: Tensor = function(*_dense(args), **_dense(kwargs))
+            return real
+
+    def check(self) -> None:
+        if self.versions != _versions(self.formula):
+            raise RuntimeError(
+                "lazy logits: the head's weight or its input was changed in place after the logits were made "
+                "(an optimizer step?); ask for them earlier"
+            )
+        weight = self.formula.weight
+        if weight.device.type != "meta" and weight.untyped_storage().nbytes() < weight.nbytes:
+            raise RuntimeError(
+                "lazy logits: the head's weight was gathered for the head's call alone and is gone; "
+                "keep it until the loss is computed (FSDP2: reshard_after_forward=False for the head)"
+            )
+
+
 class _Connect(torch.autograd.Function):
     """Lazy logits as a node of the graph: a gradient that somebody's own autograd function sends back to them reaches
     the hidden states, the weight and the bias."""
@@ -596,32 +643,37 @@ class LazyLogits(torch.Tensor):
     3.912
     """
 
-    formula: HeadLogits
-    _origin: Any  # None, or (function, args, kwargs) that made it of other lazy logits
-    _real: Tensor | None
-    _is_real: bool  # changed in place, or hooked: the real logits are what counts from then on
+    _node: _Node
+    _changed: Tensor | None  # real logits that were changed in place, or hooked: they count from then on
     _contiguous: bool
     _memory: _Memory
     _seen: Any
-    _grad_mode: bool
-    _versions: tuple[int | None, ...]
 
     @staticmethod
     def __new__(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        return cls._make(describe(hidden, weight, bias), None, _Memory(), True)
+        return cls._make(_Node(describe(hidden, weight, bias), None), _Memory(), True)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
     @classmethod
-    def _make(cls, formula: HeadLogits, origin: Any, memory: _Memory, contiguous: bool) -> Any:
+    def _make(cls, node: _Node, memory: _Memory, contiguous: bool) -> Any:
+        z = node.formula
         with torch._C.DisableTorchFunctionSubclass():
-            self: Any = _Connect.apply(formula, formula.hidden, formula.weight, formula.bias)
-        self.formula, self._origin, self._real, self._is_real = formula, origin, None, False
-        self._memory, self._seen, self._contiguous = memory, memory.owner, contiguous
-        self._grad_mode = torch.is_grad_enabled()
-        self._versions = _versions(formula)
+            self: Any = _Connect.apply(z, z.hidden, z.weight, z.bias)
+        self._node, self._changed, self._contiguous = node, None, contiguous
+        self._memory, self._seen = memory, memory.owner
         return self
+
+    @property
+    def formula(self) -> HeadLogits:
+        """What these logits are of."""
+        return self._node.formula
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether nobody has needed the real logits yet."""
+        return self._changed is None and self._node.real is None
 
     def dense(self) -> Tensor:
         """The real logits; made at the first call and kept.
@@ -631,19 +683,7 @@ class LazyLogits(torch.Tensor):
         tensor([[2., 2., 2.]])
         """
         self._check()
-        graph = self._grad_mode and torch.is_grad_enabled()
-        if self._real is not None and (self._is_real or self._real.requires_grad or not graph):
-            return self._real
-        with torch.set_grad_enabled(graph):
-            if self._origin is None:
-                with self.formula.autocast():
-                    real = F.linear(self.formula.hidden, self.formula.weight, self.formula.bias)
-            else:
-                # What the caller did, done to real logits: their bits are those of a model without lazy logits.
-                function, args, kwargs = self._origin
-                real = function(*_dense(args), **_dense(kwargs))
-        self._real = real
-        return real
+        return self._node.dense() if self._changed is None else self._changed
 
     def cross_entropy(self, target: Tensor, **options: Any) -> Any:
         """:func:`fastloss.cross_entropy` of these logits, from the head.
@@ -653,7 +693,7 @@ class LazyLogits(torch.Tensor):
         >>> z.cross_entropy(torch.tensor([1]), z_loss=0.1).shape
         torch.Size([])
         """
-        return LazyLogits.__torch_function__(fastloss.cross_entropy, (LazyLogits,), (self, target), options)
+        return ask(fastloss.cross_entropy, self, target, **options)
 
     def token_stats(self, target: Tensor | None, **options: Any) -> Any:
         """:func:`fastloss.token_stats` of these logits, from the head.
@@ -663,33 +703,16 @@ class LazyLogits(torch.Tensor):
         >>> z.token_stats(torch.tensor([1])).logprobs
         tensor([-1.3863])
         """
-        return LazyLogits.__torch_function__(fastloss.token_stats, (LazyLogits,), (self, target), options)
+        return ask(fastloss.token_stats, self, target, **options)
 
     def _check(self) -> None:
         if self._seen is not self._memory.owner:
             raise RuntimeError(
                 "lazy logits: a view of them was changed in place; change a copy, or call .dense() on them before"
             )
-        if self._real is not None:
-            return
-        if self._versions != _versions(self.formula):
-            raise RuntimeError(
-                "lazy logits: the head's weight or its input was changed in place after the logits were made "
-                "(an optimizer step?); ask for them earlier"
-            )
-        weight = self.formula.weight
-        if weight.device.type != "meta" and weight.untyped_storage().nbytes() < weight.nbytes:
-            raise RuntimeError(
-                "lazy logits: the head's weight was gathered for the head's call alone and is gone; "
-                "keep it until the loss is computed (FSDP2: reshard_after_forward=False for the head)"
-            )
-
-    def _made_real(self, real: Tensor) -> None:
-        self._real, self._is_real = real, True
-        self._memory.owner = self._seen = object()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        state = "not multiplied out" if self._real is None else "multiplied out"
+        state = "not multiplied out" if self.is_lazy else "multiplied out"
         return f"LazyLogits(shape={list(self.formula.shape)}, dtype={self.formula.dtype}, {state})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -708,27 +731,22 @@ class LazyLogits(torch.Tensor):
             if func in COMMUTES and len(rest) == 1 and isinstance(rest[0], LazyLogits):
                 return cls.__torch_function__(func, types, (rest[0], z), kwargs)
             return func(*_dense(args), **_dense(kwargs))
-        if func in METADATA and not z._is_real:
+        if func in METADATA and z._changed is None:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in IN_PLACE and len(rest) == 1 and not z._is_real:
-            return z._scale_in_place(IN_PLACE[func], rest[0], kwargs)
         if _is_in_place(func, kwargs):
-            real = z.dense()
-            out = func(real, *_dense(rest), **_dense(kwargs))
-            z._made_real(real)
-            return z if out is real else out
-        graph = z._grad_mode and torch.is_grad_enabled()
+            return z._in_place(func, rest, kwargs)
+        node = z._node
         rule = RULES.get(func)
-        made = z._real is not None and (z._is_real or z._real.requires_grad or not graph)
-        if rule is None or made:
+        if rule is None or z._changed is not None or node.has_real():
             return func(*_dense(args), **_dense(kwargs))
         z._check()
-        with torch.set_grad_enabled(graph):
-            result = rule(z.formula, *rest, **kwargs)
+        node.check()
+        with torch.set_grad_enabled(node.with_graph and torch.is_grad_enabled()):
+            result = rule(node.formula, *rest, **kwargs)
             if result is NotImplemented:
                 return func(*_dense(args), **_dense(kwargs))
-            if result is z.formula and (func in NO_COPY_IF_SAME) and (z._contiguous or func is not T.contiguous):
+            if result is node.formula and func in NO_COPY_IF_SAME and (z._contiguous or func is not T.contiguous):
                 return z
             return z._wrap(result, func, args, kwargs)
 
@@ -737,26 +755,34 @@ class LazyLogits(torch.Tensor):
         part = func in PART_VIEWS
         shared = part or (func in WHOLE_VIEWS and self._contiguous)
         memory = self._memory if shared else _Memory()
+        args = tuple(a._node if isinstance(a, LazyLogits) else a for a in args)
         if isinstance(result, HeadLogits):
-            return self._make(result, (func, args, kwargs), memory, not part)
+            return self._make(_Node(result, (func, args, kwargs)), memory, not part)
         if type(result) is tuple and result and isinstance(result[0], HeadLogits):
             made = []
             for n, formula in enumerate(result):
-                origin = (functools.partial(_item, n, func), args, kwargs)
-                made.append(self._make(formula, origin, memory, False))
+                node = _Node(formula, (functools.partial(_item, n, func), args, kwargs))
+                made.append(self._make(node, memory, False))
             return tuple(made)
         return result
 
-    def _scale_in_place(self, function: Any, by: Any, kwargs: Any) -> Any:
+    def _in_place(self, func: Any, rest: Any, kwargs: Any) -> Any:
+        """A change of these logits alone: what was made of them before keeps the node that it was made of."""
         self._check()
-        result = NotImplemented if isinstance(by, Tensor) else RULES[function](self.formula, by, **kwargs)
-        if result is NotImplemented or self._real is not None:
-            self._made_real(function(self.dense(), *_dense((by,)), **kwargs))
-        else:
-            before = self._make(self.formula, self._origin, _Memory(), True)
-            self.formula, self._origin = result, (function, (before, by), kwargs)
-            self._memory.owner = self._seen = object()
-        return self
+        if func in IN_PLACE and len(rest) == 1 and self.is_lazy and not isinstance(rest[0], Tensor):
+            function = IN_PLACE[func]
+            self._node.check()
+            result = RULES[function](self.formula, rest[0], **kwargs)
+            if result is not NotImplemented:
+                self._node = _Node(result, (function, (self._node, rest[0]), kwargs))
+                self._memory.owner = self._seen = object()
+                return self
+        if self._changed is None:
+            self._changed = self._node.dense().clone() if self._node.has_real() else self._node.make()
+        self._memory.owner = self._seen = object()
+        real = self._changed
+        out = func(real, *_dense(rest), **_dense(kwargs))
+        return self if out is real else out
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -852,6 +878,13 @@ def lazy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     return LazyLogits(hidden, weight, bias)
 
 
+def ask(function: Callable[..., Any], logits: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function of fastloss on logits that may be lazy."""
+    if isinstance(logits, (LazyLogits, _TracedLogits)):
+        return type(logits).__torch_function__(function, (type(logits),), (logits, *args), kwargs)
+    return function(logits, *args, **kwargs)
+
+
 COMMUTES = {torch.mul, torch.add, T.mul, T.add, T.__mul__, T.__rmul__, T.__add__, T.__radd__}
 METADATA = {
     getattr(T, name).__get__
@@ -887,7 +920,7 @@ def _versions(z: HeadLogits) -> tuple[int | None, ...]:
 
 
 def _dense(value: Any) -> Any:
-    if isinstance(value, (LazyLogits, _TracedLogits)):
+    if isinstance(value, (LazyLogits, _TracedLogits, _Node)):
         return value.dense()
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
         made = [_dense(v) for v in value]

@@ -29,7 +29,7 @@ def _cross_entropy(
 ) -> Tensor:
     """torch.nn.functional.cross_entropy, by fastloss."""
     plain = type(input) in (Tensor, torch.nn.Parameter) and type(target) in (Tensor, torch.nn.Parameter)
-    if not plain or not input.is_floating_point():
+    if not plain or not input.is_floating_point() or input.device.type == "meta":
         # Lazy logits, sharded tensors, fake ones: torch's function asks them first.
         return _ORIGINAL(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing

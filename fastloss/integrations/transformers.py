@@ -53,21 +53,25 @@ def apply(model: Any, *, heads: Any = None) -> Handle:
             f"model: expected a module with a vocabulary head (get_output_embeddings, or heads=), got {type(inner).__name__}"
         )
     if _is_lazy(type(inner)):
-        return Handle([])
+        if not inner.__dict__.get("_fastloss_off", False):
+            return Handle([])
+        inner._fastloss_off = False
+        return Handle([functools.partial(setattr, inner, "_fastloss_off", True)])
     for head in found:
         _patch_head(head)
-    original = type(inner)
-    inner.__class__ = lazy_class(original)
+    inner.__class__ = lazy_class(type(inner))
     inner._fastloss_heads = names
     own = _replace_own_forward(inner)
 
     def undo() -> None:
         own()
-        for module in (inner, *_heads(inner, names)):
+        if _LAZY not in type(inner).__dict__:
+            inner._fastloss_off = True  # somebody (FSDP2) made a subclass of ours since: switched off where it stands
+            return
+        for module in (*_heads(inner, names), inner):
             if _LAZY in type(module).__dict__:
                 module.__class__ = type(module)._fastloss_original  # type: ignore[assignment]
-            else:  # somebody (FSDP2) made a subclass of ours since: switch it off where it stands
-                module._fastloss_off = True
+                module.__dict__.pop("_fastloss_active", None)
         inner.__dict__.pop("_fastloss_heads", None)
 
     return Handle([undo])
@@ -202,20 +206,13 @@ def _with_lazy_heads(model: Any, forward: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _can_be_lazy(head: Any) -> bool:
-    """Not for a weight that is there during the head's own call alone, or in parts (ZeRO-3, DTensor), or packed."""
+    """Not for a packed weight (quantised), nor for one that is there during the head's own call alone (ZeRO-3)."""
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return False
-    if hasattr(weight, "ds_id"):
-        return False
-    if torch.distributed.is_available() and not torch.compiler.is_compiling():
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(weight, DTensor) and not hasattr(head, "set_reshard_after_forward"):
-            from torch.distributed.fsdp import FSDPModule  # noqa: F401
-
-            return False
-    return True
+    if hasattr(head, "set_reshard_after_forward"):  # FSDP2 on the head itself: keep it until the loss is computed
+        head.set_reshard_after_forward(False)
+    return not hasattr(weight, "ds_id")
 
 
 def _patch_head(head: Any) -> None:
@@ -230,7 +227,8 @@ def _lazy_head_class(cls: Any) -> Any:
 
     @functools.wraps(inner)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.__dict__.get("_fastloss_active", False):
+        # A weight in parts (a DTensor under tensor parallelism) keeps the head's own product.
+        if not self.__dict__.get("_fastloss_active", False) or type(self.weight) not in (Tensor, nn.Parameter):
             return inner(self, *args, **kwargs)
         if plain:
             return lazy(args[0] if args else kwargs["input"], self.weight, self.bias)
