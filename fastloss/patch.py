@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss.integrations.handle import Handle
-from fastloss.lazy_logits import LOW_PRECISION, RULES
+from fastloss.lazy_rules import LOW_PRECISION, RULES
 
 __all__ = ["patch"]
 

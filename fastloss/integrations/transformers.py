@@ -59,18 +59,21 @@ def apply(model: Any, *, heads: Any = None) -> Handle:
         return Handle([functools.partial(setattr, inner, "_fastloss_off", True)])
     for head in found:
         _patch_head(head)
-    inner.__class__ = lazy_class(type(inner))
+    model_class: Any = type(inner)
+    inner.__class__ = lazy_class(model_class)
     inner._fastloss_heads = names
     own = _replace_own_forward(inner)
 
     def undo() -> None:
         own()
         if _LAZY not in type(inner).__dict__:
-            inner._fastloss_off = True  # somebody (FSDP2) made a subclass of ours since: switched off where it stands
+            inner._fastloss_off = (
+                True  # somebody (FSDP2) made a subclass of ours since: switched off where it stands
+            )
             return
         for module in (*_heads(inner, names), inner):
             if _LAZY in type(module).__dict__:
-                module.__class__ = type(module)._fastloss_original  # type: ignore[assignment]
+                module.__class__ = type(module)._fastloss_original
                 module.__dict__.pop("_fastloss_active", None)
         inner.__dict__.pop("_fastloss_heads", None)
 
@@ -78,7 +81,7 @@ def apply(model: Any, *, heads: Any = None) -> Handle:
 
 
 @functools.cache
-def lazy_class(model_class: type[nn.Module]) -> type[nn.Module]:
+def lazy_class(model_class: Any) -> Any:
     """``model_class`` whose instances train without logits: for a whole class, before its models are built.
 
     >>> import torch
@@ -103,11 +106,11 @@ def lazy_class(model_class: type[nn.Module]) -> type[nn.Module]:
     return _subclass(model_class, forward)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The model inside PEFT's, torch.compile's and the data-parallel wrappers."""
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
+            model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):
@@ -120,7 +123,7 @@ def _is_lazy(cls: type) -> bool:
     return any(_LAZY in c.__dict__ for c in cls.__mro__)
 
 
-def _heads(model: Any, names: Any) -> list[nn.Module]:
+def _heads(model: Any, names: Any) -> list[Any]:
     if names is not None:
         return [model.get_submodule(name) for name in names]
     if not hasattr(model, "get_output_embeddings"):
@@ -133,13 +136,13 @@ def _heads(model: Any, names: Any) -> list[nn.Module]:
     return [h for h in found if isinstance(h, nn.Module)]
 
 
-def _subclass(cls: type, forward: Any) -> Any:
+def _subclass(cls: Any, forward: Any) -> Any:
     """A subclass of ``cls`` under its own name, that copies and pickles as an instance of ``cls`` would."""
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made = super(lazy, self).__reduce_ex__(protocol)
+        made = super(subclass, self).__reduce_ex__(protocol)
         if made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_blank, (cls, made[1][0] is lazy), *made[2:])
+            return (_blank, (cls, made[1][0] is subclass), *made[2:])
         return made
 
     body = {
@@ -151,8 +154,8 @@ def _subclass(cls: type, forward: Any) -> Any:
         "_fastloss_original": cls,
         _LAZY: True,
     }
-    lazy = type(cls)(cls.__name__, (cls,), body)
-    return lazy
+    subclass = type(cls)(cls.__name__, (cls,), body)
+    return subclass
 
 
 def _blank(cls: Any, is_lazy: bool) -> Any:
@@ -197,12 +200,12 @@ def _with_lazy_heads(model: Any, forward: Any, args: Any, kwargs: Any) -> Any:
     for head in heads:
         if not _is_lazy(type(head)):
             _patch_head(head)  # built, or wrapped by an adapter, since
-        head._fastloss_active = True  # type: ignore[assignment]
+        head._fastloss_active = True
     try:
         return forward(*args, **kwargs)
     finally:
         for head in heads:
-            head._fastloss_active = False  # type: ignore[assignment]
+            head._fastloss_active = False
 
 
 def _can_be_lazy(head: Any) -> bool:
@@ -210,14 +213,17 @@ def _can_be_lazy(head: Any) -> bool:
     weight = getattr(head, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
         return False
-    if hasattr(head, "set_reshard_after_forward"):  # FSDP2 on the head itself: keep it until the loss is computed
+    if hasattr(
+        head, "set_reshard_after_forward"
+    ):  # FSDP2 on the head itself: keep it until the loss is computed
         head.set_reshard_after_forward(False)
     return not hasattr(weight, "ds_id")
 
 
 def _patch_head(head: Any) -> None:
     if not _is_lazy(type(head)):
-        head.__class__ = _lazy_head_class(type(head))
+        head_class: Any = type(head)
+        head.__class__ = _lazy_head_class(head_class)
 
 
 @functools.cache
@@ -228,7 +234,10 @@ def _lazy_head_class(cls: Any) -> Any:
     @functools.wraps(inner)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # A weight in parts (a DTensor under tensor parallelism) keeps the head's own product.
-        if not self.__dict__.get("_fastloss_active", False) or type(self.weight) not in (Tensor, nn.Parameter):
+        if not self.__dict__.get("_fastloss_active", False) or type(self.weight) not in (
+            Tensor,
+            nn.Parameter,
+        ):
             return inner(self, *args, **kwargs)
         if plain:
             return lazy(args[0] if args else kwargs["input"], self.weight, self.bias)

@@ -7,8 +7,6 @@ Every trainer of TRL (SFT, DPO, KTO, GRPO, RLOO, reward models aside) gets its p
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,9 +24,7 @@ EXPECTED = {
     "entropy_from_logits": "logits, chunk_size",
     "selective_log_softmax_and_entropy": "logits, index, entropy_requires_grad, temperature, row_mask",
 }
-HEAD_PARAMETERS = (
-    "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs"
-)
+HEAD_PARAMETERS = "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs"
 
 
 class FastlossLogProb:

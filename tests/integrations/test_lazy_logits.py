@@ -188,7 +188,9 @@ def test_statistics_of_fastloss():
     torch.testing.assert_close(logprobs, full.logprobs)
     torch.testing.assert_close(entropy, full.entropy)
     loss = z.view(-1, V).cross_entropy(target.view(-1), z_loss=0.01, normalizer=7)
-    torch.testing.assert_close(loss, fastloss.cross_entropy(real.view(-1, V), target.view(-1), z_loss=0.01, normalizer=7))
+    torch.testing.assert_close(
+        loss, fastloss.cross_entropy(real.view(-1, V), target.view(-1), z_loss=0.01, normalizer=7)
+    )
     assert stayed_lazy(z)
 
 
@@ -207,7 +209,9 @@ def test_low_precision_loss_is_float32_after_float(dtype):
 
 def test_float16_sum_does_not_overflow():
     hidden, weight = torch.zeros(20000, D, dtype=torch.float16), torch.zeros(V, D, dtype=torch.float16)
-    loss = F.cross_entropy(fastloss.LazyLogits(hidden, weight).float(), torch.zeros(20000, dtype=torch.long), reduction="sum")
+    loss = F.cross_entropy(
+        fastloss.LazyLogits(hidden, weight).float(), torch.zeros(20000, dtype=torch.long), reduction="sum"
+    )
     assert abs(loss.item() - 20000 * 3.912023) < 1
 
 
@@ -220,7 +224,9 @@ def test_autocast_of_the_head_is_remembered():
     z = z * 1
     loss = F.cross_entropy(z.float().view(-1, V), target.view(-1))
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, F.cross_entropy(real.float().view(-1, V), target.view(-1)), rtol=2e-2, atol=0)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(real.float().view(-1, V), target.view(-1)), rtol=2e-2, atol=0
+    )
     loss.backward()
     assert all(t.grad.dtype == torch.float32 for t in leaves)
 
@@ -321,7 +327,9 @@ def test_hooks_see_the_gradient():
 )
 def test_shapes_that_do_not_fit(hidden, weight, bias, message):
     with pytest.raises(ValueError, match=message):
-        fastloss.LazyLogits(torch.zeros(hidden), torch.zeros(weight), None if bias is None else torch.zeros(bias))
+        fastloss.LazyLogits(
+            torch.zeros(hidden), torch.zeros(weight), None if bias is None else torch.zeros(bias)
+        )
 
 
 def test_dtypes_that_do_not_fit():
@@ -341,7 +349,11 @@ def test_large_bias():
     """A fused head with a bias has been far too low: this one is F.cross_entropy(F.linear(h, W, b)), gradients too."""
     g = torch.Generator().manual_seed(0)
     for n, d, v, scale in ((70, 64, 1000, 8.0), (33, 16, 257, 30.0)):
-        h, w, b = torch.randn(n, d, generator=g), torch.randn(v, d, generator=g) * 0.1, torch.randn(v, generator=g) * scale
+        h, w, b = (
+            torch.randn(n, d, generator=g),
+            torch.randn(v, d, generator=g) * 0.1,
+            torch.randn(v, generator=g) * scale,
+        )
         t = torch.randint(0, v, (n,), generator=g)
         exact = [x.double().requires_grad_() for x in (h, w, b)]
         F.cross_entropy(F.linear(*exact), t).backward()

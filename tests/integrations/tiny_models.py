@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 99
-LARGEST = 5_000_000  # parameters
+LARGEST = 20_000_000  # parameters
 
 # Every name under which a configuration asks for one of these sizes; those that a class does not know are left out.
 SMALL = {
@@ -33,6 +33,27 @@ SMALL = {
     "linear_value_head_dim": 8, "num_linear_heads": 4, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 8, "chunk_size": 8, "is_decoder": True,
     "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0, "use_cache": False,
 }  # fmt: skip
+# What single classes need besides. A class is tried with each of ALSO until one builds and runs.
+EXTRA: dict[str, dict[str, object]] = {
+    "CodeGenForCausalLM": {"rotary_dim": 4},
+    "GPTJForCausalLM": {"rotary_dim": 4},
+    "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"]},
+    "Mamba2ForCausalLM": {"head_dim": 16},
+    "ReformerModelWithLMHead": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 4,
+                                "local_attention_probs_dropout_prob": 0.0, "lsh_attention_probs_dropout_prob": 0.0},
+    "RoCBertForCausalLM": {"pronunciation_vocab_size": 20, "shape_vocab_size": 20},
+    "XLMWithLMHeadModel": {"emb_dim": 32, "n_words": VOCAB},
+    "XmodForCausalLM": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "ZayaForCausalLM": {"num_experts_per_tok": 1},
+    "FalconH1ForCausalLM": {"mamba_d_ssm": 64},
+    "Gemma4AssistantForCausalLM": {"hidden_size_per_layer_input": 0},
+    "DbrxForCausalLM": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0, "attn_pdrop": 0.0}},
+    "LongcatFlashForCausalLM": {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 2, "moe_topk": 2},
+    "FuyuForCausalLM": {"text_config": {"model_type": "persimmon", "vocab_size": VOCAB, "hidden_size": 32,
+                        "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}},
+}  # fmt: skip
+ALSO: tuple[dict[str, object], ...] = ({}, {"num_key_value_heads": 4})
 SUB_CONFIGS = ("text_config", "decoder", "llm_config", "language_config")
 
 
@@ -56,35 +77,56 @@ def _known(config_class: type) -> set[str]:
     return {n for n in names if n not in mapped}
 
 
-def tiny_config(config_class: type, **extra: object) -> transformers.PreTrainedConfig:
+def tiny_config(
+    config_class: type, every_part: bool = False, **extra: object
+) -> transformers.PreTrainedConfig:
     known = _known(config_class)
     values: dict[str, object] = {k: v for k, v in SMALL.items() if k in known}
     for name, sub in (getattr(config_class, "sub_configs", {}) or {}).items():
-        if name in SUB_CONFIGS and hasattr(sub, "__init__") and name in known and sub is not transformers.AutoConfig:
-            values[name] = tiny_config(sub).to_dict()
+        if (every_part or name in SUB_CONFIGS) and sub is not transformers.AutoConfig:
+            values[name] = tiny_config(sub, every_part).to_dict()
     values.update(extra)
     return config_class(**values)
 
 
-def tiny_model(class_name: str, **extra: object) -> torch.nn.Module:
-    """The class with small random weights, in training mode.
+def tiny_model(class_name: str) -> torch.nn.Module:
+    """The class with small random weights, in training mode, once it has given a loss.
 
     Raises:
         Exception: whatever a class raises that these numbers do not fit.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        config = tiny_config(getattr(transformers, _config_name(class_name)), **extra)
-        cls = getattr(transformers, class_name)
-        if hasattr(config, "text_config") and getattr(cls, "config_class", None) is not type(config):
-            config = config.get_text_config()
-        make = lambda: cls._from_config(config, attn_implementation="eager")
-        with torch.device("meta"):
-            size = sum(p.numel() for p in make().parameters())
-        if size > LARGEST:
-            raise ValueError(f"{class_name}: {size} parameters in what should be a tiny model")
-        torch.manual_seed(0)
-        model = make()
+    error: Exception | None = None
+    for also in ALSO:
+        for every_part in (False, True):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    model = _build(class_name, every_part, {**also, **EXTRA.get(class_name, {})})
+                    loss = model(**batch()).loss
+                if not torch.isfinite(loss):
+                    raise ValueError(f"{class_name}: a loss of {loss}")
+                return model
+            except Exception as new:
+                error = error or new
+    assert error is not None
+    raise error
+
+
+def _build(class_name: str, every_part: bool, extra: dict[str, object]) -> torch.nn.Module:
+    config_class = getattr(transformers, _config_name(class_name))
+    known = _known(config_class)
+    cls = getattr(transformers, class_name)
+    config = tiny_config(config_class, every_part, **{k: v for k, v in extra.items() if k in known})
+    if cls.config_class is not type(config):
+        parts = [getattr(config, name) for name in config.sub_configs]
+        config = next((p for p in parts if type(p) is cls.config_class), config)
+    make = lambda: cls._from_config(config, attn_implementation="eager")
+    with torch.device("meta"):
+        size = sum(p.numel() for p in make().parameters())
+    if size > LARGEST:
+        raise ValueError(f"{class_name}: {size} parameters in what should be a tiny model")
+    torch.manual_seed(0)
+    model = make()
     for parameter in model.parameters():
         if parameter.dim() > 1 and parameter.is_floating_point():
             with torch.no_grad():
