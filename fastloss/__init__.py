@@ -46,7 +46,12 @@ from fastloss.losses.trust_region import trust_region_mask
 from fastloss.losses.unpaired import UnpairedOutput, bco_loss, kto_loss, linear_kto_loss
 from fastloss.losses.value_loss import ValueOutput, value_loss
 
+# These use the names above.
+from fastloss.lazy_logits import LazyLogits  # isort: skip
+from fastloss.patch import patch  # isort: skip
+
 __all__ = [
+    "LazyLogits",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
@@ -83,6 +88,7 @@ __all__ = [
     "optimal_token_advantages",
     "orpo_loss",
     "pass_at_k_advantages",
+    "patch",
     "policy_loss",
     "preference_loss",
     "process_reward_loss",
