@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fastloss
-from fastloss.engine import backend as dispatch
-from fastloss.engine import cuda_rows
+from fastloss.engine.backend import get_backend, replace_backend
+from fastloss.engine.contract import Backend
+from fastloss.engine.native import emulated_cuda
 
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
 KERNELS = ("cuda", "triton") if DEVICE == "cuda" else ("cpu", "triton", "cuda")
@@ -26,7 +27,7 @@ def _emulate() -> str:
         return "no g++ for the CUDA emulation"
     from cuda_emulation.build import build_emulated
 
-    cuda_rows.emulate(build_emulated())
+    replace_backend("cuda", emulated_cuda(build_emulated()))
     return ""
 
 
@@ -34,11 +35,15 @@ def need(backend: str) -> str:
     """Make a backend ready, or skip with the reason why this machine cannot run it."""
     if backend == "cuda" and (reason := _emulate()):
         pytest.skip(reason)
-    dispatch._loaded.pop(backend, None)
     state = fastloss.backends()[backend]
     if state != "available":
         pytest.fail(f"{backend}: {state}")
     return backend
+
+
+def contract(backend: str) -> Backend:
+    """The kernels of a backend by the contract that all of them implement."""
+    return get_backend(need(backend))
 
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:
