@@ -12,7 +12,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 
 sanitize=(-O2 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
 [ -n "${PLAIN:-}" ] && sanitize=(-O3)
-flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenmp -fPIC -Wall -Wextra -Wno-psabi "${sanitize[@]}")
+flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenmp -fPIC -Wall -Wextra -Wno-psabi -I.. "${sanitize[@]}")
 avx2=(-mavx2 -mfma -mf16c)
 avx512=(-mavx512f -mavx512bw -mavx512dq -mavx512vl "${avx2[@]}")
 cd "$root/csrc/cpu"
@@ -25,7 +25,7 @@ for source in *.cpp; do
     compile -DFASTLOSS_ISA=generic -c "$source" -o "$build/$source.generic.o"
     compile -DFASTLOSS_ISA=wide16 -DFASTLOSS_VECTOR_BYTES=64 "${avx2[@]}" -c "$source" -o "$build/$source.wide16.o"
   else
-    compile -I.. -DFASTLOSS_W16_TEST $("$python" -m pybind11 --includes) -c "$source" -o "$build/$source.o"
+    compile -DFASTLOSS_W16_TEST $("$python" -m pybind11 --includes) -c "$source" -o "$build/$source.o"
   fi
 done | xargs -P "$(nproc)" -I{} sh -c '{}'
 g++ -shared "${flags[@]}" "$build"/*.o -o "$build/_cpu.so"

@@ -1,30 +1,22 @@
-"""Who is measured. A provider says why it cannot run a case, or hands out the loss that it would run."""
+"""Who is measured: fastloss's backends, PyTorch in several ways, and the peers."""
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
+from fastloss.bench import peers
 from fastloss.bench.case import Case, Loss
 from fastloss.bench.kinds import KINDS
+from fastloss.bench.provider import Provider, emulated
 
 # Python steps that torch.compile would have to unroll.
 UNROLLED = 256
-
-
-@dataclass(frozen=True)
-class Provider:
-    name: str
-    available: Callable[[Case, str], str | None]  # why not, on this device; "" where the case is not its kind
-    loss: Callable[[Case], Loss]  # of the case's tensors -> what is differentiated
-    compiles: bool = False  # the first call is spent on compiling
 
 
 def _fastloss(backend: str) -> Provider:
@@ -37,13 +29,6 @@ def _fastloss(backend: str) -> Provider:
         return None
 
     return Provider(f"fastloss[{backend}]", available, lambda case: KINDS[case.kind].ours(case, backend))
-
-
-def emulated(case: Case, device: str) -> str | None:
-    """Low-precision GEMMs that this CPU only emulates would take minutes a call."""
-    if case.emulated(device):
-        return "this CPU emulates low-precision GEMMs: minutes a call (see 'torch eager, f32 GEMMs')"
-    return None
 
 
 def _eager(case: Case) -> Loss:
@@ -106,8 +91,6 @@ def _torch_chunked_auto(case: Case) -> Loss:
 
 
 def registry() -> list[Provider]:
-    from fastloss.bench import peers
-
     return [
         _fastloss("cpu"),
         _fastloss("cuda"),

@@ -370,7 +370,7 @@ def test_error_is_not_larger_than_eager() -> None:
 
 def test_bad_arguments_are_errors() -> None:
     x = make_rows(1, 4, torch.float32)
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(ValueError, match="dtype"):
         build_emulated().row_stats(x.data_ptr(), 3, 1, 4, 4, 0, IGNORE, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="vocab"):
         build_emulated().row_stats(x.data_ptr(), 0, 1, 0, 4, 0, IGNORE, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 0, 0)

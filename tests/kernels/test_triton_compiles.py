@@ -37,3 +37,46 @@ def test_no_spills(target: str) -> None:
         "policy_loss", "policy_total", "scan", "scale",
     }  # fmt: skip
     assert [row for row in rows if kernel_report_triton.offends(row)] == []
+
+
+UNKNOWN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import kernel_report_triton
+import kernel_report_pointwise as pointwise
+from fastloss import tables
+
+def with_code(kernel, like, **constants):
+    given, usual = pointwise.CASES[kernel][like]
+    pointwise.CASES[kernel]["unknown"] = given, {**usual, **constants}
+    try:
+        pointwise.compile_case((sys.argv[2], *kernel, "unknown"))
+    except Exception as error:
+        said = ""
+        while error is not None:  # the kernel's error, then that of the function which it calls
+            said, error = said + str(error), error.__cause__
+        print("error" if "without a formula here" in said else said)
+    else:
+        print("compiled", kernel, constants)
+
+with_code(("pairs", "pair_loss_kernel"), "sigmoid", TERMS=(len(tables.PAIR_TERMS),))
+with_code(("pairs", "pair_loss_kernel"), "sigmoid", DIVERGENCE=len(tables.DIVERGENCES))
+with_code(("pairs", "unpaired_loss_kernel"), "kto", CODE=len(tables.UNPAIRED_TERMS))
+policy = ("policy", "policy_loss_kernel")
+with_code(policy, "clip", SURROGATE=len(tables.SURROGATES))
+with_code(policy, "clip", LEVEL=len(tables.LEVELS))
+with_code(policy, "clip", AGGREGATION=len(tables.AGGREGATIONS))
+with_code(policy, "k3", KL_KIND=len(tables.KL_KINDS))
+with_code(policy, "token_mask", CORRECTION=len(tables.CORRECTIONS))
+with_code(("policy", "policy_total_kernel"), "token-mean", AGGREGATION=len(tables.AGGREGATIONS))
+"""
+
+
+def test_unknown_codes_do_not_compile() -> None:
+    """A code without a branch in a kernel takes no other loss's formula."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", UNKNOWN, str(TOOLS), "sm_90"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split() == ["error"] * 9, done.stdout

@@ -13,12 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastloss import tables
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import Factor, PolicyInputs
+from fastloss.engine.sequences import Sequences
+from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
+
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 pytest.importorskip("triton")
-launch = importlib.import_module("fastloss.kernels.launch")
+fastloss_kernels = importlib.import_module("fastloss.kernels")
 kernels = importlib.import_module("fastloss.kernels.rows")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -38,10 +44,37 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def _small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the interpreter blocks of 1024, so that 4097 is five of them; test_strides_and_in_place has the real ones."""
     if DEVICE == "cpu" and "in_place" not in request.node.name:
-        whole = launch.launch_shape
+        whole = kernels.launch_shape
         monkeypatch.setattr(
-            launch, "launch_shape", lambda *a: whole(*a) | {"BLOCK": min(whole(*a)["BLOCK"], 1024)}
+            kernels, "launch_shape", lambda *a: whole(*a) | {"BLOCK": min(whole(*a)["BLOCK"], 1024)}
         )
+
+
+def row_stats(
+    logits: Tensor, target: Tensor | None, *, want: Any, bias: Any = None, **options: Any
+) -> dict[str, Tensor]:
+    return kernels.row_stats(logits, target, RowOptions(**options), want=want, bias=bias)
+
+
+def row_grad(
+    logits: Tensor, target: Tensor | None, *, lse: Tensor, out: Tensor, bias: Any = None, w: Any = None, **given: Any
+) -> None:  # fmt: skip
+    coefficients = Coefficients(**{name: given.pop(name) for name in "abcd" if name in given})
+    options = RowOptions(**given)
+    kernels.row_grad(
+        logits, target, options, logsumexp=lse, coefficients=coefficients, out=out, bias=bias, w=w
+    )
+
+
+def row_cross_entropy(
+    logits: Tensor, target: Tensor | None, *, grad_scale: float = 1.0, grad_scale_tensor: Any = None, grad: Any = None,
+    want: Any = (), bias: Any = None, w: Any = None, **options: Any,
+) -> dict[str, Tensor]:  # fmt: skip
+    factor = Factor(grad_scale, grad_scale_tensor)
+    options = CrossEntropyOptions(**options)
+    return kernels.row_cross_entropy(
+        logits, target, options, factor=factor, grad=grad, want=want, bias=bias, w=w
+    )
 
 
 def options(name: str, vocab: int) -> dict[str, Any]:
@@ -70,10 +103,10 @@ def expected_stats(x: Tensor, target: Tensor, o: dict[str, Any]) -> dict[str, Te
     z_t = z.gather(1, target.unsqueeze(1)).squeeze(1)
     return {
         "logsumexp": z.logsumexp(-1),
-        "logprob": log_p.gather(1, target.unsqueeze(1)).squeeze(1),
+        "logprobs": log_p.gather(1, target.unsqueeze(1)).squeeze(1),
         "entropy": -torch.where(p == 0, 0.0, p * log_p).sum(-1),
         "log_sum_sq_probs": (2 * log_p).logsumexp(-1),
-        "mean_logit": z.mean(-1),
+        "mean_logits": z.mean(-1),
         "is_top1": (z_t >= z.amax(-1)).to(torch.uint8),
     }
 
@@ -100,7 +133,7 @@ def test_row_stats(dtype: torch.dtype, vocab: int, name: str) -> None:
     logits, target = make(ROWS, vocab, dtype)
     o = options(name, vocab)
     target[0] = transformed(logits.double(), o)[0].argmax()
-    stats = launch.row_stats(logits, target, **o, want=launch.STATS)
+    stats = row_stats(logits, target, **o, want=STATS)
     check_stats(stats, expected_stats(logits, target, o))
     assert stats["is_top1"][0] == 1 and stats["is_top1"].dtype == torch.uint8
 
@@ -108,15 +141,15 @@ def test_row_stats(dtype: torch.dtype, vocab: int, name: str) -> None:
 def test_only_what_is_wanted() -> None:
     logits, target = make(2, 33, torch.float32)
     o = options("plain", 33)
-    for name in launch.STATS:
-        alone = launch.row_stats(logits, target, **o, want=(name,))
+    for name in STATS:
+        alone = row_stats(logits, target, **o, want=(name,))
         assert set(alone) == {name}
         check_stats(alone, expected_stats(logits, target, o))
-    untargeted = launch.row_stats(
-        logits, None, **o, want=("logsumexp", "entropy", "log_sum_sq_probs", "mean_logit")
+    untargeted = row_stats(
+        logits, None, **o, want=("logsumexp", "entropy", "log_sum_sq_probs", "mean_logits")
     )
     check_stats(untargeted, expected_stats(logits, target, o))
-    assert set(launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.0)) == {
+    assert set(row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.0)) == {
         "loss", "logsumexp"}  # fmt: skip
 
 
@@ -134,7 +167,7 @@ def test_row_grad(dtype: torch.dtype, vocab: int, name: str) -> None:
     logits, target = make(2, vocab, dtype)
     o = options(name, vocab)
     a, b, c, d = torch.randn(4, 2, device=DEVICE)
-    lse = launch.row_stats(logits, target, **o, want=("logsumexp",))["logsumexp"]
+    lse = row_stats(logits, target, **o, want=("logsumexp",))["logsumexp"]
     for given in (
         {"a": a, "b": b, "c": c, "d": d, "w": w_of("dense", 2, vocab)},
         {"b": b, "d": d, "w": w_of("vector", 2, vocab)},
@@ -142,7 +175,7 @@ def test_row_grad(dtype: torch.dtype, vocab: int, name: str) -> None:
         {"c": c},
     ):
         out = torch.full_like(logits, NAN)
-        launch.row_grad(logits, target, **o, lse=lse, out=out, **given)
+        row_grad(logits, target, **o, lse=lse, out=out, **given)
         close(out, expected_grad(logits, target, o, **given), 1e-5)
 
 
@@ -206,9 +239,9 @@ def test_row_cross_entropy(dtype: torch.dtype, vocab: int, name: str) -> None:
     ):
         w = w_of(w_kind, 2, vocab)
         grad = torch.full_like(logits, NAN)
-        out = launch.row_cross_entropy(logits, target, **o, w=w, label_smoothing=eps, z_loss=zeta, grad=grad,
+        out = row_cross_entropy(logits, target, **o, w=w, label_smoothing=eps, z_loss=zeta, grad=grad,
                                        grad_scale=0.5, grad_scale_tensor=torch.tensor(3.0, device=DEVICE),
-                                       want=launch.STATS)  # fmt: skip
+                                       want=STATS)  # fmt: skip
         loss, expected = expected_cross_entropy(logits, target, o, w, eps, zeta, 1.5)
         close(out.pop("loss"), loss)
         close(grad, expected, 1e-5)
@@ -223,7 +256,7 @@ def test_class_probabilities(dtype: torch.dtype, vocab: int, name: str) -> None:
     o = options(name, vocab)
     w = torch.softmax(torch.randn(2, vocab, device=DEVICE), -1) * 0.7
     grad = torch.empty_like(logits)
-    out = launch.row_cross_entropy(logits, None, **o, w=w, label_smoothing=0.0, z_loss=1e-2, grad=grad)
+    out = row_cross_entropy(logits, None, **o, w=w, label_smoothing=0.0, z_loss=1e-2, grad=grad)
     loss, expected = expected_cross_entropy(logits, None, o, w, 0.0, 1e-2, 1.0)
     close(out["loss"], loss)
     close(grad, expected, 1e-5)
@@ -240,24 +273,22 @@ def test_strides_and_in_place(dtype: torch.dtype, vocab: int) -> None:
     logits.copy_(dense)
     w = torch.rand(3, vocab + 5, device=DEVICE)[:, 2 : vocab + 2]
     a, b, c, d = torch.randn(4, 3, device=DEVICE)
-    want = tuple(launch.STATS)
-    stats = launch.row_stats(dense, target, **o, want=want)
-    for name, value in launch.row_stats(logits, target, **o, want=want).items():
+    want = tuple(STATS)
+    stats = row_stats(dense, target, **o, want=want)
+    for name, value in row_stats(logits, target, **o, want=want).items():
         assert torch.equal(value, stats[name])
 
     separate = torch.empty_like(dense)
-    launch.row_grad(
-        dense, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w.contiguous(), out=separate
-    )
+    row_grad(dense, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w.contiguous(), out=separate)
     close(separate, expected_grad(dense, target, o, a, b, c, d, w), 1e-5)
-    launch.row_grad(logits, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w, out=logits)
+    row_grad(logits, target, **o, lse=stats["logsumexp"], a=a, b=b, c=c, d=d, w=w, out=logits)
     assert torch.equal(logits, separate)
 
     for targets, weight in ((target, w[0]), (None, w)):
         logits.copy_(dense)
         ce = {"w": weight, "label_smoothing": 0.1, "z_loss": 1e-2, "want": want}
-        first = launch.row_cross_entropy(dense, targets, **o, **ce, grad=separate)
-        second = launch.row_cross_entropy(logits, targets, **o, **ce, grad=logits)
+        first = row_cross_entropy(dense, targets, **o, **ce, grad=separate)
+        second = row_cross_entropy(logits, targets, **o, **ce, grad=logits)
         assert torch.equal(logits, separate)
         # Without a target logprob is NaN and is_top1 0.
         assert all(torch.equal(first[k].nan_to_num(7), second[k].nan_to_num(7)) for k in first)
@@ -268,8 +299,8 @@ def test_strides_and_in_place(dtype: torch.dtype, vocab: int) -> None:
 def test_expanded_logits(dtype: torch.dtype) -> None:
     logits, target = make(1, 33, dtype)
     o = options("plain", 33)
-    stats = launch.row_stats(logits.expand(4, 33), target.expand(4).contiguous(), **o, want=("logprob",))
-    close(stats["logprob"], expected_stats(logits, target, o)["logprob"].expand(4))
+    stats = row_stats(logits.expand(4, 33), target.expand(4).contiguous(), **o, want=("logprobs",))
+    close(stats["logprobs"], expected_stats(logits, target, o)["logprobs"].expand(4))
 
 
 @pytest.mark.parametrize("bad", [-1, 33, 34, -(2**40), 2**40, 2**31])
@@ -283,19 +314,19 @@ def test_bad_and_ignored_targets(dtype: torch.dtype, bad: int) -> None:
     good = [0, 3]
     w = torch.rand(33, device=DEVICE)
     grad = torch.full_like(logits, 7.0)
-    out = launch.row_cross_entropy(logits, target, **o, w=w, label_smoothing=0.1, z_loss=1e-2, grad=grad,
-                                   want=launch.STATS)  # fmt: skip
+    out = row_cross_entropy(logits, target, **o, w=w, label_smoothing=0.1, z_loss=1e-2, grad=grad,
+                                   want=STATS)  # fmt: skip
     loss, expected = expected_cross_entropy(logits[good], target[good], o, w, 0.1, 1e-2, 1.0)
     close(out["loss"][good], loss)
     close(grad[good], expected, 1e-5)
-    assert out["loss"][1].isnan() and out["logprob"][1].isnan() and out["is_top1"][1] == 0
+    assert out["loss"][1].isnan() and out["logprobs"][1].isnan() and out["is_top1"][1] == 0
     assert grad[1].isnan().all() and out["logsumexp"][1].isfinite()
     assert all(value[2] == 0 for value in out.values()) and (grad[2] == 0).all()
 
-    again = launch.row_stats(logits, target, **o, want=launch.STATS)
+    again = row_stats(logits, target, **o, want=STATS)
     assert all(torch.equal(again[k].nan_to_num(7), out[k].nan_to_num(7)) for k in again)
     for given in ({"a": loss.new_ones(4).float()}, {"b": torch.ones(4, device=DEVICE)}):
-        launch.row_grad(logits, target, **o, lse=out["logsumexp"], out=grad, **given)
+        row_grad(logits, target, **o, lse=out["logsumexp"], out=grad, **given)
         assert grad[1].isnan().all() and (grad[2] == 0).all() and grad[good].isfinite().all()
 
 
@@ -305,7 +336,7 @@ def test_ignore_index_may_be_a_class(ignore: int) -> None:
     target[0], target[1:] = ignore, torch.tensor([2, 3, 4])
     o = options("plain", 33) | {"ignore_index": ignore}
     grad = torch.full_like(logits, 7.0)
-    out = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0, grad=grad)
+    out = row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0, grad=grad)
     assert out["loss"][0] == 0 and (grad[0] == 0).all()
     close(out["loss"][1:], expected_cross_entropy(logits[1:], target[1:], o, None, 0.1, 0.0, 1.0)[0])
 
@@ -320,20 +351,18 @@ def test_masked_vocabulary(dtype: torch.dtype, vocab: int) -> None:
     logits[1, : vocab - 5] = -INF
     logits[2, 5:] = -INF
     target[:] = torch.tensor([1, vocab - 1, 0])
-    out = launch.row_stats(logits, target, **o, want=("logsumexp", "logprob", "entropy", "log_sum_sq_probs"))
+    out = row_stats(logits, target, **o, want=("logsumexp", "logprobs", "entropy", "log_sum_sq_probs"))
     check_stats(out, expected_stats(logits, target, o))
     c = torch.ones(3, device=DEVICE)
     grad = torch.empty_like(logits)
-    launch.row_grad(logits, target, **o, lse=out["logsumexp"], a=c, b=c, c=c, out=grad)
+    row_grad(logits, target, **o, lse=out["logsumexp"], a=c, b=c, c=c, out=grad)
     close(grad, expected_grad(logits, target, o, c, c, c), 1e-5)
-    loss = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.1, grad=grad)[
-        "loss"
-    ]
+    loss = row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.1, grad=grad)["loss"]
     expected, expected_g = expected_cross_entropy(logits, target, o, None, 0.0, 0.1, 1.0)
     close(loss, expected)
     close(grad, expected_g, 1e-5)
     assert (grad[logits == -INF] == 0).all()
-    smoothed = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0)["loss"]
+    smoothed = row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0)["loss"]
     assert (smoothed == INF).all()
 
 
@@ -348,14 +377,14 @@ def test_rows_that_are_nan(value: float | None, place: int) -> None:
     else:
         logits[1, place] = value
     grad = torch.zeros_like(logits)
-    out = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.0, grad=grad,
-                                   want=("logprob", "entropy", "log_sum_sq_probs", "is_top1"))  # fmt: skip
+    out = row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.0, z_loss=0.0, grad=grad,
+                                   want=("logprobs", "entropy", "log_sum_sq_probs", "is_top1"))  # fmt: skip
     is_top1 = out.pop("is_top1")
     assert all(v[1].isnan() and v[[0, 2]].isfinite().all() for v in out.values())
     assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
     if value is NAN:
         assert is_top1[1] == 0
-    launch.row_grad(logits, target, **o, lse=out["logsumexp"], a=torch.ones(3, device=DEVICE), out=grad)
+    row_grad(logits, target, **o, lse=out["logsumexp"], a=torch.ones(3, device=DEVICE), out=grad)
     assert grad[1].isnan().all() and grad[[0, 2]].isfinite().all()
 
 
@@ -364,19 +393,19 @@ def test_large_logits_keep_their_differences() -> None:
     logits, target = make(3, 1000, torch.float32)
     logits = (logits * 64).round() / 64 + 4096  # exact in float32
     o = options("plain", 1000)
-    out = launch.row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0,
-                                   want=("logprob", "entropy"))  # fmt: skip
-    near = launch.row_cross_entropy(logits - 4096, target, **o, w=None, label_smoothing=0.1, z_loss=0.0,
-                                    want=("logprob", "entropy"))  # fmt: skip
-    for name in ("loss", "logprob", "entropy"):
+    out = row_cross_entropy(logits, target, **o, w=None, label_smoothing=0.1, z_loss=0.0,
+                                   want=("logprobs", "entropy"))  # fmt: skip
+    near = row_cross_entropy(logits - 4096, target, **o, w=None, label_smoothing=0.1, z_loss=0.0,
+                                    want=("logprobs", "entropy"))  # fmt: skip
+    for name in ("loss", "logprobs", "entropy"):
         close(out[name], near[name].double(), 1e-6)
 
 
 def test_a_row_depends_on_itself_alone() -> None:
     logits, target = make(5, 4097, torch.bfloat16)
     o = options("all", 4097)
-    together = launch.row_stats(logits, target, **o, want=launch.STATS)
-    alone = launch.row_stats(logits[3:4], target[3:4], **o, want=launch.STATS)
+    together = row_stats(logits, target, **o, want=STATS)
+    alone = row_stats(logits[3:4], target[3:4], **o, want=STATS)
     assert all(torch.equal(together[k][3:4], alone[k]) for k in alone)
 
 
@@ -388,18 +417,18 @@ def test_rounding_is_to_nearest_even() -> None:
     zeros = torch.zeros(64, device=DEVICE)
     for dtype in (torch.bfloat16, torch.float16):
         out = torch.empty(64, 1, dtype=dtype, device=DEVICE)
-        launch.row_grad(torch.zeros_like(out), None, **options("plain", 1), lse=zeros, d=values, out=out)
+        row_grad(torch.zeros_like(out), None, **options("plain", 1), lse=zeros, d=values, out=out)
         assert torch.equal(out[:, 0], values.to(dtype))
 
 
 def test_empty_and_refused() -> None:
     o = options("plain", 33)
-    stats = launch.row_stats(torch.empty(0, 33, device=DEVICE), None, **o, want=("logsumexp",))
+    stats = row_stats(torch.empty(0, 33, device=DEVICE), None, **o, want=("logsumexp",))
     assert stats["logsumexp"].shape == (0,)
     with pytest.raises(TypeError, match="float64"):
-        launch.row_stats(torch.zeros(1, 3, dtype=torch.float64, device=DEVICE), None, **o, want=())
+        row_stats(torch.zeros(1, 3, dtype=torch.float64, device=DEVICE), None, **o, want=())
     with pytest.raises(ValueError, match="got 0"):
-        launch.row_stats(torch.zeros(1, 0, device=DEVICE), None, **o, want=())
+        row_stats(torch.zeros(1, 0, device=DEVICE), None, **o, want=())
 
 
 def test_exp_of_float32_logits() -> None:
@@ -412,3 +441,129 @@ def test_exp_of_float32_logits() -> None:
     torch.testing.assert_close(
         functions.run("exp of rows", ends), ends.exp(), rtol=0, atol=2e-45, equal_nan=True
     )
+
+
+def unknown_codes() -> dict[str, Any]:
+    """A call of each family with a code one past its table's end, by the option that has it."""
+    x, off = torch.zeros(2, device=DEVICE), Sequences(None, 1, 2, 2, torch.device(DEVICE))
+    ones = torch.ones(2, dtype=torch.uint8, device=DEVICE)
+    inputs = PolicyInputs(off, x, ones, old=x, ref=x, sampler=x)
+
+    def policy(**options: int) -> Any:
+        return lambda: fastloss_kernels.policy_loss(x, None, inputs, tables.PolicyOptions(**options))
+
+    def pairs(**options: Any) -> Any:
+        constants = tables.PairConstants()
+        return lambda: fastloss_kernels.pair_loss(x, x, None, constants, tables.PairOptions(**options))
+
+    return {
+        "terms": pairs(terms=((len(tables.PAIR_TERMS), 1.0),)),
+        "divergence": pairs(terms=((0, 1.0),), divergence=len(tables.DIVERGENCES)),
+        "term": lambda: fastloss_kernels.unpaired_loss(
+            x, tables.UnpairedConstants(ones), tables.UnpairedOptions(term=len(tables.UNPAIRED_TERMS))
+        ),
+        "surrogate": policy(surrogate=len(tables.SURROGATES)),
+        "level": policy(level=len(tables.LEVELS)),
+        "aggregation": policy(aggregation=len(tables.AGGREGATIONS)),
+        "kl_kind": policy(kl_kind=len(tables.KL_KINDS)),
+        "correction": policy(correction=len(tables.CORRECTIONS)),
+    }
+
+
+@pytest.mark.parametrize("option", unknown_codes())
+def test_unknown_codes(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ValueError before the launch; and no formula of another loss in a kernel that is launched all the same."""
+    with pytest.raises(ValueError, match=f"{option}: expected the code of one of "):
+        unknown_codes()[option]()
+    for family in ("pairs", "policy"):
+        module = importlib.import_module(f"fastloss.kernels.{family}")
+        monkeypatch.setattr(module, "code", lambda name, value, names: value)
+    with pytest.raises(Exception, match="without a formula here"):
+        unknown_codes()[option]()
+
+
+def test_unknown_statistic() -> None:
+    logits, target = make(2, 33, torch.float32)
+    with pytest.raises(ValueError, match=r"want: expected names of logsumexp, .* got 'perplexity'"):
+        row_stats(logits, target, **options("plain", 33), want=("perplexity",))
+
+
+@pytest.mark.parametrize("how", ["negative", "meta", "subclass"])
+def test_what_is_not_memory_is_refused(how: str) -> None:
+    logits, target = make(2, 33, torch.float32)
+    if how == "negative":
+        logits = torch.complex(logits, logits).conj().imag
+    elif how == "meta":
+        logits = logits.to("meta")
+    else:
+        logits = logits.as_subclass(type("Subclass", (Tensor,), {}))
+    with pytest.raises(TypeError):
+        row_stats(logits, target, **options("plain", 33), want=("logsumexp",))
+
+
+def test_outputs_ignore_the_defaults() -> None:
+    """bugs: scratch made without dtype or device."""
+    logits, target = make(2, 33, torch.float32)
+    x, layout = torch.rand(6, device=DEVICE), Sequences(None, 3, 2, 6, torch.device(DEVICE))
+    ones = torch.ones(6, dtype=torch.uint8, device=DEVICE)
+
+    def everything() -> list[Any]:
+        o = options("plain", 33)
+        out: list[Any] = list(row_cross_entropy(logits, target, **o, want=STATS).values())
+        out += [
+            fastloss_kernels.segment_sum(x, None, layout),
+            fastloss_kernels.segment_expand(x[:2], x, layout),
+        ]
+        out += fastloss_kernels.pair_loss(
+            x, x, x, tables.PairConstants(), tables.PairOptions(terms=((0, 1.0),))
+        )
+        out += fastloss_kernels.unpaired_loss(x, tables.UnpairedConstants(ones), tables.UnpairedOptions())
+        out += fastloss_kernels.policy_loss(
+            x, x, PolicyInputs(layout, x, ones), tables.PolicyOptions(entropy_coef=0.1)
+        )
+        out += fastloss_kernels.gae(x, x, ones, layout, 0.9, 0.95)
+        return [*out, fastloss_kernels.discounted_returns(x, ones, layout, 0.9)]
+
+    want = everything()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def test_nothing_to_do() -> None:
+    """No pairs, no tokens: the sums of nothing, and empty results."""
+    none = torch.empty(0, device=DEVICE)
+    bytes_ = torch.empty(0, dtype=torch.uint8, device=DEVICE)
+    layout = Sequences(None, 0, 3, 0, torch.device(DEVICE))
+    pair = fastloss_kernels.pair_loss(
+        none, none, None, tables.PairConstants(), tables.PairOptions(terms=((0, 1.0),))
+    )
+    assert pair.loss.shape == (0,) and not pair.sums.any()
+    unpaired = fastloss_kernels.unpaired_loss(
+        none, tables.UnpairedConstants(bytes_), tables.UnpairedOptions()
+    )
+    assert unpaired.loss.shape == (0,) and not unpaired.sums.any()
+    policy = fastloss_kernels.policy_loss(
+        none, none, PolicyInputs(layout, none, bytes_), tables.PolicyOptions(entropy_coef=0.1)
+    )
+    assert policy.loss == 0 and policy.d_logprobs.shape == policy.d_entropy.shape == (0,)
+    out = dict(zip(tables.POLICY_OUT, policy.out.tolist(), strict=True))
+    assert out == dict.fromkeys(tables.POLICY_OUT, 0.0) | {"scale": 1.0, "min_ratio": 1.0, "max_ratio": 1.0}
+    assert not fastloss_kernels.segment_sum(none, None, layout).any()
+    assert fastloss_kernels.segment_expand(torch.ones(3, device=DEVICE), None, layout).shape == (0,)
+    assert fastloss_kernels.gae(none, none, bytes_, layout, 0.9, 0.9)[0].shape == (0,)
+
+
+def test_the_loss_is_the_first_sum() -> None:
+    x = torch.rand(6, device=DEVICE)
+    layout = Sequences(None, 3, 2, 6, torch.device(DEVICE))
+    ones = torch.ones(6, dtype=torch.uint8, device=DEVICE)
+    result = fastloss_kernels.policy_loss(
+        x, None, PolicyInputs(layout, x - 0.5, ones), tables.PolicyOptions()
+    )
+    assert torch.equal(result.loss, result.out[0]) and result.loss.data_ptr() != result.out.data_ptr()

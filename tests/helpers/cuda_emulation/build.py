@@ -22,12 +22,14 @@ FLAGS = [
     "-g",
     "-Wall",
     "-Wextra",
+    "-Werror=switch",
     "-Wno-unknown-pragmas",
     "-ffp-contract=off",
     "-DFASTLOSS_EMULATE",
     "-pthread",
     f"-I{HERE}",
     f"-I{SOURCES}",
+    f"-I{SOURCES.parent}",
 ]
 
 
@@ -39,6 +41,7 @@ def _compile(out: Path, arguments: list[str]) -> Path:
     inputs = [
         *SOURCES.iterdir(),
         *SOURCES.parent.glob("*.h"),
+        *SOURCES.parent.glob("common/*.h"),
         *HERE.glob("*.h"),
         *HERE.glob("*.cpp"),
         Path(__file__),

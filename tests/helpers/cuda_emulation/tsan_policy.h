@@ -16,15 +16,16 @@ inline const char* run_policy() {
   for (int64_t i = 0; i < n; i += 3) mask[i] = 0;
   unsigned ticket = 0;
   const char* error = nullptr;
-  for (const int level : {policy::kToken, policy::kGeometric}) {
+  for (const policy::Level level : {policy::Level::kToken, policy::Level::kGeometric}) {
     policy::Call call = {};
     call.logprobs = call.old = call.advantages = call.ref = call.entropy = call.sampler = in.data();
     call.mask = mask.data();
     call.n = n, call.length = length, call.count = count;
     policy::Options<double>& o = call.options;
-    o.level = level, o.correction = level ? policy::kSequenceMask : policy::kTokenMask;
+    o.level = level, o.correction = level != policy::Level::kToken ? policy::Correction::kSequenceMask
+                                                                   : policy::Correction::kTokenMask;
     o.ratio_low = 0.8, o.ratio_high = 1.2, o.delta = o.dual_clip = INFINITY, o.cap = 1, o.beta = 0.1;
-    o.off_policy_threshold = level ? 0.1 : INFINITY;
+    o.off_policy_threshold = level != policy::Level::kToken ? 0.1 : INFINITY;
     call.by_tokens = true;
     call.grad = out.data(), call.grad_entropy = out.data() + n, call.out = statistics.data();
     call.sums = sums.data(), call.ticket = &ticket;
