@@ -90,18 +90,21 @@ def emulate_cuda(checkout: Path) -> str:
             build = importlib.import_module("cuda_emulation.build").build_emulated
     if build is None:
         return "no tests/cuda_emulation beside the package"
-    for module in ("fastloss.ops.cuda_rows", "fastloss.engine.native", "fastloss.engine.backend"):
-        try:
-            emulate = getattr(importlib.import_module(module), "emulate", None)
-        except ImportError:
-            continue
-        if emulate is not None:
-            try:
-                emulate(build())
-            except RuntimeError as error:  # no compiler
-                return str(error).splitlines()[0]
+    try:
+        module = build()
+    except RuntimeError as error:  # no compiler
+        return str(error).splitlines()[0]
+    with contextlib.suppress(ImportError, AttributeError):
+        native, backend = (
+            importlib.import_module(f"fastloss.engine.{name}") for name in ("native", "backend")
+        )
+        backend.replace_backend("cuda", native.emulated_cuda(module))
+        return ""
+    for name in ("fastloss.ops.cuda_rows", "fastloss.engine.cuda_rows"):  # versions before that
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name).emulate(module)
             return ""
-    return "no emulate() in fastloss"
+    return "this fastloss has no way to run the CUDA kernels emulated"
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
