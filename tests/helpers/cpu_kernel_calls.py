@@ -7,13 +7,14 @@ import importlib
 import pytest
 import torch
 
+from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
+
 try:
     cpu = importlib.import_module("fastloss._cpu")
 except ImportError as error:
     pytest.skip(f"the native CPU module is not built ({error})", allow_module_level=True)
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 DTYPES = list(CODES)
-STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 ISAS = cpu.supported_isas()
 # Rounding of the output dtype, relative; the statistics are float32 (float64) whatever the logits.
 EPS = {torch.float32: 6e-8, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1.2e-16}
@@ -35,20 +36,17 @@ def ptr(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def head(x, target, ignore_index=-100, bias=None, scale=1.0, softcap=0.0):
+def head(x, target, bias=None):
     rows, vocab = x.shape
-    return (
-        x.data_ptr(),
-        CODES[x.dtype],
-        rows,
-        vocab,
-        x.stride(0),
-        ptr(target),
-        ignore_index,
-        ptr(bias),
-        scale,
-        softcap,
-    )
+    return {
+        "logits": x.data_ptr(),
+        "dtype": CODES[x.dtype],
+        "rows": rows,
+        "vocab": vocab,
+        "row_stride": x.stride(0),
+        "target": ptr(target),
+        "bias": ptr(bias),
+    }
 
 
 def new_stats(x, want=STATS):
@@ -60,48 +58,58 @@ def new_stats(x, want=STATS):
     }
 
 
-def stats(x, target, want=STATS, threads=1, **opt):
-    out = new_stats(x, want)
-    cpu.row_stats(*head(x, target, **opt), *map(ptr, out.values()), threads)
+def stats(x, target, want=STATS, threads=1, bias=None, **opt):
+    out = new_stats(x, want if target is not None else set(want) - {"logprobs", "is_top1"})
+    places = {name: ptr(value) for name, value in out.items()}
+    cpu.row_stats(**head(x, target, bias), options=RowOptions(**opt), **places, context=threads)
     return out
 
 
 def cross_entropy(
-    x, target, grad=None, w=None, eps=0.0, zeta=0.0, gs=1.0, gs_tensor=None, want=STATS, threads=1, **opt
+    x,
+    target,
+    grad=None,
+    w=None,
+    eps=0.0,
+    zeta=0.0,
+    gs=1.0,
+    gs_tensor=None,
+    want=STATS,
+    threads=1,
+    bias=None,
+    **opt,
 ):
     out = new_stats(x, want)
-    loss = torch.full((x.shape[0],), 77, dtype=acc(x.dtype))
+    out["loss"] = torch.full((x.shape[0],), 77, dtype=acc(x.dtype))
     cpu.row_cross_entropy(
-        *head(x, target, **opt),
-        ptr(w),
-        w.stride(0) if w is not None and w.dim() == 2 else 0,
-        eps,
-        zeta,
-        gs,
-        ptr(gs_tensor),
-        ptr(grad),
-        0 if grad is None else grad.stride(0),
-        loss.data_ptr(),
-        *map(ptr, out.values()),
-        threads,
+        **head(x, target, bias),
+        options=CrossEntropyOptions(label_smoothing=eps, z_loss=zeta, **opt),
+        w=ptr(w),
+        w_row_stride=w.stride(0) if w is not None and w.dim() == 2 else 0,
+        factor=gs,
+        factor_tensor=ptr(gs_tensor),
+        grad=ptr(grad),
+        grad_row_stride=0 if grad is None else grad.stride(0),
+        **{name: ptr(value) for name, value in out.items()},
+        context=threads,
     )
-    return {"loss": loss, **out}
+    return out
 
 
-def row_grad(x, target, out, lse, a=None, b=None, c=None, d=None, w=None, threads=1, **opt):
-    stride = w.stride(0) if w is not None and w.dim() == 2 else 0
+def row_grad(x, target, out, lse, a=None, b=None, c=None, d=None, w=None, threads=1, bias=None, **opt):
     cpu.row_grad(
-        *head(x, target, **opt),
-        ptr(lse),
-        ptr(a),
-        ptr(b),
-        ptr(c),
-        ptr(d),
-        ptr(w),
-        stride,
-        out.data_ptr(),
-        out.stride(0),
-        threads,
+        **head(x, target, bias),
+        options=RowOptions(**opt),
+        logsumexp=ptr(lse),
+        a=ptr(a),
+        b=ptr(b),
+        c=ptr(c),
+        d=ptr(d),
+        w=ptr(w),
+        w_row_stride=w.stride(0) if w is not None and w.dim() == 2 else 0,
+        out=out.data_ptr(),
+        out_row_stride=out.stride(0),
+        context=threads,
     )
     return out
 
@@ -125,12 +133,12 @@ def expect_stats(x, target, ignore_index=-100, **opt):
         "logsumexp": lse,
         "entropy": -torch.where(p > 0, p * logp, 0.0).sum(-1),
         "log_sum_sq_probs": (2 * logp).logsumexp(-1),
-        "mean_logit": z.mean(-1),
+        "mean_logits": z.mean(-1),
     }
     if target is not None:
         ignored = target == ignore_index
         t = target.clamp(0, x.shape[1] - 1)[:, None]
-        out["logprob"] = logp.gather(1, t)[:, 0]
+        out["logprobs"] = logp.gather(1, t)[:, 0]
         out["is_top1"] = (z.gather(1, t)[:, 0] >= z.amax(-1)).double()
         out = {k: v.masked_fill(ignored, 0) for k, v in out.items()}
     return out

@@ -44,13 +44,13 @@ def test_tanh_error_in_ulps():
             torch.tensor([math.inf, -math.inf]),
         ]
     )
-    got = stats(x[:, None], None, want=("mean_logit",), softcap=1.0)["mean_logit"].double()
+    got = stats(x[:, None], None, want=("mean_logits",), softcap=1.0)["mean_logits"].double()
     want = x.double().tanh()
     ulp = 2.0 ** (want.abs().clamp(min=1e-30).log2().floor() - 23)
     assert float(((got - want).abs() / ulp).max()) < 3
     assert (got.abs() <= 1).all()
     zero = torch.tensor([[0.0], [math.nan]])
-    got = stats(zero, None, want=("mean_logit",), softcap=1.0)["mean_logit"]
+    got = stats(zero, None, want=("mean_logits",), softcap=1.0)["mean_logits"]
     assert got[0] == 0 and got[1].isnan()
     # the slope 1 - tanh², where the subtraction would lose everything
     x = torch.linspace(0, 40, 4001)[:, None]
@@ -78,22 +78,22 @@ def test_convert_is_torchs(half):
         assert torch.equal(out[:n].nan_to_num(-1.5), want.nan_to_num(-1.5))
         assert torch.equal(out[:n].isnan(), want.isnan()) and out[n] == 3
     with pytest.raises(ValueError, match="convert"):
-        cpu.convert(0, 1, 0, 2, 0, 1)
+        cpu.convert(every.data_ptr(), 1, every.data_ptr(), 2, 1, 1)
 
 
 def test_small_functions():
     target = torch.tensor([3, -100, 0, 5, -1, -100])
-    assert cpu.count_targets(target.data_ptr(), 6, 5, -100) == (2, 3)
-    assert cpu.count_targets(target.data_ptr(), 3, 5, -100) == (2, -1)
-    assert cpu.count_targets(target.data_ptr(), 0, 5, -100) == (0, -1)
+    assert cpu.count_targets(target=target.data_ptr(), n=6, vocab=5, ignore_index=-100) == (2, 3)
+    assert cpu.count_targets(target=target.data_ptr(), n=3, vocab=5, ignore_index=-100) == (2, -1)
+    assert cpu.count_targets(target=target.data_ptr(), n=0, vocab=5, ignore_index=-100) == (0, -1)
     for dtype in (torch.float32, torch.float64):
         values, out = torch.rand(1001, dtype=dtype), torch.zeros((), dtype=dtype)
-        cpu.sum_rows(values.data_ptr(), CODES[dtype], 1001, 0.5, out.data_ptr())
+        cpu.sum_rows(values=values.data_ptr(), dtype=CODES[dtype], n=1001, factor=0.5, out=out.data_ptr())
         assert math.isclose(float(out), 0.5 * float(values.double().sum()), rel_tol=1e-7)
     with pytest.raises(ValueError, match="isa"):
         cpu.set_isa("mmx")
-    empty = torch.empty(0, 9)
-    assert stats(empty, torch.empty(0, dtype=torch.long))["logsumexp"].shape == (0,)
+    with pytest.raises(ValueError, match="logits: expected an address, got 0"):
+        stats(torch.empty(0, 9), torch.empty(0, dtype=torch.long))
 
 
 def test_floating_point_state_is_left_alone():

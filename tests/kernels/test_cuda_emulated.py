@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from itertools import product
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,13 +13,14 @@ import torch
 from cuda_emulation.build import build_emulated, build_race_check, compiler
 from torch import Tensor
 
-from fastloss.engine import cuda_rows
+from fastloss.engine import native
+from fastloss.engine.native import CudaContext, NativeBackend
+from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ for the CUDA emulation")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 VOCABS = [1, 2, 3, 31, 32, 33, 1000, 1031]
-STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 IGNORE, BAD = -100, 1 << 40
 NAN, INF = float("nan"), float("inf")
 
@@ -82,11 +83,11 @@ class Row:
             "logsumexp": self.lse,
             "entropy": -p_logp.sum(-1),
             "log_sum_sq_probs": self.p.square().sum(-1).log(),
-            "mean_logit": self.z.mean(-1),
+            "mean_logits": self.z.mean(-1),
         }
         out = {name: value.masked_fill(self.ignored, 0) for name, value in keep.items()}
         if self.target is not None:
-            out["logprob"] = self.finish(self.at_target(self.logp))
+            out["logprobs"] = self.finish(self.at_target(self.logp))
             out["is_top1"] = self.finish((self.at_target(self.z) >= self.z.amax(-1)).double(), 0)
         return out
 
@@ -123,6 +124,25 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype = torch.float32) -> None
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol, equal_nan=True)
 
 
+def place(x: Tensor, target: Tensor | None, bias: Tensor | None) -> dict[str, int]:
+    return {
+        "logits": x.data_ptr(),
+        "dtype": DTYPES[x.dtype],
+        "rows": x.shape[0],
+        "vocab": x.shape[1],
+        "row_stride": x.stride(0),
+        "target": ptr(target),
+        "bias": ptr(bias),
+    }
+
+
+def new_outputs(rows: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+    return {
+        name: torch.full((rows,), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
+        for name in names
+    }
+
+
 def run_stats(
     x: Tensor,
     target: Tensor | None,
@@ -131,22 +151,12 @@ def run_stats(
     softcap: float = 0.0,
     want: tuple[str, ...] = STATS,
 ) -> dict[str, Tensor]:
-    out = {
-        name: torch.full((len(x),), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
-        for name in want
-    }
+    out = new_outputs(len(x), want)
     build_emulated().row_stats(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        *x.shape,
-        x.stride(0),
-        ptr(target),
-        IGNORE,
-        ptr(bias),
-        scale,
-        softcap,
-        *[ptr(out.get(name)) for name in STATS],
-        0,
+        **place(x, target, bias),
+        options=RowOptions(IGNORE, scale, softcap),
+        **{name: ptr(out.get(name)) for name in STATS},
+        context=0,
     )
     return out
 
@@ -166,31 +176,19 @@ def run_cross_entropy(
     grad: Tensor | None = None,
     want: tuple[str, ...] = (),
 ) -> dict[str, Tensor]:
-    out = {
-        name: torch.full((len(x),), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
-        for name in ("loss", *want)
-    }
+    out = new_outputs(len(x), ("loss", *want))
     build_emulated().row_cross_entropy(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        *x.shape,
-        x.stride(0),
-        ptr(target),
-        IGNORE,
-        ptr(bias),
-        scale,
-        softcap,
-        ptr(w),
-        0 if w is None or w.dim() == 1 else w.stride(0),
-        eps,
-        zeta,
-        grad_scale,
-        ptr(grad_scale_tensor),
-        ptr(grad),
-        0 if grad is None else grad.stride(0),
-        ptr(out["loss"]),
-        *[ptr(out.get(name)) for name in STATS],
-        0,
+        **place(x, target, bias),
+        options=CrossEntropyOptions(IGNORE, scale, softcap, eps, zeta),
+        w=ptr(w),
+        w_row_stride=0 if w is None or w.dim() == 1 else w.stride(0),
+        factor=grad_scale,
+        factor_tensor=ptr(grad_scale_tensor),
+        grad=ptr(grad),
+        grad_row_stride=0 if grad is None else grad.stride(0),
+        loss=ptr(out["loss"]),
+        **{name: ptr(out.get(name)) for name in STATS},
+        context=0,
     )
     return out
 
@@ -208,22 +206,15 @@ def run_grad(
     **k: Tensor,
 ) -> None:
     build_emulated().row_grad(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        *x.shape,
-        x.stride(0),
-        ptr(target),
-        IGNORE,
-        ptr(bias),
-        scale,
-        softcap,
-        lse.data_ptr(),
-        *[ptr(k.get(name)) for name in "abcd"],
-        ptr(w),
-        0 if w is None or w.dim() == 1 else w.stride(0),
-        out.data_ptr(),
-        out.stride(0),
-        0,
+        **place(x, target, bias),
+        options=RowOptions(IGNORE, scale, softcap),
+        logsumexp=lse.data_ptr(),
+        **{name: ptr(k.get(name)) for name in "abcd"},
+        w=ptr(w),
+        w_row_stride=0 if w is None or w.dim() == 1 else w.stride(0),
+        out=out.data_ptr(),
+        out_row_stride=out.stride(0),
+        context=0,
     )
 
 
@@ -347,11 +338,11 @@ def test_infinite_and_nan_logits(vocab: int, dtype: torch.dtype) -> None:
 def test_large_offset_keeps_its_digits() -> None:
     x, target = make_rows(3, 1000, torch.float32) + 10000, make_targets(3, 1000)
     row, grad = Row(x, target, None, 1.0, 0.0), torch.empty_like(x)
-    out = run_cross_entropy(x, target, eps=0.1, grad=grad, want=("entropy", "log_sum_sq_probs", "logprob"))
+    out = run_cross_entropy(x, target, eps=0.1, grad=grad, want=("entropy", "log_sum_sq_probs", "logprobs"))
     loss, want = row.cross_entropy(None, 0.1, 0.0, 1.0)
     close(out["loss"], loss)
     close(grad, want)
-    for name in ("entropy", "log_sum_sq_probs", "logprob"):
+    for name in ("entropy", "log_sum_sq_probs", "logprobs"):
         close(out[name], row.stats()[name])
 
 
@@ -370,11 +361,16 @@ def test_error_is_not_larger_than_eager() -> None:
 
 def test_bad_arguments_are_errors() -> None:
     x = make_rows(1, 4, torch.float32)
-    with pytest.raises(ValueError, match="dtype"):
-        build_emulated().row_stats(x.data_ptr(), 3, 1, 4, 4, 0, IGNORE, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 0, 0)
-    with pytest.raises(RuntimeError, match="vocab"):
-        build_emulated().row_stats(x.data_ptr(), 0, 1, 0, 4, 0, IGNORE, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 0, 0)
-    run_stats(x[:0], None)
+    good = {**place(x, None, None), "options": RowOptions(), **dict.fromkeys(STATS, 0), "context": 0}
+    for name, value, kind, message in [
+        ("dtype", 3, ValueError, "dtype: expected 0 .* got 3"),
+        ("dtype", 4, ValueError, "dtype: expected a code from 0 to 3"),
+        ("vocab", 0, RuntimeError, "vocab must be between"),
+        ("logits", 0, ValueError, "logits: expected an address, got 0"),
+        ("logprobs", x.data_ptr(), ValueError, "target: "),
+    ]:
+        with pytest.raises(kind, match=message):
+            build_emulated().row_stats(**{**good, name: value})
 
 
 def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,15 +383,14 @@ def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.Mo
         return contextlib.nullcontext()
 
     monkeypatch.setattr(torch.cuda, "device", guard)
-    monkeypatch.setattr(cuda_rows, "_emulated", False)
     for answer in ("no kernel image is available", ""):
-        cuda_rows._why_not_on.cache_clear()
-        monkeypatch.setattr(cuda_rows, "native", SimpleNamespace(why_not=lambda answer=answer: answer))
-        assert (answer in cuda_rows.why_not_for(tensor)) and bool(cuda_rows.why_not_for(tensor)) == bool(
-            answer
-        )
+        module = ModuleType("_cuda")
+        module.tables = build_emulated().tables
+        module.why_not = lambda answer=answer: answer
+        reason = NativeBackend("cuda", module, CudaContext()).why_not_for(tensor)
+        assert answer in reason and bool(reason) == bool(answer)
     assert devices == [tensor.device] * 2  # asked on the tensor's own device, once for each answer
-    cuda_rows._why_not_on.cache_clear()
+    native._why_not_on.cache_clear()
     assert build_emulated().why_not() == ""
 
 
