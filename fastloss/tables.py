@@ -212,6 +212,16 @@ class PolicyOptions:
     max_length: float = 1.0
 
 
+def is_token_level(options: PolicyOptions) -> bool:
+    """Whether a token's term can be made without having seen the rest of its sequence."""
+    return (
+        LEVELS[options.level] == "token"
+        and SURROGATES[options.surrogate] != "vespo"
+        and options.off_policy_threshold == math.inf
+        and not CORRECTIONS[options.correction].startswith("sequence")
+    )
+
+
 # What a native module's ``tables()`` must return: name -> the names of its codes, in order.
 NATIVE_TABLES: dict[str, tuple[str, ...]] = {
     "dtypes": ("float32", "bfloat16", "float16", "float64"),

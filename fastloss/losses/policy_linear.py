@@ -25,9 +25,9 @@ from fastloss.losses.policy_inputs import (
     shares,
     weighted,
 )
-from fastloss.losses.policy_options import PolicySpec, is_token_level, options_of
+from fastloss.losses.policy_options import PolicySpec, options_of
 from fastloss.losses.token_stats import linear_token_stats, row_options
-from fastloss.tables import CORRECTIONS, POLICY_PLACE, PolicyOptions, RowOptions
+from fastloss.tables import CORRECTIONS, POLICY_PLACE, PolicyOptions, RowOptions, is_token_level
 
 # The target of a masked row: no class, and none that a user can mean.
 IGNORED = -(2**63)
