@@ -17,6 +17,10 @@ Number = float | Tensor  # one for all pairs, or one per pair [B]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+# The dtype of statistics and coefficients (acc).
+ACC_DTYPES = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES}
+# Gradients of these are kept unscaled until the upstream gradient (GradScaler) is known: p/n underflows in them.
+LATE_DTYPES = (torch.float16,)
 
 # --- rows of logits (docs/engine.md) -------------------------------------------------------------------------------
 

@@ -39,6 +39,16 @@ def address(tensor: Tensor | None, *, just_made: bool = False) -> int:
     raise AssertionError("check() lets no other type through")
 
 
+def addresses(given: dict[str, Tensor | None], made: dict[str, Tensor | None]) -> dict[str, int]:
+    """:func:`address` of the arguments of one native call, by name; nobody else has seen those that were just ``made``."""
+    out = {}
+    for name, tensor in given.items():
+        out[name] = address(tensor)
+    for name, tensor in made.items():
+        out[name] = address(tensor, just_made=True)
+    return out
+
+
 def check(tensor: Tensor) -> Tensor:
     """``tensor``, whose elements lie in memory as its strides say; ValueError as in :func:`address` where they do not."""
     kind = type(tensor)

@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastloss.engine.checks import acc_dtype
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
     WHOLE,
@@ -27,9 +26,10 @@ from fastloss.engine.contract import (
     PolicyResult,
     UnpairedResult,
 )
-from fastloss.engine.gate import address
+from fastloss.engine.gate import address, addresses
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
+    ACC_DTYPES,
     DTYPE_CODES,
     NATIVE_TABLES,
     PAIR_SUMS,
@@ -245,7 +245,7 @@ class NativeBackend:
 
     def empty_stats(self, like: Tensor, rows: int, want: Iterable[str]) -> dict[str, Tensor]:
         """The outputs of the statistics of ``rows`` rows of ``like``'s dtype and device."""
-        acc, device = acc_dtype(like.dtype), like.device
+        acc, device = ACC_DTYPES[like.dtype], like.device
         return {
             name: torch.empty(rows, dtype=torch.uint8 if name == "is_top1" else acc, device=device)
             for name in want
@@ -264,7 +264,8 @@ class NativeBackend:
         if logits.shape[0]:
             with self.context.guard(logits):
                 self.module.row_stats(
-                    **_rows(logits, target, bias), options=options, **_stats(out), context=self.context.argument(logits)
+                    **_size(logits), options=options, context=self.context.argument(logits),
+                    **addresses({"logits": logits, "target": target, "bias": bias}, {**_NO_STATS, **out}),
                 )  # fmt: skip
         return out
 
@@ -282,12 +283,14 @@ class NativeBackend:
     ) -> None:
         if not logits.shape[0]:
             return
-        a, b, c, d = coefficients
+        given = {
+            "logits": logits, "target": target, "bias": bias, "logsumexp": logsumexp, "w": w, "out": out,
+            "a": coefficients.a, "b": coefficients.b, "c": coefficients.c, "d": coefficients.d,
+        }  # fmt: skip
         with self.context.guard(logits):
             self.module.row_grad(
-                **_rows(logits, target, bias), options=options, logsumexp=address(logsumexp), a=address(a), b=address(b),
-                c=address(c), d=address(d), w=address(w), w_row_stride=_row_stride(w), out=address(out),
-                out_row_stride=out.stride(0), context=self.context.argument(logits),
+                **_size(logits), options=options, w_row_stride=0 if w is None or w.dim() == 1 else w.stride(0),
+                out_row_stride=out.stride(0), context=self.context.argument(logits), **addresses(given, {}),
             )  # fmt: skip
 
     def row_cross_entropy(
@@ -304,12 +307,14 @@ class NativeBackend:
     ) -> dict[str, Tensor]:
         out = self.empty_stats(logits, logits.shape[0], dict.fromkeys((*want, "logsumexp", "loss")))
         if logits.shape[0]:
+            given = {
+                "logits": logits, "target": target, "bias": bias, "w": w, "grad": grad, "factor_tensor": factor.tensor,
+            }  # fmt: skip
             with self.context.guard(logits):
                 self.module.row_cross_entropy(
-                    **_rows(logits, target, bias), options=options, w=address(w), w_row_stride=_row_stride(w),
-                    factor=factor.value, factor_tensor=address(factor.tensor), grad=address(grad),
-                    grad_row_stride=0 if grad is None else grad.stride(0), loss=address(out["loss"], just_made=True),
-                    **_stats(out), context=self.context.argument(logits),
+                    **_size(logits), options=options, w_row_stride=0 if w is None or w.dim() == 1 else w.stride(0),
+                    factor=factor.value, grad_row_stride=0 if grad is None else grad.stride(0),
+                    context=self.context.argument(logits), **addresses(given, {**_NO_STATS, **out}),
                 )  # fmt: skip
         return out
 
@@ -334,11 +339,11 @@ class NativeBackend:
             return torch.zeros(layout.count, dtype=values.dtype, device=values.device)
         values = values.contiguous()
         out = torch.empty(layout.count, dtype=values.dtype, device=values.device)
+        given = {"values": values, "weights": weights, "offsets": layout.offsets}
         with self.context.guard(values):
             self.module.segment_sum(
-                values=address(values), dtype=DTYPE_CODES[values.dtype], weights=address(weights),
-                offsets=address(layout.offsets), length=layout.length, count=layout.count,
-                out=address(out, just_made=True), context=self.context.argument(values),
+                dtype=DTYPE_CODES[values.dtype], length=layout.length, count=layout.count,
+                context=self.context.argument(values), **addresses(given, {"out": out}),
             )  # fmt: skip
         return out
 
@@ -347,11 +352,11 @@ class NativeBackend:
             return torch.zeros(layout.n, dtype=upstream.dtype, device=upstream.device)
         upstream = upstream.contiguous()
         out = torch.empty(layout.n, dtype=upstream.dtype, device=upstream.device)
+        given = {"upstream": upstream, "weights": weights, "offsets": layout.offsets}
         with self.context.guard(upstream):
             self.module.segment_expand(
-                upstream=address(upstream), dtype=DTYPE_CODES[upstream.dtype], weights=address(weights),
-                offsets=address(layout.offsets), length=layout.length, count=upstream.numel(), n=layout.n,
-                out=address(out, just_made=True), context=self.context.argument(upstream),
+                dtype=DTYPE_CODES[upstream.dtype], length=layout.length, count=upstream.numel(), n=layout.n,
+                context=self.context.argument(upstream), **addresses(given, {"out": out}),
             )  # fmt: skip
         return out
 
@@ -371,18 +376,21 @@ class NativeBackend:
         result = PairResult(loss, won, lost, sums, d_chosen, d_rejected, d_nll)
         if not chosen.numel():
             return result
-        k = constants
+        given = {
+            "chosen": chosen, "rejected": rejected, "nll": nll, "ref_chosen": constants.ref_chosen,
+            "ref_rejected": constants.ref_rejected, "chosen_lengths": constants.chosen_lengths,
+            "rejected_lengths": constants.rejected_lengths, "weight": constants.weight,
+            "beta_each": _each(options.beta), "smoothing_each": _each(options.smoothing),
+            "margin_each": _each(options.margin),
+        }  # fmt: skip
+        made = {
+            "loss": loss, "d_chosen": d_chosen, "d_rejected": d_rejected, "d_nll": d_nll, "chosen_reward": won,
+            "rejected_reward": lost, "sums": sums,
+        }  # fmt: skip
         with self.context.guard(chosen):
             self.module.pair_loss(
-                chosen=address(chosen), rejected=address(rejected), dtype=DTYPE_CODES[chosen.dtype], pairs=chosen.numel(),
-                nll=address(nll), ref_chosen=address(k.ref_chosen), ref_rejected=address(k.ref_rejected),
-                chosen_lengths=address(k.chosen_lengths), rejected_lengths=address(k.rejected_lengths),
-                weight=address(k.weight), options=options, beta_each=_each(options.beta),
-                smoothing_each=_each(options.smoothing), margin_each=_each(options.margin),
-                loss=address(loss, just_made=True), d_chosen=address(d_chosen, just_made=True),
-                d_rejected=address(d_rejected, just_made=True), d_nll=address(d_nll, just_made=True),
-                chosen_reward=address(won, just_made=True), rejected_reward=address(lost, just_made=True),
-                sums=address(sums, just_made=True), context=self.context.argument(chosen),
+                dtype=DTYPE_CODES[chosen.dtype], pairs=chosen.numel(), options=options,
+                context=self.context.argument(chosen), **addresses(given, made),
             )  # fmt: skip
         return result
 
@@ -393,14 +401,20 @@ class NativeBackend:
         loss, reward, d_logps = _like(logps), _like(logps), _like(logps)
         sums = torch.zeros(len(UNPAIRED_SUMS), dtype=logps.dtype, device=logps.device)
         if logps.numel():
+            given = {
+                "logps": logps, "desirable": constants.desirable, "ref": constants.ref, "weight": constants.weight,
+                "kl": constants.kl,
+            }  # fmt: skip
+            made: dict[str, Tensor | None] = {
+                "loss": loss,
+                "d_logps": d_logps,
+                "reward": reward,
+                "sums": sums,
+            }
             with self.context.guard(logps):
                 self.module.unpaired_loss(
-                    logps=address(logps), dtype=DTYPE_CODES[logps.dtype], sequences=logps.numel(),
-                    desirable=address(constants.desirable), ref=address(constants.ref),
-                    weight=address(constants.weight), kl=address(constants.kl), options=options,
-                    loss=address(loss, just_made=True), d_logps=address(d_logps, just_made=True),
-                    reward=address(reward, just_made=True), sums=address(sums, just_made=True),
-                    context=self.context.argument(logps),
+                    dtype=DTYPE_CODES[logps.dtype], sequences=logps.numel(), options=options,
+                    context=self.context.argument(logps), **addresses(given, made),
                 )  # fmt: skip
         return UnpairedResult(loss, reward, sums, d_logps)
 
@@ -421,18 +435,21 @@ class NativeBackend:
         sums = torch.empty(runs.number * len(POLICY_OUT), dtype=torch.float64, device=logprobs.device)
         normalizer = inputs.normalizer
         number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
+        given = {
+            "logprobs": logprobs, "entropy": entropy, "advantages": inputs.advantages, "mask": _bytes(inputs.mask),
+            "old": inputs.old, "ref": inputs.ref, "sampler": inputs.sampler, "token_weight": inputs.token_weight,
+            "select": _bytes(inputs.select), "share": inputs.share, "offsets": runs.offsets,
+            "normalizer_tensor": tensor,
+        }  # fmt: skip
+        made = {
+            "d_logprobs": d_logprobs, "d_entropy": d_entropy, "out": out, "sums": sums,
+            "ticket": self.context.ticket(logprobs),
+        }  # fmt: skip
         with self.context.guard(logprobs):
             self.module.policy_loss(
-                logprobs=address(logprobs), dtype=DTYPE_CODES[logprobs.dtype], entropy=address(entropy),
-                advantages=address(inputs.advantages), advantage_of_sequence=runs.advantage_of_sequence,
-                mask=address(_bytes(inputs.mask)), old=address(inputs.old), ref=address(inputs.ref),
-                sampler=address(inputs.sampler), token_weight=address(inputs.token_weight),
-                select=address(_bytes(inputs.select)), share=address(inputs.share), offsets=address(runs.offsets), n=n,
+                dtype=DTYPE_CODES[logprobs.dtype], advantage_of_sequence=runs.advantage_of_sequence, n=n,
                 length=runs.length, count=runs.number, options=options, normalizer=number,
-                normalizer_tensor=address(tensor), d_logprobs=address(d_logprobs, just_made=True),
-                d_entropy=address(d_entropy, just_made=True), out=address(out, just_made=True),
-                sums=address(sums, just_made=True), ticket=address(self.context.ticket(logprobs), just_made=True),
-                context=self.context.argument(logprobs),
+                context=self.context.argument(logprobs), **addresses(given, made),
             )  # fmt: skip
         return PolicyResult(out[0], out, d_logprobs, d_entropy)
 
@@ -476,12 +493,15 @@ class NativeBackend:
         )
         return valid, first_bad
 
-    def sum_rows(self, values: Tensor, factor: float) -> Tensor:
-        """factor · Σ values, added in order in double: the same bits for any number of threads."""
+    def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
+        if not self.has_head or factor.tensor is not None:
+            total = values.sum() * factor.value
+            return total if factor.tensor is None else total * factor.tensor
+        # Added in order in double: the same bits for any number of threads.
         out = torch.empty((), dtype=values.dtype, device=values.device)
         self.module.sum_rows(
-            values=address(values), dtype=DTYPE_CODES[values.dtype], n=values.numel(), factor=factor,
-            out=address(out, just_made=True),
+            dtype=DTYPE_CODES[values.dtype], n=values.numel(), factor=factor.value,
+            **addresses({"values": values}, {"out": out}),
         )  # fmt: skip
         return out
 
@@ -498,31 +518,22 @@ class NativeBackend:
         )
 
 
-def _rows(logits: Tensor, target: Tensor | None, bias: Tensor | None) -> dict[str, int]:
+_NO_STATS: dict[str, Tensor | None] = dict.fromkeys(STATS)
+
+
+def _size(logits: Tensor) -> dict[str, int]:
     rows, vocab = logits.shape
     return {
-        "logits": address(logits),
         "dtype": DTYPE_CODES[logits.dtype],
         "rows": rows,
         "vocab": vocab,
         "row_stride": logits.stride(0),
-        "target": address(target),
-        "bias": address(bias),
     }
 
 
-def _stats(out: dict[str, Tensor]) -> dict[str, int]:
-    return {name: address(out.get(name), just_made=True) for name in STATS}
-
-
-def _row_stride(w: Tensor | None) -> int:
-    """One row of weights serves all rows of logits."""
-    return 0 if w is None or w.dim() == 1 else w.stride(0)
-
-
-def _each(number: Number) -> int:
-    """The address of one per pair; 0 where a number is for all."""
-    return address(number) if isinstance(number, Tensor) else 0
+def _each(number: Number) -> Tensor | None:
+    """One per pair; None where a number is for all."""
+    return number if isinstance(number, Tensor) else None
 
 
 def _like(x: Tensor) -> Tensor:
