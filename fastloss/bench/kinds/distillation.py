@@ -28,12 +28,12 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     """The teacher has the student's width."""
     tensors = head_tensors(case, generator, random_targets(case, generator))
     target = ignore_some(case, tensors.pop("target"), generator)
-    noise = torch.randn(2, *tensors["hidden"].shape, generator=generator)
-    ref_weight = tensors["weight"] + 0.1 * noise[0, :1, :] / case.dim**0.5
+    noise = torch.randn(tensors["weight"].shape, generator=generator) / case.dim**0.5
+    ref_hidden = tensors["hidden"] + torch.randn(tensors["hidden"].shape, generator=generator)
     return {
         **tensors,
-        "ref_hidden": tensors["hidden"] + 0.3 * noise[1],
-        "ref_weight": ref_weight,
+        "ref_hidden": ref_hidden,
+        "ref_weight": tensors["weight"] + 0.3 * noise,
         "target": target,
     }
 
