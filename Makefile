@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_FILES = $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 export PIP_NO_INPUT = 1
 
 .PHONY: setup native demo demo-chain test bench lint format gpu wheel kernels golden sanitize clean
@@ -63,9 +63,9 @@ wheel: setup
 kernels: setup
 	$(BIN)/python tools/kernel_report.py
 
-# PYTHONPATH=… for the peers that are not TRL: tests/golden/README.md.
+# PYTHONPATH=… for the peers that are not TRL: tests/peers/golden/README.md.
 golden: setup
-	$(BIN)/python tests/golden/make_golden.py
+	$(BIN)/python tests/peers/golden/make_golden.py
 
 sanitize: setup
 	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh

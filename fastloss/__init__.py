@@ -2,7 +2,6 @@
 
 from fastloss import nn
 from fastloss._version import __version__
-from fastloss.engine import library as _library  # noqa: F401 - registers the torch.library operators
 from fastloss.engine.backend import backends, explain, use_backend, validate_targets
 from fastloss.losses.advantages import (
     discounted_returns,
@@ -22,8 +21,9 @@ from fastloss.losses.group_advantages import (
     pass_at_k_advantages,
     rloo_advantages,
 )
+from fastloss.losses.kl_estimate import kl_estimate
 from fastloss.losses.linear_cross_entropy import linear_cross_entropy
-from fastloss.losses.policy import PolicyOutput, ValueOutput, kl_estimate, policy_loss, value_loss
+from fastloss.losses.policy import PolicyOutput, policy_loss
 from fastloss.losses.policy_linear import linear_policy_loss
 from fastloss.losses.preference import PreferenceOutput, preference_loss
 from fastloss.losses.preference_linear import (
@@ -44,8 +44,14 @@ from fastloss.losses.token_stats import (
 )
 from fastloss.losses.trust_region import trust_region_mask
 from fastloss.losses.unpaired import UnpairedOutput, bco_loss, kto_loss, linear_kto_loss
+from fastloss.losses.value_loss import ValueOutput, value_loss
+
+# These use the names above.
+from fastloss.lazy_logits import LazyLogits  # isort: skip
+from fastloss.patch import patch  # isort: skip
 
 __all__ = [
+    "LazyLogits",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
@@ -82,6 +88,7 @@ __all__ = [
     "optimal_token_advantages",
     "orpo_loss",
     "pass_at_k_advantages",
+    "patch",
     "policy_loss",
     "preference_loss",
     "process_reward_loss",

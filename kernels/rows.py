@@ -8,9 +8,23 @@ A pointer that is None is a compile-time constant: its loads, stores and sums ar
 formulas; names here are those of that page.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
+
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import WHOLE, Factor
+from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
+
+from .arguments import expect, expect_float32, on_device_of
+
+WARP = 64 if torch.version.hip else 32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_VOCAB = 1 << 30  # indices within a row are 32-bit, with room for one block more
 
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 INF = tl.constexpr(float("inf"))
@@ -122,23 +136,23 @@ def read_row(
 @triton.jit
 def write_stats(
     row, ignored, has_target, z_t, m, s, log_s, sz, sq, z_sum, vocab,
-    logsumexp_ptr, logprob_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logit_ptr, is_top1_ptr,
+    logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
 ):  # fmt: skip
     """Row statistics from the sums of read_row; ``log_s`` is NaN where the row is."""
     base = base_of(m)
     if logsumexp_ptr is not None:
         tl.store(logsumexp_ptr + row, tl.where(ignored, 0.0, base + log_s))
-    if logprob_ptr is not None:
+    if logprobs_ptr is not None:
         tl.store(
-            logprob_ptr + row,
+            logprobs_ptr + row,
             tl.where(ignored, 0.0, tl.where(has_target, (z_t - base) - log_s, float("nan"))),
         )
     if entropy_ptr is not None:
         tl.store(entropy_ptr + row, tl.where(ignored, 0.0, log_s - sz / s))
     if log_sum_sq_probs_ptr is not None:
         tl.store(log_sum_sq_probs_ptr + row, tl.where(ignored, 0.0, tl.log(sq) - 2.0 * log_s))
-    if mean_logit_ptr is not None:
-        tl.store(mean_logit_ptr + row, tl.where(ignored, 0.0, z_sum / vocab))
+    if mean_logits_ptr is not None:
+        tl.store(mean_logits_ptr + row, tl.where(ignored, 0.0, z_sum / vocab))
     if is_top1_ptr is not None:
         tl.store(
             is_top1_ptr + row, (has_target & (z_t >= m) & (s == s)).to(tl.uint8)
@@ -157,7 +171,7 @@ def read_target(target_ptr, row, vocab, ignore_index):
 @triton.jit
 def row_stats_kernel(
     x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, softcap,
-    logsumexp_ptr, logprob_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logit_ptr, is_top1_ptr,
+    logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -171,12 +185,12 @@ def row_stats_kernel(
     end = tl.where(ignored, 0, vocab)  # an ignored row is not read
     m, s, sz, sq, z_sum, _, _ = read_row(
         x_row, bias_ptr, None, end, scale, softcap, HAS_SOFTCAP,
-        entropy_ptr is not None, log_sum_sq_probs_ptr is not None, mean_logit_ptr is not None, False, BLOCK,
+        entropy_ptr is not None, log_sum_sq_probs_ptr is not None, mean_logits_ptr is not None, False, BLOCK,
     )  # fmt: skip
     log_s = tl.where(tl.abs(m) == INF, float("nan"), tl.log(s))
     write_stats(
         row, ignored, has_target, z_t, m, s, log_s, sz, sq, z_sum, vocab,
-        logsumexp_ptr, logprob_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logit_ptr, is_top1_ptr,
+        logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
     )  # fmt: skip
 
 
@@ -258,7 +272,7 @@ def row_grad_kernel(
 def row_cross_entropy_kernel(
     x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, softcap,
     w_ptr, w_row_stride, keep, smooth, z_loss, grad_scale, grad_scale_ptr, grad_ptr, grad_row_stride,
-    loss_ptr, logsumexp_ptr, logprob_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logit_ptr, is_top1_ptr,
+    loss_ptr, logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
     HAS_SOFTCAP: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # keep = 1 - eps, smooth = eps / V, grad_scale contains the scale. SPREAD: Σ w z is needed (eps > 0, probabilities).
@@ -281,7 +295,7 @@ def row_cross_entropy_kernel(
     end = tl.where(ignored, 0, vocab)  # an ignored row is not read
     m, s, sz, sq, z_sum, w_sum, wz = read_row(
         x_row, bias_ptr, w_row, end, scale, softcap, HAS_SOFTCAP,
-        entropy_ptr is not None, log_sum_sq_probs_ptr is not None, mean_logit_ptr is not None, SPREAD, BLOCK,
+        entropy_ptr is not None, log_sum_sq_probs_ptr is not None, mean_logits_ptr is not None, SPREAD, BLOCK,
     )  # fmt: skip
     base = base_of(m)
     row_is_nan = tl.abs(m) == INF  # only -inf, or a +inf; a NaN is in s already
@@ -300,7 +314,7 @@ def row_cross_entropy_kernel(
     tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
     write_stats(
         row, ignored, has_target, z_t, m, s, log_s, sz, sq, z_sum, vocab,
-        logsumexp_ptr, logprob_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logit_ptr, is_top1_ptr,
+        logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
     )  # fmt: skip
 
     if grad_ptr is not None:
@@ -321,3 +335,120 @@ def row_cross_entropy_kernel(
             a, b / tl.where(row_is_nan, float("nan"), s) * factor, 0.0, d,
             HAS_SOFTCAP, target_ptr is not None, False, SPREAD, BLOCK,
         )  # fmt: skip
+
+
+def launch_shape(vocab: int, softcap: bool, warp: int = WARP) -> dict[str, int]:
+    """BLOCK and Triton's launch options for a row of ``vocab``.
+
+    512 threads at most, so that a thread may have 128 registers; 8 elements per thread, 4 with a soft-cap, whose slope
+    lives beside its z. More of either spilled (tools/kernel_report_triton.py). Not tuned on a GPU.
+    """
+    block = min(max(triton.next_power_of_2(vocab), 128), 2048 if softcap else 4096)
+    warps = max(1, block // (4 if softcap else 8) // warp)
+    # Triton 3.10 turns fusion off where nobody asks for it.
+    return {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+
+
+def row_stats(
+    logits: Tensor,
+    target: Tensor | None,
+    options: RowOptions,
+    *,
+    want: Sequence[str],
+    bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The statistics named in ``want`` (of fastloss.tables.STATS) of ``logits [rows, V]``, float32 ``[rows]`` (is_top1: uint8)."""
+    vocab = _row_of(logits)
+    expect(torch.int64, target=target)
+    expect_float32(bias=bias)
+    out = _empty_stats(logits, want)
+    if logits.shape[0]:
+        with on_device_of(logits):
+            row_stats_kernel[(logits.shape[0],)](
+                logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
+                float(options.softcap), *[out.get(name) for name in STATS],
+                HAS_SOFTCAP=options.softcap > 0, **launch_shape(vocab, options.softcap > 0),
+            )  # fmt: skip
+    return out
+
+
+def row_grad(
+    logits: Tensor,
+    target: Tensor | None,
+    options: RowOptions,
+    *,
+    logsumexp: Tensor,
+    coefficients: Coefficients,
+    out: Tensor,
+    bias: Tensor | None = None,
+    w: Tensor | None = None,
+) -> None:
+    """Writes the rows' gradient to ``out [rows, V]``, which may be ``logits``."""
+    vocab = _row_of(logits)
+    a, b, c, d = coefficients
+    expect(torch.int64, target=target)
+    expect_float32(logsumexp=logsumexp, bias=bias, a=a, b=b, c=c, d=d, w=w)
+    expect(logits.dtype, out=out)
+    if logits.shape[0]:
+        with on_device_of(logits):
+            row_grad_kernel[(logits.shape[0],)](
+                logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
+                float(options.softcap), logsumexp, a, b, c, d, w, _w_stride(w), out, out.stride(0),
+                HAS_SOFTCAP=options.softcap > 0, **launch_shape(vocab, options.softcap > 0),
+            )  # fmt: skip
+
+
+def row_cross_entropy(
+    logits: Tensor,
+    target: Tensor | None,
+    options: CrossEntropyOptions,
+    *,
+    factor: Factor = WHOLE,
+    grad: Tensor | None = None,
+    want: Sequence[str] = (),
+    bias: Tensor | None = None,
+    w: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """ "loss", "logsumexp" and the wanted statistics; the gradient times ``factor`` into ``grad [rows, V]`` (may be ``logits``)."""
+    vocab = _row_of(logits)
+    expect(torch.int64, target=target)
+    expect_float32(bias=bias, w=w, factor=factor.tensor)
+    expect(logits.dtype, grad=grad)
+    o, capped = options, options.softcap > 0
+    out = _empty_stats(logits, [*want, *({"logsumexp"} - set(want))])
+    out["loss"] = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    if logits.shape[0]:
+        with on_device_of(logits):
+            row_cross_entropy_kernel[(logits.shape[0],)](
+                logits, logits.stride(0), vocab, target, o.ignore_index, bias, float(o.scale), float(o.softcap),
+                w, _w_stride(w), 1.0 - o.label_smoothing, o.label_smoothing / vocab, float(o.z_loss),
+                float(o.scale * factor.value), factor.tensor, grad, 0 if grad is None else grad.stride(0),
+                out["loss"], *[out.get(name) for name in STATS],
+                HAS_SOFTCAP=capped, SPREAD=target is None or o.label_smoothing > 0, **launch_shape(vocab, capped),
+            )  # fmt: skip
+    return out
+
+
+def _row_of(logits: Tensor) -> int:
+    """The vocabulary's size; what the kernels cannot take is refused."""
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits: expected float32, bfloat16 or float16, got {logits.dtype}")
+    expect(logits.dtype, logits=logits)
+    vocab = logits.shape[1]
+    if not 1 <= vocab <= MAX_VOCAB:
+        raise ValueError(f"logits: expected a vocabulary between 1 and 2^30, got {vocab}")
+    return vocab
+
+
+def _empty_stats(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
+    out = {}
+    for name in want:
+        if name not in STATS:
+            raise ValueError(f"want: expected names of {', '.join(STATS)}, got {name!r}")
+        dtype = torch.uint8 if name == "is_top1" else torch.float32
+        out[name] = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    return out
+
+
+def _w_stride(w: Tensor | None) -> int:
+    return 0 if w is None or w.dim() == 1 else w.stride(0)

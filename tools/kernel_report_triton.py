@@ -3,7 +3,7 @@
     python tools/kernel_report_triton.py
 
 Compiles each kernel for every target, dtype and a plain and a full set of options, with the launch shapes of
-kernels/launch.py, and reads the machine code. Exits with status 1 if one spills or uses local memory.
+kernels/, and reads the machine code. Exits with status 1 if one spills or uses local memory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from kernel_report_compile import compile_kernel
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has no machine code
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # and, through multiprocessing, in the workers
+
+from fastloss import tables  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -30,17 +34,10 @@ GATE = ("stack", "local", "ldl", "stl", "spills")  # LDL, STL: loads and stores 
 
 # kernel -> option set -> arguments that are given (pointers) and flags that are on. The fullest sets are there with and
 # without a soft-cap, because the launch shape depends on it.
-STATS = (
-    "logsumexp_ptr",
-    "logprob_ptr",
-    "entropy_ptr",
-    "log_sum_sq_probs_ptr",
-    "mean_logit_ptr",
-    "is_top1_ptr",
-)
+STATS = tuple(f"{name}_ptr" for name in tables.STATS)
 CASES: dict[str, dict[str, tuple[str, ...]]] = {
     "row_stats_kernel": {
-        "plain": ("target_ptr", "logsumexp_ptr", "logprob_ptr"),
+        "plain": ("target_ptr", "logsumexp_ptr", "logprobs_ptr"),
         "full": ("target_ptr", "bias_ptr", "HAS_SOFTCAP", *STATS),
         "uncapped": ("target_ptr", "bias_ptr", *STATS),
     },
@@ -83,14 +80,13 @@ def _type_of(name: str, dtype: str) -> str:
 def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     """Compile (target, kernel, options, dtype, vocab) and return its row of the report."""
     from kernels import rows
-    from kernels.launch import launch_shape
 
     if rows.INTERPRETED.value:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no machine code")
     target, name, options, dtype, vocab = case
     kernel, given = getattr(rows, name), CASES[name][options]
     warp = 64 if target.startswith("gfx") else 32
-    shape = launch_shape(vocab, "HAS_SOFTCAP" in given, warp)
+    shape = rows.launch_shape(vocab, "HAS_SOFTCAP" in given, warp)
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     attributes = {}

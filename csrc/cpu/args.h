@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-namespace fastloss {
+#include "common/codes.h"
 
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+namespace fastloss {
 
 // Elements per block: x, z and exp(z) of a block stay in a 32 KB L1 between the passes over it.
 constexpr int64_t kBlock = 2048;

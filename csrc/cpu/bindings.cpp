@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "common/code_bindings.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -42,8 +43,11 @@ struct MaybeReleaseGil {
 
 Logits logits_of(Address x, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
                  int64_t ignore_index, Address bias, double scale, double softcap) {
-  if (dtype < 0 || dtype > 3) throw std::invalid_argument("dtype: expected a code from 0 to 3");
-  return {at(x), dtype, rows, vocab, row_stride, at<int64_t>(target), ignore_index, at(bias), scale, softcap};
+  return {at(x),        fastloss::code_of<fastloss::Dtype>("dtype", dtype),
+          rows,         vocab,
+          row_stride,   at<int64_t>(target),
+          ignore_index, at(bias),
+          scale,        softcap};
 }
 
 double scalar_at(Address p, int dtype) {
@@ -107,6 +111,7 @@ void convert(Address src, int src_dtype, Address dst, int dst_dtype, int64_t n, 
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "Row kernels for the CPU; the contract is docs/engine.md.";
+  m.def("tables", &fastloss::tables);
   m.def("row_stats", &row_stats);
   m.def("row_grad", &row_grad);
   m.def("row_cross_entropy", &row_cross_entropy);

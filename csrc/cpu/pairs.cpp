@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../pair_bindings.h"
+#include "common/pair_bindings.h"
 #include "parallel.h"
 
 namespace fastloss {
@@ -56,8 +56,8 @@ struct Cpu {
 
   template <class F>
   static void with_dtype(int dtype, F f) {
-    if (dtype == 0) return f(0.0f);
-    if (dtype == 3) return f(0.0);
+    if (dtype == kFloat32) return f(0.0f);
+    if (dtype == kFloat64) return f(0.0);
     throw std::invalid_argument("dtype: expected 0 (float32) or 3 (float64)");
   }
 

@@ -1,7 +1,7 @@
 // policy_loss, gae and discounted_returns in fastloss._cpu: float32 and float64.
 // Reads and writes nothing itself.
 // Apart from bindings.cpp, which has the row functions.
-#include "../policy_bindings.h"
+#include "common/policy_bindings.h"
 
 #include <optional>
 #include <vector>

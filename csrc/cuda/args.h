@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace fastloss::cuda {
+#include "common/codes.h"
 
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+namespace fastloss::cuda {
 
 struct Logits {
   const void* x;

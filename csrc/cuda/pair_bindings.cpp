@@ -1,7 +1,7 @@
 // The kernels of pairs.cu in fastloss._cuda: float32 alone, on the stream given last.
 // Reads and writes nothing itself.
 // Apart from bindings.cpp, which has the row functions.
-#include "../pair_bindings.h"
+#include "common/pair_bindings.h"
 
 #include "pairs.h"
 
@@ -14,7 +14,8 @@ struct Cuda {
 
   template <class F>
   static void with_dtype(int dtype, F f) {
-    if (dtype != 0) throw std::runtime_error("fastloss CUDA kernel: dtype must be 0 (float32)");
+    if (dtype != kFloat32)
+      throw std::invalid_argument("dtype: expected 0 (float32), got " + std::to_string(dtype));
     f(0.0f);
   }
 

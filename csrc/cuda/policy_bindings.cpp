@@ -1,7 +1,7 @@
 // The kernels of policy.cu and scan.cu in fastloss._cuda: float32 alone, on the stream given last.
 // Reads and writes nothing itself.
 // Apart from bindings.cpp, which has the row functions.
-#include "../policy_bindings.h"
+#include "common/policy_bindings.h"
 
 #include "policy.h"
 
@@ -11,7 +11,8 @@ namespace {
 struct Cuda {
   template <class Arguments>
   static void run(const Arguments& a, int dtype, int64_t stream) {
-    if (dtype != 0) throw std::runtime_error("fastloss CUDA kernel: dtype must be 0 (float32)");
+    if (dtype != kFloat32)
+      throw std::invalid_argument("dtype: expected 0 (float32), got " + std::to_string(dtype));
     const char* error = nullptr;
     {
       const pybind11::gil_scoped_release unlocked;

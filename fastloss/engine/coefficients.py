@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastloss.tables import DIFFERENTIABLE_STATS, CrossEntropyOptions
 
 
 class Coefficients(NamedTuple):
@@ -26,11 +29,11 @@ def of_cross_entropy(
     target: Tensor | None,
     w: Tensor | None,
     vocab: int,
-    label_smoothing: float,
-    z_loss: float,
+    options: CrossEntropyOptions,
 ) -> Coefficients:
     """Cross-entropy of each row times its upstream gradient; ``target=None`` is class probabilities in ``w``."""
     g = upstream.to(lse.dtype).contiguous()
+    label_smoothing, z_loss = options.label_smoothing, options.z_loss
     if target is None:
         assert w is not None
         return Coefficients(b=g * (w.sum(-1) + 2 * z_loss * lse), d=-g)
@@ -68,3 +71,12 @@ def of_token_stats(
 def vector(upstream: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """An upstream gradient as a dense acc vector (it may be expanded, stride 0)."""
     return None if upstream is None else upstream.to(dtype).contiguous()
+
+
+def of_upstream(
+    want: tuple[str, ...], upstream: Sequence[Tensor | None], entropy: Tensor | None, dtype: torch.dtype
+) -> Coefficients:
+    """Of the upstream gradients of the statistics ``want``."""
+    by_name = dict(zip(want, upstream, strict=True))
+    g = [vector(by_name.get(name), dtype) for name in DIFFERENTIABLE_STATS]
+    return of_token_stats(g[0], g[1], g[2], entropy)

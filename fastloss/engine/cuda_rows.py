@@ -125,7 +125,7 @@ def discounted_returns(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def emulate(module: Any) -> None:
-    """Run the CUDA source compiled for the CPU (tests/cuda_emulation) in place of the GPU's."""
+    """Run the CUDA source compiled for the CPU (tests/helpers/cuda_emulation) in place of the GPU's."""
     global rows, pairs, policies, _emulated, _why_not
     rows, _emulated, _why_not = NativeRows(module, lambda _: 0), True, ""  # type: ignore[assignment]
     pairs = NativePairs(module, lambda _: 0)

@@ -1,225 +1,262 @@
-"""The linear head in chunks of rows: a GEMM into a small logits buffer, a row kernel in place, two GEMMs out.
+"""The linear head ``hidden @ weight.T + bias`` for every loss: its operands, the schedule of a call, and the two phases.
 
-The logits of all rows are never held (32 rows or fewer are one chunk). The number of GEMMs is the cost; every function here says its own.
+A loss runs through the parts of a pass over the rows: it asks a part for statistics, makes its own coefficients of them, and
+hands these back for the gradients::
+
+    with begin(head, needs, keep, schedule) as run:
+        for part in run.parts():
+            stats = part.stats(part.of(target), options, want)      # 1 GEMM
+            part.gradients(options, part.of(target), stats["logsumexp"], coefficients(stats))   # 1 GEMM each for d hidden, d weight
+    grads = run.grads()
+
+Two schedules have this interface, and a loss does not know which one runs: chunks of rows (engine/head_rows.py), whose
+logits are in a buffer between the two phases, and blocks of the vocabulary (engine/head_blocks.py), where one part holds all
+rows and their logits are never there at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, cast
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from fastloss.engine import checks, head_blocks
+from fastloss.engine.autograd import scale_in_place
+from fastloss.engine.checks import ShapeError, acc_dtype
 from fastloss.engine.coefficients import Coefficients
-from fastloss.engine.gemm_bf16 import gemm_bf16, supports_gemm_bf16
-from fastloss.engine.native_rows import acc_dtype
-from fastloss.engine.new_gradient import new_gradient
-
-# Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
-UPCAST_BLOCK = 2048
-
-
-class Needs(NamedTuple):
-    """Which gradients somebody asked for."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    def __bool__(self) -> bool:
-        return self.hidden or self.weight or self.bias
+from fastloss.engine.contract import Backend, Factor
+from fastloss.engine.head_blocks import VocabularyBlocks
+from fastloss.engine.head_rows import RowChunks, buffer_dtype, default_chunk
+from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
+from fastloss.tables import CrossEntropyOptions, RowOptions
 
 
-class Grads(NamedTuple):
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+class Part(Protocol):
+    """Some rows of a pass. Tensors handed to it have one entry for each of its rows (:meth:`of`)."""
+
+    def of(self, per_row: Tensor | None) -> Tensor | None:
+        """This part's entries of a tensor that has one for each computed row."""
+        ...
+
+    def cross_entropy(
+        self,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        *,
+        w: Tensor | None,
+        factor: Factor,
+        want: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Losses and statistics; the gradients of their sum times ``factor`` are made on the way, if any is needed."""
+        ...
+
+    def gradients(
+        self,
+        target: Tensor | None,
+        options: RowOptions,
+        logsumexp: Tensor,
+        coefficients: Coefficients,
+        w: Tensor | None = None,
+    ) -> None:
+        """Adds these rows' gradients to the head's."""
+        ...
 
 
-class Head(NamedTuple):
-    """The operands of a call. ``bias`` is acc; ``dtype`` is that of the GEMMs' operands; ``chunk`` is in rows."""
+class Schedule(NamedTuple):
+    """How a call goes through its rows. ``chunk``: rows whose logits are in memory at once; 0: blocks of the vocabulary."""
 
-    hidden: Tensor  # [rows, D]
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    dtype: torch.dtype
     chunk: int
-    by_vocabulary: bool = (
-        False  # the call goes over blocks of the vocabulary (engine/vocab_blocks.py) instead
-    )
 
     @property
-    def buffer_dtype(self) -> torch.dtype:
-        return torch.float32 if upcasts(self.hidden.device, self.dtype) else self.dtype
+    def by_vocabulary(self) -> bool:
+        return self.chunk == 0
 
-    @property
-    def buffer_bytes(self) -> int:
-        return self.chunk * self.weight.shape[0] * self.buffer_dtype.itemsize
-
-
-def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where low-precision GEMMs are slow scalar code: a CPU whose oneDNN lacks them. float32 GEMMs then
-    read blocks of the weight converted on the way (AMD Zen 3, AVX2, 2 threads, torch 2.13: 170 against 0.3-21 GFLOP/s)."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    supported = (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported
-        if dtype == torch.bfloat16
-        else (torch.ops.mkldnn._is_mkldnn_fp16_supported)
-    )
-    return not supported()
-
-
-def default_chunk(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows per chunk: enough for GEMMs at full speed, small beside the weight and its gradient."""
-    if device.type == "cpu":
-        best = 256
-    else:
-        # Not yet tuned on a GPU: 1024 rows fill one wave of 128x256 tiles at V >= 32k.
-        best = max(256, min(2048, (512 << 20) // max(1, vocab * dtype.itemsize)))
-    # At least four chunks, so that a short batch does not hold its whole logits either.
-    quarter = -(-rows // 4)
-    return max(1, min(rows, best, max(quarter, 32)))
-
-
-def chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, rows, chunk):
-        yield start, min(start + chunk, rows)
-
-
-class _Gemms:
-    """The three products of a chunk, in the head's dtype, weight gradient accumulated in float32 (acc)."""
-
-    def __init__(self, head: Head, needs: Needs, keep: Tensor | None):
+    def details(self, head: Head, rows: int, needs: Needs, recompute: bool) -> dict[str, Any]:
+        """What ``explain`` tells. ``recompute``: the backward makes the logits again."""
+        gemms = 1 + recompute + needs.hidden + needs.weight
         vocab, dim = head.weight.shape
-        rows = head.hidden.shape[0]
-        device = head.hidden.device
-        self.keep = keep
-        self.hidden = head.hidden.to(head.dtype)
-        self.weight = head.weight.to(head.dtype)
-        self.acc = acc_dtype(head.dtype)
-        self.buffer = torch.empty((min(head.chunk, rows), vocab), dtype=head.buffer_dtype, device=device)
-        new = torch.empty if keep is None else torch.zeros
-        self.d_hidden = new((rows, dim), dtype=head.dtype, device=device) if needs.hidden else None
-        # Its first chunk writes it: no zeros to make and read.
-        self.d_weight = new_gradient((vocab, dim), self.acc, device) if needs.weight else None
-        self.weight_begun = False
-        self.d_bias = torch.zeros(vocab, dtype=self.acc, device=device) if needs.bias else None
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        """The chunk's hidden states, in the GEMMs' dtype."""
-        if self.keep is None:
-            return self.hidden[start:stop]
-        return self.hidden.index_select(0, self.keep[start:stop])
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        z = self.buffer[: stop - start]
-        torch.mm(self.rows(start, stop), self.weight.t(), out=z)
-        return z
-
-    def gradients(self, z: Tensor, start: int, stop: int) -> None:
-        """From the chunk's d logits."""
-        if self.d_hidden is not None:
-            if self.keep is None:
-                torch.mm(z, self.weight, out=self.d_hidden[start:stop])
-            else:
-                self.d_hidden.index_copy_(0, self.keep[start:stop], torch.mm(z, self.weight))
-        if self.d_weight is not None:
-            self._add_weight(z, self.rows(start, stop))
-        self._add_bias(z)
-
-    def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
-        assert self.d_weight is not None
-        beta, self.weight_begun = int(self.weight_begun), True
-        if z.dtype == self.acc:
-            torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out=self.d_weight)
-        elif z.is_cuda:
-            torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out_dtype=self.acc, out=self.d_weight)
-        elif z.dtype == torch.bfloat16 and supports_gemm_bf16() and hidden.stride(1) == 1:
-            gemm_bf16(self.d_weight, z, hidden, accumulate=bool(beta))
-        else:
-            torch.addmm(self.d_weight, z.t().to(self.acc), hidden.to(self.acc), beta=beta, out=self.d_weight)
-
-    def finish(self) -> Grads:
-        if self.d_weight is not None and not self.weight_begun:  # no rows
-            self.d_weight.zero_()
-        return Grads(self.d_hidden, self.d_weight, self.d_bias)
-
-    def _add_bias(self, z: Tensor) -> None:
-        if self.d_bias is not None:
-            self.d_bias += z.sum(0, dtype=self.acc)
+        if not self.by_vocabulary:
+            chunk = min(self.chunk, rows)
+            return {
+                "gemms": gemms,
+                "rows": rows,
+                "chunk_rows": chunk,
+                "buffer_bytes": buffer_bytes(head, chunk),
+            }
+        width = head_blocks.block_width(head.backend, vocab, torch.get_num_threads())
+        return {
+            "gemms": gemms if recompute else head_blocks.gemms(needs, rows, dim),
+            "rows": rows,
+            "chunk_rows": rows,
+            "chunk_columns": min(width, vocab),
+            "buffer_bytes": head_blocks.buffer_bytes(head.backend, rows, head.weight, needs),
+        }
 
 
-class _UpcastGemms(_Gemms):
-    """The same with float32 GEMMs over blocks of the vocabulary, for CPUs without low-precision GEMMs."""
-
-    def __init__(self, head: Head, needs: Needs, keep: Tensor | None):
-        nothing = Needs(False, False, False)
-        super().__init__(head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None), nothing, keep)
-        vocab, dim = head.weight.shape
-        rows = head.hidden.shape[0]
-        self.weight = head.weight
-        self.buffer = torch.empty((min(head.chunk, rows), vocab))
-        new = torch.empty if keep is None else torch.zeros
-        self.d_hidden = new((rows, dim), dtype=head.hidden.dtype) if needs.hidden else None
-        self.d_weight = new_gradient((vocab, dim), self.acc, self.hidden.device) if needs.weight else None
-        self.d_bias = torch.zeros(vocab) if needs.bias else None
-        self.block = torch.empty((min(UPCAST_BLOCK, vocab), dim))
-
-    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        for start, stop in chunks(self.weight.shape[0], UPCAST_BLOCK):
-            block = self.weight[start:stop]
-            if block.dtype != torch.float32:
-                block = self.block[: stop - start].copy_(block)
-            yield slice(start, stop), block
-
-    def logits(self, start: int, stop: int) -> Tensor:
-        z = self.buffer[: stop - start]
-        hidden = self.rows(start, stop)
-        for vocab_block, weight in self._blocks():
-            torch.mm(hidden, weight.t(), out=z[:, vocab_block])
-        return z
-
-    def gradients(self, z: Tensor, start: int, stop: int) -> None:
-        hidden = self.rows(start, stop)
-        d_hidden = torch.zeros_like(hidden) if self.d_hidden is not None else None
-        if d_hidden is not None:
-            for vocab_block, weight in self._blocks():
-                torch.addmm(d_hidden, z[:, vocab_block], weight, out=d_hidden)
-            assert self.d_hidden is not None
-            if self.keep is None:
-                self.d_hidden[start:stop] = d_hidden
-            else:
-                self.d_hidden.index_copy_(0, self.keep[start:stop], d_hidden.to(self.d_hidden.dtype))
-        if self.d_weight is not None:
-            self._add_weight(z, hidden)
-        self._add_bias(z)
+def buffer_bytes(head: Head, rows: int) -> int:
+    """Of the logits of ``rows``."""
+    return rows * head.weight.shape[0] * buffer_dtype(head).itemsize
 
 
-def _gemms(head: Head, needs: Needs, keep: Tensor | None) -> _Gemms:
-    kind = _UpcastGemms if upcasts(head.hidden.device, head.dtype) else _Gemms
-    return kind(head, needs, keep)
+def chunked(
+    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_size: int | None
+) -> Schedule:
+    """Chunks of rows, of the size asked for or the usual one."""
+    return Schedule(min(chunk_size or default_chunk(rows, vocab, dtype, device), max(rows, 1)))
 
 
-class Given(NamedTuple):
-    """What a backward of its own knows of each row: row_grad's arguments (docs/engine.md)."""
+def schedule_of(head: Head, rows: int, needs: Needs, chunk_size: int | None) -> Schedule:
+    """Of a backward whose coefficients are given, over ``rows`` computed rows."""
+    if head_blocks.why_not(head.backend, head.dtype, head.weight, rows, needs, chunk_size) == "":
+        return Schedule(0)
+    return chunked(rows, head.weight.shape[0], head.dtype, head.weight.device, chunk_size)
+
+
+def schedule_of_cross_entropy(
+    head: Head, rows: int, needs: Needs, chunk_size: int | None, per_row: bool, smooth: bool
+) -> Schedule:
+    """Of cross-entropy. ``per_row``: the loss of each row is returned; ``smooth``: every token is a target."""
+    if head_blocks.why_not_cross_entropy(rows, head.weight.shape[1], needs, per_row, smooth):
+        return chunked(rows, head.weight.shape[0], head.dtype, head.weight.device, chunk_size)
+    return schedule_of(head, rows, needs, chunk_size)
+
+
+def make_head(
+    backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Head:
+    """The operands, detached. ``dtype`` is that of the GEMMs."""
+    acc = acc_dtype(dtype)
+    dense = None if bias is None else bias.detach().to(acc).contiguous()
+    return Head(backend, hidden.detach(), weight.detach(), dense, dtype)
+
+
+class _Pass:
+    """One pass over the rows; what it computes has no gradient of its own, and autocast changes none of its dtypes."""
+
+    def __init__(self, run: RowChunks | VocabularyBlocks):
+        self._run = run
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Pass:
+        device = self._run.head.hidden.device.type
+        self._stack.enter_context(torch.autocast(device, enabled=False))
+        self._stack.enter_context(torch.no_grad())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def parts(self) -> Iterator[Any]:
+        return iter(self._run.parts())
+
+    def collect(self, outs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The parts' statistics as those of all rows, 0 for the rows that were left out."""
+        run = self._run
+        out = outs[0]
+        if len(outs) > 1:
+            out = {name: torch.cat([part[name] for part in outs]) for name in out}
+        if run.keep is None:
+            return out
+        return {
+            name: x.new_zeros((run.all_rows, *x.shape[1:])).index_copy_(0, run.keep, x)
+            for name, x in out.items()
+        }
+
+    def grads(self) -> Grads:
+        return self._run.grads()
+
+
+def begin(
+    head: Head,
+    needs: Needs,
+    keep: Tensor | None,
+    schedule: Schedule,
+    bounds: Iterable[tuple[int, int]] | None = None,
+) -> _Pass:
+    """A pass over the rows ``keep`` (from :func:`kept_rows`; None: all). 1 GEMM, and one for each of d hidden and d weight
+    that is needed. The other rows' statistics and d hidden are 0, and nothing of their hidden states, NaN included,
+    reaches anything. ``bounds`` are the chunks, of at most ``schedule.chunk`` rows; None is equal ones."""
+    if schedule.by_vocabulary:
+        return _Pass(VocabularyBlocks(head, needs, keep))
+    return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
+
+
+def with_logsumexp(want: tuple[str, ...]) -> tuple[str, ...]:
+    """The backward needs it, whether or not it is returned."""
+    return want if "logsumexp" in want else (*want, "logsumexp")
+
+
+def cross_entropy(
+    head: Head,
+    needs: Needs,
+    classes: Tensor | None,
+    w: Tensor | None,
+    options: CrossEntropyOptions,
+    want: tuple[str, ...],
+    factor: Factor,
+    schedule: Schedule,
+) -> tuple[dict[str, Tensor], Grads]:
+    """Losses and statistics of all rows, and the gradients of their sum times ``factor``."""
+    keep = kept_rows(classes, options.ignore_index)
+    classes = pick(classes, keep)
+    with begin(head, needs, keep, schedule) as run:
+        outs = [
+            part.cross_entropy(part.of(classes), options, w=w, factor=factor, want=want)
+            for part in run.parts()
+        ]
+        return run.collect(outs), run.grads()
+
+
+def stats(
+    head: Head,
+    target: Tensor | None,
+    options: RowOptions,
+    want: tuple[str, ...],
+    schedule: Schedule,
+    with_gradient: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Statistics of all rows, and d hidden of the sum of their log-probabilities where asked for.
+
+    Always in chunks of rows, as the preference and policy losses: a token's log-probability has the same bits in all of
+    them, so that the first ratio of new to old is exactly 1."""
+    keep = kept_rows(target, options.ignore_index)
+    target = pick(target, keep)
+    outs: list[dict[str, Tensor]] = []
+    with begin(head, Needs(with_gradient, False, False), keep, schedule) as run:
+        for part in run.parts():
+            own = part.of(target)
+            out = part.stats(own, options, with_logsumexp(want))
+            if with_gradient:
+                one = torch.ones_like(out["logsumexp"])
+                part.gradients(own, options, out["logsumexp"], Coefficients(a=one, b=-one))
+            outs.append(out)
+        return run.collect(outs), run.grads().hidden
+
+
+class Saved(NamedTuple):
+    """Per-row state saved for a backward that makes the logits again."""
 
     target: Tensor | None
-    lse: Tensor
-    k: Coefficients
-    w: Tensor | None
-    ignore_index: int
-    scale: float
-    softcap: float
-
-    def pick(self, keep: Tensor | None) -> Given:
-        """The same of the kept rows."""
-        k = Coefficients(*(pick(x, keep) for x in self.k))
-        return self._replace(target=pick(self.target, keep), lse=cast(Tensor, pick(self.lse, keep)), k=k)
+    logsumexp: Tensor
+    coefficients: Coefficients
+    options: RowOptions
+    w: Tensor | None = None
 
 
-RowFunction = Callable[[Tensor, int, int, bool], dict[str, Tensor]]
+def recompute(head: Head, needs: Needs, schedule: Schedule, saved: Saved) -> Grads:
+    """The gradients of rows whose coefficients became known after their forward: 1 GEMM for the logits, and one for each
+    of d hidden and d weight."""
+    keep = kept_rows(saved.target, saved.options.ignore_index)
+    target, lse = pick(saved.target, keep), pick(saved.logsumexp, keep)
+    k = Coefficients(*(pick(x, keep) for x in saved.coefficients))
+    with begin(head, needs, keep, schedule) as run:
+        for part in run.parts():
+            own = Coefficients(*(part.of(x) for x in k))
+            part.gradients(part.of(target), saved.options, part.of(lse), own, saved.w)
+        return run.grads()
 
 
 def kept_rows(target: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -243,73 +280,82 @@ def pick(per_row: Tensor | None, keep: Tensor | None) -> Tensor | None:
     return per_row if per_row is None or keep is None else per_row.index_select(0, keep)
 
 
-def run(
-    head: Head,
-    needs: Needs,
-    row_function: RowFunction,
-    *,
-    keep: Tensor | None = None,
-    bounds: Iterable[tuple[int, int]] | None = None,
-) -> tuple[dict[str, Tensor], Grads]:
-    """1 GEMM, plus one for each of d hidden and d weight that is needed.
-
-    ``row_function(z, start, stop, overwrite)`` gets a chunk's logits, returns statistics per row and, where
-    ``overwrite``, leaves d logits in their place.
-
-    With ``keep`` (from :func:`kept_rows`) only those rows are computed, and start and stop count them: what the row
-    function reads per row has gone through :func:`pick`. The other rows' statistics and d hidden are 0, and nothing of
-    their hidden states, NaN included, reaches anything. ``bounds`` are the chunks, of at most ``head.chunk`` rows; None is equal ones.
-    """
-    rows = head.hidden.shape[0] if keep is None else keep.numel()
-    with torch.autocast(head.hidden.device.type, enabled=False), torch.no_grad():
-        gemms = _gemms(head, needs, keep)
-        parts: list[dict[str, Tensor]] = []
-        for start, stop in chunks(rows, head.chunk) if bounds is None else bounds:
-            z = gemms.logits(start, stop)
-            parts.append(row_function(z, start, stop, bool(needs)))
-            if needs:
-                gemms.gradients(z, start, stop)
-        if not parts:  # no rows at all
-            parts.append(row_function(gemms.buffer[:0], 0, 0, False))
-        out = {
-            name: torch.cat([part[name] for part in parts]) if len(parts) > 1 else parts[0][name]
-            for name in parts[0]
-        }
-        return spread_all(out, keep, head.hidden.shape[0]), gemms.finish()
+def finish(
+    grads: Grads, dtypes: tuple[torch.dtype, ...], backend: Backend, scale: float | Tensor | None = None
+) -> Grads:
+    """Gradients (exclusively ours) times a scalar, in their leaves' dtypes."""
+    out = []
+    for grad, dtype in zip(grads, dtypes, strict=True):
+        if grad is not None and scale is not None:
+            grad = scale_in_place(backend, grad, scale)
+        out.append(grad if grad is None else grad.to(dtype))
+    return Grads(*out)
 
 
-def spread_all(out: dict[str, Tensor], keep: Tensor | None, rows: int) -> dict[str, Tensor]:
-    """Statistics of the kept rows as those of all rows, 0 for the others."""
-    if keep is None:
-        return out
-    return {name: x.new_zeros((rows, *x.shape[1:])).index_copy_(0, keep, x) for name, x in out.items()}
+def leaf_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, ...]:
+    return hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
 
 
-def backward(head: Head, needs: Needs, rows: Any, given: Given, keep: Tensor | None) -> Grads:
-    """Of what :meth:`Given.pick` kept. Recomputes the logits: 1 GEMM, plus one for each of d hidden and d weight."""
+def needs_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Needs:
+    """Which gradients a call must be ready for."""
+    if not torch.is_grad_enabled():
+        return NOTHING
+    bias = linear_bias is not None and linear_bias.requires_grad
+    return Needs(input.requires_grad, linear_weight.requires_grad, bias)
 
-    def row_function(z: Tensor, start: int, stop: int, overwrite: bool) -> dict[str, Tensor]:
-        k, w = given.k.rows(start, stop), given.w
-        rows.row_grad(
-            z,
-            None if given.target is None else given.target[start:stop],
-            ignore_index=given.ignore_index,
-            bias=head.bias,
-            scale=given.scale,
-            softcap=given.softcap,
-            lse=given.lse[start:stop],
-            a=k.a,
-            b=k.b,
-            c=k.c,
-            d=k.d,
-            w=w if w is None or w.dim() == 1 else w[start:stop],
-            out=z,
+
+def autocasts(device: str) -> bool:
+    return torch.is_autocast_enabled(device)
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of the head's GEMMs."""
+    device = input.device.type
+    if autocasts(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """PyTorch's errors, in its words."""
+    if input.dim() < 1 or input.dim() > 2:
+        raise ShapeError(f"input: expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise ShapeError(
+            f"linear_weight: expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
         )
-        return {}
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise ShapeError(
+            "input: expected equal input and linear_weight last dimensions (in_features), got "
+            f"{input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    checks.same_device("linear_weight", linear_weight, input.device)
+    if linear_bias is not None:
+        checks.is_floating("linear_bias", linear_bias)
+        checks.same_device("linear_bias", linear_bias, input.device)
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            raise ShapeError(
+                f"linear_bias: expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+            )
+    if input.dim() == 1 and linear_weight.dim() > 2:
+        raise ShapeError(
+            f"input: K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched "
+            f"input, (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    if not autocasts(input.device.type) and input.dtype != linear_weight.dtype:
+        raise ShapeError(
+            f"linear_weight: expected {input.dtype} as input, got {linear_weight.dtype} (autocast would cast them)"
+        )
 
-    return run(head, needs, row_function, keep=keep)[1]
 
-
-def gemm_count(needs: Needs, recompute: bool) -> int:
-    """GEMMs of a step, forward and backward together."""
-    return 1 + recompute + needs.hidden + needs.weight
+def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """The checks of a loss over tokens ``[..., D]`` and one matrix ``[V, D]``; returns the rows ``[N, D]``."""
+    checks.is_floating("input", input)
+    checks.is_floating("linear_weight", linear_weight)
+    if input.dim() < 1 or linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
+        raise ShapeError(
+            f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}"
+        )
+    rows = input.reshape(-1, input.shape[-1])
+    check_linear(rows, linear_weight, linear_bias)
+    return rows

@@ -1,4 +1,4 @@
-"""Advantages per token: recurrences over time and their baselines (docs/policy_gradient.md); per response: group_baselines.py.
+"""Advantages per token: recurrences over time and their baselines (docs/policy_gradient.md); per response: group_advantages.py.
 
 Everything here is a constant of the loss: no gradient flows through it, and nothing waits for the device.
 """
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss import reference
-from fastloss.engine import backend as dispatch
 from fastloss.engine import checks
-from fastloss.engine.native_rows import acc_dtype
+from fastloss.engine.backend import resolve_call
+from fastloss.engine.checks import acc_dtype
+from fastloss.engine.contract import Backend
+from fastloss.engine.sequences import TimeSteps, flat_mask, layout_of
 from fastloss.losses.group_advantages import check_group_size, grouped
-from fastloss.losses.policy_batch import check_like, flat_mask, flat_offsets
-from fastloss.losses.steps import Steps
+from fastloss.losses.policy_inputs import check_like
 
 
 def gae(
@@ -48,11 +48,11 @@ def gae(
     """
     check_like("values", values, _floating("rewards", rewards))
     gamma, lam = checks.number("gamma", gamma, low=0, high=1), checks.number("lam", lam, low=0, high=1)
-    offsets, length, count = flat_offsets("rewards", rewards, cu_seqlens)
+    layout = layout_of("rewards", rewards, cu_seqlens)
     keep = flat_mask(mask, rewards)
-    run = _choose("gae", backend, rewards, values)
+    run = _resolve("gae", backend, rewards, values)
     with torch.no_grad():
-        result = run.gae(_acc(rewards), _acc(values, rewards), keep, offsets, length, count, gamma, lam)
+        result = run.gae(_acc(rewards), _acc(values, rewards), keep, layout, gamma, lam)
     return result[0].view(rewards.shape), result[1].view(rewards.shape)
 
 
@@ -72,11 +72,11 @@ def discounted_returns(
     """
     _floating("rewards", rewards)
     gamma = checks.number("gamma", gamma, low=0, high=1)
-    offsets, length, count = flat_offsets("rewards", rewards, cu_seqlens)
+    layout = layout_of("rewards", rewards, cu_seqlens)
     keep = flat_mask(mask, rewards)
-    run = _choose("discounted_returns", backend, rewards)
+    run = _resolve("discounted_returns", backend, rewards)
     with torch.no_grad():
-        return run.discounted_returns(_acc(rewards), keep, offsets, length, count, gamma).view(rewards.shape)
+        return run.discounted_returns(_acc(rewards), keep, layout, gamma).view(rewards.shape)
 
 
 @torch.no_grad()
@@ -110,17 +110,16 @@ def reinforce_plus_plus_advantages(
     """
     _floating("rewards", rewards)
     kl_coef = checks.number("kl_coef", kl_coef)
-    offsets, length, count = flat_offsets("rewards", rewards, cu_seqlens)
+    layout = layout_of("rewards", rewards, cu_seqlens)
     keep = flat_mask(mask, rewards).bool()
     if kl is not None:
         check_like("kl", kl, rewards)
         rewards = rewards - kl_coef * kl
     returns = discounted_returns(rewards, mask, gamma=gamma, cu_seqlens=cu_seqlens, backend=backend)
     if group_size is not None:
-        seq = reference.Sequences(offsets, length, count, rewards.numel(), rewards.device)
-        outcome = seq.first(returns.reshape(-1), keep)
+        outcome = layout.first(returns.reshape(-1), keep)
         mean = grouped(outcome, group_size).mean(1).repeat_interleave(group_size)
-        returns = returns - seq.expand(mean).view(returns.shape)
+        returns = returns - layout.expand(mean).view(returns.shape)
     return whiten(returns, keep.view(returns.shape))
 
 
@@ -152,11 +151,10 @@ def remax_advantages(
     if rewards.dim() == 1 and cu_seqlens is None:
         checks.has_shape("greedy_rewards", greedy_rewards, tuple(rewards.shape))
         return _acc(rewards) - _acc(greedy_rewards, rewards)
-    offsets, length, count = flat_offsets("rewards", rewards, cu_seqlens)
-    checks.has_shape("greedy_rewards", greedy_rewards, (count,))
+    layout = layout_of("rewards", rewards, cu_seqlens)
+    checks.has_shape("greedy_rewards", greedy_rewards, (layout.count,))
     returns = discounted_returns(rewards, mask, cu_seqlens=cu_seqlens, backend=backend)
-    seq = reference.Sequences(offsets, length, count, rewards.numel(), rewards.device)
-    baseline = seq.expand(_acc(greedy_rewards, rewards)).view(rewards.shape)
+    baseline = layout.expand(_acc(greedy_rewards, rewards)).view(rewards.shape)
     return torch.where(flat_mask(mask, rewards).bool().view(rewards.shape), returns - baseline, 0)
 
 
@@ -199,15 +197,15 @@ def optimal_token_advantages(
     ):  # fmt: skip
         if value is not None:
             check_like(name, value, rewards)
-    offsets, length, count = flat_offsets("rewards", rewards, cu_seqlens)
+    layout = layout_of("rewards", rewards, cu_seqlens)
+    count = layout.count
     check_group_size(group_size, "sequences", count)
     keep = flat_mask(mask, rewards).bool()
     returns = discounted_returns(rewards, mask, cu_seqlens=cu_seqlens)
     energy = 1 - 2 * _acc(logprobs, rewards).exp() + _acc(log_sum_sq_probs, rewards).exp()
     if token_weights is not None:
         energy = energy * _acc(token_weights, rewards).square()
-    seq = reference.Sequences(offsets, length, count, rewards.numel(), rewards.device)
-    steps = Steps(seq, keep)
+    steps = TimeSteps(layout, keep)
     g = steps.by_step(returns.reshape(-1)).view(count // group_size, group_size, steps.width)
     live = steps.by_step(keep.to(returns.dtype)).view(g.shape)
     w = steps.by_step(torch.where(keep, energy, 0)).cumsum(1).view(g.shape) * live
@@ -252,20 +250,20 @@ def token_rewards(rewards: Tensor, mask: Tensor, *, cu_seqlens: Tensor | None = 
     """
     _floating("rewards", rewards)
     checks.is_tensor("mask", mask)
-    offsets, length, count = flat_offsets("mask", mask, cu_seqlens)
+    layout = layout_of("mask", mask, cu_seqlens)
+    count, length = layout.count, layout.length
     checks.has_shape("rewards", rewards, (count,))
     checks.same_device("rewards", rewards, mask.device)
     keep = flat_mask(mask, mask).bool()
-    seq = reference.Sequences(offsets, length, count, keep.numel(), keep.device)
-    position = torch.arange(keep.numel(), device=keep.device)
+    position = torch.arange(keep.numel(), device=keep.device, dtype=torch.int64)
     backwards = torch.where(keep, -position, 1)  # the smallest is the last unmasked
     last = -backwards
-    if offsets is None:
+    if layout.offsets is None:
         best = last.reshape(count, length).amax(-1) if length else last.new_full((count,), -1)
     else:
-        best = last.new_full((count,), -1).scatter_reduce(0, seq.ids, last, "amax")
-    on_last = keep & (position == seq.expand(best))
-    return torch.where(on_last, seq.expand(_acc(rewards)), 0).view(mask.shape)
+        best = last.new_full((count,), -1).scatter_reduce(0, layout.ids, last, "amax")
+    on_last = keep & (position == layout.expand(best))
+    return torch.where(on_last, layout.expand(_acc(rewards)), 0).view(mask.shape)
 
 
 def _floating(name: str, value: Any) -> Tensor:
@@ -277,10 +275,7 @@ def _acc(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.detach().reshape(-1).to(acc_dtype((x if like is None else like).dtype)).contiguous()
 
 
-def _choose(function: str, backend: str, *tensors: Tensor) -> Any:
-    """The module whose function of that name runs: an adapter, or the definition."""
-    if torch.compiler.is_compiling():
-        return reference
-    choice = dispatch.choose(backend, tensors[0], unsupported=dispatch.tracing_reason(*tensors))
-    dispatch.announce(function, choice)
-    return reference if choice.rows is None else choice.rows
+def _resolve(function: str, backend: str, *tensors: Tensor) -> Backend:
+    call = resolve_call(function, backend, *tensors, has_operators=False)
+    call.announce()
+    return call.backend

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.checks import ShapeError
-from fastloss.engine.native_rows import acc_dtype
+from fastloss.engine.checks import ShapeError, acc_dtype
 
 
 @torch.no_grad()

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import backend as dispatch
-from fastloss.engine import checks, head, linear
-from fastloss.engine.calls import (
-    Options,
-    autocasts,
-    by_definition,
-    check_linear,
-    compiled_backend,
-    compute_dtype,
-    engine_call,
-    is_traced,
-    operands,
-    unsupported,
-    with_compiled_stats,
-    with_stats,
+from fastloss.engine import checks, compile_ops
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import factor_is_late, once_differentiable, upstream_scale
+from fastloss.engine.backend import Call, check_targets, resolve_call
+from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.coefficients import of_cross_entropy
+from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.head import NOTHING, Grads, Head, Needs, Saved, Schedule
+from fastloss.losses.cross_entropy import (
+    LossOptions,
+    constants_with_gradients,
+    kernel_options,
+    loss_factor,
+    loss_options,
+    reduced,
+    weights_of,
 )
-from fastloss.engine.checks import ShapeError
-from fastloss.engine.head import Needs
-from fastloss.engine.native_rows import acc_dtype
-from fastloss.losses.token_stats_type import TokenStats
+from fastloss.losses.token_stats import TokenStats
+from fastloss.tables import STATS
 
 
 def linear_cross_entropy(
@@ -77,176 +77,279 @@ def linear_cross_entropy(
     checks.is_floating("linear_weight", linear_weight)
     checks.is_tensor("target", target)
     lead = input.shape[:-1]
+    rows = input
     if input.dim() > 2 and target.dtype == torch.int64 and target.shape == lead and linear_weight.dim() == 2:
-        result = linear_cross_entropy(
-            input.reshape(-1, input.shape[-1]),
-            linear_weight,
-            target.reshape(-1),
-            linear_bias=linear_bias,
-            weight=weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            options=options,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            normalizer=normalizer,
-            chunk_size=chunk_size,
-            return_stats=return_stats,
-            backend=backend,
-        )
-        return _unflatten(result, lead, reduction, return_stats)
-    check_linear(input, linear_weight, linear_bias)
-    vocab = linear_weight.shape[0]
-    places = linear_weight.shape[1:-1]
-    probabilities = target.shape == (*lead, vocab, *places)
+        rows, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)  # tokens of any shape
+    heads.check_linear(rows, linear_weight, linear_bias)
+    vocab, places = linear_weight.shape[0], linear_weight.shape[1:-1]
+    probabilities = target.shape == (*rows.shape[:-1], vocab, *places)
     if probabilities and ignore_index is not None:
         raise ShapeError("ignore_index cannot be specified when target contains probabilities")
     if chunk_size is None and options is not None:
         chunk_size = getattr(options, "batch_chunk_size", None)
     checks.chunk_size_value(chunk_size)
-    opts = Options(
-        reduction,
-        -100 if ignore_index is None else ignore_index,
-        label_smoothing,
-        z_loss,
-        logit_scale,
-        softcap,
-        normalizer,
-        return_stats,
-        input.device,
-    )
-    logits_shape = torch.empty((), device="meta").expand(*lead, vocab, *places)
-    _check_target(logits_shape, target, weight, probabilities, opts.ignore_index, input)
+    loss = loss_options(
+        reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,
+        normalizer, return_stats, input.device, probabilities,
+    )  # fmt: skip
+    _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input)
     if places:
-        from fastloss.losses.k_dimensional import k_dimensional
-
-        return k_dimensional(
-            input, linear_weight, target, linear_bias, weight, probabilities, opts, chunk_size, backend
-        )
-    shape = lead
-    if input.dim() == 1:
-        input, target = input.unsqueeze(0), target.unsqueeze(0)
-    result = _head_cross_entropy(
-        input, linear_weight, target, linear_bias, weight, probabilities, opts, chunk_size, backend
+        return _k_dimensional(rows, linear_weight, target, linear_bias, weight, loss, chunk_size, backend)
+    if rows.dim() == 1:
+        rows, target = rows.unsqueeze(0), target.unsqueeze(0)
+    return loss.shaped(
+        _of_rows(rows, linear_weight, target, linear_bias, weight, loss, chunk_size, backend), lead
     )
-    return opts.shaped(result, shape)
-
-
-def _unflatten(result: Any, lead: torch.Size, reduction: str, return_stats: bool) -> Any:
-    loss, stats = result if return_stats else (result, None)
-    if reduction == "none":
-        loss = loss.reshape(lead)
-    if not return_stats:
-        return loss
-    assert stats is not None
-    return loss, TokenStats(*(None if s is None else s.reshape(lead) for s in stats))
 
 
 def _check_target(
-    logits: Tensor,
+    logits_shape: tuple[int, ...],
     target: Tensor,
     weight: Tensor | None,
     probabilities: bool,
-    ignore_index: int,
     input: Tensor,
 ) -> None:
     checks.same_device("target", target, input.device)
-    expected = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else logits.shape[:0]
+    batched = len(logits_shape) > 1
     if probabilities:
         if not target.is_floating_point():
             raise ShapeError(
                 f"target: Expected floating point type for target with class probabilities, got {target.dtype}"
             )
     else:
-        checks.index_target("target", target, tuple(expected), input.device)
+        expected = (*logits_shape[:1], *logits_shape[2:]) if batched else ()
+        checks.index_target("target", target, expected, input.device)
     if weight is not None:
         checks.is_floating("weight", weight)
         checks.same_device("weight", weight, input.device)
-        checks.has_shape("weight", weight, (logits.shape[1] if logits.dim() > 1 else logits.shape[0],))
+        checks.has_shape("weight", weight, (logits_shape[1] if batched else logits_shape[0],))
 
 
-def _head_cross_entropy(
+def _of_rows(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     linear_bias: Tensor | None,
     weight: Tensor | None,
-    probabilities: bool,
-    options: Options,
+    loss: LossOptions,
     chunk_size: int | None,
     backend: str,
 ) -> Any:
-    rows, vocab = input.shape[0], linear_weight.shape[0]
-    autocast = autocasts(input.device.type)
-    dtype = compute_dtype(input)
-    loss_dtype = torch.float32 if autocast and dtype != torch.float64 else dtype
-    grad_on = torch.is_grad_enabled()
-    needs = Needs(
-        grad_on and input.requires_grad,
-        grad_on and linear_weight.requires_grad,
-        linear_bias is not None and grad_on and linear_bias.requires_grad,
+    """Of ``input [N, D]``: the loss, or ``(loss, TokenStats)``."""
+    dtype = heads.compute_dtype(input)
+    autocast = heads.autocasts(input.device.type) and dtype != torch.float64
+    loss_dtype = torch.float32 if autocast else dtype
+    call = resolve_call(
+        "linear_cross_entropy",
+        backend,
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        weight,
+        unsupported=constants_with_gradients(target, weight),
+        dtype=dtype,
     )
-    traced = is_traced(input)
-    if traced:
-        name, adapter = compiled_backend(backend, input.device.type, dtype), None
-    else:
-        name, adapter, _ = choice = dispatch.choose(
-            backend,
-            input,
-            unsupported=unsupported(input, linear_weight, linear_bias, target=target, weight=weight),
-        )
-        computed = rows if probabilities else head.count_kept(rows, target, options.ignore_index)
-        per_row = options.reduction == "none"
-        chunk = linear.chunk_of_cross_entropy(
-            name, dtype, linear_weight, computed, needs, chunk_size, per_row,
-            probabilities or options.label_smoothing > 0,
+    if call.by_definition:
+        call.announce()
+        return _by_definition(call, input, linear_weight, target, linear_bias, weight, loss, loss_dtype)
+    rows, vocab, acc = input.shape[0], linear_weight.shape[0], acc_dtype(dtype)
+    needs = heads.needs_of(input, linear_weight, linear_bias)
+    per_row = loss.reduction == "none"
+    # A loss per row with d weight: its coefficients are known in the backward, which makes the logits again.
+    again = per_row and (needs.weight or needs.bias)
+    if call.traced:
+        classes, w = weights_of(target, weight, loss, acc)
+        factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+        out = compile_ops.linear_cross_entropy(
+            input, linear_weight, linear_bias, classes, w, factor, kernel_options(loss), loss.reduction, loss.want,
+            NOTHING if again else needs, dtype, chunk_size, call.backend.name,
         )  # fmt: skip
-        recompute = per_row and (needs.weight or needs.bias)
-        plan = linear.plan(input, linear_weight, dtype, chunk, computed, needs, recompute)
-        dispatch.announce("linear_cross_entropy", choice, **({} if name == "reference" else plan))
-    if name == "reference":
-        return by_definition(
-            reference.linear_cross_entropy,
-            (input, linear_weight, target),
-            weight,
-            probabilities,
-            options,
-            loss_dtype,
-            linear_bias=linear_bias,
-        )
-    index, w, smoothing, factor = operands(
-        target, weight, probabilities, options, rows, vocab, acc_dtype(dtype), traced
-    )
-    want = options.want(probabilities)
-    if traced:
-        from fastloss.engine import library
+        return loss.with_stats(out[0].to(loss_dtype), out[1:7], STATS)
+    head = heads.make_head(call.backend, input, linear_weight, linear_bias, dtype)
+    computed = rows if loss.probabilities else heads.count_kept(rows, target, loss.row.ignore_index)
+    smooth = loss.probabilities or loss.row.label_smoothing > 0
+    schedule = heads.schedule_of_cross_entropy(head, computed, needs, chunk_size, per_row, smooth)
+    call.announce(**schedule.details(head, computed, needs, again))
+    classes, w = weights_of(target, weight, loss, acc)
+    factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+    run = _Run(loss, factor, loss_dtype, dtype, schedule, needs)
+    out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, call.backend, run)
+    return loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
 
-        ahead = options.reduction != "none" or not (needs.weight or needs.bias)
-        out = library.linear_cross_entropy(
-            input,
-            linear_weight,
-            linear_bias,
-            index,
-            w,
-            factor.tensor,
-            factor.value,
-            options.reduction,
-            options.ignore_index,
-            smoothing,
-            options.z_loss,
-            options.scale,
-            options.softcap,
-            ",".join(want),
-            list(needs) if ahead else [False, False, False],
-            dtype,
-            chunk_size or 0,
-            name,
+
+def _by_definition(
+    call: Call,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    loss: LossOptions,
+    dtype: torch.dtype,
+) -> Any:
+    row = loss.row
+    if not loss.probabilities:
+        check_targets(target, linear_weight.shape[0], row.ignore_index)
+    shared: dict[str, Any] = {
+        "linear_bias": linear_bias,
+        "ignore_index": row.ignore_index,
+        "scale": row.scale,
+        "softcap": row.softcap or None,
+    }
+    value = reference.linear_cross_entropy(
+        input,
+        linear_weight,
+        target,
+        weight=weight,
+        reduction=loss.reduction,
+        label_smoothing=row.label_smoothing,
+        z_loss=row.z_loss,
+        normalizer=loss.normalizer,
+        **shared,
+    ).to(dtype)
+    if not loss.return_stats:
+        return value
+    with torch.no_grad():
+        classes = None if loss.probabilities else target
+        stats = reference.linear_token_stats(input, linear_weight, classes, **shared)
+    return value, TokenStats(**stats)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything about a call but its tensors."""
+
+    loss: LossOptions
+    factor: Factor
+    loss_dtype: torch.dtype
+    dtype: torch.dtype  # of the GEMMs
+    schedule: Schedule
+    needs: Needs
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, bias, classes, w) -> loss and detached statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        classes: Tensor | None,
+        w: Tensor | None,
+        backend: Any,
+        run: _Run,
+    ) -> Any:
+        ctx.backend, ctx.run = backend, run
+        head = heads.make_head(backend, hidden, weight, bias, run.dtype)
+        per_row = run.loss.reduction == "none"
+        # With a frozen weight a row's d hidden is its upstream gradient times a vector that can be made now.
+        ctx.ahead = not per_row or not (run.needs.weight or run.needs.bias)
+        needs = run.needs if ctx.ahead else NOTHING
+        out, grads = _forward(head, run, needs, classes, w)
+        ctx.late = factor_is_late(run.dtype) and not per_row
+        ctx.grads = (
+            grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend)
         )
-        return with_compiled_stats(out, loss_dtype, want)
-    call = engine_call(adapter, options, smoothing, loss_dtype, want)
-    result = linear.LinearCrossEntropy.apply(
-        input, linear_weight, linear_bias, index, w, call, factor, dtype, chunk, needs
+        ctx.save_for_backward(hidden, weight, bias, classes, w, None if ctx.ahead else out["logsumexp"])
+        loss = out["loss"].to(run.loss_dtype) if per_row else reduced(out["loss"], run.factor, run.loss_dtype)
+        if not run.loss.want:
+            return loss
+        stats = [out[name] for name in run.loss.want]
+        ctx.mark_non_differentiable(*stats)
+        return (loss, *stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        run: _Run = ctx.run
+        hidden, weight, bias, classes, w, lse = ctx.saved_tensors
+        head = heads.make_head(ctx.backend, hidden, weight, bias, run.dtype)
+        dtypes = heads.leaf_dtypes(hidden, weight, bias)
+        rest = (None,) * 4
+        per_row = run.loss.reduction == "none"
+        if not ctx.ahead:
+            options = kernel_options(run.loss)
+            k = of_cross_entropy(upstream, lse, classes, w, weight.shape[0], options)
+            saved = Saved(classes, lse, k, options, w)
+            grads = heads.recompute(head, run.needs, run.schedule, saved)
+            return (*heads.finish(grads, dtypes, ctx.backend), *rest)
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # retain_graph: the first backward gave the buffers away
+            grads = _forward(head, run, run.needs, classes, w)[1]
+        if per_row:
+            column = upstream.to(torch.promote_types(run.dtype, upstream.dtype))[:, None]
+            return (*heads.finish(grads, dtypes, ctx.backend, column), *rest)
+        scale = upstream_scale(ctx.backend, upstream, run.factor if ctx.late else None)
+        return (*heads.finish(grads, dtypes, ctx.backend, scale), *rest)
+
+
+def _forward(
+    head: Head, run: _Run, needs: Needs, classes: Tensor | None, w: Tensor | None
+) -> tuple[dict[str, Tensor], Grads]:
+    """Losses and statistics of all rows, and the gradients of their sum times the factor (late for float16)."""
+    early = run.loss.reduction != "none" and not factor_is_late(head.dtype)
+    factor = run.factor if early else WHOLE
+    options = kernel_options(run.loss)
+    return heads.cross_entropy(head, needs, classes, w, options, run.loss.want, factor, run.schedule)
+
+
+def _k_dimensional(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    loss: LossOptions,
+    chunk_size: int | None,
+    backend: str,
+) -> Any:
+    """PyTorch's K-dimensional loss: ``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities
+    ``[N, C, d1, …]``), one head per place, one count for all."""
+    vocab, *places, dim = linear_weight.shape
+    weights = linear_weight.reshape(vocab, -1, dim)
+    biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)
+    targets = target.reshape(*target.shape[: 2 if loss.probabilities else 1], -1)
+    each = replace(loss, reduction="none" if loss.reduction == "none" else "sum", normalizer=None)
+    parts = [
+        _of_rows(
+            input,
+            weights[:, k],
+            targets[..., k],
+            None if biases is None else biases[:, k],
+            weight,
+            each,
+            chunk_size,
+            backend,
+        )
+        for k in range(weights.shape[1])
+    ]
+    losses = [part[0] for part in parts] if loss.return_stats else parts
+    shape = (input.shape[0], *places)
+    value = (
+        torch.stack(losses, dim=-1).reshape(shape) if loss.reduction == "none" else torch.stack(losses).sum()
     )
-    return with_stats(result, want)
+    if loss.normalizer is not None:
+        value = value / loss.normalizer
+    elif loss.reduction == "mean":
+        value = value / _count(target, weight, loss, vocab, weights.shape[1])
+    if not loss.return_stats:
+        return value
+    stats = [part[1] for part in parts]
+    return value, TokenStats(
+        *(
+            None if field[0] is None else torch.stack(field, dim=-1).reshape(shape)
+            for field in zip(*stats, strict=True)
+        )
+    )
+
+
+def _count(target: Tensor, weight: Tensor | None, loss: LossOptions, vocab: int, places: int) -> Any:
+    if loss.probabilities:
+        return target.shape[0] * places
+    kept = target != loss.row.ignore_index
+    if weight is None:
+        return kept.sum()
+    return (weight.detach()[target.clamp(0, vocab - 1)] * kept).sum()

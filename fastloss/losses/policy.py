@@ -1,32 +1,29 @@
-"""policy_loss and its kin: policy-gradient losses of per-token log-probs (docs/policy_gradient.md)."""
+"""policy_loss: policy-gradient losses of per-token log-probs (docs/policy_gradient.md)."""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastloss import reference
-from fastloss.engine import backend as dispatch
-from fastloss.engine import checks, policy
-from fastloss.engine.native_rows import acc_dtype
-from fastloss.engine.plain_policy import is_plain, plain_policy_loss, ready
-from fastloss.engine.policy import PolicyCall
-from fastloss.losses.policy_batch import Batch, check_like, lay_flat, normalizer_of, options_of
-from fastloss.losses.policy_options import AGGREGATIONS, KL_KINDS, PolicyOptions, Spec
+from fastloss.engine import autograd, checks
+from fastloss.engine import backend as backends
+from fastloss.engine.autograd import once_differentiable
+from fastloss.engine.backend import resolve_call
+from fastloss.engine.checks import acc_dtype
+from fastloss.engine.contract import Backend, PolicyInputs
+from fastloss.engine.native import DirectPolicy, cpu_backend
+from fastloss.losses.policy_inputs import check_like, lay_flat, normalizer_of, shares, weighted
+from fastloss.losses.policy_options import PolicySpec, options_of
 from fastloss.losses.policy_selection import select, top_entropy
+from fastloss.tables import AGGREGATIONS, POLICY_METRICS, POLICY_OUT, POLICY_PLACE, PolicyOptions
 
 
 class PolicyOutput(NamedTuple):
     """The loss (0-d, float32 or float64) and detached 0-d metrics (see :func:`policy_loss`)."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-class ValueOutput(NamedTuple):
-    """The loss of a value head and detached 0-d metrics (see :func:`value_loss`)."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -134,79 +131,76 @@ def policy_loss(
     >>> out.loss.item(), logprobs.grad.tolist(), out.metrics["ratio/max"].item()
     (-2.0, [[-1.0, -1.0]], 1.0)
     """
-    fields = (
-        loss_type,
-        clip_low,
-        clip_high,
-        dual_clip,
-        delta,
-        beta,
-        kl_estimator,
-        kl_unbiased,
-        importance_level,
-        aggregation,
-        max_length,
-        entropy_coef,
-        entropy_aggregation,
-        top_entropy_quantile,
-        off_policy_threshold,
-        importance_mode,
-        importance_cap,
-        importance_floor,
-        cispo_min,
-        cispo_max,
-        sapo_temperature_pos,
-        sapo_temperature_neg,
-        vespo_k_pos,
-        vespo_lambda_pos,
-        vespo_k_neg,
-        vespo_lambda_neg,
-        kl_cov_coef,
-        kl_cov_ratio,
-        clip_cov_ratio,
-        clip_cov_low,
-        clip_cov_high,
-        generator,
+    spec = PolicySpec(
+        loss_type=loss_type,
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        delta=delta,
+        beta=beta,
+        kl_estimator=kl_estimator,
+        kl_unbiased=kl_unbiased,
+        importance_level=importance_level,
+        aggregation=aggregation,
+        max_length=max_length,
+        entropy_coef=entropy_coef,
+        entropy_aggregation=entropy_aggregation,
+        top_entropy_quantile=top_entropy_quantile,
+        off_policy_threshold=off_policy_threshold,
+        importance_mode=importance_mode,
+        importance_cap=importance_cap,
+        importance_floor=importance_floor,
+        cispo_min=cispo_min,
+        cispo_max=cispo_max,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        vespo_k_pos=vespo_k_pos,
+        vespo_lambda_pos=vespo_lambda_pos,
+        vespo_k_neg=vespo_k_neg,
+        vespo_lambda_neg=vespo_lambda_neg,
+        kl_cov_coef=kl_cov_coef,
+        kl_cov_ratio=kl_cov_ratio,
+        clip_cov_ratio=clip_cov_ratio,
+        clip_cov_low=clip_cov_low,
+        clip_cov_high=clip_cov_high,
+        generator=generator,
     )
     others = (old_logprobs, ref_logprobs, sampler_logprobs, entropy)
-    if weights is None and is_plain(logprobs, advantages, mask, others, cu_seqlens, backend):
-        prepared = ready(
+    if weights is None and _is_direct(logprobs, advantages, mask, others, cu_seqlens, backend):
+        ready = _direct_options(
+            spec,
             ref_logprobs is not None,
             entropy is not None,
             sampler_logprobs is not None,
             logprobs.shape[1],
-            *fields,
         )
-        if prepared is not None:
+        if ready is not None:
+            norm = None
+            if normalizer is not None:
+                norm = normalizer_of(normalizer, logprobs.dtype, logprobs.device)
             assert mask is not None
-            norm = None if normalizer is None else normalizer_of(normalizer, logprobs)
-            return PolicyOutput(
-                *plain_policy_loss(
-                    prepared,
-                    logprobs,
-                    entropy,
-                    old_logprobs,
-                    advantages,
-                    mask,
-                    ref_logprobs,
-                    sampler_logprobs,
-                    norm,
-                )
-            )
-    spec = Spec(*fields)
+            constants = (old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs)
+            return _direct(ready, logprobs, entropy, constants, norm)
     checks.is_floating("logprobs", logprobs)
-    batch = lay_flat(
+    inputs = lay_flat(
         "logprobs",
         logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        ref_logprobs,
-        sampler_logprobs,
-        weights,
-        cu_seqlens,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        dtype=logprobs.dtype,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampler_logprobs=sampler_logprobs,
+        weights=weights,
+        normalizer=normalizer,
     )
-    options = options_of(spec, batch, packed=cu_seqlens is not None)
+    options = options_of(
+        spec,
+        with_sampler=inputs.sampler is not None,
+        with_ref=inputs.ref is not None,
+        default_length=None if cu_seqlens is not None else inputs.layout.length,
+    )
     if entropy is not None:
         check_like("entropy", entropy, logprobs)
     elif spec.entropy_coef or spec.top_entropy_quantile < 1:
@@ -214,21 +208,15 @@ def policy_loss(
             f"entropy: expected a tensor for entropy_coef={entropy_coef} and top_entropy_quantile="
             f"{top_entropy_quantile}, got None"
         )
-    norm = normalizer_of(normalizer, logprobs)
-    rows = None
-    if not torch.compiler.is_compiling():
-        choice = dispatch.choose(
-            backend,
-            logprobs,
-            unsupported=dispatch.tracing_reason(logprobs, old_logprobs, advantages, mask, entropy),
-        )
-        dispatch.announce("policy_loss", choice)
-        rows = choice.rows
+    call = resolve_call(
+        "policy_loss", backend, logprobs, old_logprobs, advantages, mask, entropy, has_operators=False
+    )
+    call.announce()
     acc = acc_dtype(logprobs.dtype)
     flat = logprobs.reshape(-1).to(acc).contiguous()
     h = None if entropy is None else entropy.reshape(-1).to(acc).contiguous()
-    loss, out = run(spec, options, rows, batch, flat, h, norm)
-    metrics = policy.metrics_from(
+    loss, out = _of_batch(call.backend, spec, options, inputs, flat, h)
+    metrics = metrics_from(
         out,
         with_ref=ref_logprobs is not None,
         with_entropy=entropy is not None,
@@ -237,33 +225,32 @@ def policy_loss(
     return PolicyOutput(loss, metrics)
 
 
-def run(
-    spec: Spec,
+def _of_batch(
+    backend: Backend,
+    spec: PolicySpec,
     options: PolicyOptions,
-    rows: Any,
-    batch: Batch,
+    inputs: PolicyInputs,
     logprobs: Tensor,
     entropy: Tensor | None,
-    normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of flat acc log-probs: what needs a view over the whole batch here, the rest in one launch."""
     weight = chosen = None
     if spec.top_entropy_quantile < 1:
         assert entropy is not None
-        chosen = top_entropy(entropy, batch.mask, spec.top_entropy_quantile)
+        chosen = top_entropy(entropy, inputs.mask, spec.top_entropy_quantile)
         weight = chosen.to(logprobs.dtype)
-    selected = select(logprobs, batch, spec, options)
+    selected = select(logprobs, inputs, spec, options)
     if selected.weight is not None:
         weight = selected.weight if weight is None else weight * selected.weight
     bonus = None
     if entropy is None or not options.entropy_coef:
         entropy = None if entropy is None else entropy.detach()
     elif spec.entropy_aggregation is not None or chosen is not None:
-        share = entropy_share(spec, options, batch, chosen, normalizer, logprobs.dtype)
+        share = entropy_share(spec, options, inputs, chosen)
         bonus = options.entropy_coef * (share * torch.where(share != 0, entropy, 0)).sum()
-        entropy, options = entropy.detach(), checks.replaced(options, entropy_coef=0.0)
-    call = PolicyCall(rows, batch, options, normalizer, batch.weighted(weight), selected.penalised)
-    loss, out = policy.policy_loss(logprobs, entropy, call)
+        entropy, options = entropy.detach(), replace(options, entropy_coef=0.0)
+    inputs = replace(weighted(inputs, weight), select=selected.penalised)
+    loss, out = _launch(backend, logprobs, entropy, inputs, options)
     if selected.low is not None and selected.high is not None:  # the clip statistics are the divergence's
         clipped = torch.stack([selected.low.sum(), selected.high.sum()]).to(out.dtype)
         out = torch.cat([out[:3], clipped, out[5:]])
@@ -271,16 +258,11 @@ def run(
 
 
 def entropy_share(
-    spec: Spec,
-    options: PolicyOptions,
-    batch: Batch,
-    chosen: Tensor | None,
-    normalizer: float | Tensor | None,
-    dtype: torch.dtype,
+    spec: PolicySpec, options: PolicyOptions, inputs: PolicyInputs, chosen: Tensor | None
 ) -> Tensor:
     """Each token's share (scaled) of an entropy bonus that does not follow the loss: its own aggregation, over the
     tokens that it acts on, or the loss's aggregation with the top-entropy tokens alone."""
-    mask = batch.mask.bool()
+    mask, normalizer = inputs.mask.bool(), inputs.normalizer
     how, over = options.aggregation, mask
     if spec.entropy_aggregation is not None:
         how = AGGREGATIONS.index(spec.entropy_aggregation)
@@ -288,107 +270,201 @@ def entropy_share(
         # The loss's normalizer counts what this aggregation counts only if both count tokens, or both sequences.
         if (how == 0) != (options.aggregation == 0):
             normalizer = None
-    n = batch.sequences.sum(over.to(dtype)).clamp(min=1)
-    share, scale = reference.shares(over, n, batch.sequences, how, options.max_length, normalizer)
+    acc = inputs.advantages.dtype
+    share, scale = shares(over, inputs.layout, how, options.max_length, normalizer, acc)
     return scale * (share if chosen is None else share * chosen)
 
 
-def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str = "k3", backend: str = "auto") -> Tensor:
-    """A per-token estimate of KL(policy, reference) from sampled tokens, with gradient through ``logprobs``.
+class _PolicyLoss(torch.autograd.Function):
+    """(logprobs, entropy) -> (loss, out [16]); both carry gradients, made in the forward."""
 
-    With t = clamp(ref - logprobs, -20, 20): k1 = -t, k2 = t²/2, k3 = e^t - 1 - t, abs = |t|, low_var_kl = clamp(k3, -10, 10)
-    (joschu.net/blog/kl-approx.html). For a KL in the reward: ``rewards - beta * kl_estimate(old, ref, kind="k1")`` per
-    token, or its masked sum per sequence.
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logprobs: Tensor,
+        entropy: Tensor | None,
+        backend: Backend,
+        inputs: PolicyInputs,
+        options: PolicyOptions,
+    ) -> Any:
+        result = backend.policy_loss(logprobs, entropy, inputs, options)
+        ctx.save_for_backward(result.d_logprobs, result.d_entropy, result.out)
+        ctx.mark_non_differentiable(result.out)
+        return result.loss.clone(), result.out
 
-    Args:
-        logprobs, ref_logprobs: the same shape, any.
-
-    Returns:
-        float32 (float64 for float64 log-probs), the same shape.
-
-    >>> import torch, fastloss
-    >>> fastloss.kl_estimate(torch.tensor([-1.0]), torch.tensor([-1.5]), kind="k1")
-    tensor([0.5000])
-    """
-    checks.is_floating("logprobs", logprobs)
-    check_like("ref_logprobs", ref_logprobs, logprobs)
-    checks.is_one_of("kind", kind, KL_KINDS)
-    _reference_only(backend, "kl_estimate")
-    acc = acc_dtype(logprobs.dtype)
-    return reference.kl_estimate(logprobs.to(acc), ref_logprobs.detach().to(acc), kind)
-
-
-def value_loss(
-    values: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor,
-    mask: Tensor | None,
-    *,
-    clip_range: float | None = None,
-    aggregation: str = "token-mean",
-    max_length: float | None = None,
-    normalizer: float | Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    backend: str = "auto",
-) -> ValueOutput:
-    """PPO's loss of a value head: ``½ max((V - R)², (clip(V, V_old - ε, V_old + ε) - R)²)``, aggregated.
-
-    The ½ is TRL's and verl's. Without ``clip_range``: ``½ (V - R)²``.
-
-    Args:
-        values: ``[B, T]``, or packed ``[N]`` with ``cu_seqlens``; carries the gradient.
-        old_values, returns: like ``values``, constants. ``old_values`` may be None without ``clip_range``.
-        mask: bool or 0/1 like ``values``; None: all.
-        clip_range: ε > 0. aggregation, max_length, normalizer: as in :func:`policy_loss`.
-
-    Returns:
-        the loss and the metrics value/clip_ratio, value/explained_variance (1 - Var(R - V)/Var(R); 0 where R is constant),
-        value/mean.
-
-    >>> import torch, fastloss
-    >>> values = torch.tensor([[1.0, 3.0]])
-    >>> fastloss.value_loss(values, None, torch.zeros(1, 2), None).loss
-    tensor(2.5000)
-    """
-    checks.is_floating("values", values)
-    batch = lay_flat("values", values, None, None, mask, None, None, None, cu_seqlens)
-    check_like("returns", returns, values)
-    checks.is_one_of("aggregation", aggregation, AGGREGATIONS)
-    if clip_range is not None:
-        checks.number("clip_range", clip_range, low=0.0, open_low=True)
-        if old_values is None:
-            raise ValueError(f"old_values: expected a tensor for clip_range={clip_range}, got None")
-    if old_values is not None:
-        check_like("old_values", old_values, values)
-    options = options_of(
-        Spec(aggregation=aggregation, max_length=max_length), batch, packed=cu_seqlens is not None
-    )
-    norm = normalizer_of(normalizer, values)
-    _reference_only(backend, "value_loss")
-    acc = acc_dtype(values.dtype)
-    flat = values.reshape(-1).to(acc)
-    keep = batch.mask.bool()
-    n = batch.sequences.sum(keep.to(acc)).clamp(min=1)
-    share, scale = reference.shares(keep, n, batch.sequences, options.aggregation, options.max_length, norm)
-    loss, metrics = reference.value_loss(
-        flat,
-        None if old_values is None else old_values.reshape(-1).to(acc),
-        returns.reshape(-1).to(acc),
-        keep,
-        clip_range=clip_range,
-        share=share,
-        scale=scale,
-    )
-    return ValueOutput(loss, metrics)
-
-
-def _reference_only(backend: str, function: str) -> None:
-    """These few pointwise operations are PyTorch's on every backend."""
-    if backend not in ("auto", *dispatch.NAMES):
-        raise ValueError(
-            f"backend: expected one of 'auto', {', '.join(map(repr, dispatch.NAMES))}, got {backend!r}"
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        d_logprobs, d_entropy, out = ctx.saved_tensors
+        scale = upstream * out[POLICY_PLACE["scale"]]
+        need_logprobs, need_entropy, *_ = ctx.needs_input_grad
+        return (
+            d_logprobs * scale if need_logprobs else None,
+            d_entropy * scale if need_entropy and d_entropy is not None else None,
+            None,
+            None,
+            None,
         )
-    if not torch.compiler.is_compiling():
-        dispatch.announce(
-            function, dispatch.Choice("reference", None, "a few pointwise operations of PyTorch")
+
+
+def _launch(
+    backend: Backend,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    inputs: PolicyInputs,
+    options: PolicyOptions,
+) -> tuple[Tensor, Tensor]:
+    """Loss and ``out [16]`` (fastloss.tables.POLICY_OUT)."""
+    if backend.differentiable:
+        result = backend.policy_loss(logprobs, entropy, inputs, options)
+        return result.loss, result.out
+    if logprobs.numel() == 0:
+        nothing = logprobs.sum() if entropy is None else logprobs.sum() + entropy.sum()
+        return nothing * 0, empty_out(logprobs)
+    return _PolicyLoss.apply(logprobs, entropy, backend, inputs, options)
+
+
+def empty_out(like: Tensor) -> Tensor:
+    """The statistics of no tokens at all."""
+    out = torch.zeros(len(POLICY_OUT), dtype=like.dtype, device=like.device)
+    for name in ("scale", "min_ratio", "max_ratio"):
+        out[POLICY_PLACE[name]] = 1
+    return out
+
+
+def metrics_from(
+    out: Tensor, *, with_ref: bool, with_entropy: bool, with_correction: bool
+) -> dict[str, Tensor]:
+    """The public metrics, on the device, without a synchronisation. Means are over unmasked tokens."""
+    with torch.no_grad():
+        tokens = out[POLICY_PLACE["tokens"]].clamp(min=1)
+        mean = dict(zip(POLICY_OUT, (out / tokens).unbind(), strict=True))
+        total = dict(zip(POLICY_OUT, out.unbind(), strict=True))
+        tiny = torch.finfo(out.dtype).tiny
+        values = (
+            total["policy"] * total["scale"],
+            mean["low_clipped"],
+            mean["high_clipped"],
+            mean["low_clipped"] + mean["high_clipped"],
+            mean["dual_clipped"],
+            mean["k1"],
+            mean["k3"],
+            mean["ratio"],
+            total["min_ratio"],
+            total["max_ratio"],
+            mean["ratio"] * total["ratio"] / total["ratio_squared"].clamp(min=tiny),
+            mean["kl"] if with_ref else None,
+            mean["entropy"] if with_entropy else None,
+            mean["cut"] if with_correction else None,
         )
+        return {name: value for name, value in zip(POLICY_METRICS, values, strict=True) if value is not None}
+
+
+# --- the commonest policy loss with the fewest Python calls around the kernel: padded float32 or float64 log-probs on the CPU,
+# nothing selected over the batch. One native call makes the loss, the metrics and the gradient, times the scale.
+
+_cpu = cpu_backend()
+_BOOL = torch.bool
+_DTYPES = (torch.float32, torch.float64)
+_is_compiling = torch.compiler.is_compiling
+
+
+class _Ready(NamedTuple):
+    """What a call's options become: remembered, a training step asks for the same again."""
+
+    native: DirectPolicy
+    names: tuple[str, ...]  # of the metrics; "" where one does not apply
+    entropy_coef: float
+
+
+def _is_direct(
+    logprobs: Any,
+    advantages: Any,
+    mask: Any,
+    others: tuple[Any, ...],
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> bool:
+    """Whether :func:`_direct` takes the call; if not, the long way checks it and says what is wrong."""
+    if (
+        _is_compiling()
+        or _cpu.direct is None
+        or cu_seqlens is not None
+        or type(logprobs) not in backends.PLAIN
+        or type(advantages) is not Tensor
+        or type(mask) is not Tensor
+    ):
+        return False
+    size = logprobs.shape
+    return (
+        logprobs.is_cpu
+        and logprobs.dtype in _DTYPES
+        and len(size) == 2
+        and 0 not in size
+        and logprobs.is_contiguous()
+        and mask.is_cpu
+        and mask.shape == size
+        and mask.is_contiguous()
+        and advantages.dtype is logprobs.dtype
+        and advantages.is_cpu
+        and advantages.is_contiguous()
+        and (advantages.shape == size[:1] or advantages.shape == size)
+        and backends.are_alike(logprobs, *others)
+        and backends.is_direct(backend)
+    )
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _direct_options(
+    spec: PolicySpec, with_ref: bool, with_entropy: bool, with_sampler: bool, length: int
+) -> _Ready | None:
+    """None where something is chosen over the whole batch, or missing."""
+    options = options_of(spec, with_sampler=with_sampler, with_ref=with_ref, default_length=length)
+    selects = spec.variant.selects or spec.top_entropy_quantile < 1
+    if selects or spec.entropy_aggregation is not None or (spec.entropy_coef and not with_entropy):
+        return None
+    given = {"kl": with_ref, "entropy": with_entropy, "importance/cut_fraction": options.correction > 0}
+    names = tuple(name if given.get(name, True) else "" for name in POLICY_METRICS)
+    return _Ready(DirectPolicy(options), names, options.entropy_coef)
+
+
+def _direct(
+    ready: _Ready,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    constants: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None],
+    normalizer: float | Tensor | None,
+) -> PolicyOutput:
+    """Of a call that :func:`_is_direct`. ``constants``: old, advantages, mask, ref, sampler."""
+    old, advantages, mask, ref, sampler = constants
+    if mask.dtype is not _BOOL:
+        mask = mask != 0
+    metrics = logprobs.new_empty(len(POLICY_METRICS))
+    given, constants = (ready, normalizer, metrics), (old, advantages, mask, ref, sampler)
+    wanted = logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        loss = autograd.made_in_forward(logprobs, entropy, _run_direct, given, constants)
+    else:
+        loss, _ = _run_direct(given, logprobs, entropy, *constants)
+    named = dict(zip(ready.names, metrics.unbind(), strict=True))
+    named.pop("", None)
+    return PolicyOutput(loss, named)
+
+
+def _run_direct(
+    given: tuple[_Ready, float | Tensor | None, Tensor],
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ref: Tensor | None,
+    sampler: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    ready, normalizer, metrics = given
+    loss, grad = logprobs.new_empty(()), torch.empty_like(logprobs)
+    grad_entropy = torch.empty_like(grad) if ready.entropy_coef and entropy is not None else None
+    ready.native.run(
+        logprobs, old, advantages, mask, ref, entropy, sampler, normalizer, grad, grad_entropy, loss, metrics
+    )
+    return loss, (grad, grad_entropy)

@@ -1,7 +1,7 @@
-"""The options of a policy-gradient loss as plain numbers, and the table of what each loss_type is made of.
+"""The options of a policy-gradient loss, and the table of what each loss_type is made of.
 
-A new variant is a row of ``VARIANTS`` (if it combines what is there), or a surrogate function in
-``reference/policy_gradient.py``, its branch in the kernels and a row here.
+A new variant is a row of ``VARIANTS`` (if it combines what is there), or a surrogate: its definition in
+``reference/policy_gradient.py``, its term in the kernels, its name in ``fastloss/tables.py``, and a row here.
 """
 
 from __future__ import annotations
@@ -14,48 +14,16 @@ from typing import Any, NamedTuple
 import torch
 
 from fastloss.engine import checks
-
-# Codes shared with the kernels (docs/sequences.md).
-SURROGATES = ("clip", "logprob", "cispo", "sapo", "vespo", "ratio")
-LEVELS = ("token", "sequence", "sequence_sum", "geometric")
-AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
-KL_KINDS = ("k1", "k2", "k3", "abs", "low_var_kl")
-IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-
-# Log-ratios are clamped here: e^20 is finite in float32, and so are its square and the sum of 2^64 of them.
-MAX_LOG_RATIO = 20.0
-
-
-class PolicyOptions(NamedTuple):
-    """What a kernel needs to know beside its tensors; infinity is "none"."""
-
-    surrogate: int = 0
-    level: int = 0
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    log_low: float = 0.2
-    log_high: float = 0.2
-    delta: float = math.inf
-    dual_clip: float = math.inf
-    cispo_low: float = 0.0
-    cispo_high: float = 1.2
-    sapo_pos: float = 1.0
-    sapo_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    kl_cov_coef: float = 0.0
-    beta: float = 0.0
-    kl_kind: int = 2
-    kl_unbiased: bool = False
-    entropy_coef: float = 0.0
-    correction: int = 0  # 0 none, else 1 + the index in IMPORTANCE_MODES
-    cap: float = math.exp(MAX_LOG_RATIO)
-    floor: float = 0.0
-    off_policy_threshold: float = math.inf
-    aggregation: int = 0
-    max_length: float = 1.0
+from fastloss.tables import (
+    AGGREGATIONS,
+    CORRECTIONS,
+    IMPORTANCE_MODES,
+    KL_KINDS,
+    LEVELS,
+    MAX_LOG_RATIO,
+    SURROGATES,
+    PolicyOptions,
+)
 
 
 class Variant(NamedTuple):
@@ -94,7 +62,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class PolicySpec:
     """The public options of a policy loss with their defaults, as a user gives them."""
 
     loss_type: str = "dapo"
@@ -135,7 +103,7 @@ class Spec:
         return VARIANTS[self.loss_type]
 
 
-def resolve(spec: Spec, *, with_sampler: bool, default_length: int | None) -> PolicyOptions:
+def resolve(spec: PolicySpec, *, with_sampler: bool, default_length: int | None) -> PolicyOptions:
     """Checks every option by name and turns the options into the kernels' numbers."""
     s = spec
     checks.is_one_of("loss_type", s.loss_type, tuple(VARIANTS))
@@ -172,8 +140,6 @@ def resolve(spec: Spec, *, with_sampler: bool, default_length: int | None) -> Po
         level=LEVELS.index(level),
         clip_low=low,
         clip_high=high,
-        log_low=low,
-        log_high=high,
         delta=_optional("delta", s.delta, math.inf, low=0.0, open_low=True),
         dual_clip=_optional("dual_clip", s.dual_clip, math.inf, low=1.0, open_low=True),
         cispo_low=cispo_low,
@@ -189,7 +155,7 @@ def resolve(spec: Spec, *, with_sampler: bool, default_length: int | None) -> Po
         kl_kind=KL_KINDS.index(s.kl_estimator),
         kl_unbiased=bool(s.kl_unbiased),
         entropy_coef=checks.number("entropy_coef", s.entropy_coef),
-        correction=1 + IMPORTANCE_MODES.index(s.importance_mode) if with_sampler and s.importance_mode else 0,
+        correction=CORRECTIONS.index(s.importance_mode) if with_sampler and s.importance_mode else 0,
         cap=cap,
         floor=floor,
         off_policy_threshold=_optional("off_policy_threshold", s.off_policy_threshold, math.inf),
@@ -199,7 +165,26 @@ def resolve(spec: Spec, *, with_sampler: bool, default_length: int | None) -> Po
 
 
 # A training step asks for the same again.
-cached_resolve = functools.lru_cache(maxsize=64)(resolve)
+_cached_resolve = functools.lru_cache(maxsize=64)(resolve)
+
+
+def options_of(
+    spec: PolicySpec, *, with_sampler: bool, with_ref: bool, default_length: int | None
+) -> PolicyOptions:
+    """The kernels' numbers; remembered, but not where torch.compile traces. Options that need a tensor, or another option,
+    are errors without it."""
+    find = resolve if torch.compiler.is_compiling() else _cached_resolve
+    options = find(spec, with_sampler=with_sampler, default_length=default_length)
+    if options.beta and not with_ref:
+        raise ValueError(f"ref_logprobs: expected a tensor for beta={options.beta}, got None")
+    for name, value in (("importance_cap", spec.importance_cap), ("importance_floor", spec.importance_floor)):
+        if value is not None and not options.correction:
+            raise ValueError(f"sampler_logprobs: expected a tensor for {name}={value}, got None")
+    if options.dual_clip != math.inf and spec.variant.surrogate != "clip":
+        raise ValueError(f"dual_clip: expected None for loss_type={spec.loss_type!r}, got {spec.dual_clip}")
+    if options.delta != math.inf and spec.variant.surrogate != "clip":
+        raise ValueError(f"delta: expected None for loss_type={spec.loss_type!r}, got {spec.delta}")
+    return options
 
 
 def _ordered(low_name: str, low: float, high_name: str, high: float) -> None:
@@ -224,8 +209,8 @@ def _max_length(aggregation: str, max_length: float | None, default: int | None)
 def is_token_level(options: PolicyOptions) -> bool:
     """Whether a token's term can be made without having seen the rest of its sequence."""
     return (
-        options.level == 0
+        LEVELS[options.level] == "token"
         and SURROGATES[options.surrogate] != "vespo"
         and options.off_policy_threshold == math.inf
-        and options.correction < 3
+        and not CORRECTIONS[options.correction].startswith("sequence")
     )

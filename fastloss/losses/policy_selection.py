@@ -7,8 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss.losses.policy_batch import Batch
-from fastloss.losses.policy_options import PolicyOptions, Spec
+from fastloss.engine.contract import PolicyInputs
+from fastloss.losses.policy_inputs import advantage_per_token
+from fastloss.losses.policy_options import PolicySpec
+from fastloss.tables import PolicyOptions
 
 
 class Selection(NamedTuple):
@@ -20,29 +22,29 @@ class Selection(NamedTuple):
     high: Tensor | None = None
 
 
-def select(logprobs: Tensor, batch: Batch, spec: Spec, options: PolicyOptions) -> Selection:
+def select(logprobs: Tensor, inputs: PolicyInputs, spec: PolicySpec, options: PolicyOptions) -> Selection:
     """The choice of a loss_type that :class:`Variant` says makes one."""
     if spec.loss_type == "clip_cov":
-        return Selection(clip_cov_weight(logprobs, batch, options, spec))
+        return Selection(clip_cov_weight(logprobs, inputs, options, spec))
     if spec.loss_type == "kl_cov":
-        return Selection(penalised=kl_cov_select(logprobs, batch, spec.kl_cov_ratio))
+        return Selection(penalised=kl_cov_select(logprobs, inputs, spec.kl_cov_ratio))
     if spec.loss_type in ("dppo_tv", "dppo_kl"):
-        low, high = beyond_divergence(logprobs, batch, options, spec.loss_type)
+        low, high = beyond_divergence(logprobs, inputs, options, spec.loss_type)
         return Selection((~(low | high)).to(logprobs.dtype), low=low, high=high)
     return Selection()
 
 
 def beyond_divergence(
-    logprobs: Tensor, batch: Batch, options: PolicyOptions, loss_type: str
+    logprobs: Tensor, inputs: PolicyInputs, options: PolicyOptions, loss_type: str
 ) -> tuple[Tensor, Tensor]:
     """DPPO (arXiv:2602.04879): tokens that have moved too far from the old policy in the direction of their advantage.
 
     Their divergence is that of the sampled token against all others: |p - p_old| ("dppo_tv"), or the binary KL of p_old to
     p ("dppo_kl").
     """
-    mask, adv = batch.mask.bool(), batch.advantage_per_token()
+    mask, adv = inputs.mask.bool(), advantage_per_token(inputs)
     logp = torch.where(mask, logprobs.detach(), 0)
-    old = logp if batch.old is None else torch.where(mask, batch.old, 0)
+    old = logp if inputs.old is None else torch.where(mask, inputs.old, 0)
     p, p_old = logp.exp(), old.exp()
     if loss_type == "dppo_tv":
         divergence = (p - p_old).abs()
@@ -80,33 +82,35 @@ def largest(keys: Tensor, eligible: Tensor, mask: Tensor, fraction: float) -> Te
         return torch.zeros_like(eligible)
     order = torch.where(eligible, keys, -torch.inf).argsort(descending=True, stable=True)
     k = (mask.bool().sum().double() * fraction).floor().clamp(min=1)
-    chosen = torch.arange(keys.numel(), device=keys.device) < k
+    chosen = torch.arange(keys.numel(), device=keys.device, dtype=torch.int64) < k
     return torch.zeros_like(eligible).scatter(0, order, chosen) & eligible
 
 
 def clip_cov_weight(
     logprobs: Tensor,
-    batch: Batch,
+    inputs: PolicyInputs,
     options: PolicyOptions,
-    spec: Spec,
+    spec: PolicySpec,
 ) -> Tensor:
     """Weights of clip_cov: 0 for the tokens taken out, 1 elsewhere. Of those whose covariance is within bounds and that
     PPO's clip leaves alone, at random with a generator, else those with the largest covariance."""
-    mask, adv = batch.mask.bool(), batch.advantage_per_token()
+    mask, adv = inputs.mask.bool(), advantage_per_token(inputs)
     cov = covariance(logprobs, adv, mask)
     rho = torch.ones_like(logprobs)
-    if batch.old is not None:
-        rho = torch.where(mask, (logprobs.detach() - batch.old).clamp(-20, 20), 0).exp()
+    if inputs.old is not None:
+        rho = torch.where(mask, (logprobs.detach() - inputs.old).clamp(-20, 20), 0).exp()
     already = rho.clamp(1 - options.clip_low, 1 + options.clip_high) * adv < rho * adv
     eligible = mask & ~already & (cov > spec.clip_cov_low) & (cov < spec.clip_cov_high)
     keys, generator = cov, spec.generator
     if generator is not None:
-        keys = torch.rand(cov.shape, generator=generator, device=generator.device).to(cov.device)
+        keys = torch.rand(cov.shape, generator=generator, device=generator.device, dtype=torch.float32).to(
+            cov.device
+        )
     return (~largest(keys, eligible, mask, spec.clip_cov_ratio)).to(logprobs.dtype)
 
 
-def kl_cov_select(logprobs: Tensor, batch: Batch, fraction: float) -> Tensor:
+def kl_cov_select(logprobs: Tensor, inputs: PolicyInputs, fraction: float) -> Tensor:
     """kl_cov's tokens: those with the largest covariance."""
-    mask = batch.mask.bool()
-    cov = covariance(logprobs, batch.advantage_per_token(), mask)
+    mask = inputs.mask.bool()
+    cov = covariance(logprobs, advantage_per_token(inputs), mask)
     return largest(cov, mask, mask, fraction).to(torch.uint8)

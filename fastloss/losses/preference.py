@@ -1,24 +1,33 @@
-"""preference_loss and its front doors: contrasts of a chosen and a rejected response, from their log-probs."""
+"""preference_loss: contrasts of a chosen and a rejected response, from their log-probs."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastloss.engine import backend as dispatch
-from fastloss.engine import checks, plain_pairs
-from fastloss.engine import sequences as segments
-from fastloss.engine.checks import ShapeError
-from fastloss.engine.native_rows import acc_dtype
-from fastloss.losses import pairs
-from fastloss.losses.pairs import Options, Pairs
-
-Number = float | Tensor
+from fastloss.engine import autograd, checks
+from fastloss.engine import backend as backends
+from fastloss.engine.autograd import segment_sum
+from fastloss.engine.backend import resolve_call
+from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.contract import Backend
+from fastloss.engine.native import DirectPairs, cpu_backend
+from fastloss.engine.sequences import Tokens, tokens_of
+from fastloss.losses import pair_terms
+from fastloss.losses.pair_terms import (
+    PreferenceSpec,
+    constant,
+    nll_logps,
+    pair_batch,
+    parse_options,
+    reference_logps,
+)
+from fastloss.tables import Number, PairOptions
 
 
 class PreferenceOutput(NamedTuple):
@@ -115,49 +124,45 @@ def preference_loss(
     """
     if reduction not in checks.REDUCTIONS:
         checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
-    fields = (
-        loss_type if isinstance(loss_type, str) else tuple(loss_type),
-        None if loss_weights is None else tuple(loss_weights),
-        f_divergence_type,
-        f_alpha_divergence_coef,
-        discopop_tau,
-        bco_delta,
-        simpo_gamma,
-        simpo_alpha,
-        length_normalized,
-        average_rewards,
+    spec = PreferenceSpec(
+        loss_type=loss_type if isinstance(loss_type, str) else tuple(loss_type),
+        loss_weights=None if loss_weights is None else tuple(loss_weights),
+        f_divergence_type=f_divergence_type,
+        f_alpha_divergence_coef=f_alpha_divergence_coef,
+        discopop_tau=discopop_tau,
+        bco_delta=bco_delta,
+        simpo_gamma=simpo_gamma,
+        simpo_alpha=simpo_alpha,
+        length_normalized=length_normalized,
+        average_rewards=average_rewards,
     )
     if reference_free:
         ref_chosen_logps = ref_rejected_logps = None
-    whole = (
+    whole_responses = (
         ld_alpha is None
         and chosen_lengths is rejected_lengths is chosen_mask is rejected_mask is weights is None
         and chosen_cu_seqlens is rejected_cu_seqlens is chosen_nll_logps is chosen_nll_lengths is None
     )
     refs = ref_chosen_logps, ref_rejected_logps
     numbers = beta, label_smoothing, 0.0 if margin is None else margin
-    if whole and plain_pairs.is_plain(chosen_logps, rejected_logps, *refs, numbers, backend):
-        native = _ready(
-            reduction,
-            chosen_logps.shape[0],
-            (ref_chosen_logps is not None, ref_rejected_logps is not None),
-            reference_free,
-            numbers,
-            *fields,
+    if whole_responses and is_direct_pairs(chosen_logps, rejected_logps, *refs, numbers, backend):
+        with_reference = ref_chosen_logps is not None, ref_rejected_logps is not None
+        native = _direct_options(
+            reduction, chosen_logps.shape[0], with_reference, reference_free, numbers, spec
         )
         if native is not None:
-            loss, won, lost, means = plain_pairs.plain_pair_loss(
+            loss, won, lost, means = direct_pairs(
                 native, chosen_logps, rejected_logps, *refs, per_pair=reduction == "none"
             )
-            metrics = dict(zip(pairs.METRICS, means, strict=True))
+            metrics = dict(zip(pair_terms.METRICS, means, strict=True))
             return PreferenceOutput(loss, won, lost, chosen_logps.detach(), rejected_logps.detach(), metrics)
-    o = parse(*fields)
+    o = parse_options(spec)
     checks.is_floating("chosen_logps", chosen_logps)
     checks.is_floating("rejected_logps", rejected_logps)
     if chosen_logps.dtype != rejected_logps.dtype:
         raise ShapeError(f"rejected_logps: expected {chosen_logps.dtype}, got {rejected_logps.dtype}")
     checks.same_device("rejected_logps", rejected_logps, chosen_logps.device)
-    acc = acc_dtype(chosen_logps.dtype)
+    acc, device = acc_dtype(chosen_logps.dtype), chosen_logps.device
     c, r = chosen_logps.to(acc), rejected_logps.to(acc)
     sides = _sides(
         c,
@@ -170,225 +175,47 @@ def preference_loss(
         ld_alpha,
         acc,
     )
-    count = c.shape[0] if sides is None else sides[0].sequences
-    if (r.shape[0] if sides is None else sides[1].sequences) != count:
+    count = c.shape[0] if sides is None else sides[0].layout.count
+    if (r.shape[0] if sides is None else sides[1].layout.count) != count:
         raise ShapeError(f"rejected_logps: expected {count} responses as chosen_logps, got {r.shape[0]}")
     ref_c, ref_r = reference_logps(o, reference_free, ref_chosen_logps, ref_rejected_logps)
     lengths: tuple[Tensor | None, Tensor | None] = (chosen_lengths, rejected_lengths)
     if sides is not None:
         lengths = sides[0].lengths, sides[1].lengths
-    given = given_pairs(o, count, acc, c.device, lengths, beta, label_smoothing, margin, weights)
-    rows = choose("preference_loss", backend, c, r, ref_c, ref_r)
+    pairs = pair_batch(o, count, acc, device, lengths, beta, label_smoothing, margin, weights)
+    call = resolve_call("preference_loss", backend, c, r, ref_c, ref_r, has_operators=False)
+    call.announce()
 
     nll = None
     if chosen_nll_logps is not None:
-        nll = nll_logps(chosen_nll_logps, chosen_nll_lengths, given, o, count, acc, c.device)
+        nll = nll_logps(chosen_nll_logps, chosen_nll_lengths, pairs, o, count, acc, device)
     if sides is None:
-        rc, rr = (
-            constant(n, x, count, acc, c.device)
-            for n, x in (("ref_chosen_logps", ref_c), ("ref_rejected_logps", ref_r))
-        )
+        rc = constant("ref_chosen_logps", ref_c, count, acc, device)
+        rr = constant("ref_rejected_logps", ref_r, count, acc, device)
     else:
         chosen, rejected = sides
         tails: tuple[Tensor | None, Tensor | None] = (None, None)
         if ld_alpha is not None:
             ld_alpha = checks.number("ld_alpha", ld_alpha, low=0.0, high=1.0)
             shared = torch.minimum(chosen.lengths, rejected.lengths)
-            tails = chosen.tails(shared, ld_alpha), rejected.tails(shared, ld_alpha)
+            tails = chosen.tail_weights(shared, ld_alpha), rejected.tail_weights(shared, ld_alpha)
             if nll is None and o.has("sft"):  # it is not desensitised
-                nll = chosen.sum(rows, c)
-        rc = _reference_sum(rows, "ref_chosen_logps", ref_c, c, chosen, tails[0], acc)
-        rr = _reference_sum(rows, "ref_rejected_logps", ref_r, r, rejected, tails[1], acc)
-        c, r = chosen.sum(rows, c, tails[0]), rejected.sum(rows, r, tails[1])
-    given = checks.replaced(given, rc=rc, rr=rr)
-    loss, won, lost, sums = pairs.contrast(rows, c, r, nll, given, o, reduction)
+                nll = _sum(call.backend, chosen, c, None)
+        rc = _reference_sum(call.backend, "ref_chosen_logps", ref_c, c, chosen, tails[0], acc)
+        rr = _reference_sum(call.backend, "ref_rejected_logps", ref_r, r, rejected, tails[1], acc)
+        c = _sum(call.backend, chosen, c, tails[0])
+        r = _sum(call.backend, rejected, r, tails[1])
+    pairs = replace(pairs, constants=replace(pairs.constants, ref_chosen=rc, ref_rejected=rr))
+    loss, won, lost, sums = pair_terms.contrast(call.backend, c, r, nll, pairs, o, reduction)
     c, r = c.detach(), r.detach()
-    return PreferenceOutput(
-        loss, won, lost, c, r, pairs.metrics(sums, c, r, nll if nll is None else nll.detach(), given, o)
-    )
+    metrics = pair_terms.metrics(sums, c, r, nll if nll is None else nll.detach(), pairs, o)
+    return PreferenceOutput(loss, won, lost, c, r, metrics)
 
 
-@functools.lru_cache(maxsize=64, typed=True)
-def _ready(
-    reduction: str,
-    count: int,
-    with_reference: tuple[bool, bool],
-    reference_free: bool,
-    numbers: tuple[float, float, float],
-    *fields: Any,
-) -> Any:
-    """The native options of a plain call; None where the long way has more to do, or an error to raise."""
-    o = pairs.options(*fields)
-    complete = (
-        reference_free or with_reference == (True, True) or not (o.needs_reference or any(with_reference))
-    )
-    if not (o.plain and complete) or o.needs_lengths:
-        return None
-    given_pairs(o, count, torch.float64, torch.device("cpu"), (None, None), *numbers, None)
-    scale = 1.0 / count if reduction == "mean" else 1.0
-    terms = [(pairs.CODES[name], scale * weight) for name, weight in o.weights.items()]
-    return plain_pairs.options(terms, *numbers, o.divergence, o.alpha, o.delta, o.tau)
-
-
-def parse(loss_type: Any, loss_weights: Any, *rest: Any) -> Options:
-    """:func:`fastloss.pairs.options` of any sequence; remembered, but not where torch.compile traces."""
-    names = loss_type if isinstance(loss_type, str) else tuple(loss_type)
-    factors = None if loss_weights is None else tuple(loss_weights)
-    function = pairs.options.__wrapped__ if torch.compiler.is_compiling() else pairs.options
-    return function(names, factors, *rest)
-
-
-def choose(function: str, backend: str, tensor: Tensor, *tensors: Tensor | None, **details: Any) -> Any:
-    """The adapter of the backend, None for the definition (also where torch.compile traces: Inductor fuses it)."""
-    from fastloss.engine.calls import is_traced
-
-    if is_traced(tensor):
-        return None
-    choice = dispatch.choose(backend, tensor, unsupported=dispatch.tracing_reason(tensor, *tensors))
-    dispatch.announce(function, choice, **({} if choice.name == "reference" else details))
-    return choice.rows
-
-
-def reference_logps(
-    o: Options, reference_free: bool, ref_chosen: Tensor | None, ref_rejected: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    if o.simpo_alpha and not reference_free and (ref_chosen is not None or ref_rejected is not None):
-        raise ValueError(
-            "simpo_alpha: expected 0 where there are reference log-probs (or reference_free=True)"
-        )
-    if reference_free:
-        return None, None
-    for name, value in (("ref_chosen_logps", ref_chosen), ("ref_rejected_logps", ref_rejected)):
-        if value is None and (o.needs_reference or ref_chosen is not ref_rejected):
-            which = ", ".join(repr(n) for n in o.weights if n not in pairs.WITHOUT_REFERENCE)
-            raise ValueError(
-                f"{name}: expected the reference's log-probs for loss_type {which or 'with one of them given'} "
-                "(or reference_free=True), got None"
-            )
-    return ref_chosen, ref_rejected
-
-
-def given_pairs(
-    o: Options,
-    count: int,
-    acc: torch.dtype,
-    device: torch.device,
-    lengths: tuple[Tensor | None, Tensor | None],
-    beta: Number,
-    label_smoothing: Number,
-    margin: Number | None,
-    weights: Tensor | None,
-) -> Pairs:
-    """The checked constants of a batch, without the reference's log-probs."""
-    lc = lr = None
-    if o.needs_lengths:
-        for name, value in zip(("chosen_lengths", "rejected_lengths"), lengths, strict=True):
-            if value is None and (
-                name == "chosen_lengths" or set(o.weights) & (pairs.NEED_LENGTHS - {"sft"}) or o.per_token
-            ):
-                wanting = (
-                    "length_normalized"
-                    if o.length_normalized
-                    else f"loss_type {', '.join(map(repr, o.weights))}"
-                )
-                raise ValueError(f"{name}: expected the number of tokens [B] for {wanting}, got None")
-        lc = constant("chosen_lengths", lengths[0], count, acc, device)
-        lr = constant("rejected_lengths", lengths[1], count, acc, device)
-    beta = per_pair("beta", beta, count, acc, device, 0.0, math.inf, True)
-    smoothing = per_pair("label_smoothing", label_smoothing, count, acc, device, 0.0, 1.0)
-    margin = per_pair("margin", 0.0 if margin is None else margin, count, acc, device)
-    weight = constant("weights", weights, count, acc, device)
-    if o.has("robust") and _largest(smoothing) >= 0.5:
-        raise ValueError(
-            "label_smoothing: expected a number in [0, 0.5) for loss_type 'robust', got 0.5 or more"
-        )
-    if o.has("exo_pair") and (_largest(smoothing) >= 1.0 or _smallest(smoothing) <= 0.0):
-        raise ValueError("label_smoothing: expected a number in (0, 1) for loss_type 'exo_pair', got 0 or 1")
-    if o.has(*pairs.SORTED):
-        each = {"beta": beta, "label_smoothing": smoothing, "margin": margin, "weights": weight}
-        for name, one in each.items():
-            if isinstance(one, Tensor):
-                raise ValueError(
-                    f"{name}: expected no value per pair with loss_type 'aot' or 'aot_unpaired', which sort the pairs apart"
-                )
-    return Pairs(None, None, lc, lr, beta, smoothing, margin, weight, count)
-
-
-def constant(
-    name: str, value: Tensor | None, count: int, acc: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """``[count]`` in the accumulation dtype, detached."""
-    if value is None:
-        return None
-    checks.is_tensor(name, value)
-    checks.has_shape(name, value, (count,))
-    checks.same_device(name, value, device)
-    return value.detach().to(acc).contiguous()
-
-
-_checked = functools.lru_cache(maxsize=512, typed=True)(checks.number)
-
-
-def per_pair(
-    name: str,
-    value: Number,
-    count: int,
-    acc: torch.dtype,
-    device: torch.device,
-    low: float = -math.inf,
-    high: float = math.inf,
-    open_low: bool = False,
-) -> Number:
-    """A checked number, or ``[count]`` (on the CPU its values are checked too)."""
-    if not isinstance(value, Tensor):
-        check = checks.number if torch.compiler.is_compiling() else _checked
-        return check(name, value, low=low, high=high, open_low=open_low)
-    out = constant(name, value.expand(count) if value.dim() == 0 else value, count, acc, device)
-    assert out is not None
-    readable = count and device.type == "cpu" and not torch.compiler.is_compiling()
-    if readable and dispatch.tracing_reason(out) == "":
-        for extreme in (float(out.min()), float(out.max())):
-            checks.number(name, extreme, low=low, high=high, open_low=open_low)
-    return out
-
-
-def _known(value: Number, pick: Any) -> float | None:
-    if not isinstance(value, Tensor):
-        return value
-    readable = value.numel() and value.device.type == "cpu" and not torch.compiler.is_compiling()
-    return float(pick(value)) if readable else None
-
-
-def _largest(value: Number) -> float:
-    known = _known(value, torch.max)
-    return 0.25 if known is None else known
-
-
-def _smallest(value: Number) -> float:
-    known = _known(value, torch.min)
-    return 0.25 if known is None else known
-
-
-def nll_logps(
-    logps: Tensor,
-    lengths: Tensor | None,
-    given: Pairs,
-    o: Options,
-    count: int,
-    acc: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    """What the sft term takes, scaled to its own count of tokens where that is not the response's."""
-    if not o.has("sft"):
-        raise ValueError("chosen_nll_logps: expected a loss_type with 'sft', got none")
-    checks.is_floating("chosen_nll_logps", logps)
-    checks.has_shape("chosen_nll_logps", logps, (count,))
-    nll = logps.to(acc)
-    if lengths is None:
-        return nll
-    tokens = constant("chosen_nll_lengths", lengths, count, acc, device)
-    assert tokens is not None and given.lc is not None
-    return nll * (given.lc.sum() / tokens.sum().clamp(min=1))
+def _sum(backend: Backend, side: Tokens, values: Tensor, tails: Tensor | None) -> Tensor:
+    """Σ over each response; ``tails`` (acc ``[N]``) are weights in place of the mask."""
+    weights = side.mask if tails is None else tails
+    return segment_sum(backend, values.reshape(-1), weights, side.layout)
 
 
 def _sides(
@@ -401,7 +228,7 @@ def _sides(
     chosen_lengths: Tensor | None,
     ld_alpha: float | None,
     acc: torch.dtype,
-) -> tuple[segments.Segments, segments.Segments] | None:
+) -> tuple[Tokens, Tokens] | None:
     """The segments of token log-probs; None for log-probs of whole responses."""
     extra = (chosen_mask, rejected_mask, chosen_cu_seqlens, rejected_cu_seqlens)
     if c.dim() == 1 and chosen_cu_seqlens is None:
@@ -420,27 +247,124 @@ def _sides(
     if chosen_lengths is not None:
         raise ValueError("chosen_lengths: expected None beside token log-probs, whose masks give the lengths")
     return (
-        segments.of_tokens("chosen_", c, chosen_mask, chosen_cu_seqlens, acc),
-        segments.of_tokens("rejected_", r, rejected_mask, rejected_cu_seqlens, acc),
+        tokens_of("chosen_", c, chosen_mask, chosen_cu_seqlens, acc),
+        tokens_of("rejected_", r, rejected_mask, rejected_cu_seqlens, acc),
     )
 
 
 def _reference_sum(
-    rows: Any,
+    backend: Backend,
     name: str,
     ref: Tensor | None,
     like: Tensor,
-    side: segments.Segments,
+    side: Tokens,
     tails: Tensor | None,
     acc: torch.dtype,
 ) -> Tensor | None:
     if ref is None:
         return None
-    if tuple(ref.shape) != tuple(like.shape) or (ref.dim() == 1 and side.offsets is None):
+    if tuple(ref.shape) != tuple(like.shape) or (ref.dim() == 1 and side.layout.offsets is None):
         if tails is not None:
             raise ShapeError(
                 f"{name}: expected token log-probs of shape {list(like.shape)} for ld_alpha, got {list(ref.shape)}"
             )
-        return constant(name, ref, side.sequences, acc, like.device)
+        return constant(name, ref, side.layout.count, acc, like.device)
     checks.same_device(name, ref, like.device)
-    return side.sum(rows, ref.detach().to(acc), tails)
+    return _sum(backend, side, ref.detach().to(acc), tails)
+
+
+# --- the commonest contrasts with the fewest Python calls around the kernel: one number a response, float32 or float64 on the
+# CPU, options that are the same for all pairs. On 64 pairs those calls are the whole cost.
+
+_cpu = cpu_backend()
+_NUMBERS = (float, int)
+_DTYPES = (torch.float32, torch.float64)
+MEANS, EXTREMES = 6, 2
+_is_compiling = torch.compiler.is_compiling
+
+
+def is_direct_pairs(c: Any, r: Any, rc: Any, rr: Any, numbers: tuple[Any, Any, Any], backend: str) -> bool:
+    """Whether :func:`direct_pairs` takes the call; if not, the long way checks it and says what is wrong."""
+    return (
+        not _is_compiling()
+        and _cpu.direct is not None
+        and type(c) in backends.PLAIN
+        and c.is_cpu
+        and c.dtype in _DTYPES
+        and len(size := c.shape) == 1
+        and size[0] > 0
+        and r is not None
+        and backends.are_alike(c, c, r, rc, rr)
+        and type(numbers[0]) in _NUMBERS
+        and type(numbers[1]) in _NUMBERS
+        and type(numbers[2]) in _NUMBERS
+        and backends.is_direct(backend)
+    )
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _direct_options(
+    reduction: str,
+    count: int,
+    with_reference: tuple[bool, bool],
+    reference_free: bool,
+    numbers: tuple[float, float, float],
+    spec: PreferenceSpec,
+) -> DirectPairs | None:
+    """The native options of a direct call; None where the long way has more to do, or an error to raise."""
+    o = parse_options(spec)
+    complete = (
+        reference_free or with_reference == (True, True) or not (o.needs_reference or any(with_reference))
+    )
+    if not (o.one_launch and complete) or o.needs_lengths:
+        return None
+    pair_batch(o, count, torch.float64, torch.device("cpu"), (None, None), *numbers, None)  # checks them
+    scale = 1.0 / count if reduction == "mean" else 1.0
+    beta, smoothing, margin = numbers
+    return DirectPairs(
+        PairOptions(
+            terms=tuple((pair_terms.CODES[name], scale * weight) for name, weight in o.loss_weights),
+            divergence=o.divergence,
+            alpha=o.alpha,
+            beta=beta,
+            smoothing=smoothing,
+            margin=margin,
+            delta=o.delta,
+            tau=o.tau,
+        )
+    )
+
+
+def direct_pairs(
+    native: DirectPairs,
+    c: Tensor,
+    r: Tensor,
+    rc: Tensor | None = None,
+    rr: Tensor | None = None,
+    *,
+    per_pair: bool = False,
+    extremes: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """(loss or its sum, chosen rewards, rejected rewards, metrics) of a call that :func:`is_direct_pairs`."""
+    metrics = c.new_empty(MEANS + EXTREMES if extremes else MEANS)
+    won, lost = torch.empty_like(c), torch.empty_like(c)
+    given = native, per_pair, extremes, won, lost, metrics
+    if (c.requires_grad or r.requires_grad) and torch.is_grad_enabled():
+        loss = autograd.made_in_forward(c, r, _run_direct, given, (rc, rr))
+    else:
+        loss, _ = _run_direct(given, c, r, rc, rr)
+    return loss, won, lost, metrics.unbind()
+
+
+def _run_direct(
+    given: tuple[DirectPairs, bool, bool, Tensor, Tensor, Tensor],
+    c: Tensor,
+    r: Tensor,
+    rc: Tensor | None,
+    rr: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    native, per_pair, extremes, won, lost, metrics = given
+    d_c, d_r = torch.empty_like(c), torch.empty_like(c)
+    loss = torch.empty_like(c) if per_pair else c.new_empty(())
+    native.run(c, r, rc, rr, per_pair, loss, d_c, d_r, won, lost, metrics, extremes)
+    return loss, (d_c, d_r)

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine import preference as ops
-from fastloss.losses import linear_sequences, pairs
-from fastloss.losses.preference import PreferenceOutput, constant, given_pairs, parse, reference_logps
+from fastloss.engine import head_groups as groups
+from fastloss.engine.autograd import segment_sum
+from fastloss.engine.contract import Backend
+from fastloss.losses import pair_terms
+from fastloss.losses.pair_terms import (
+    SORTED,
+    PairBatch,
+    PreferenceOptions,
+    PreferenceSpec,
+    constant,
+    pair_batch,
+    parse_options,
+    reference_logps,
+)
+from fastloss.losses.preference import PreferenceOutput
+from fastloss.losses.token_stats import row_options
+from fastloss.tables import Number
 
-Number = float | Tensor
+_OUTPUTS = ("chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", "sums", "likelihood")
 
 
 def linear_preference_loss(
@@ -87,34 +102,27 @@ def linear_preference_loss(
     (tensor([-2.7726]), tensor([-1.3863]))
     """
     checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
-    o = parse(
-        loss_type,
-        loss_weights,
-        f_divergence_type,
-        f_alpha_divergence_coef,
-        discopop_tau,
-        bco_delta,
-        simpo_gamma,
-        simpo_alpha,
-        length_normalized,
-        average_rewards,
+    o = parse_options(
+        PreferenceSpec(
+            loss_type=loss_type if isinstance(loss_type, str) else tuple(loss_type),
+            loss_weights=None if loss_weights is None else tuple(loss_weights),
+            f_divergence_type=f_divergence_type,
+            f_alpha_divergence_coef=f_alpha_divergence_coef,
+            discopop_tau=discopop_tau,
+            bco_delta=bco_delta,
+            simpo_gamma=simpo_gamma,
+            simpo_alpha=simpo_alpha,
+            length_normalized=length_normalized,
+            average_rewards=average_rewards,
+        )
     )
-    x = linear_sequences.operands(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        cu_seqlens,
-        2,
-        ignore_index,
-        temperature,
-        logit_scale,
-        softcap,
-        chunk_size,
+    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    x = groups.check_grouped_head(
+        input, linear_weight, target, linear_bias, cu_seqlens, options, chunk_size, width=2
     )
-    linear_sequences.check_reference(input, ref_input, ref_weight, ref_bias)
-    lengths = x.layout.segments.lengths
-    count, acc, device = x.layout.groups, lengths.dtype, input.device
+    groups.check_reference(input, ref_input, ref_weight, ref_bias)
+    lengths = x.rows.tokens.lengths
+    count, acc, device = x.rows.groups, lengths.dtype, input.device
     if ref_input is not None:
         if ref_chosen_logps is not None or ref_rejected_logps is not None:
             raise ValueError("ref_chosen_logps: expected None beside ref_input, got a tensor")
@@ -124,76 +132,86 @@ def linear_preference_loss(
         ref_chosen_logps, ref_rejected_logps = reference_logps(
             o, reference_free, ref_chosen_logps, ref_rejected_logps
         )
-    if use_weighting and (weights is not None or o.has(*pairs.SORTED)):
+    if use_weighting and (weights is not None or o.has(*SORTED)):
         raise ValueError(
             "use_weighting: expected False with weights, or with loss_type 'aot' or 'aot_unpaired'"
         )
-    given = given_pairs(
+    pairs = pair_batch(
         o, count, acc, device, (lengths[0::2], lengths[1::2]), beta, label_smoothing, margin, weights
     )
     if ld_alpha is not None:
         ld_alpha = checks.number("ld_alpha", ld_alpha, low=0.0, high=1.0)
     rc = constant("ref_chosen_logps", ref_chosen_logps, count, acc, device)
     rr = constant("ref_rejected_logps", ref_rejected_logps, count, acc, device)
-    how = linear_sequences.route(
-        "linear_preference_loss",
-        x,
-        backend,
-        coupled=reduction == "none" or o.has(*pairs.SORTED),
-        ref=ref_input is not None and not reference_free,
+    with_ref = ref_input is not None and not reference_free
+    plan = groups.plan_groups(
+        "linear_preference_loss", x, backend, coupled=reduction == "none" or o.has(*SORTED), ref=with_ref
     )
-    rows = how.rows
-
     tails = None
     if ld_alpha is not None:
         shared = torch.minimum(lengths[0::2], lengths[1::2]).repeat_interleave(2)
-        tails = x.layout.segments.tails(shared, ld_alpha)
-    if ref_input is not None and not reference_free:
-        assert ref_weight is not None
-        ref = linear_sequences.reference_sums(x, ref_input, ref_weight, ref_bias, rows, tails, backend)
+        tails = x.rows.tokens.tail_weights(shared, ld_alpha)
+    if with_ref:
+        assert ref_input is not None and ref_weight is not None
+        ref = groups.reference_sums(plan.call, x, ref_input, ref_weight, ref_bias, tails)
         rc, rr = ref[0::2].contiguous(), ref[1::2].contiguous()
-    given = checks.replaced(given, rc=rc, rr=rr)
-    if how.fused and given.lc is not None:
-        given = checks.replaced(given, share=given.lc.mean())
+    constants = replace(pairs.constants, ref_chosen=rc, ref_rejected=rr)
+    pairs = replace(pairs, constants=constants)
+    if plan.fused and constants.chosen_lengths is not None:
+        pairs = replace(pairs, mean_tokens=constants.chosen_lengths.mean())
 
-    def contrast(
-        logprob: Tensor, stats: dict[str, Tensor], span: tuple[int, int], group: tuple[int, int]
+    loss = _PairsOfHead(x, pairs, o, reduction, tails, use_weighting, part_by_part=plan.fused)
+    want = ("logprobs", *(("log_sum_sq_probs",) if use_weighting else ()))
+    if token_metrics:
+        want = (*want, *groups.METRIC_STATS)
+    total = max(count, 1) if reduction == "mean" else 1
+    value, out = groups.evaluate(x, plan, loss, want, _OUTPUTS, total)
+    c, r = out["chosen_logps"], out["rejected_logps"]
+    metrics = pair_terms.metrics(out["sums"].sum(0), c, r, out["likelihood"], pairs, o)
+    if token_metrics:
+        chosen = (torch.arange(2 * count, device=device, dtype=torch.int64) % 2 == 0).to(acc)
+        metrics.update(groups.token_metrics(out, x, plan.call.backend, chosen))
+    return PreferenceOutput(value, out["chosen_rewards"], out["rejected_rewards"], c, r, metrics)
+
+
+@dataclass(frozen=True)
+class _PairsOfHead:
+    """The contrast of some pairs, from the log-probs of their tokens."""
+
+    x: groups.GroupedHead
+    pairs: PairBatch
+    options: PreferenceOptions
+    reduction: str
+    tails: Tensor | None
+    use_weighting: bool
+    part_by_part: bool
+
+    def of_groups(
+        self,
+        backend: Backend,
+        logprobs: Tensor,
+        stats: dict[str, Tensor],
+        rows: tuple[int, int],
+        groups: tuple[int, int],
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of the pairs [first, last), whose tokens are the rows [start, stop)."""
-        (start, stop), (first, last) = span, group
-        offsets, sequences = x.layout.offsets(first, last, start), 2 * (last - first)
-        mine = given.part(first, last) if how.fused else given
-
-        def total(values: Tensor, weights: Tensor | None = None) -> Tensor:
-            return ops.segment_sum(rows, values, weights, offsets, 0, sequences)
-
-        plain = None
-        logps = total(logprob, None if tails is None else tails[start:stop])
-        if tails is not None and o.has("sft"):
-            plain = total(logprob)[0::2]
-        if use_weighting:
-            aligned = total((logprob - stats["log_sum_sq_probs"].to(acc)).detach())
-            mean = aligned / lengths[2 * first : 2 * last].clamp(min=1)
-            mine = checks.replaced(mine, weight=(mean[0::2] + mean[1::2]).exp())
+        (start, stop), (first, last), o = rows, groups, self.options
+        layout = self.x.rows.part(first, last, start, stop)
+        pairs = self.pairs.part(first, last) if self.part_by_part else self.pairs
+        likelihood = None  # Σ log p of the sft term, which LD-DPO's weights leave alone
+        weights = None if self.tails is None else self.tails[start:stop]
+        logps = segment_sum(backend, logprobs, weights, layout)
+        if self.tails is not None and o.has("sft"):
+            likelihood = segment_sum(backend, logprobs, None, layout)[0::2]
+        if self.use_weighting:
+            lengths = self.x.rows.tokens.lengths
+            aligned = (logprobs - stats["log_sum_sq_probs"].to(lengths.dtype)).detach()
+            mean = segment_sum(backend, aligned, None, layout) / lengths[2 * first : 2 * last].clamp(min=1)
+            weight = (mean[0::2] + mean[1::2]).exp()
+            pairs = replace(pairs, constants=replace(pairs.constants, weight=weight))
         c, r = logps[0::2], logps[1::2]
-        loss, won, lost, sums = pairs.contrast(rows, c, r, plain, mine, o, reduction)
-        out = {"won": won, "lost": lost, "c": c, "r": r, "sums": sums.reshape(1, -1)}
-        out["plain"] = c if plain is None else plain
-        return loss, {name: value.detach() for name, value in out.items()}
-
-    want = ("logprob", *(("log_sum_sq_probs",) if use_weighting else ()))
-    if token_metrics:
-        want = (*want, *linear_sequences.METRIC_STATS)
-    names = ("won", "lost", "c", "r", "sums", "plain")
-    loss, out = linear_sequences.evaluate(
-        x, how, contrast, want, names, max(count, 1) if reduction == "mean" else 1
-    )
-    c, r = out["c"], out["r"]
-    metrics = pairs.metrics(out["sums"].sum(0), c, r, out["plain"], given, o)
-    if token_metrics:
-        chosen = (torch.arange(2 * count, device=device) % 2 == 0).to(acc)
-        metrics.update(linear_sequences.token_metrics(out, x, rows, chosen))
-    return PreferenceOutput(loss, out["won"], out["lost"], c, r, metrics)
+        loss, won, lost, sums = pair_terms.contrast(backend, c, r, likelihood, pairs, o, self.reduction)
+        values = (won, lost, c, r, sums.reshape(1, -1), c if likelihood is None else likelihood)
+        return loss, {name: x.detach() for name, x in zip(_OUTPUTS, values, strict=True)}
 
 
 def linear_dpo_loss(input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any) -> PreferenceOutput:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.losses.preference import Number, PreferenceOutput, preference_loss
+from fastloss.losses.preference import PreferenceOutput, preference_loss
+from fastloss.tables import Number
 
 
 def dpo_loss(

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss.engine import checks, plain_pairs
-from fastloss.engine import preference as ops
-from fastloss.engine.checks import ShapeError
-from fastloss.engine.native_rows import acc_dtype
-from fastloss.engine.pair_call import PairCall
-from fastloss.losses import pairs
+from fastloss.engine import checks
+from fastloss.engine.backend import resolve_call
+from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.native import DirectPairs
 from fastloss.losses.cross_entropy import cross_entropy
-from fastloss.losses.preference import Number, choose, constant, per_pair
+from fastloss.losses.pair_terms import CODES, constant, launch_pairs, per_pair
+from fastloss.losses.preference import direct_pairs, is_direct_pairs
+from fastloss.tables import Number, PairConstants, PairOptions
 
 
 class RewardOutput(NamedTuple):
@@ -62,11 +62,9 @@ def reward_model_loss(
     """
     checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
     numbers = label_smoothing, 0.0 if margin is None else margin, center_coefficient
-    if weights is None and plain_pairs.is_plain(
-        chosen_rewards, rejected_rewards, None, None, numbers, backend
-    ):
-        loss, _, _, values = plain_pairs.plain_pair_loss(
-            _ready(reduction, chosen_rewards.shape[0], *numbers),
+    if weights is None and is_direct_pairs(chosen_rewards, rejected_rewards, None, None, numbers, backend):
+        loss, _, _, values = direct_pairs(
+            _direct_options(reduction, chosen_rewards.shape[0], *numbers),
             chosen_rewards,
             rejected_rewards,
             per_pair=reduction == "none",
@@ -82,16 +80,16 @@ def reward_model_loss(
     acc, device = acc_dtype(chosen_rewards.dtype), chosen_rewards.device
     c, r = chosen_rewards.to(acc).reshape(-1), rejected_rewards.to(acc).reshape(-1)
     count = c.shape[0]
-    terms = _terms(reduction, count, center_coefficient)
-    call = PairCall(
-        terms,
+    options = PairOptions(
+        terms=_terms(reduction, count, center_coefficient),
         beta=1.0,
         smoothing=per_pair("label_smoothing", label_smoothing, count, acc, device, 0.0, 1.0),
         margin=per_pair("margin", 0.0 if margin is None else margin, count, acc, device),
-        weight=constant("weights", weights, count, acc, device),
     )
-    rows = choose("reward_model_loss", backend, c, r)
-    loss, _, _, sums = ops.pair_loss(rows, c, r, None, call, reduction == "none")
+    constants = PairConstants(weight=constant("weights", weights, count, acc, device))
+    call = resolve_call("reward_model_loss", backend, c, r, has_operators=False)
+    call.announce()
+    loss, _, _, sums = launch_pairs(call.backend, c, r, None, constants, options, reduction == "none")
     means = (sums / max(count, 1)).unbind()
     with torch.no_grad():
         lowest = highest = means[0]
@@ -101,18 +99,25 @@ def reward_model_loss(
         return RewardOutput(loss, _named(means[1:5], lowest, highest))
 
 
-def _terms(reduction: str, count: int, center_coefficient: float) -> list[tuple[int, float]]:
+def _terms(reduction: str, count: int, center_coefficient: float) -> tuple[tuple[int, float], ...]:
     scale = 1.0 / max(count, 1) if reduction == "mean" else 1.0
     center = checks.number("center_coefficient", center_coefficient, low=0.0)
-    terms = [(pairs.CODES["sigmoid"], scale)]
-    return [*terms, (pairs.CODES["center"], center * scale)] if center else terms
+    sigmoid = (CODES["sigmoid"], scale)
+    return (sigmoid, (CODES["center"], center * scale)) if center else (sigmoid,)
 
 
 @functools.lru_cache(maxsize=64, typed=True)
-def _ready(reduction: str, count: int, smoothing: float, margin: float, center_coefficient: float) -> Any:
-    smoothing = checks.number("label_smoothing", smoothing, low=0.0, high=1.0)
-    margin = checks.number("margin", margin)
-    return plain_pairs.options(_terms(reduction, count, center_coefficient), 1.0, smoothing, margin)
+def _direct_options(
+    reduction: str, count: int, smoothing: float, margin: float, center_coefficient: float
+) -> DirectPairs:
+    return DirectPairs(
+        PairOptions(
+            terms=_terms(reduction, count, center_coefficient),
+            beta=1.0,
+            smoothing=checks.number("label_smoothing", smoothing, low=0.0, high=1.0),
+            margin=checks.number("margin", margin),
+        )
+    )
 
 
 def _named(means: Sequence[Tensor], lowest: Tensor, highest: Tensor) -> dict[str, Tensor]:

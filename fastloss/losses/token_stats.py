@@ -2,20 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import backend as dispatch
-from fastloss.engine import checks, head, linear
-from fastloss.engine import token_stats as ts
-from fastloss.engine.calls import check_linear, compiled_backend, compute_dtype, is_traced, refuse_inplace
+from fastloss.engine import checks, compile_ops
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import new_gradient, once_differentiable, refuse_inplace
+from fastloss.engine.backend import check_targets, resolve_call
 from fastloss.engine.checks import ShapeError
+from fastloss.engine.coefficients import of_upstream
+from fastloss.engine.contract import Backend
 from fastloss.engine.head import Needs
-from fastloss.engine.native_rows import STATS
-from fastloss.losses.token_stats_type import ENGINE_NAMES, TokenStats, from_engine
+from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
+from fastloss.tables import DIFFERENTIABLE_STATS, STATS, STATS_WITHOUT_TARGET, RowOptions
 
-NO_TARGET = ("entropy", "logsumexp", "log_sum_sq_probs", "mean_logits")
+
+class TokenStats(NamedTuple):
+    """Statistics per token, float32 (float64 for float64 input) of shape ``[...]``; None where not asked for."""
+
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
+    """Of what a kernel wrote: those that are wanted, is_top1 as bool."""
+    return TokenStats(
+        *[
+            None if name not in want else out[name].bool() if name == "is_top1" else out[name]
+            for name in TokenStats._fields
+        ]
+    )
 
 
 def token_stats(
@@ -55,40 +78,29 @@ def token_stats(
     if logits.dim() < 1:
         raise ShapeError("logits: expected at least 1 dimension, got a 0-d tensor")
     lead, vocab = logits.shape[:-1], logits.shape[-1]
-    want = _check_outputs(outputs, target)
+    want = _wanted(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), logits.device)
-    scale = _scale(temperature, logit_scale)
-    cap = checks.softcap_value(softcap)
+    options = row_options(temperature, logit_scale, softcap, ignore_index)
     rows = logits.reshape(-1, vocab)
     flat = None if target is None else target.reshape(-1).contiguous()
-    traced = is_traced(logits)
-    if traced:
-        name, adapter = compiled_backend(backend, logits.device.type, logits.dtype), None
-    else:
-        name, adapter, _ = choice = dispatch.choose(
-            backend, logits, unsupported=dispatch.tracing_reason(logits, target)
-        )
-        dispatch.announce("token_stats", choice, inplace=inplace)
-        _check_targets(flat, vocab, ignore_index)
-    if name == "reference":
-        out = reference.token_stats(rows, flat, scale=scale, softcap=cap or None, ignore_index=ignore_index)
-        return _select(out, outputs, lead)
+    call = resolve_call("token_stats", backend, logits, target)
+    call.announce(inplace=inplace)
+    check_targets(flat, vocab, ignore_index)
+    if call.by_definition:
+        out = reference.token_stats(rows, flat, **_transform(options))
+        return _shaped({name: out[name] for name in want}, want, lead)
     if vocab == 0:
         raise ShapeError("logits: expected at least one class, got 0")
     if rows.stride(1) != 1 and vocab > 1:
         rows = rows.contiguous()
-    elif inplace and not traced:
+    elif inplace and not call.traced:
         refuse_inplace(rows)
-    if traced:
-        from fastloss.engine import library
-
-        values = library.token_stats(rows, flat, ignore_index, scale, cap, ",".join(want), name)
-        stats = from_engine(dict(zip(STATS, values, strict=True)), want)
-    else:
-        call = ts.StatsCall(adapter, ignore_index, scale, cap, inplace, want)
-        stats = from_engine(dict(zip(want, ts.TokenStatsFunction.apply(rows, flat, call), strict=True)), want)
-    return TokenStats(*(None if s is None else s.reshape(lead) for s in stats))
+    if call.traced:
+        values = compile_ops.token_stats(rows, flat, options, want, call.backend.name)
+        return _shaped(dict(zip(STATS, values, strict=True)), want, lead)
+    values = TokenStatistics.apply(rows, flat, call.backend, options, want, inplace)
+    return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
 
 def linear_token_stats(
@@ -119,87 +131,39 @@ def linear_token_stats(
     >>> fastloss.linear_token_stats(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([2])).logprobs
     tensor([-1.3863])
     """
-    checks.is_floating("input", input)
-    checks.is_floating("linear_weight", linear_weight)
-    if input.dim() < 1 or linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
-        raise ShapeError(
-            f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}"
-        )
+    hidden = heads.check_head(input, linear_weight, linear_bias)
     lead, vocab = input.shape[:-1], linear_weight.shape[0]
-    hidden = input.reshape(-1, input.shape[-1])
-    check_linear(hidden, linear_weight, linear_bias)
-    want = _check_outputs(outputs, target)
+    want = _wanted(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
     checks.chunk_size_value(chunk_size)
-    scale = _scale(temperature, logit_scale)
-    cap = checks.softcap_value(softcap)
+    options = row_options(temperature, logit_scale, softcap, ignore_index)
     flat = None if target is None else target.reshape(-1).contiguous()
-    dtype = compute_dtype(input)
-    traced = is_traced(input)
-    if traced:
-        name, adapter = compiled_backend(backend, input.device.type, dtype), None
-    else:
-        name, adapter, _ = choice = dispatch.choose(
-            backend, input, unsupported=dispatch.tracing_reason(input, linear_weight, linear_bias, target)
+    dtype = heads.compute_dtype(input)
+    call = resolve_call("linear_token_stats", backend, input, linear_weight, linear_bias, target, dtype=dtype)
+    if call.traced and not call.by_definition:
+        values = compile_ops.linear_token_stats(
+            hidden, linear_weight, linear_bias, flat, options, want, dtype, chunk_size, call.backend.name
         )
-        computed = head.count_kept(hidden.shape[0], flat, ignore_index)
-        on = torch.is_grad_enabled()
-        needs = Needs(
-            on and input.requires_grad,
-            on and linear_weight.requires_grad,
-            linear_bias is not None and on and linear_bias.requires_grad,
-        )
-        chunk = min(chunk_size or head.default_chunk(computed, vocab, dtype, input.device), max(computed, 1))
-        chunk_of_backward = linear.chunk_of_rows(name, dtype, linear_weight, computed, needs, chunk_size)
-        ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
-        dispatch.announce(
-            "linear_token_stats",
-            choice,
-            **(
-                {}
-                if name == "reference"
-                else linear.plan(
-                    hidden, linear_weight, dtype, chunk, computed, needs, bool(needs) and not ahead
-                )
-            ),
-        )
-        _check_targets(flat, vocab, ignore_index)
-    if name == "reference":
+        return _shaped(dict(zip(STATS, values, strict=True)), want, lead)
+    if call.by_definition:
+        call.announce()
+        check_targets(flat, vocab, ignore_index)
         out = reference.linear_token_stats(
-            hidden,
-            linear_weight,
-            flat,
-            linear_bias=linear_bias,
-            scale=scale,
-            softcap=cap or None,
-            ignore_index=ignore_index,
+            hidden, linear_weight, flat, linear_bias=linear_bias, **_transform(options)
         )
-        return _select(out, outputs, lead)
-    if traced:
-        from fastloss.engine import library
-
-        values = library.linear_token_stats(
-            hidden,
-            linear_weight,
-            linear_bias,
-            flat,
-            ignore_index,
-            scale,
-            cap,
-            ",".join(want),
-            dtype,
-            chunk_size or 0,
-            name,
-        )
-        stats = from_engine(dict(zip(STATS, values, strict=True)), want)
-    else:
-        call = ts.StatsCall(adapter, ignore_index, scale, cap, False, want)
-        result = linear.LinearTokenStats.apply(
-            hidden, linear_weight, linear_bias, flat, call, dtype, chunk, chunk_of_backward, needs
-        )
-        stats = from_engine(dict(zip(want, result, strict=True)), want)
-    return TokenStats(*(None if s is None else s.reshape(lead) for s in stats))
+        return _shaped({name: out[name] for name in want}, want, lead)
+    head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype)
+    needs = heads.needs_of(input, linear_weight, linear_bias)
+    rows = heads.count_kept(hidden.shape[0], flat, ignore_index)
+    schedule = heads.chunked(rows, vocab, dtype, input.device, chunk_size)
+    backward = heads.schedule_of(head, rows, needs, chunk_size)
+    ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
+    call.announce(**schedule.details(head, rows, needs, bool(needs) and not ahead))
+    check_targets(flat, vocab, ignore_index)
+    run = StatsRun(call.backend, options, want, dtype, schedule, backward, needs)
+    values = LinearTokenStatistics.apply(hidden, linear_weight, linear_bias, flat, run)
+    return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
 
 def selective_log_softmax(
@@ -220,7 +184,7 @@ def selective_log_softmax(
     checks.is_floating("logits", logits)
     checks.is_tensor("index", index)
     if index.dim() == logits.dim() and index.shape[:-1] == logits.shape[:-1]:
-        scale = _scale(temperature, 1.0)
+        scale = row_options(temperature, 1.0, None, 0).scale
         checks.index_target("index", index, tuple(index.shape), logits.device)
         if index.device.type == "cpu" and not torch.compiler.is_compiling():
             checks.reject_bad_targets(index, logits.shape[-1], 0)
@@ -247,27 +211,69 @@ def entropy_from_logits(logits: Tensor, *, backend: str = "auto") -> Tensor:
     return out
 
 
-def _check_outputs(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
+def row_options(
+    temperature: float, logit_scale: float, softcap: float | None, ignore_index: int
+) -> RowOptions:
+    """From raw logits to those of the statistics, checked."""
+    scale = checks.number("logit_scale", logit_scale) / checks.number(
+        "temperature", temperature, low=0.0, open_low=True
+    )
+    return RowOptions(ignore_index=ignore_index, scale=scale, softcap=checks.softcap_value(softcap))
+
+
+def _transform(options: RowOptions) -> dict[str, Any]:
+    return {
+        "scale": options.scale,
+        "softcap": options.softcap or None,
+        "ignore_index": options.ignore_index,
+    }
+
+
+def _wanted(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
     if isinstance(outputs, str) or not outputs:
         raise ValueError(f"outputs: expected a tuple of names, got {outputs!r}")
     for name in outputs:
         checks.is_one_of("outputs", name, TokenStats._fields)
-        if target is None and name not in NO_TARGET:
+        if target is None and name not in STATS_WITHOUT_TARGET:
             raise ValueError(f"target: expected a tensor for outputs={name!r}, got None")
-    return tuple(dict.fromkeys(ENGINE_NAMES.get(name, name) for name in outputs))
+    return tuple(dict.fromkeys(outputs))
 
 
-def _scale(temperature: float, logit_scale: float) -> float:
-    return checks.number("logit_scale", logit_scale) / checks.number(
-        "temperature", temperature, low=0.0, open_low=True
-    )
+def _shaped(out: dict[str, Tensor], want: tuple[str, ...], lead: torch.Size) -> TokenStats:
+    return TokenStats(*(None if s is None else s.reshape(lead) for s in stats_from(out, want)))
 
 
-def _check_targets(target: Tensor | None, vocab: int, ignore_index: int) -> None:
-    if target is not None and (target.device.type == "cpu" or dispatch.targets_are_validated()):
-        if dispatch.tracing_reason(target) == "":
-            checks.reject_bad_targets(target, vocab, ignore_index)
+class TokenStatistics(torch.autograd.Function):
+    """(logits, target) -> the wanted statistics; logprobs, entropy and logsumexp carry gradients."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor | None,
+        backend: Backend,
+        options: RowOptions,
+        want: tuple[str, ...],
+        inplace: bool,
+    ) -> Any:
+        out = backend.row_stats(logits, target, options, want=heads.with_logsumexp(want))
+        ctx.call = backend, options, want, inplace
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, out["logsumexp"], out.get("entropy"))
+        ctx.mark_non_differentiable(*[out[n] for n in want if n not in DIFFERENTIABLE_STATS])
+        return tuple(out[name] for name in want)
 
-def _select(out: dict[str, Tensor], outputs: tuple[str, ...], lead: torch.Size) -> TokenStats:
-    return TokenStats(**{name: out[name].reshape(lead) for name in outputs})
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        backend, options, want, inplace = ctx.call
+        logits, target, lse, entropy = ctx.saved_tensors
+        none = (None,) * 5
+        if all(g is None for g in upstream):
+            return (None, *none)
+        k = of_upstream(want, upstream, entropy, lse.dtype)
+        out = logits.detach() if inplace else new_gradient(logits.shape, logits.dtype, logits.device)
+        backend.row_grad(logits, target, options, logsumexp=lse, coefficients=k, out=out)
+        if inplace:
+            torch.autograd.graph.increment_version(logits)
+        return (out, *none)

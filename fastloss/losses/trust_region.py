@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastloss import reference
 from fastloss.engine import checks
-from fastloss.engine.native_rows import acc_dtype
-from fastloss.losses.policy_batch import check_like, flat_mask, flat_offsets
-from fastloss.losses.policy_options import MAX_LOG_RATIO
+from fastloss.engine.checks import acc_dtype
+from fastloss.engine.sequences import Sequences, flat_mask, layout_of
+from fastloss.losses.policy_inputs import check_like
+from fastloss.tables import MAX_LOG_RATIO
 
 STATISTICS = ("ratio", "k2", "k3", "tv", "binary_kl")
 LEVELS = ("token", "seq_mean", "seq_sum", "seq_max")
@@ -66,14 +66,13 @@ def trust_region_mask(
         raise ValueError(
             "level: expected 'token', 'seq_mean' or 'seq_sum' for statistic='ratio', got 'seq_max'"
         )
-    offsets, length, count = flat_offsets("old_logprobs", old_logprobs, cu_seqlens)
+    layout = layout_of("old_logprobs", old_logprobs, cu_seqlens)
     keep = flat_mask(mask, old_logprobs).bool()
     acc = acc_dtype(old_logprobs.dtype)
     old, sampler = (x.detach().reshape(-1).to(acc) for x in (old_logprobs, sampler_logprobs))
     values = torch.where(keep & ~sampler.isnan(), _divergence(statistic, old, sampler), 0)
     if level != "token":
-        sequences = reference.Sequences(offsets, length, count, values.numel(), values.device)
-        values = sequences.expand(_reduce(level, values, keep, sequences))
+        values = layout.expand(_reduce(level, values, keep, layout))
     if statistic == "ratio":
         values = values.exp()
     return (keep & (values >= low) & (values <= high)).view(old_logprobs.shape)
@@ -92,15 +91,15 @@ def _divergence(statistic: str, old: Tensor, sampler: Tensor) -> Tensor:
     return 0.5 * t.square() if statistic == "k2" else t.expm1() - t
 
 
-def _reduce(level: str, values: Tensor, keep: Tensor, sequences: reference.Sequences) -> Tensor:
+def _reduce(level: str, values: Tensor, keep: Tensor, layout: Sequences) -> Tensor:
     """Per sequence; 0 of one without unmasked tokens.  # [count]"""
     if level == "seq_max":
-        if sequences.offsets is None:
-            rows = values.reshape(sequences.count, sequences.length)
-            return rows.amax(-1) if sequences.length else rows.sum(-1)
-        zeros = torch.zeros(sequences.count, dtype=values.dtype, device=values.device)
-        return zeros.scatter_reduce(0, sequences.ids, values, "amax")
-    total = sequences.sum(values)
+        if layout.offsets is None:
+            rows = values.reshape(layout.count, layout.length)
+            return rows.amax(-1) if layout.length else rows.sum(-1)
+        zeros = torch.zeros(layout.count, dtype=values.dtype, device=values.device)
+        return zeros.scatter_reduce(0, layout.ids, values, "amax")
+    total = layout.sum(values)
     if level == "seq_sum":
         return total
-    return total / sequences.sum(keep.to(values.dtype)).clamp(min=1)
+    return total / layout.sum(keep.to(values.dtype)).clamp(min=1)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine import preference as ops
-from fastloss.engine import sequences as segments
-from fastloss.engine.checks import ShapeError
-from fastloss.engine.native_rows import acc_dtype
-from fastloss.losses import linear_sequences
-from fastloss.losses.preference import choose, constant
-from fastloss.reference.preference import UNPAIRED_TERMS
+from fastloss.engine import head_groups as groups
+from fastloss.engine.autograd import once_differentiable, segment_sum
+from fastloss.engine.backend import resolve_call
+from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.contract import Backend
+from fastloss.engine.sequences import tokens_of
+from fastloss.losses.pair_terms import constant
+from fastloss.losses.token_stats import row_options
+from fastloss.tables import UNPAIRED_TERMS, UnpairedConstants, UnpairedOptions
 
 
 class UnpairedOutput(NamedTuple):
@@ -80,7 +84,7 @@ def kto_loss(
     tensor(0.5000)
     """
     checks.is_one_of("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
-    options = _Options(loss_type, beta, desirable_weight, undesirable_weight, reduction)
+    options = _checked(loss_type, beta, desirable_weight, undesirable_weight, reduction)
     return _unpaired(
         "kto_loss",
         options,
@@ -127,7 +131,7 @@ def bco_loss(
     >>> round(fastloss.bco_loss(logps, logps, torch.tensor([True, False])).loss.item(), 4)
     0.6931
     """
-    options = _Options("bco", beta, desirable_weight, undesirable_weight, reduction)
+    options = _checked("bco", beta, desirable_weight, undesirable_weight, reduction)
     return _unpaired(
         "bco_loss",
         options,
@@ -142,30 +146,38 @@ def bco_loss(
     )
 
 
+@dataclass(frozen=True)
 class _Options:
-    """The checked numbers of a call."""
+    """The checked options of a call."""
 
-    def __init__(self, name: str, beta: float, desirable: float, undesirable: float, reduction: str):
-        checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
-        self.name, self.code, self.reduction = name, UNPAIRED_TERMS.index(name), reduction
-        self.beta = checks.number("beta", beta, low=0.0, open_low=True)
-        self.good = checks.number("desirable_weight", desirable, low=0.0)
-        self.bad = checks.number("undesirable_weight", undesirable, low=0.0)
+    name: str  # of UNPAIRED_TERMS
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    reduction: str
 
-    def call(
-        self, desirable: Tensor, ref: Tensor | None, weight: Tensor | None, kl: Tensor | None, total: int
-    ) -> ops.UnpairedCall:
+    def of_batch(self, total: int) -> UnpairedOptions:
+        """What the kernels are given: the mean's divisor is in the weights."""
         scale = 1.0 / max(total, 1) if self.reduction == "mean" else 1.0
-        return {
-            "desirable": desirable,
-            "ref": ref,
-            "weight": weight,
-            "kl": kl,
-            "code": self.code,
-            "beta": self.beta,
-            "desirable_weight": self.good * scale,
-            "undesirable_weight": self.bad * scale,
-        }
+        return UnpairedOptions(
+            term=UNPAIRED_TERMS.index(self.name),
+            beta=self.beta,
+            desirable_weight=self.desirable_weight * scale,
+            undesirable_weight=self.undesirable_weight * scale,
+        )
+
+
+def _checked(
+    name: str, beta: float, desirable_weight: float, undesirable_weight: float, reduction: str
+) -> _Options:
+    checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
+    return _Options(
+        name=name,
+        beta=checks.number("beta", beta, low=0.0, open_low=True),
+        desirable_weight=checks.number("desirable_weight", desirable_weight, low=0.0),
+        undesirable_weight=checks.number("undesirable_weight", undesirable_weight, low=0.0),
+        reduction=reduction,
+    )
 
 
 def _unpaired(
@@ -183,29 +195,65 @@ def _unpaired(
     checks.is_floating("logps", logps)
     acc = acc_dtype(logps.dtype)
     x = logps.to(acc)
-    where = None
+    tokens = None
     if logps.dim() != 1 or cu_seqlens is not None:
-        where = segments.of_tokens("", x, mask, cu_seqlens, acc)
+        tokens = tokens_of("", x, mask, cu_seqlens, acc)
     elif mask is not None:
         raise ShapeError(f"mask: expected token log-probs [B, T], got logps of shape {list(logps.shape)}")
-    count = x.shape[0] if where is None else where.sequences
+    count = x.shape[0] if tokens is None else tokens.layout.count
     good = _labels(desirable, count, x.device)
     weight = constant("weights", weights, count, acc, x.device)
     kl = shift(acc, x.device)
-    rows = choose(function, backend, x, ref_logps)
-    if where is not None:
-        x = where.sum(rows, x)
-    if ref_logps is None or where is None or ref_logps.shape != logps.shape:
+    call = resolve_call(function, backend, x, ref_logps, has_operators=False)
+    call.announce()
+    if tokens is not None:
+        x = groups.sum_tokens(call.backend, tokens, x)
+    if ref_logps is None or tokens is None or ref_logps.shape != logps.shape:
         ref = constant("ref_logps", ref_logps, count, acc, x.device)
     else:
-        ref = where.sum(rows, ref_logps.detach().to(acc))
+        ref = groups.sum_tokens(call.backend, tokens, ref_logps.detach().to(acc))
     if kl is None and o.name == "bco":
         ratio = x.detach() if ref is None else x.detach() - ref
         kl = (o.beta * ratio.sum() / max(count, 1)).reshape(1)
-    loss, rewards, sums = ops.unpaired_loss(
-        rows, x, o.call(good, ref, weight, kl, count), o.reduction == "none"
-    )
+    constants = UnpairedConstants(desirable=good, ref=ref, weight=weight, kl=kl)
+    loss, rewards, sums = _launch(call.backend, x, constants, o.of_batch(count), o.reduction == "none")
     return UnpairedOutput(loss, rewards, x.detach(), _metrics(o, sums, count, kl))
+
+
+class _UnpairedLoss(torch.autograd.Function):
+    """(logps) -> loss of each response, or their sum; the gradient is made in the forward, in one launch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logps: Tensor, launch: Callable[[Tensor], Any], per_response: bool, rest: list[Tensor]
+    ) -> Tensor:
+        out = launch(logps)
+        rest.extend((out.reward, out.sums))  # without a gradient
+        ctx.save_for_backward(out.d_logps)
+        return out.loss if per_response else out.sums[0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return ctx.saved_tensors[0] * upstream, None, None, None
+
+
+def _launch(
+    backend: Backend,
+    logps: Tensor,
+    constants: UnpairedConstants,
+    options: UnpairedOptions,
+    per_response: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch: (loss of each response, or their sum; rewards; sums)."""
+    if backend.differentiable:
+        out = backend.unpaired_loss(logps, constants, options)
+        return out.loss if per_response else out.loss.sum(), out.reward, out.sums
+    rest: list[Tensor] = []
+    loss = _UnpairedLoss.apply(
+        logps, lambda x: backend.unpaired_loss(x, constants, options), per_response, rest
+    )
+    return loss, rest[0], rest[1]
 
 
 def _metrics(o: _Options, sums: Tensor, count: int, kl: Tensor | None) -> dict[str, Tensor]:
@@ -329,54 +377,62 @@ def linear_kto_loss(
     tensor([-4.1589, -4.1589])
     """
     checks.is_one_of("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
-    o = _Options(loss_type, beta, desirable_weight, undesirable_weight, reduction)
-    x = linear_sequences.operands(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        cu_seqlens,
-        1,
-        ignore_index,
-        temperature,
-        logit_scale,
-        softcap,
-        chunk_size,
+    o = _checked(loss_type, beta, desirable_weight, undesirable_weight, reduction)
+    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    x = groups.check_grouped_head(
+        input, linear_weight, target, linear_bias, cu_seqlens, options, chunk_size, width=1
     )
-    linear_sequences.check_reference(input, ref_input, ref_weight, ref_bias)
+    groups.check_reference(input, ref_input, ref_weight, ref_bias)
     if ref_input is not None and ref_logps is not None:
         raise ValueError("ref_logps: expected None beside ref_input, got a tensor")
-    count, acc = x.layout.groups, x.layout.segments.lengths.dtype
+    count, acc = x.rows.groups, x.rows.tokens.lengths.dtype
     good = _labels(desirable, count, input.device)
     weight = constant("weights", weights, count, acc, input.device)
     ref = constant("ref_logps", ref_logps, count, acc, input.device)
     shift = _kto_kl(loss_type, kl, kl_logps, ref_kl_logps, acc, input.device)
-    how = linear_sequences.route(
+    plan = groups.plan_groups(
         "linear_kto_loss", x, backend, coupled=reduction == "none", ref=ref_input is not None
     )
-    rows = how.rows
     if ref_input is not None:
         assert ref_weight is not None
-        ref = linear_sequences.reference_sums(x, ref_input, ref_weight, ref_bias, rows, None, backend)
-
-    def contrast(
-        logprob: Tensor, stats: dict[str, Tensor], span: tuple[int, int], group: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        first, last = group
-        offsets = x.layout.offsets(first, last, span[0])
-        logps = ops.segment_sum(rows, logprob, None, offsets, 0, last - first)
-        mine, pick = good[first:last], slice(first, last)
-        call = o.call(
-            mine, ref if ref is None else ref[pick], weight if weight is None else weight[pick], shift, count
-        )
-        loss, rewards, sums = ops.unpaired_loss(rows, logps, call, reduction == "none")
-        return loss, {"rewards": rewards, "logps": logps.detach(), "sums": sums.reshape(1, -1)}
-
-    want = ("logprob", *(linear_sequences.METRIC_STATS if token_metrics else ()))
-    loss, out = linear_sequences.evaluate(
-        x, how, contrast, want, ("rewards", "logps", "sums"), max(count, 1) if reduction == "mean" else 1
-    )
+        ref = groups.reference_sums(plan.call, x, ref_input, ref_weight, ref_bias, None)
+    constants = UnpairedConstants(desirable=good, ref=ref, weight=weight, kl=shift)
+    loss = _ResponsesOfHead(x, constants, o, count)
+    want = ("logprobs", *(groups.METRIC_STATS if token_metrics else ()))
+    total = max(count, 1) if reduction == "mean" else 1
+    value, out = groups.evaluate(x, plan, loss, want, ("rewards", "logps", "sums"), total)
     metrics = _metrics(o, out["sums"].sum(0), count, shift)
     if token_metrics:
-        metrics.update(linear_sequences.token_metrics(out, x, rows, good.to(acc)))
-    return UnpairedOutput(loss, out["rewards"], out["logps"], metrics)
+        metrics.update(groups.token_metrics(out, x, plan.call.backend, good.to(acc)))
+    return UnpairedOutput(value, out["rewards"], out["logps"], metrics)
+
+
+@dataclass(frozen=True)
+class _ResponsesOfHead:
+    """The terms of some responses, from the log-probs of their tokens."""
+
+    x: groups.GroupedHead
+    constants: UnpairedConstants
+    options: _Options
+    total: int
+
+    def of_groups(
+        self,
+        backend: Backend,
+        logprobs: Tensor,
+        stats: dict[str, Tensor],
+        rows: tuple[int, int],
+        groups: tuple[int, int],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        first, last = groups
+        logps = segment_sum(backend, logprobs, None, self.x.rows.part(first, last, *rows))
+        k = self.constants
+        constants = UnpairedConstants(
+            desirable=k.desirable[first:last],
+            ref=None if k.ref is None else k.ref[first:last],
+            weight=None if k.weight is None else k.weight[first:last],
+            kl=k.kl,
+        )
+        options, per_response = self.options.of_batch(self.total), self.options.reduction == "none"
+        loss, rewards, sums = _launch(backend, logps, constants, options, per_response)
+        return loss, {"rewards": rewards, "logps": logps.detach(), "sums": sums.reshape(1, -1)}

@@ -11,8 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastloss.engine import checks
-from fastloss.losses.policy_options import LEVELS, MAX_LOG_RATIO, SURROGATES, PolicyOptions
+from fastloss.tables import LEVELS, MAX_LOG_RATIO, SURROGATES, PolicyOptions
 
 LOG_SMALL = math.log(1e-8)
 
@@ -116,7 +115,7 @@ def log_weight(lr: Tensor, adv: Tensor, mask: Tensor, n: Tensor, seq: Sequences,
     if level == "sequence_sum":
         return seq.expand(seq.sum(lr).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     if level == "geometric":
-        bounded = lr.clamp(-o.log_low, o.log_high)
+        bounded = lr.clamp(-o.clip_low, o.clip_high)
         lr = torch.where(adv > 0, torch.minimum(lr, bounded), torch.maximum(lr, bounded)) * mask
     return seq.expand(seq.sum(lr) / n)
 
@@ -183,7 +182,7 @@ def policy_loss(
     sampler: Tensor | None = None,
     token_weight: Tensor | None = None,
     select: Tensor | None = None,
-    agg: Tensor | None = None,
+    share: Tensor | None = None,
     offsets: Tensor | None = None,
     length: int,
     count: int,
@@ -228,11 +227,10 @@ def policy_loss(
     if o.entropy_coef:
         loss = loss - o.entropy_coef * h
 
-    if agg is None:
+    if share is None:
         share, scale = shares(mask, n, seq, o.aggregation, o.max_length, normalizer)
     else:
         _, scale = shares(mask, n, seq, 0, 1.0, normalizer)
-        share = agg
     loss = scale * (share * torch.where(mask, loss, 0)).sum()
     with torch.no_grad():
         out = statistics(
@@ -258,11 +256,12 @@ def statistics(
     high = o.cispo_high if SURROGATES[o.surrogate] == "cispo" else 1 + o.clip_high
     below, above = (rho < 1 - o.clip_low), (rho > high)
     if LEVELS[o.level] == "geometric":
-        below, above = (lr < -o.log_low), (lr > o.log_high)
+        below, above = (lr < -o.clip_low), (lr > o.clip_high)
     dual = torch.zeros_like(mask)
     if SURROGATES[o.surrogate] == "clip" and o.dual_clip != math.inf:
         dual = (adv < 0) & (
-            clip(rho, adv, lr, None, checks.replaced(o, dual_clip=math.inf)) > -o.dual_clip * adv
+            -torch.minimum(rho.clamp(max=o.delta) * adv, rho.clamp(1 - o.clip_low, 1 + o.clip_high) * adv)
+            > -o.dual_clip * adv
         )
 
     def total(x: Tensor) -> Tensor:
