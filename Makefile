@@ -53,8 +53,9 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # On a machine with a GPU and no network: the Python that is active has torch, setuptools, pybind11, ninja, pytest.
+# STAGES="smoke tests" for some of them; tools/gpu/run.py --list names them.
 gpu:
-	PYTHON="$(PYTHON)" tools/gpu.sh
+	$(PYTHON) tools/gpu/run.py $(STAGES)
 
 wheel: setup
 	$(PIP) wheel --no-deps --no-build-isolation -w dist .
