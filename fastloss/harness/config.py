@@ -125,6 +125,12 @@ class TrainConfig(RunOptions, LossOptions, OptimisationOptions, ModelOptions, Da
         """Of all processes."""
         return self.batch_size * self.accumulate * processes.world()
 
+    def starts(self, step: int) -> list[int]:
+        """Where in the data this process's passes of a step begin. A pass of all processes reads rows that lie together,
+        so N processes with batches of b read what one reads with batches of N·b."""
+        first = step * self.rows_per_step + processes.rank() * self.batch_size
+        return [first + i * processes.world() * self.batch_size for i in range(self.accumulate)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):

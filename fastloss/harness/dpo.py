@@ -19,7 +19,8 @@ from .loop import Metrics, StepFn
 from .losses import example, explained, named
 from .model import Head, head_of
 from .pairs import Data, examples, prepare
-from .run import Result, Stage, begin, open_folder, train
+from .run import Result, begin, open_folder, train
+from .stage import Stage
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -87,7 +88,7 @@ def make_step(model: Any, ref: Any, loss_fn: Loss, data: Data, config: DpoConfig
     def step_fn(step: int) -> Metrics:
         total, loss_s, tokens = 0.0, 0.0, 0
         seen: list[Out] = []
-        for start in parallel.starts(config, step):
+        for start in config.starts(step):
             pairs = data.batch(start, config.batch_size)
             hidden, read = read_pairs(model, ref, pairs, config)
             loss, seconds = cut_backward(hidden, loss_of(head, ref_head, loss_fn, read, config, seen))

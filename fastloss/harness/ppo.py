@@ -18,8 +18,9 @@ from .losses import named
 from .model import head_of
 from .policy import LOGPROBS, POLICIES, Objective, Out, Tokens, described
 from .rollout import METRICS, Actor, Carry, Data, check_carried, evaluate, parts, prepare, roll_out
-from .run import Result, Stage, begin, open_folder, train
+from .run import Result, begin, open_folder, train
 from .sampler import check_sampler
+from .stage import Stage
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 

@@ -20,7 +20,8 @@ from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named, torch_loss
 from .model import Head, build_model, check_head, folder_of, head_of, hidden_states, load_model, model_config
-from .run import Result, Stage, begin, open_folder, train
+from .run import Result, begin, open_folder, train
+from .stage import Stage
 from .step import autocast, begins, cut_backward, loss_and_grad
 
 
@@ -66,7 +67,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
     device = head.weight.device
 
     def step_fn(step: int) -> Metrics:
-        batches = [rows.batch(start, config.batch_size) for start in parallel.starts(config, step)]
+        batches = [rows.batch(start, config.batch_size) for start in config.starts(step)]
         # of all passes of all processes: the mean is global
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0

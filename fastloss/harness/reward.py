@@ -19,7 +19,8 @@ from .loop import Metrics, StepFn
 from .losses import explained, named
 from .model import hidden_states
 from .pairs import Data, examples, prepare
-from .run import Result, Stage, begin, open_folder, train
+from .run import Result, begin, open_folder, train
+from .stage import Stage
 from .start import scoring_model, tokenizer_of
 from .step import autocast, begins, cut_backward, loss_and_grad
 
@@ -60,7 +61,7 @@ def ends(model: Any, pairs: Sequence[Pair], pad: int, config: RewardConfig) -> T
 def make_step(model: Any, score: nn.Linear, loss_fn: Loss, data: Data, config: RewardConfig) -> StepFn:
     def step_fn(step: int) -> Metrics:
         total, hits, tokens, loss_s = 0.0, 0.0, 0, 0.0
-        for start in parallel.starts(config, step):
+        for start in config.starts(step):
             pairs = data.batch(start, config.batch_size)
             seen: list[Tensor] = []
             hidden = ends(model, pairs, model.config.pad_token_id, config)

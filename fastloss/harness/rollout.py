@@ -100,7 +100,7 @@ def roll_out(
     examples: list[Example] = []
     scores: list[float] = []
     noise = actor.noise(index, config.rows_per_step * group)  # of all processes
-    for at in parallel.starts(config, index):
+    for at in config.starts(index):
         asked = [data.train[i] for i in data.order.take(at, config.batch_size) for _ in range(group)]
         first = (at - index * config.rows_per_step) * group
         ids, gained = actor.answer(asked, config.temperature, noise[first : first + len(asked)])

@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,40 +15,18 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint, layers, logging, measure, parallel, plots, report
 from . import config as configs
 from .badsteps import Watch
 from .config import TrainConfig
 from .cost import Cost, measure_costs
-from .loop import StepFn, cosine, make_optimizer, run_steps
+from .loop import cosine, make_optimizer, run_steps
 from .model import parameters
+from .stage import Stage
 
 CHECKPOINT = "checkpoint"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage hands to :func:`train`. Nothing is inherited; each field is one thing that stages differ in."""
-
-    title: str
-    model: nn.Module  # all that is optimised and saved
-    source: str  # what the data is, for the report
-    fingerprint: str  # of the data and its order
-    # name of a loss, tensors carried from step to step -> the step; what is carried is in the checkpoint
-    step: Callable[[str, dict[str, Tensor]], StepFn]
-    loss_alone: Callable[[str], Callable[[], object]] | None  # forward and backward of the loss on one batch
-    loss_by: Callable[[str], str]  # who computes the loss of that name here
-    model_flops: Callable[[], int]  # of the first step, counted with PyTorch's plain loss
-    same_shape: bool  # every step has the FLOPs of the first
-    examples: Callable[[int], dict[int, str]]  # of a step: number in the training data, how it begins
-    held_back: Callable[[], dict[str, float]]
-    metrics: dict[
-        str, str
-    ]  # held-back metric -> its words in the report; the first one heads the chain's table
-    export: Callable[[Path], None]  # the folder that the next stage starts from
-    curves: dict[str, str] = field(default_factory=lambda: {"loss": "loss (nats per token)"})
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,7 @@ class Result:
 
 def begin(config: TrainConfig, console: Console | None) -> Console:
     """The processes of the run know each other; what only the first one says."""
-    parallel.start(config)
+    parallel.start(config.device)
     return console or Console() if parallel.is_first() else Console(quiet=True)
 
 

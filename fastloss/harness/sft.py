@@ -23,8 +23,9 @@ from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named
 from .model import Head, check_packing, head_of
-from .run import Result, Stage, begin, open_folder, train
+from .run import Result, begin, open_folder, train
 from .sampler import check_sampler, sample
+from .stage import Stage
 from .start import language_model, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, targets
 
@@ -87,7 +88,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConf
     device = head.weight.device
 
     def step_fn(step: int) -> Metrics:
-        batches = [data.batch(start, config).to(device) for start in parallel.starts(config, step)]
+        batches = [data.batch(start, config).to(device) for start in config.starts(step)]
         # of all passes of all processes
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
