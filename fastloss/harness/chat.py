@@ -108,23 +108,34 @@ def ends(tokenizer: Any, more: int | Collection[int] | None = None) -> frozenset
     """The tokens that end an answer: the end of text, the chat template's own end of a turn, and of ``more`` (a
     generation config's) those that the tokenizer knows as tokens of their own, not as pieces of text."""
     found = {int(tokenizer.eos_token_id)}
-    if more:
+    if more is not None:
         more = [more] if isinstance(more, int) else more
         found |= tokenizer.added_tokens_decoder.keys() & set(more)
-    turn = _turn_end(tokenizer, str(tokenizer.chat_template))
+    turn = _closing(tokenizer, str(tokenizer.chat_template)).end
     return frozenset(found if turn is None else found | {turn})
 
 
+class Closing(NamedTuple):
+    """What a template writes after the last answer of a conversation."""
+
+    end: int | None  # the token that ends the turn: <|im_end|>, <|eot_id|>, <end_of_turn> …
+    text: str  # all of it
+    after: str  # of that what follows the end: a line break, Phi-3's <|endoftext|>
+
+
 @functools.lru_cache(maxsize=8)
-def _turn_end(tokenizer: Any, template: str) -> int | None:
-    """The token that the template writes after an answer: <|im_end|>, <|eot_id|>, <end_of_turn> …"""
+def _closing(tokenizer: Any, template: str) -> Closing:
     asked = {"role": "user", "content": "a"}
     try:
         whole = _rendered(tokenizer, [asked, {"role": "assistant", "content": PROBES[0]}], answer_next=False)
     except (ValueError, TypeError):  # a template that wants more than that
-        return None
-    after = encode(tokenizer, whole.partition(PROBES[0])[2])
-    return next((id for id in after if id in tokenizer.added_tokens_decoder), None)
+        return Closing(None, "", "")
+    text = whole.partition(PROBES[0])[2]
+    for id in encode(tokenizer, text):
+        if id in tokenizer.added_tokens_decoder:
+            name = str(tokenizer.added_tokens_decoder[id])
+            return Closing(id, text, text.partition(name)[2])
+    return Closing(None, text, "")
 
 
 def without_end(ids: list[int], ends: Collection[int]) -> list[int]:
@@ -222,9 +233,17 @@ def _apart(
         return before, [*(whole[len(before) :] if joined else encode(tokenizer, str(answer))), end]
     assert not isinstance(answer, str)
     start, rest = _answer(tokenizer, text, answer, more)
+    rest, _ = _said(tokenizer, rest)
     before, after = encode(tokenizer, start), encode(tokenizer, start + rest)
     after = after[len(before) :] if after[: len(before)] == before else encode(tokenizer, rest)
     return before, _ended(tokenizer, after)[0]
+
+
+def _said(tokenizer: Any, answer: str) -> tuple[str, str]:
+    """An answer's text parted after its end, where it closes as the last of a conversation does."""
+    _, text, after = _closing(tokenizer, str(tokenizer.chat_template))
+    at = len(answer) - len(after) if after and answer.endswith(text) else len(answer)
+    return answer[:at], answer[at:]
 
 
 def _ended(tokenizer: Any, ids: list[int]) -> tuple[list[int], list[int]]:
@@ -238,6 +257,8 @@ def _ended(tokenizer: Any, ids: list[int]) -> tuple[list[int], list[int]]:
 
 def _example(tokenizer: Any, pieces: list[Piece]) -> Example:
     """What follows an answer's end in its piece, as a line break, is not the model's to say."""
+    while pieces and not pieces[-1][1]:
+        pieces.pop()
     ids: list[int] = []
     learned: list[bool] = []
     tokens = _tokens(tokenizer, [text for text, _ in pieces])
@@ -281,7 +302,9 @@ def _turns(
             continue
         before, answer = _answer(tokenizer, messages[:i], [message], more)
         yield _rest(written, before), False
-        yield answer, True
+        said, after = _said(tokenizer, answer)
+        yield said, True
+        yield after, False
         written = before + answer
 
 
@@ -304,6 +327,12 @@ def _answer(
     other = _rendered(tokenizer, [*text, probe], more, answer_next=False)
     alike = next((i for i, (a, b) in enumerate(zip(whole, other, strict=False)) if a != b), len(other))
     start = max(len(known), alike)
+    if not text:  # a greeting: it begins where answers begin elsewhere, after <|im_start|>assistant
+        asked = [{"role": "user", "content": "a"}]
+        without, header = (_rendered(tokenizer, asked, more, answer_next=n) for n in (False, True))
+        header = header.removeprefix(without)
+        at = whole[:start].rfind(header) if header else -1
+        start = at + len(header) if at >= 0 else start
     return whole[:start], whole[start:]
 
 

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 
 from . import chat, corpus, layers, lora, parallel, tokenizer
+from .classifier import classifier, score_of
 from .config import TrainConfig
 from .model import build_model, check_head, check_positions, folder_of, head_of, load_model, model_config
 
@@ -56,18 +56,17 @@ def scoring_model(config: TrainConfig, tok: Any) -> tuple[Any, nn.Linear]:
     """The body with one score in place of the vocabulary head, and that head. The scores begin near 0."""
     device = layers.build_device(config)
     torch.manual_seed(config.seed)
+    shape = model_config(config)
+    auto = classifier(shape)
     if config.model:
-        model = load_model(config.model, device, AutoModelForSequenceClassification, num_labels=1)
+        model = load_model(config.model, device, auto, num_labels=1)
     else:
-        shape = model_config(config)
         shape.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32).to(device)
+        model = auto.from_config(shape, dtype=torch.float32).to(device)
         model.config.use_cache = False
     model.config.pad_token_id = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     check_positions(model, config.seq_len)
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise ValueError(f"model: expected a linear `score` head, got {type(model).__name__} without one")
+    head = score_of(model)
     return layers.prepare(lora.add(model, config, head), config).train(), head
 
 
