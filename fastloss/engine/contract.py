@@ -10,10 +10,12 @@ exist raises ValueError, on every backend. What the kernels compute: docs/engine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
@@ -34,6 +36,14 @@ class Factor(NamedTuple):
 
     value: float = 1.0
     tensor: Tensor | None = None
+    of_count: bool = False  # one over how many rows count: infinite where none does, and every gradient 0
+
+    def of_gradient(self) -> float | Tensor:
+        """What gradients that were kept unscaled are multiplied by: 0 where no row counts, for 0 · inf is NaN."""
+        if self.tensor is None:
+            return 0.0 if self.of_count and math.isinf(self.value) else self.value
+        factor = self.tensor if self.value == 1.0 else self.tensor * self.value
+        return torch.where(factor.isinf(), 0.0, factor) if self.of_count else factor
 
 
 WHOLE = Factor()

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloss.engine import checks, head_blocks
 from fastloss.engine.autograd import scale_in_place
@@ -29,7 +30,7 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
-from fastloss.engine.head_rows import RowChunks, buffer_dtype, default_chunk
+from fastloss.engine.head_rows import RowChunks, buffer_dtype, count_gemms, default_chunk
 from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
 from fastloss.engine.native import NativeBackend
 from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
@@ -143,7 +144,11 @@ class _Pass:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Pass:
-        device = self._run.head.hidden.device.type
+        run = self._run
+        device = run.head.hidden.device.type
+        if isinstance(run, RowChunks):
+            count_gemms(run.head, run.rows, 1 + run.needs.hidden + run.needs.weight)
+            self._stack.enter_context(_disable_current_modes())
         self._stack.enter_context(torch.autocast(device, enabled=False))
         self._stack.enter_context(torch.no_grad())
         return self
@@ -183,7 +188,8 @@ def begin(
     reaches anything. ``bounds`` are the chunks, of at most ``schedule.chunk`` rows; None is equal ones."""
     if schedule.by_vocabulary:
         return _Pass(VocabularyBlocks(head, needs, keep))
-    return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
+    with _disable_current_modes():
+        return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
 
 
 def with_logsumexp(want: tuple[str, ...]) -> tuple[str, ...]:
@@ -236,6 +242,13 @@ def stats(
                 part.gradients(own, options, out["logsumexp"], Coefficients(a=one, b=-one))
             outs.append(out)
         return run.collect(outs), run.grads().hidden
+
+
+def defined_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The whole logits in the GEMMs' dtype, for the definition, which autograd differentiates."""
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
 
 
 class Saved(NamedTuple):

@@ -17,11 +17,12 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import once_differentiable, segment_sum, upstream_scale
+from fastloss.engine.autograd import differentiable_again, segment_sum, upstream_scale
 from fastloss.engine.backend import Call, check_targets, is_traced, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Grads, Head, Needs, Schedule
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.sequences import Sequences, Tokens, packed_layout
@@ -329,6 +330,17 @@ class _Run:
     total: int
 
 
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias = ctx.saved_tensors
+    target, layout = run.rows.target, run.rows.tokens.layout
+    logits = heads.defined_logits(hidden, weight, bias, run.plan.dtype)
+    stats = REFERENCE.row_stats(logits, target, run.options, want=heads.with_logsumexp(run.want))
+    span, groups = (0, layout.n), (0, run.rows.groups)
+    loss, _ = run.loss.of_groups(REFERENCE, stats["logprobs"], stats, span, groups)
+    return [loss, *[None] * len(run.outputs)], [hidden, weight, bias]
+
+
 class _FusedGroups(torch.autograd.Function):
     """(hidden, weight, bias) -> loss, and the outputs, which are detached. The gradients are made in the forward."""
 
@@ -347,7 +359,7 @@ class _FusedGroups(torch.autograd.Function):
         return (out["loss"].sum(), *rest)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         hidden, weight, bias = ctx.saved_tensors
         run: _Run = ctx.run

@@ -604,6 +604,7 @@ class DirectPairs:
     """pair_loss with options that are the same for all pairs, to be remembered; float32 or float64 on the CPU."""
 
     def __init__(self, options: PairOptions) -> None:
+        self.options = options
         self._run = cpu_backend().module.DirectPairs(options).run
 
     def run(

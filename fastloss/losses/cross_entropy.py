@@ -12,11 +12,12 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import autograd, checks, compile_ops
 from fastloss.engine import backend as backends
-from fastloss.engine.autograd import new_gradient, once_differentiable
+from fastloss.engine.autograd import differentiable_again, new_gradient
 from fastloss.engine.backend import Call, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DIRECT_CODES, cpu_backend
 from fastloss.losses.token_stats import TokenStats, stats_from
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS, STATS_WITHOUT_TARGET, CrossEntropyOptions
@@ -332,14 +333,16 @@ def loss_factor(
     if loss.reduction != "mean":
         return WHOLE
     if classes is None:
-        return Factor(_reciprocal(rows))
+        return Factor(_reciprocal(rows), of_count=True)
     if w is None:
         if on_cpu:
-            return Factor(_reciprocal(valid))
-        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal())
+            return Factor(_reciprocal(valid), of_count=True)
+        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal(), of_count=True)
     kept = classes != ignore_index
     total = (w[classes.clamp(0, vocab - 1)] * kept).sum()
-    return Factor(_reciprocal(float(total))) if on_cpu else Factor(tensor=total.reciprocal())
+    if on_cpu:
+        return Factor(_reciprocal(float(total)), of_count=True)
+    return Factor(tensor=total.reciprocal(), of_count=True)
 
 
 def _reciprocal(value: float) -> float:
@@ -363,6 +366,16 @@ class _Run:
     inplace: bool
     dtype: torch.dtype  # of the loss
     needs_grad: bool
+
+
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    if run.inplace:
+        raise RuntimeError("inplace: expected False where the gradient is differentiated again, got True")
+    classes, w, logits, _ = ctx.saved_tensors
+    out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
+    per_row = run.loss.reduction == "none"
+    return [out if per_row else REFERENCE.sum_rows(out, run.factor)], [logits]
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -389,7 +402,7 @@ class CrossEntropy(torch.autograd.Function):
         return (loss, *stats)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
         none = (None,) * 3
@@ -460,7 +473,9 @@ def _is_direct(logits: Any, target: Any, backend: str) -> bool:
 def _direct(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> Tensor:
     if logits.requires_grad and torch.is_grad_enabled():
         given = ignore_index, mean
-        return autograd.made_in_forward(logits, None, _direct_with_gradient, given, (target,))
+        return autograd.made_in_forward(
+            logits, None, _direct_with_gradient, _direct_defined, given, (target,)
+        )
     return _direct_loss(logits, target, ignore_index, mean, None)
 
 
@@ -482,3 +497,9 @@ def _direct_with_gradient(
     else:
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return _direct_loss(logits, target, *given, grad), (grad, None)
+
+
+def _direct_defined(given: tuple[int, bool], logits: Tensor, _: None, target: Tensor) -> Tensor:
+    ignore_index, mean = given
+    reduction = "mean" if mean else "sum"
+    return reference.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)

@@ -11,11 +11,12 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import once_differentiable, upstream_scale
+from fastloss.engine.autograd import differentiable_again, upstream_scale
 from fastloss.engine.backend import Call, check_targets, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import NOTHING, Grads, Head, Needs, Saved, Schedule
 from fastloss.losses.cross_entropy import (
     LossOptions,
@@ -227,6 +228,15 @@ class _Run:
     needs: Needs
 
 
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias, classes, w, _ = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
+    per_row = run.loss.reduction == "none"
+    return [out if per_row else REFERENCE.sum_rows(out, run.factor)], [hidden, weight, bias]
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """(hidden, weight, bias, classes, w) -> loss and detached statistics."""
 
@@ -261,7 +271,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (loss, *stats)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
         hidden, weight, bias, classes, w, lse = ctx.saved_tensors

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.autograd import once_differentiable
+from fastloss.engine.autograd import differentiable_again
 from fastloss.engine.backend import tracing_reason
 from fastloss.engine.contract import Backend
+from fastloss.engine.definition import REFERENCE
 from fastloss.tables import DIVERGENCES, PAIR_TERMS, Number, PairConstants, PairOptions
 
 CODES = {name: code for code, name in enumerate(PAIR_TERMS)}
@@ -171,6 +171,13 @@ class PairBatch:
         return PairBatch(constants, cut(self.beta), cut(self.smoothing), cut(self.margin), self.total, mean)
 
 
+def _pair_loss_again(ctx: Any) -> Any:
+    chosen, rejected, nll, *_ = ctx.saved_tensors
+    constants, options, per_pair = ctx.given
+    loss = REFERENCE.pair_loss(chosen, rejected, nll, constants, options).loss
+    return [loss if per_pair else loss.sum()], [chosen, rejected, nll]
+
+
 class _PairLoss(torch.autograd.Function):
     """(chosen, rejected, nll) -> loss of each pair, or their sum; the gradient is made in the forward, in one launch."""
 
@@ -180,20 +187,24 @@ class _PairLoss(torch.autograd.Function):
         chosen: Tensor,
         rejected: Tensor,
         nll: Tensor | None,
-        launch: Callable[..., Any],
+        backend: Backend,
+        constants: PairConstants,
+        options: PairOptions,
         per_pair: bool,
         rest: list[Tensor],
     ) -> Tensor:
-        out = launch(chosen, rejected, nll)
+        out = backend.pair_loss(chosen, rejected, nll, constants, options)
         rest.extend((out.chosen_reward, out.rejected_reward, out.sums))  # without a gradient
-        ctx.save_for_backward(out.d_chosen, out.d_rejected, None if nll is None else out.d_nll)
+        ctx.given = constants, options, per_pair
+        d_nll = None if nll is None else out.d_nll
+        ctx.save_for_backward(chosen, rejected, nll, out.d_chosen, out.d_rejected, d_nll)
         return out.loss if per_pair else out.sums[0].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_pair_loss_again)
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return (*[d * upstream if need else None for d, need in wanted], None, None, None)
+        wanted = zip(ctx.saved_tensors[3:], ctx.needs_input_grad, strict=False)
+        return (*[d * upstream if need else None for d, need in wanted], *[None] * 5)
 
 
 def launch_pairs(
@@ -210,12 +221,8 @@ def launch_pairs(
         out = backend.pair_loss(chosen, rejected, nll, constants, options)
         loss = out.loss if per_pair else out.loss.sum()
         return loss, out.chosen_reward, out.rejected_reward, out.sums
-
-    def launch(c: Tensor, r: Tensor, n: Tensor | None) -> Any:
-        return backend.pair_loss(c, r, n, constants, options)
-
     rest: list[Tensor] = []
-    loss = _PairLoss.apply(chosen, rejected, nll, launch, per_pair, rest)
+    loss = _PairLoss.apply(chosen, rejected, nll, backend, constants, options, per_pair, rest)
     return loss, rest[0], rest[1], rest[2]
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastloss.engine import autograd, checks
 from fastloss.engine import backend as backends
-from fastloss.engine.autograd import once_differentiable
+from fastloss.engine.autograd import differentiable_again
 from fastloss.engine.backend import resolve_call
 from fastloss.engine.contract import Backend, PolicyInputs
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DirectPolicy, cpu_backend
 from fastloss.losses.policy_inputs import check_like, lay_flat, normalizer_of, shares, weighted
 from fastloss.losses.policy_options import PolicySpec, options_of
@@ -274,6 +275,11 @@ def entropy_share(
     return scale * (share if chosen is None else share * chosen)
 
 
+def _again(ctx: Any) -> Any:
+    logprobs, entropy, *_ = ctx.saved_tensors
+    return [REFERENCE.policy_loss(logprobs, entropy, *ctx.given).loss, None], [logprobs, entropy]
+
+
 class _PolicyLoss(torch.autograd.Function):
     """(logprobs, entropy) -> (loss, out [16]); both carry gradients, made in the forward."""
 
@@ -287,14 +293,15 @@ class _PolicyLoss(torch.autograd.Function):
         options: PolicyOptions,
     ) -> Any:
         result = backend.policy_loss(logprobs, entropy, inputs, options)
-        ctx.save_for_backward(result.d_logprobs, result.d_entropy, result.out)
+        ctx.given = inputs, options
+        ctx.save_for_backward(logprobs, entropy, result.d_logprobs, result.d_entropy, result.out)
         ctx.mark_non_differentiable(result.out)
         return result.loss.clone(), result.out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        d_logprobs, d_entropy, out = ctx.saved_tensors
+        *_, d_logprobs, d_entropy, out = ctx.saved_tensors
         scale = upstream * out[POLICY_PLACE["scale"]]
         need_logprobs, need_entropy, *_ = ctx.needs_input_grad
         return (
@@ -372,6 +379,7 @@ class _Ready(NamedTuple):
     """What a call's options become: remembered, a training step asks for the same again."""
 
     native: DirectPolicy
+    options: PolicyOptions
     names: tuple[str, ...]  # of the metrics; "" where one does not apply
     entropy_coef: float
 
@@ -424,7 +432,7 @@ def _direct_options(
         return None
     given = {"kl": with_ref, "entropy": with_entropy, "importance/cut_fraction": options.correction > 0}
     names = tuple(name if given.get(name, True) else "" for name in POLICY_METRICS)
-    return _Ready(DirectPolicy(options), names, options.entropy_coef)
+    return _Ready(DirectPolicy(options), options, names, options.entropy_coef)
 
 
 def _direct(
@@ -442,7 +450,7 @@ def _direct(
     given, constants = (ready, normalizer, metrics), (old, advantages, mask, ref, sampler)
     wanted = logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     if wanted and torch.is_grad_enabled():
-        loss = autograd.made_in_forward(logprobs, entropy, _run_direct, given, constants)
+        loss = autograd.made_in_forward(logprobs, entropy, _run_direct, _direct_defined, given, constants)
     else:
         loss, _ = _run_direct(given, logprobs, entropy, *constants)
     named = dict(zip(ready.names, metrics.unbind(), strict=True))
@@ -467,3 +475,30 @@ def _run_direct(
         logprobs, old, advantages, mask, ref, entropy, sampler, normalizer, grad, grad_entropy, loss, metrics
     )
     return loss, (grad, grad_entropy)
+
+
+def _direct_defined(
+    given: tuple[_Ready, float | Tensor | None, Tensor],
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ref: Tensor | None,
+    sampler: Tensor | None,
+) -> Tensor:
+    ready, normalizer, _ = given
+    inputs = lay_flat(
+        "logprobs",
+        logprobs,
+        mask=mask,
+        cu_seqlens=None,
+        dtype=logprobs.dtype,
+        advantages=advantages,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        sampler_logprobs=sampler,
+        normalizer=normalizer,
+    )
+    flat = None if entropy is None else entropy.reshape(-1)
+    return REFERENCE.policy_loss(logprobs.reshape(-1), flat, inputs, ready.options).loss

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import once_differentiable, upstream_scale
+from fastloss.engine.autograd import differentiable_again, upstream_scale
 from fastloss.engine.backend import check_targets, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_token_stats
 from fastloss.engine.contract import Backend, Factor, PolicyInputs
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Grads, Head, Needs, Schedule
 from fastloss.engine.sequences import Sequences
 from fastloss.losses.policy import PolicyOutput, empty_out, entropy_share, metrics_from, policy_loss
@@ -249,6 +250,22 @@ class _Run:
     needs: Needs
 
 
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    want = ("logprobs", "entropy") if run.with_entropy else ("logprobs",)
+    stats = REFERENCE.row_stats(logits, run.target, run.row, want=want)
+    n = run.target.shape[0]
+    layout = Sequences(None, n, 1, n, run.target.device)
+    inputs = replace(run.inputs, layout=layout, share=run.share * run.scale)
+    entropy = stats.get("entropy")
+    loss = REFERENCE.policy_loss(stats["logprobs"], entropy, inputs, run.options).loss
+    if run.bonus_share is not None and entropy is not None:
+        loss = loss - run.bonus_coef * (run.bonus_share * entropy).sum()
+    return [loss, None], [hidden, weight, bias]
+
+
 class _LinearPolicyLoss(torch.autograd.Function):
     """(hidden, weight, bias) -> (loss, out [16]); the gradients are made in the forward."""
 
@@ -265,7 +282,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         hidden, weight, bias = ctx.saved_tensors
         run: _Run = ctx.run

@@ -16,6 +16,7 @@ from fastloss.engine.autograd import segment_sum
 from fastloss.engine.backend import resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DirectPairs, cpu_backend
 from fastloss.engine.sequences import Tokens, tokens_of
 from fastloss.losses import pair_terms
@@ -27,7 +28,7 @@ from fastloss.losses.pair_terms import (
     parse_options,
     reference_logps,
 )
-from fastloss.tables import ACC_DTYPES, Number, PairOptions
+from fastloss.tables import ACC_DTYPES, Number, PairConstants, PairOptions
 
 
 class PreferenceOutput(NamedTuple):
@@ -350,7 +351,7 @@ def direct_pairs(
     won, lost = torch.empty_like(c), torch.empty_like(c)
     given = native, per_pair, extremes, won, lost, metrics
     if (c.requires_grad or r.requires_grad) and torch.is_grad_enabled():
-        loss = autograd.made_in_forward(c, r, _run_direct, given, (rc, rr))
+        loss = autograd.made_in_forward(c, r, _run_direct, _direct_defined, given, (rc, rr))
     else:
         loss, _ = _run_direct(given, c, r, rc, rr)
     return loss, won, lost, metrics.unbind()
@@ -368,3 +369,16 @@ def _run_direct(
     loss = torch.empty_like(c) if per_pair else c.new_empty(())
     native.run(c, r, rc, rr, per_pair, loss, d_c, d_r, won, lost, metrics, extremes)
     return loss, (d_c, d_r)
+
+
+def _direct_defined(
+    given: tuple[DirectPairs, bool, bool, Tensor, Tensor, Tensor],
+    c: Tensor,
+    r: Tensor,
+    rc: Tensor | None,
+    rr: Tensor | None,
+) -> Tensor:
+    native, per_pair, *_ = given
+    constants = PairConstants(ref_chosen=rc, ref_rejected=rr)
+    loss = REFERENCE.pair_loss(c, r, None, constants, native.options).loss
+    return loss if per_pair else loss.sum()
