@@ -106,9 +106,7 @@ def test_kl_estimate(kind: str) -> None:
     mine, theirs = leaf(logprobs), leaf(logprobs)
     got, want = fastloss.kl_estimate(mine, ref, kind=kind), reference.kl_estimate(theirs, ref, kind)
     torch.testing.assert_close(got, want)
-    torch.testing.assert_close(
-        torch.autograd.grad(got.sum(), mine), torch.autograd.grad(want.sum(), theirs)
-    )
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), mine), torch.autograd.grad(want.sum(), theirs))
     with pytest.raises(ValueError, match="kind: expected"):
         reference.kl_estimate(theirs, ref, "k4")
 
@@ -125,9 +123,7 @@ def test_alpha_reward_and_log_odds() -> None:
     metrics = fastloss.orpo_loss(c, r, **options).metrics
     odds = pair_definitions.log_odds(per_c, per_r)
     torch.testing.assert_close(metrics["log_odds_chosen"], odds.mean())
-    torch.testing.assert_close(
-        metrics["log_odds_ratio"], torch.nn.functional.logsigmoid(odds).mean()
-    )
+    torch.testing.assert_close(metrics["log_odds_ratio"], torch.nn.functional.logsigmoid(odds).mean())
 
 
 # What has a gradient almost everywhere: not the kinks of a hinge, nor a weight that is a constant.
