@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_FILES = $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 export PIP_NO_INPUT = 1
 
 .PHONY: setup native demo demo-chain test integrations hub bench lint format gpu wheel kernels golden sanitize clean
@@ -74,8 +74,9 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # On a machine with a GPU and no network: the Python that is active has torch, setuptools, pybind11, ninja, pytest.
+# STAGES="smoke tests" for some of them; tools/gpu/run.py --list names them.
 gpu:
-	PYTHON="$(PYTHON)" tools/gpu.sh
+	$(PYTHON) tools/gpu/run.py $(STAGES)
 
 wheel: setup
 	$(PIP) wheel --no-deps --no-build-isolation -w dist .
@@ -83,9 +84,9 @@ wheel: setup
 kernels: setup
 	$(BIN)/python tools/kernel_report.py
 
-# PYTHONPATH=… for the peers that are not TRL: tests/golden/README.md.
+# PYTHONPATH=… for the peers that are not TRL: tests/peers/golden/README.md.
 golden: setup
-	$(BIN)/python tests/golden/make_golden.py
+	$(BIN)/python tests/peers/golden/make_golden.py
 
 sanitize: setup
 	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh
