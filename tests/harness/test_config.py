@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from fastloss.cli_train import app
+from fastloss.cli.train import app
 from fastloss.harness import config as configs
 from fastloss.harness import grpo, sft
 from fastloss.harness.config import (

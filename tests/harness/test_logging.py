@@ -20,7 +20,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from fastloss.cli_train import app
+from fastloss.cli.train import app
 from fastloss.harness import config as configs
 from fastloss.harness import logging, pretrain
 from fastloss.harness.config import PretrainConfig
