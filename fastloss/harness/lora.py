@@ -97,9 +97,7 @@ def merged(model: Any, state: Mapping[str, Tensor] | None = None) -> Any:
     if not adapted:
         return model
     state = model.state_dict() if state is None else state
-    weights: dict[str, Tensor] = {
-        _plain(name): t for name, t in state.items() if ".lora_" not in name
-    }
+    weights: dict[str, Tensor] = {_plain(name): t for name, t in state.items() if ".lora_" not in name}
     for name, layer in adapted:
         weight = f"{_plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
         weights[weight] = weights[weight] + _product(name, layer, state)

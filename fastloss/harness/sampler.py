@@ -93,7 +93,13 @@ def check_sampler(model: Any, head: Head, vocab_size: int, instead: str = "") ->
         answers = sample(model, head, prompts, max_new_tokens=4, end=-1, temperature=0)
     except torch.OutOfMemoryError:
         raise
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:  # without keys and values
+    except (
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # without keys and values
         raise ValueError(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     training, whole = model.training, head.gathered()
     model.eval()

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from fastloss.cli.train import app
 from fastloss.harness import chat, grpo, ppo, rewards, rollout
 from fastloss.harness.config import GrpoConfig, PpoConfig
 from fastloss.harness.data import IGNORE
@@ -137,7 +138,9 @@ def together_only(completions: list[str], **columns: Any) -> list[float]:
 def test_what_a_reward_function_does_wrong_is_one_line(function: Any, complaint: str) -> None:
     asked = [{"prompt": "2+3=", "answer": "5"}, {"prompt": "3+3=", "answer": "6"}]
     for reward in (function, rewards.Weighted(function, 2.0)):
-        with pytest.raises(ValueError, match=f"^reward: {complaint}|^reward: expected .*{complaint}") as caught:
+        with pytest.raises(
+            ValueError, match=f"^reward: {complaint}|^reward: expected .*{complaint}"
+        ) as caught:
             rewards.score([reward], asked, ["5", "six"], [[1], [2]])
         assert "\n" not in str(caught.value)
     assert rewards.score([lambda **_: torch.tensor([1, 2])], asked, ["5", "six"], [[1], [2]]) == [1, 2]

@@ -60,9 +60,17 @@ def test_shapes_of_pairs() -> None:
         {"prompt": "2+3=", "chosen": "5", "rejected": [WRONG], "score_chosen": "8.5", "score_rejected": 6}
     )
     assert (got["prompt"], got["chosen"], got["margin"]) == ([USER], [ANSWER], 2.5)
-    given = {"chosen": [USER, ANSWER], "rejected": [USER, WRONG], "margin": 1, "score_chosen": 9, "score_rejected": 1}
+    given = {
+        "chosen": [USER, ANSWER],
+        "rejected": [USER, WRONG],
+        "margin": 1,
+        "score_chosen": 9,
+        "score_rejected": 1,
+    }
     assert rows.preference_row(given)["margin"] == 1  # said outright
-    assert "margin" not in rows.preference_row({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 9})
+    assert "margin" not in rows.preference_row(
+        {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 9}
+    )
     with pytest.raises(ValueError, match="score_rejected: expected a finite number, got 'good'"):
         rows.preference_row(
             {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": "good"}
@@ -125,7 +133,14 @@ def test_margins_reach_the_reward_models_loss(base: Path, tmp_path: Path, quiet:
     pair = {"prompt": "2+3=", "chosen": "5", "rejected": "6", "score_chosen": 9.0, "score_rejected": 7.0}
     path.write_text("\n".join(json.dumps(pair) for _ in range(4)))
     config = RewardConfig(
-        model=str(base), data=(str(path),), seq_len=32, steps=1, batch_size=2, warmup=0, save_every=0, val_fraction=0.0
+        model=str(base),
+        data=(str(path),),
+        seq_len=32,
+        steps=1,
+        batch_size=2,
+        warmup=0,
+        save_every=0,
+        val_fraction=0.0,
     )
     assert "with margins" in pairs.prepare(config, chat.load(base), quiet).source
     losses = {}

@@ -172,7 +172,11 @@ TABLES = {
     "rows.json": '[{"prompt": "hi", "completion": "there"},\n {"prompt": "hé", "completion": "→"}]',
 }  # fmt: skip
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be")
-MARKED = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE, "utf-32-be": codecs.BOM_UTF32_BE}
+MARKED = {
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
