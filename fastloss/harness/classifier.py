@@ -14,6 +14,8 @@ from transformers import (
     PretrainedConfig,
 )
 
+from .model import body
+
 
 def with_score(config: PretrainedConfig, build: Callable[[Any], Any]) -> tuple[Any, nn.Linear]:
     """The model that ``build`` makes of a class, and its score: of transformers' own class, if it has one that is linear."""
@@ -33,25 +35,22 @@ def _is_score(head: Any) -> bool:
 def _made(config: PretrainedConfig) -> type:
     """The family's body under the name that its causal model gives it, and transformers' generic score on top."""
     kind: Any = type(config)
-    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind] if kind in MODEL_FOR_CAUSAL_LM_MAPPING else None
-    if causal is None:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"model: expected a causal language model, got {kind.__name__}")
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     try:
         from transformers.modeling_layers import GenericForSequenceClassification
     except ImportError:
-        raise ValueError(
-            f"model: this transformers has no score on a body like {causal.__name__}'s"
-        ) from None
+        raise ValueError(f"model: this transformers has no score for a body as {causal.__name__}'s") from None
     with torch.device("meta"):
-        inner = type(causal(config).base_model)
-    if kind not in MODEL_MAPPING or MODEL_MAPPING[kind] is not inner:  # the decoder of a pair, say
+        outer = causal(config)
+    inner = body(outer)
+    prefix = next(name for name, module in outer.named_children() if module is inner)
+    if kind not in MODEL_MAPPING or MODEL_MAPPING[kind] is not type(inner):  # the decoder of a pair, say
         raise ValueError(
-            f"model: expected a body apart from the head, got {causal.__name__}'s {inner.__name__}"
+            f"model: expected a body that reads alone, got {causal.__name__}'s {type(inner).__name__}"
         )
     parent = next(c for c in causal.__mro__ if c.__name__.endswith("PreTrainedModel"))
-    name = (
-        causal.__name__.removesuffix("LMHeadModel").removesuffix("ForCausalLM") + "ForSequenceClassification"
-    )
-    return type(
-        name, (GenericForSequenceClassification, parent), {"base_model_prefix": causal.base_model_prefix}
-    )
+    name = causal.__name__.removesuffix("LMHeadModel").removesuffix("ForCausalLM")
+    own = {"base_model_prefix": prefix}
+    return type(f"{name}ForSequenceClassification", (GenericForSequenceClassification, parent), own)

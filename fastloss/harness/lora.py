@@ -25,10 +25,16 @@ def add(model: Any, config: TrainConfig, head: nn.Module) -> Any:
     scores = (
         head is not model.get_output_embeddings()
     )  # a head of the stage's own: trained, and no adapter in it
+    # linear layers by their class alone, as Llama 4's router: they do not give what a linear layer gives
+    own = [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]  # fmt: skip
     options = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         target_modules=list(config.lora_targets) or "all-linear",
+        **({"exclude_modules": own} if own and not config.lora_targets else {}),
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
     torch.manual_seed(config.seed)  # whatever loading the model drew
@@ -45,7 +51,7 @@ def add(model: Any, config: TrainConfig, head: nn.Module) -> Any:
     # a mixture's experts are one tensor; peft's adapter is then of that parameter, not of a module's `weight`
     odd = [
         name for name, layer in layers(model)
-        if not hasattr(layer, "parameter_name") and layer.get_base_layer().weight.ndim != 2
+        if name in own or (not hasattr(layer, "parameter_name") and layer.get_base_layer().weight.ndim != 2)
     ]  # fmt: skip
     if odd:
         raise ValueError(f"lora_targets: expected linear layers and embeddings, got {odd[0]}")
