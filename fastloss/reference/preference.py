@@ -1,4 +1,4 @@
-"""Definitions of the preference losses: one function per term, from sequence log-probs (docs/sequences.md, 4 to 6)."""
+"""Definitions of the preference losses: one function per term, from sequence log-probs (docs/sequences.md)."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ UNPAIRED_TERMS = ("kto", "apo_zero_unpaired", "bco")
 
 
 def unpaired_loss(logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions) -> dict[str, Tensor]:
-    """KTO, APO-zero and BCO of sequences that are good or bad on their own, ``[B]`` (docs/sequences.md, 6)."""
+    """KTO, APO-zero and BCO of sequences that are good or bad on their own, ``[B]`` (docs/sequences.md, "Single responses")."""
     beta, kl = options.beta, constants.kl
     term = _named(UNPAIRED_TERMS, options.term, "unpaired term")
     x = logps if constants.ref is None else logps - constants.ref
