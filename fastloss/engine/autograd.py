@@ -63,7 +63,7 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def refuse_inplace(logits: Tensor) -> None:
-    """inplace=True must not give anybody a wrong gradient."""
+    """ValueError where overwriting the logits would give another operation a wrong gradient."""
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return
     if logits.is_leaf:
