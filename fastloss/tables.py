@@ -17,6 +17,10 @@ Number = float | Tensor  # one for all pairs, or one per pair [B]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+# The dtype of statistics and coefficients (acc).
+ACC_DTYPES = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES}
+# Gradients of these are kept unscaled until the upstream gradient (GradScaler) is known: p/n underflows in them.
+LATE_DTYPES = (torch.float16,)
 
 # --- rows of logits (docs/engine.md) -------------------------------------------------------------------------------
 
@@ -210,6 +214,16 @@ class PolicyOptions:
     floor: float = 0.0
     off_policy_threshold: float = math.inf
     max_length: float = 1.0
+
+
+def is_token_level(options: PolicyOptions) -> bool:
+    """Whether a token's term can be made without having seen the rest of its sequence."""
+    return (
+        LEVELS[options.level] == "token"
+        and SURROGATES[options.surrogate] != "vespo"
+        and options.off_policy_threshold == math.inf
+        and not CORRECTIONS[options.correction].startswith("sequence")
+    )
 
 
 # What a native module's ``tables()`` must return: name -> the names of its codes, in order.

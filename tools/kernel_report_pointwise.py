@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kernel_report_compile import compile_kernel
+
 from fastloss.tables import (
     AGGREGATIONS,
     CORRECTIONS,

@@ -38,6 +38,6 @@ fi
 cd "$root"
 # Everything that calls the native module: its kernels on every instruction set, then what calls it with tensors.
 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_cpu_kernels.py tests/kernels/test_cpu_math.py tests/kernels/test_cpu_head.py \
-  tests/engine/test_head.py tests/engine/test_plain_pairs.py tests/engine/test_plain_policy.py "$@"
+  tests/engine/test_head.py tests/engine/test_direct_pairs.py tests/engine/test_direct_policy.py "$@"
 "$python" -m pytest -q -p no:cacheprovider tests/kernels/test_pairs_kernels.py tests/kernels/test_policy_kernels.py \
   tests/kernels/test_scan_kernels.py -k cpu "$@"

@@ -60,8 +60,7 @@ struct PairLoss {
   Divergence divergence;
   M alpha_minus_1;
   PerPair<S, M> beta, smoothing, margin, weight;
-  PerPair<S, M> delta;  // a number, or one in memory
-  M tau, log1mexp_limit;
+  M delta, tau, log1mexp_limit;
   bool average_rewards;
   S *loss, *d_c, *d_r, *d_nll, *chosen_reward, *rejected_reward, *sums;
 
@@ -75,7 +74,7 @@ struct PairLoss {
 // `tokens` is Σ lc, used by sft.
 template <class S, class M>
 FASTLOSS_HD inline PairConstants<M> pair_constants(const PairLoss<S, M>& a, double tokens) {
-  return {a.delta.at(0), a.tau, tokens > 0 ? M(double(a.pairs) / tokens) : M(0), a.log1mexp_limit};
+  return {a.delta, a.tau, tokens > 0 ? M(double(a.pairs) / tokens) : M(0), a.log1mexp_limit};
 }
 
 // Computes and stores pair i; its share of the sums is added to `sums`.

@@ -1,40 +1,45 @@
-// The functions of csrc/common/pair_arguments.h from Python, once for both modules: every pointer an integer address, 0
-// for null. Reads and writes what docs/sequences.md says. A backend brings its dtypes and its launchers.
-// Arguments are positional; the last one is the number of threads (CPU) or the stream's address (CUDA).
+// The functions of pair_arguments.h from Python, once for both modules. Reads and writes what
+// docs/sequences.md, 4 to 6, says. A backend brings its dtypes and its launchers; `context` is the number of
+// threads (CPU) or the stream's address (CUDA).
 #pragma once
 
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
-#include "common/code_bindings.h"
+#include "common/bindings.h"
 #include "common/pair_arguments.h"
 
 namespace fastloss {
 
-using Address = uintptr_t;
-
-template <class T>
-T* from(Address address) {
-  return reinterpret_cast<T*>(address);
+// A field of a fastloss.tables.PairOptions that is a number, or a tensor of one per pair (at the address that
+// is passed beside the record).
+inline double number_for_all(const Record& options, const char* name, Address each) {
+  const pybind11::object value = options.field(name);
+  if (PyFloat_Check(value.ptr()) || PyLong_Check(value.ptr())) return value.cast<double>();
+  if (!each)
+    throw std::invalid_argument(std::string(name) + ": expected a number, or the address of one per pair");
+  return 0.0;
 }
 
-// (code, weight) of each term, and what follows from the dtype of the data.
+// Of a fastloss.tables.PairOptions, by name: all but its tensors.
 template <class S, class M>
-void set_terms(PairLoss<S, M>& a, const pybind11::sequence& terms) {
+void set_options(PairLoss<S, M>& a, const Record& options, Address beta_each = 0, Address smoothing_each = 0,
+                 Address margin_each = 0) {
+  const auto terms = pybind11::reinterpret_borrow<pybind11::sequence>(options.field("terms"));
   if (terms.size() > size_t(kMaxTerms)) throw std::invalid_argument("terms: expected at most 8");
+  a.terms = 0;
   for (const pybind11::handle term : terms) {
     const auto pair = pybind11::reinterpret_borrow<pybind11::sequence>(term);
     a.code[a.terms] = code_of<PairTerm>("terms", pair[0].cast<int>());
     a.term_weight[a.terms++] = M(pair[1].cast<double>());
   }
-  a.log1mexp_limit = M(sizeof(S) == 4 ? -1e-7 : -1e-15);
-}
-
-template <class S, class M>
-void set_divergence(PairLoss<S, M>& a, int divergence, double alpha) {
-  a.divergence = code_of<Divergence>("divergence", divergence);
+  a.divergence = options.code<Divergence>("divergence");
+  const double alpha = options.number("alpha");
   a.alpha_minus_1 = std::fabs(alpha - 1) < kNearlyOne ? M(0) : M(alpha - 1);
+  a.beta = {at<S>(beta_each), M(number_for_all(options, "beta", beta_each))};
+  a.smoothing = {at<S>(smoothing_each), M(number_for_all(options, "smoothing", smoothing_each))};
+  a.margin = {at<S>(margin_each), M(number_for_all(options, "margin", margin_each))};
+  a.delta = M(options.number("delta")), a.tau = M(options.number("tau"));
+  a.average_rewards = options.flag("average_rewards");
+  a.weight.number = M(1);
+  a.log1mexp_limit = M(sizeof(S) == 4 ? -1e-7 : -1e-15);
 }
 
 // Backend::with_dtype(code, f) calls f with a zero of the storage dtype; Backend::Math<S> is what S is
@@ -47,7 +52,7 @@ struct PairBindings {
       using S = decltype(zero);
       Backend::run(
           SegmentSum<S>{
-              from<S>(values), from<S>(weights), {from<int64_t>(offsets), length, count}, from<S>(out)},
+              at<S>(values), at<S>(weights), {at<int64_t>(offsets), length, count}, required<S>("out", out)},
           context);
     });
   }
@@ -56,60 +61,68 @@ struct PairBindings {
                              int64_t count, int64_t n, Address out, int64_t context) {
     Backend::with_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
-      Backend::run(
-          SegmentExpand<S>{
-              from<S>(upstream), from<S>(weights), {from<int64_t>(offsets), length, count}, n, from<S>(out)},
-          context);
+      Backend::run(SegmentExpand<S>{at<S>(upstream),
+                                    at<S>(weights),
+                                    {at<int64_t>(offsets), length, count},
+                                    n,
+                                    required<S>("out", out)},
+                   context);
     });
   }
 
-  static void pair_loss(Address c, Address r, int dtype, int64_t pairs, Address rc, Address rr, Address lc,
-                        Address lr, Address nll, const pybind11::sequence& terms, int divergence,
-                        double alpha, double beta, Address beta_each, double smoothing,
-                        Address smoothing_each, double margin, Address margin_each, Address weight,
-                        double delta, Address delta_ptr, double tau, bool average_rewards, Address loss,
-                        Address d_c, Address d_r, Address d_nll, Address chosen_reward,
+  static void pair_loss(Address chosen, Address rejected, int dtype, int64_t pairs, Address nll,
+                        Address ref_chosen, Address ref_rejected, Address chosen_lengths,
+                        Address rejected_lengths, Address weight, const pybind11::object& options,
+                        Address beta_each, Address smoothing_each, Address margin_each, Address loss,
+                        Address d_chosen, Address d_rejected, Address d_nll, Address chosen_reward,
                         Address rejected_reward, Address sums, int64_t context) {
     Backend::with_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
       using M = typename Backend::template Math<S>;
       PairLoss<S, M> a = {};
-      a.c = from<S>(c), a.r = from<S>(r), a.pairs = pairs;
-      a.rc = from<S>(rc), a.rr = from<S>(rr), a.lc = from<S>(lc), a.lr = from<S>(lr), a.nll = from<S>(nll);
-      set_terms(a, terms);
-      set_divergence(a, divergence, alpha);
-      a.beta = {from<S>(beta_each), M(beta)}, a.smoothing = {from<S>(smoothing_each), M(smoothing)};
-      a.margin = {from<S>(margin_each), M(margin)}, a.weight = {from<S>(weight), M(1)};
-      a.delta = {from<S>(delta_ptr), M(delta)}, a.tau = M(tau);
-      a.average_rewards = average_rewards;
-      a.loss = from<S>(loss), a.d_c = from<S>(d_c), a.d_r = from<S>(d_r), a.d_nll = from<S>(d_nll);
-      a.chosen_reward = from<S>(chosen_reward), a.rejected_reward = from<S>(rejected_reward);
-      a.sums = from<S>(sums);
+      set_options(a, Record(options), beta_each, smoothing_each, margin_each);
+      a.c = required<S>("chosen", chosen), a.r = required<S>("rejected", rejected), a.pairs = pairs;
+      a.rc = at<S>(ref_chosen), a.rr = at<S>(ref_rejected);
+      a.lc = at<S>(chosen_lengths), a.lr = at<S>(rejected_lengths), a.nll = at<S>(nll);
+      a.weight.each = at<S>(weight);
+      a.loss = required<S>("loss", loss), a.d_c = required<S>("d_chosen", d_chosen);
+      a.d_r = required<S>("d_rejected", d_rejected), a.d_nll = at<S>(d_nll);
+      a.chosen_reward = required<S>("chosen_reward", chosen_reward);
+      a.rejected_reward = required<S>("rejected_reward", rejected_reward);
+      a.sums = required<S>("sums", sums);
       Backend::run(a, context);
     });
   }
 
-  static void unpaired_loss(Address logps, int dtype, int64_t sequences, Address ref, Address desirable,
-                            Address weight, Address kl, int code, double beta, double desirable_weight,
-                            double undesirable_weight, Address loss, Address d, Address reward, Address sums,
-                            int64_t context) {
-    const UnpairedTerm term = code_of<UnpairedTerm>("term", code);
+  static void unpaired_loss(Address logps, int dtype, int64_t sequences, Address desirable, Address ref,
+                            Address weight, Address kl, const pybind11::object& options, Address loss,
+                            Address d_logps, Address reward, Address sums, int64_t context) {
+    const Record record(options);
+    const UnpairedTerm term = record.code<UnpairedTerm>("term");
     Backend::with_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
       using M = typename Backend::template Math<S>;
-      Backend::run(UnpairedLoss<S, M>{from<S>(logps), sequences, from<S>(ref), from<S>(weight),
-                                      from<uint8_t>(desirable), from<S>(kl), term, M(beta),
-                                      M(desirable_weight), M(undesirable_weight), from<S>(loss), from<S>(d),
-                                      from<S>(reward), from<S>(sums)},
+      Backend::run(UnpairedLoss<S, M>{required<S>("logps", logps), sequences, at<S>(ref), at<S>(weight),
+                                      required<uint8_t>("desirable", desirable), at<S>(kl), term,
+                                      M(record.number("beta")), M(record.number("desirable_weight")),
+                                      M(record.number("undesirable_weight")), required<S>("loss", loss),
+                                      required<S>("d_logps", d_logps), required<S>("reward", reward),
+                                      required<S>("sums", sums)},
                    context);
     });
   }
 
   static void bind(pybind11::module_& m) {
-    m.def("segment_sum", &segment_sum);
-    m.def("segment_expand", &segment_expand);
-    m.def("pair_loss", &pair_loss);
-    m.def("unpaired_loss", &unpaired_loss);
+    define(m, "segment_sum", &segment_sum, "values", "dtype", "weights", "offsets", "length", "count", "out",
+           "context");
+    define(m, "segment_expand", &segment_expand, "upstream", "dtype", "weights", "offsets", "length", "count",
+           "n", "out", "context");
+    define(m, "pair_loss", &pair_loss, "chosen", "rejected", "dtype", "pairs", "nll", "ref_chosen",
+           "ref_rejected", "chosen_lengths", "rejected_lengths", "weight", "options", "beta_each",
+           "smoothing_each", "margin_each", "loss", "d_chosen", "d_rejected", "d_nll", "chosen_reward",
+           "rejected_reward", "sums", "context");
+    define(m, "unpaired_loss", &unpaired_loss, "logps", "dtype", "sequences", "desirable", "ref", "weight",
+           "kl", "options", "loss", "d_logps", "reward", "sums", "context");
   }
 };
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.engine.checks import acc_dtype
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.gate import address
 from fastloss.engine.native import advise_huge_pages
 from fastloss.engine.sequences import Sequences
+from fastloss.tables import ACC_DTYPES
 
 # Below this the allocator gives back memory that has its pages already.
 LARGE = 32 << 20
@@ -76,11 +76,6 @@ def refuse_inplace(logits: Tensor) -> None:
         raise ValueError(f"inplace: {node.name() if node else ''} needs the logits for its own backward")
 
 
-def factor_is_late(dtype: torch.dtype) -> bool:
-    """float16 gradients are kept unscaled until the upstream gradient (GradScaler) is known: p/n underflows."""
-    return dtype == torch.float16
-
-
 def upstream_scale(backend: Backend, upstream: Tensor, factor: Factor | None) -> float | Tensor:
     """The scalar that gradients made in the forward still need: the upstream gradient, times ``factor`` where that is late."""
     if backend.host_reads:
@@ -88,7 +83,7 @@ def upstream_scale(backend: Backend, upstream: Tensor, factor: Factor | None) ->
         if factor is not None:
             value *= factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
         return value
-    scale = upstream.to(acc_dtype(upstream.dtype))
+    scale = upstream.to(ACC_DTYPES[upstream.dtype])
     if factor is not None:
         scale = scale * factor.value if factor.tensor is None else scale * factor.tensor
     return scale

@@ -32,6 +32,9 @@ _MAKERS: dict[str, Callable[[], Backend]] = {
     "triton": TritonBackend,
 }
 _made: dict[str, Backend] = {}
+_accepted: set[tuple[str, torch.device, torch.dtype]] = (
+    set()
+)  # (backend, device, dtype) that a kernel took before
 
 
 class _State(threading.local):
@@ -52,6 +55,7 @@ def get_backend(name: str) -> Backend:
 def replace_backend(name: str, backend: Backend) -> None:
     """Another implementation under the same name: the tests run the CUDA kernels emulated on the CPU."""
     _made[name] = backend
+    _accepted.clear()
 
 
 def runnable(name: str) -> Backend:
@@ -124,13 +128,9 @@ class Call(NamedTuple):
     function: str
     backend: Backend
     reason: str
-    traced: (
-        bool  # torch.compile, export or a fake tensor: kernels are reached through torch.library operators
-    )
-
-    @property
-    def by_definition(self) -> bool:
-        return self.backend.differentiable
+    # torch.compile, export or a fake tensor: kernels are reached through torch.library operators.
+    traced: bool
+    by_definition: bool  # no kernel: the definition, which autograd differentiates
 
     def announce(self, **details: Any) -> None:
         """Tell the log, and ``explain`` if it is asking, which path the call takes; before anything is computed."""
@@ -163,10 +163,11 @@ def resolve_call(
     if is_traced(tensor):
         if has_operators and not unsupported:
             name = _traced_backend(backend, tensor.device.type, dtype or tensor.dtype)
-            return Call(function, get_backend(name), "traced", True)
-        return Call(function, REFERENCE, unsupported or "traced as the definition", True)
+            chosen = get_backend(name)
+            return Call(function, chosen, "traced", True, chosen.differentiable)
+        return Call(function, REFERENCE, unsupported or "traced as the definition", True, True)
     chosen, reason = choose(backend, tensor, unsupported or tracing_reason(tensor, *tensors))
-    return Call(function, chosen, reason, False)
+    return Call(function, chosen, reason, False, chosen.differentiable)
 
 
 def announce_pointwise(function: str, backend: str) -> None:
@@ -174,7 +175,7 @@ def announce_pointwise(function: str, backend: str) -> None:
     if backend != "auto":
         check_name(backend)
     if not torch.compiler.is_compiling():
-        Call(function, REFERENCE, "a few pointwise operations of PyTorch", False).announce()
+        Call(function, REFERENCE, "a few pointwise operations of PyTorch", False, True).announce()
 
 
 def choose(backend: str, tensor: Tensor, unsupported: str = "") -> tuple[Backend, str]:
@@ -208,8 +209,10 @@ def _choose_automatically(tensor: Tensor, unsupported: str) -> tuple[Backend, st
     reasons = []
     for name in ("cpu",) if tensor.device.type == "cpu" else ("cuda", "triton"):
         backend = get_backend(name)
-        reason = backend.why_not() or backend.why_not_for(tensor)
+        key = name, tensor.device, tensor.dtype
+        reason = "" if key in _accepted else backend.why_not() or backend.why_not_for(tensor)
         if not reason:
+            _accepted.add(key)
             return backend, f"the best backend for {tensor.device.type} tensors"
         reasons.append(f"{name}: {reason}")
     text = "no kernel can run this call (" + "; ".join(reasons) + ")"
@@ -331,7 +334,7 @@ def are_alike(like: Tensor, *tensors: Any) -> bool:
 def count_targets(target: Tensor, vocab: int, ignore_index: int) -> int:
     """How many targets are not ``ignore_index``; IndexError for one outside [0, vocab). The host reads the tensor."""
     cpu = get_backend("cpu")
-    if target.device.type != "cpu" or not isinstance(cpu, NativeBackend) or cpu.why_not():
+    if target.device.type != "cpu" or not isinstance(cpu, NativeBackend) or not cpu.has_head:
         checks.reject_bad_targets(target, vocab, ignore_index)
         return int((target != ignore_index).sum())
     valid, bad = cpu.count_targets(target, vocab, ignore_index)

@@ -129,8 +129,3 @@ def host_reads(tensor: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch.jit.is_tracing()
     )
-
-
-def acc_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and coefficients."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -19,12 +19,10 @@ from torch.utils.flop_counter import register_flop_formula
 from fastloss.engine import backend as backends
 from fastloss.engine import checks
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import factor_is_late
-from fastloss.engine.checks import acc_dtype
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.head import Head, Needs, Saved, Schedule
-from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS, CrossEntropyOptions, RowOptions
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
 
@@ -54,7 +52,7 @@ def _names(want: str) -> tuple[str, ...]:
 
 
 def _stats_type(name: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.uint8 if name == "is_top1" else acc_dtype(dtype)
+    return torch.uint8 if name == "is_top1" else ACC_DTYPES[dtype]
 
 
 def _pack(out: dict[str, Tensor], want: tuple[str, ...], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
@@ -79,18 +77,12 @@ def _check_targets(target: Tensor | None, vocab: int, ignore_index: int) -> None
         checks.reject_bad_targets(target, vocab, ignore_index)
 
 
-def _sum(loss: Tensor, reduction: str, factor: Factor) -> Tensor:
-    if reduction == "none":
-        return loss
-    cpu = backends.get_backend("cpu")
-    if factor.tensor is None and loss.device.type == "cpu" and not cpu.why_not():
-        return cpu.sum_rows(loss, factor.value)
-    total = loss.sum() * factor.value
-    return total if factor.tensor is None else total * factor.tensor
+def _sum(backend: str, loss: Tensor, reduction: str, factor: Factor) -> Tensor:
+    return loss if reduction == "none" else backends.runnable(backend).sum_rows(loss, factor)
 
 
 def _late(dtype: torch.dtype, factor: float, factor_tensor: Tensor | None) -> Tensor | float:
-    if not factor_is_late(dtype):
+    if dtype not in LATE_DTYPES:
         return 1.0
     return factor if factor_tensor is None else factor_tensor * factor
 
@@ -177,19 +169,19 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
         logits,
         target,
         options,
-        factor=WHOLE if grad is None or factor_is_late(logits.dtype) else f,
+        factor=WHOLE if grad is None or logits.dtype in LATE_DTYPES else f,
         grad=grad,
         want=_names(want),
         w=w,
     )
     stats = _pack(out, _names(want), logits, logits.dtype)
-    return [_sum(out["loss"], reduction, f), *stats, logits.new_empty(0) if grad is None else grad]
+    return [_sum(backend, out["loss"], reduction, f), *stats, logits.new_empty(0) if grad is None else grad]
 
 
 @_cross_entropy.register_fake
 def _(logits, target, w, factor_tensor, *, reduction, want, with_grad, **fields):  # type: ignore[no-untyped-def]
     rows = logits.shape[0]
-    loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=acc_dtype(logits.dtype))
+    loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[logits.dtype])
     stats = _fake_stats(logits, rows, _names(want), logits.dtype)
     return [loss, *stats, logits.new_empty(logits.shape if with_grad else (0,))]
 
@@ -371,11 +363,11 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     schedule = heads.schedule_of_cross_entropy(head, rows, needed, chunk or None, per_row, smooth)
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
-        head, needed, target, w, options, names, WHOLE if factor_is_late(dtype) else f, schedule
+        head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule
     )
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)
     return [
-        _sum(out["loss"], reduction, f),
+        _sum(backend, out["loss"], reduction, f),
         *_pack(out, names, out["loss"], dtype),
         *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend)),
     ]
@@ -385,7 +377,7 @@ def _grad_dtypes(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[torch.dtype, ...]:
     """float16 gradients wait, unscaled, in float32 for the upstream gradient."""
-    if factor_is_late(dtype):
+    if dtype in LATE_DTYPES:
         return hidden.dtype, torch.float32, torch.float32
     return heads.leaf_dtypes(hidden, weight, bias)
 
@@ -393,7 +385,7 @@ def _grad_dtypes(
 @_linear_cross_entropy.register_fake
 def _(hidden, weight, bias, target, w, factor_tensor, *, reduction, want, needs, dtype, **fields):  # type: ignore[no-untyped-def]
     rows = hidden.shape[0]
-    loss = hidden.new_empty((rows,) if reduction == "none" else (), dtype=acc_dtype(dtype))
+    loss = hidden.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[dtype])
     grads = _fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))
     return [loss, *_fake_stats(loss, rows, _names(want), dtype), *grads]
 
@@ -486,7 +478,7 @@ def _linear_token_stats(hidden, weight, bias, target, *, want, dtype, chunk, bac
 
 @_linear_token_stats.register_fake
 def _(hidden, weight, bias, target, *, want, dtype, **fields):  # type: ignore[no-untyped-def]
-    like = hidden.new_empty(0, dtype=acc_dtype(dtype))
+    like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
     return _fake_stats(like, hidden.shape[0], _names(want), dtype)
 
 

@@ -149,6 +149,10 @@ class Backend(Protocol):
         probabilities ``[rows, V]``."""
         ...
 
+    def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
+        """factor · Σ values, 0-d; the same bits run after run, on a CPU with any number of threads."""
+        ...
+
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
         """``x *= scale``, one acc number on the device, in float32; nothing is read or written where it is 1."""
         ...

@@ -97,6 +97,10 @@ class ReferenceBackend:
             loss = loss.detach()
         return {**stats, "loss": loss}
 
+    def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
+        total = values.sum() * factor.value
+        return total if factor.tensor is None else total * factor.tensor
+
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
         x.mul_(scale)
 

@@ -25,13 +25,14 @@ from torch import Tensor
 
 from fastloss.engine import checks, head_blocks
 from fastloss.engine.autograd import scale_in_place
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
 from fastloss.engine.head_rows import RowChunks, buffer_dtype, default_chunk
 from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
-from fastloss.tables import CrossEntropyOptions, RowOptions
+from fastloss.engine.native import NativeBackend
+from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
 
 
 class Part(Protocol):
@@ -86,6 +87,7 @@ class Schedule(NamedTuple):
                 "chunk_rows": chunk,
                 "buffer_bytes": buffer_bytes(head, chunk),
             }
+        assert isinstance(head.backend, NativeBackend)
         width = head_blocks.block_width(head.backend, vocab, torch.get_num_threads())
         return {
             "gemms": gemms if recompute else head_blocks.gemms(needs, rows, dim),
@@ -128,7 +130,7 @@ def make_head(
     backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Head:
     """The operands, detached. ``dtype`` is that of the GEMMs."""
-    acc = acc_dtype(dtype)
+    acc = ACC_DTYPES[dtype]
     dense = None if bias is None else bias.detach().to(acc).contiguous()
     return Head(backend, hidden.detach(), weight.detach(), dense, dtype)
 

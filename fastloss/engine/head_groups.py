@@ -17,15 +17,15 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import factor_is_late, once_differentiable, segment_sum, upstream_scale
+from fastloss.engine.autograd import once_differentiable, segment_sum, upstream_scale
 from fastloss.engine.backend import Call, check_targets, is_traced, resolve_call
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head import Grads, Head, Needs, Schedule
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.sequences import Sequences, Tokens, packed_layout
-from fastloss.tables import RowOptions
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, RowOptions
 
 METRIC_STATS = ("entropy", "mean_logits", "is_top1")
 
@@ -106,7 +106,7 @@ def check_grouped_head(
     traced = is_traced(input)
     if not traced:
         check_targets(target.reshape(-1), linear_weight.shape[0], options.ignore_index)
-    grouped = _grouped(target, cu_seqlens, width, options.ignore_index, acc_dtype(input.dtype), traced)
+    grouped = _grouped(target, cu_seqlens, width, options.ignore_index, ACC_DTYPES[input.dtype], traced)
     return GroupedHead(rows, linear_weight, linear_bias, grouped, options, chunk_size)
 
 
@@ -267,7 +267,7 @@ def _affordable(head: Head) -> int:
     """Rows whose logits take no more memory than the weight and its gradient in the accumulation dtype."""
     weight = head.weight
     itemsize = heads.buffer_bytes(head, 1) // weight.shape[0]
-    return weight.shape[1] * (weight.element_size() + acc_dtype(head.dtype).itemsize) // itemsize
+    return weight.shape[1] * (weight.element_size() + ACC_DTYPES[head.dtype].itemsize) // itemsize
 
 
 def _packed(bounds: list[int], chunk: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
@@ -338,7 +338,7 @@ class _FusedGroups(torch.autograd.Function):
         plan = run.plan
         head = heads.make_head(plan.call.backend, hidden, weight, bias, plan.dtype)
         out, grads = _one_pass(head, run)
-        ctx.late = factor_is_late(plan.dtype)
+        ctx.late = plan.dtype in LATE_DTYPES
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
         ctx.grads = grads if ctx.late else heads.finish(grads, dtypes, head.backend)
         ctx.save_for_backward(hidden, weight, bias)
@@ -374,7 +374,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[dict[str, Tensor], Grads]:
                 logprobs = stats["logprobs"].detach().requires_grad_()
                 loss, out = run.loss.of_groups(head.backend, logprobs, stats, rows, group)
             (a,) = torch.autograd.grad(loss, logprobs)
-            if factor_is_late(head.dtype):
+            if head.dtype in LATE_DTYPES:
                 a = a * run.total
             part.gradients(target, options, stats["logsumexp"], Coefficients(a=a, b=-a))
             kept = {name: value for name, value in stats.items() if name in run.outputs}

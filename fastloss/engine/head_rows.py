@@ -15,12 +15,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from fastloss.engine.autograd import new_gradient
-from fastloss.engine.checks import acc_dtype
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Factor
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.native import multiply_bf16, supports_gemm_bf16
-from fastloss.tables import CrossEntropyOptions, RowOptions
+from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
 
 # Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
 UPCAST_BLOCK = 2048
@@ -71,7 +70,7 @@ class _Gemms:
         self.keep = keep
         self.hidden = head.hidden.to(head.dtype)
         self.weight = head.weight.to(head.dtype)
-        self.acc = acc_dtype(head.dtype)
+        self.acc = ACC_DTYPES[head.dtype]
         self.buffer = torch.empty((min(chunk, rows), vocab), dtype=buffer_dtype(head), device=device)
         new = torch.empty if keep is None else torch.zeros
         self.d_hidden = new((rows, dim), dtype=head.dtype, device=device) if needs.hidden else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
@@ -30,9 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 @functools.cache
 def _kernels() -> ModuleType:
-    from fastloss import kernels
-
-    return kernels
+    return importlib.import_module("fastloss.kernels")
 
 
 class TritonBackend:
@@ -110,6 +109,10 @@ class TritonBackend:
         return _kernels().row_cross_entropy(
             logits, target, options, factor=factor, grad=grad, want=want, bias=bias, w=w
         )
+
+    def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
+        total = values.sum() * factor.value
+        return total if factor.tensor is None else total * factor.tensor
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
         _kernels().scale_in_place(x, scale)

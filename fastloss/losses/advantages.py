@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine.backend import resolve_call
-from fastloss.engine.checks import acc_dtype
 from fastloss.engine.contract import Backend
 from fastloss.engine.sequences import TimeSteps, flat_mask, layout_of
 from fastloss.losses.group_advantages import check_group_size, grouped
 from fastloss.losses.policy_inputs import check_like
+from fastloss.tables import ACC_DTYPES
 
 
 def gae(
@@ -231,7 +231,7 @@ def whiten(x: Tensor, mask: Tensor | None, *, shift_mean: bool = True, eps: floa
     _floating("x", x)
     eps = checks.number("eps", eps, low=0)
     keep = flat_mask(mask, x).bool().view(x.shape)
-    x = torch.where(keep, x.detach().to(acc_dtype(x.dtype)), 0)
+    x = torch.where(keep, x.detach().to(ACC_DTYPES[x.dtype]), 0)
     n = keep.sum()
     mean = x.sum() / n.clamp(min=1)
     centered = torch.where(keep, x - mean, 0)
@@ -272,7 +272,7 @@ def _floating(name: str, value: Any) -> Tensor:
 
 
 def _acc(x: Tensor, like: Tensor | None = None) -> Tensor:
-    return x.detach().reshape(-1).to(acc_dtype((x if like is None else like).dtype)).contiguous()
+    return x.detach().reshape(-1).to(ACC_DTYPES[(x if like is None else like).dtype]).contiguous()
 
 
 def _resolve(function: str, backend: str, *tensors: Tensor) -> Backend:

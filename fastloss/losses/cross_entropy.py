@@ -12,14 +12,14 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import autograd, checks, compile_ops
 from fastloss.engine import backend as backends
-from fastloss.engine.autograd import factor_is_late, new_gradient, once_differentiable
+from fastloss.engine.autograd import new_gradient, once_differentiable
 from fastloss.engine.backend import Call, resolve_call
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.native import DIRECT_CODES, cpu_backend
 from fastloss.losses.token_stats import TokenStats, stats_from
-from fastloss.tables import STATS, STATS_WITHOUT_TARGET, CrossEntropyOptions
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS, STATS_WITHOUT_TARGET, CrossEntropyOptions
 
 
 def cross_entropy(
@@ -127,7 +127,7 @@ def cross_entropy(
         logits = logits.contiguous()
     elif inplace and not call.traced:
         autograd.refuse_inplace(logits)
-    acc = acc_dtype(logits.dtype)
+    acc = ACC_DTYPES[logits.dtype]
     classes, w = weights_of(target, weight, loss, acc)
     factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
@@ -353,18 +353,6 @@ def kernel_options(loss: LossOptions) -> CrossEntropyOptions:
     return replace(loss.row, label_smoothing=0.0) if smooth else loss.row
 
 
-def reduced(loss: Tensor, factor: Factor, dtype: torch.dtype) -> Tensor:
-    """factor · Σ loss as a 0-d tensor."""
-    cpu = backends.get_backend("cpu")
-    if factor.tensor is None and loss.device.type == "cpu" and not cpu.why_not():
-        total = cpu.sum_rows(loss, factor.value)
-    else:
-        total = loss.sum() * factor.value
-        if factor.tensor is not None:
-            total = total * factor.tensor
-    return total if total.dtype == dtype else total.to(dtype)
-
-
 @dataclass(frozen=True)
 class _Run:
     """What forward and backward need beside the tensors."""
@@ -393,7 +381,7 @@ class CrossEntropy(torch.autograd.Function):
             ctx.grad = ctx.grad.detach()
         else:
             ctx.save_for_backward(classes, w, logits, out["logsumexp"] if per_row else None)
-        loss = out["loss"].to(run.dtype) if per_row else reduced(out["loss"], run.factor, run.dtype)
+        loss = (out["loss"] if per_row else run.backend.sum_rows(out["loss"], run.factor)).to(run.dtype)
         if not run.loss.want:
             return loss
         stats = [out[name] for name in run.loss.want]
@@ -424,7 +412,7 @@ class CrossEntropy(torch.autograd.Function):
             classes, w, logits, _ = ctx.saved_tensors
             grad = new_gradient(logits.shape, logits.dtype, logits.device)
             _one_pass(run, logits, classes, w, grad)
-        late = run.factor if factor_is_late(grad.dtype) else None
+        late = run.factor if grad.dtype in LATE_DTYPES else None
         scale = autograd.upstream_scale(run.backend, upstream, late)
         return (autograd.scale_in_place(run.backend, grad, scale), *none)
 
@@ -432,7 +420,7 @@ class CrossEntropy(torch.autograd.Function):
 def _one_pass(
     run: _Run, logits: Tensor, classes: Tensor | None, w: Tensor | None, grad: Tensor | None
 ) -> dict[str, Tensor]:
-    factor = WHOLE if grad is None or factor_is_late(logits.dtype) else run.factor
+    factor = WHOLE if grad is None or logits.dtype in LATE_DTYPES else run.factor
     return run.backend.row_cross_entropy(
         logits, classes, kernel_options(run.loss), factor=factor, grad=grad, want=run.loss.want, w=w
     )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
+from fastloss.tables import ACC_DTYPES
 
 
 @torch.no_grad()
@@ -157,7 +158,7 @@ def gdpo_advantages(
         raise ShapeError(
             f"rewards: expected shape [B, K] with B a multiple of group_size={group_size}, got {list(rewards.shape)}"
         )
-    table = rewards.detach().to(acc_dtype(rewards.dtype)).T  # [K, B]
+    table = rewards.detach().to(ACC_DTYPES[rewards.dtype]).T  # [K, B]
     normal = torch.stack([group_advantages(row.contiguous(), group_size, eps=eps) for row in table], 1)
     if weights is not None:
         checks.is_floating("weights", weights)
@@ -184,7 +185,7 @@ def grouped(rewards: Tensor, group_size: int) -> Tensor:
         raise ShapeError(
             f"rewards: expected shape [B] with B a multiple of group_size={group_size}, got {list(rewards.shape)}"
         )
-    return rewards.detach().to(acc_dtype(rewards.dtype)).contiguous().view(-1, group_size)
+    return rewards.detach().to(ACC_DTYPES[rewards.dtype]).contiguous().view(-1, group_size)
 
 
 def _varied(groups: Tensor) -> Tensor:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine.backend import announce_pointwise
-from fastloss.engine.checks import acc_dtype
 from fastloss.losses.policy_inputs import check_like
-from fastloss.tables import KL_KINDS, MAX_LOG_RATIO
+from fastloss.tables import ACC_DTYPES, KL_KINDS, MAX_LOG_RATIO
 
 
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str = "k3", backend: str = "auto") -> Tensor:
@@ -33,7 +32,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str = "k3", bac
     check_like("ref_logprobs", ref_logprobs, logprobs)
     checks.is_one_of("kind", kind, KL_KINDS)
     announce_pointwise("kl_estimate", backend)
-    acc = acc_dtype(logprobs.dtype)
+    acc = ACC_DTYPES[logprobs.dtype]
     t = (ref_logprobs.detach().to(acc) - logprobs.to(acc)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     if kind == "k1":
         return -t

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import factor_is_late, once_differentiable, upstream_scale
+from fastloss.engine.autograd import once_differentiable, upstream_scale
 from fastloss.engine.backend import Call, check_targets, resolve_call
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.head import NOTHING, Grads, Head, Needs, Saved, Schedule
@@ -23,11 +23,10 @@ from fastloss.losses.cross_entropy import (
     kernel_options,
     loss_factor,
     loss_options,
-    reduced,
     weights_of,
 )
 from fastloss.losses.token_stats import TokenStats
-from fastloss.tables import STATS
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS
 
 
 def linear_cross_entropy(
@@ -153,7 +152,7 @@ def _of_rows(
     if call.by_definition:
         call.announce()
         return _by_definition(call, input, linear_weight, target, linear_bias, weight, loss, loss_dtype)
-    rows, vocab, acc = input.shape[0], linear_weight.shape[0], acc_dtype(dtype)
+    rows, vocab, acc = input.shape[0], linear_weight.shape[0], ACC_DTYPES[dtype]
     needs = heads.needs_of(input, linear_weight, linear_bias)
     per_row = loss.reduction == "none"
     # A loss per row with d weight: its coefficients are known in the backward, which makes the logits again.
@@ -249,12 +248,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.ahead = not per_row or not (run.needs.weight or run.needs.bias)
         needs = run.needs if ctx.ahead else NOTHING
         out, grads = _forward(head, run, needs, classes, w)
-        ctx.late = factor_is_late(run.dtype) and not per_row
+        ctx.late = run.dtype in LATE_DTYPES and not per_row
         ctx.grads = (
             grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend)
         )
         ctx.save_for_backward(hidden, weight, bias, classes, w, None if ctx.ahead else out["logsumexp"])
-        loss = out["loss"].to(run.loss_dtype) if per_row else reduced(out["loss"], run.factor, run.loss_dtype)
+        loss = (out["loss"] if per_row else backend.sum_rows(out["loss"], run.factor)).to(run.loss_dtype)
         if not run.loss.want:
             return loss
         stats = [out[name] for name in run.loss.want]
@@ -290,7 +289,7 @@ def _forward(
     head: Head, run: _Run, needs: Needs, classes: Tensor | None, w: Tensor | None
 ) -> tuple[dict[str, Tensor], Grads]:
     """Losses and statistics of all rows, and the gradients of their sum times the factor (late for float16)."""
-    early = run.loss.reduction != "none" and not factor_is_late(head.dtype)
+    early = run.loss.reduction != "none" and head.dtype not in LATE_DTYPES
     factor = run.factor if early else WHOLE
     options = kernel_options(run.loss)
     return heads.cross_entropy(head, needs, classes, w, options, run.loss.want, factor, run.schedule)

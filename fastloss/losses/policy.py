@@ -13,13 +13,12 @@ from fastloss.engine import autograd, checks
 from fastloss.engine import backend as backends
 from fastloss.engine.autograd import once_differentiable
 from fastloss.engine.backend import resolve_call
-from fastloss.engine.checks import acc_dtype
 from fastloss.engine.contract import Backend, PolicyInputs
 from fastloss.engine.native import DirectPolicy, cpu_backend
 from fastloss.losses.policy_inputs import check_like, lay_flat, normalizer_of, shares, weighted
 from fastloss.losses.policy_options import PolicySpec, options_of
 from fastloss.losses.policy_selection import select, top_entropy
-from fastloss.tables import AGGREGATIONS, POLICY_METRICS, POLICY_OUT, POLICY_PLACE, PolicyOptions
+from fastloss.tables import ACC_DTYPES, AGGREGATIONS, POLICY_METRICS, POLICY_OUT, POLICY_PLACE, PolicyOptions
 
 
 class PolicyOutput(NamedTuple):
@@ -212,7 +211,7 @@ def policy_loss(
         "policy_loss", backend, logprobs, old_logprobs, advantages, mask, entropy, has_operators=False
     )
     call.announce()
-    acc = acc_dtype(logprobs.dtype)
+    acc = ACC_DTYPES[logprobs.dtype]
     flat = logprobs.reshape(-1).to(acc).contiguous()
     h = None if entropy is None else entropy.reshape(-1).to(acc).contiguous()
     loss, out = _of_batch(call.backend, spec, options, inputs, flat, h)

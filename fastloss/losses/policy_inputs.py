@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import PolicyInputs
 from fastloss.engine.sequences import Sequences, flat_mask, layout_of
-from fastloss.tables import AGGREGATIONS, CORRECTIONS, PolicyOptions
+from fastloss.tables import ACC_DTYPES, AGGREGATIONS, CORRECTIONS, PolicyOptions
 
 
 def check_like(name: str, value: Any, like: Tensor) -> None:
@@ -38,7 +38,7 @@ def lay_flat(
 ) -> PolicyInputs:
     """Every constant of a call checked against ``like`` (the argument ``name``) and laid flat in the accumulation dtype."""
     layout = layout_of(name, like, cu_seqlens)
-    acc = acc_dtype(dtype)
+    acc = ACC_DTYPES[dtype]
 
     def flat(x: Tensor) -> Tensor:
         return x.detach().reshape(-1).to(acc).contiguous()
@@ -85,7 +85,7 @@ def normalizer_of(
 ) -> float | Tensor | None:
     """None, a number, or acc ``[1]`` on the device."""
     value = checks.normalizer_value(normalizer, "mean", device)
-    return value.to(acc_dtype(dtype)).reshape(1) if isinstance(value, Tensor) else value
+    return value.to(ACC_DTYPES[dtype]).reshape(1) if isinstance(value, Tensor) else value
 
 
 def advantage_per_token(inputs: PolicyInputs) -> Tensor:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import factor_is_late, once_differentiable, upstream_scale
+from fastloss.engine.autograd import once_differentiable, upstream_scale
 from fastloss.engine.backend import check_targets, resolve_call
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_token_stats
 from fastloss.engine.contract import Backend, Factor, PolicyInputs
 from fastloss.engine.head import Grads, Head, Needs, Schedule
@@ -25,9 +25,17 @@ from fastloss.losses.policy_inputs import (
     shares,
     weighted,
 )
-from fastloss.losses.policy_options import PolicySpec, is_token_level, options_of
+from fastloss.losses.policy_options import PolicySpec, options_of
 from fastloss.losses.token_stats import linear_token_stats, row_options
-from fastloss.tables import CORRECTIONS, POLICY_PLACE, PolicyOptions, RowOptions
+from fastloss.tables import (
+    ACC_DTYPES,
+    CORRECTIONS,
+    LATE_DTYPES,
+    POLICY_PLACE,
+    PolicyOptions,
+    RowOptions,
+    is_token_level,
+)
 
 # The target of a masked row: a number that is no class and no ignore_index of a user.
 IGNORED = -(2**63)
@@ -177,7 +185,7 @@ def linear_policy_loss(
         resolved.aggregation,
         resolved.max_length,
         inputs.normalizer,
-        acc_dtype(input.dtype),
+        ACC_DTYPES[input.dtype],
     )
     bonus_share, bonus_coef = None, 0.0
     if resolved.entropy_coef and spec.entropy_aggregation is not None:
@@ -250,7 +258,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         ctx.run = run
         head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
         loss, out, grads = _one_pass(head, run)
-        ctx.late = factor_is_late(run.dtype)
+        ctx.late = run.dtype in LATE_DTYPES
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
         ctx.grads = grads if ctx.late else heads.finish(grads, dtypes, run.backend)
         ctx.save_for_backward(hidden, weight, bias)
@@ -266,7 +274,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         if grads is None:  # retain_graph: the first backward gave the buffers away
             grads = _one_pass(heads.make_head(run.backend, hidden, weight, bias, run.dtype), run)[2]
         late = Factor(1.0, run.scale) if ctx.late else None
-        scale = upstream_scale(run.backend, upstream.to(acc_dtype(run.dtype)), late)
+        scale = upstream_scale(run.backend, upstream.to(ACC_DTYPES[run.dtype]), late)
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend, scale), None)
 
 
@@ -274,8 +282,9 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
     """Loss, ``out [16]`` and the gradients of the loss (without the scale where that is late: float16). A token's share of
     the aggregate is known from the mask, so its coefficients are made as soon as its logits are."""
     keep = heads.kept_rows(run.target, IGNORED)
-    late = factor_is_late(head.dtype)
+    late = head.dtype in LATE_DTYPES
     target, share = heads.pick(run.target, keep), heads.pick(run.share, keep)
+    assert share is not None
     share = share if late else share * run.scale
     bonus_share, d_bonus = heads.pick(run.bonus_share, keep), None
     if bonus_share is not None:

@@ -204,13 +204,3 @@ def _max_length(aggregation: str, max_length: float | None, default: int | None)
             "max_length: expected a number for aggregation='seq-mean-token-sum-norm' of packed sequences, got None"
         )
     return float(max(default or 1, 1))
-
-
-def is_token_level(options: PolicyOptions) -> bool:
-    """Whether a token's term can be made without having seen the rest of its sequence."""
-    return (
-        LEVELS[options.level] == "token"
-        and SURROGATES[options.surrogate] != "vespo"
-        and options.off_policy_threshold == math.inf
-        and not CORRECTIONS[options.correction].startswith("sequence")
-    )

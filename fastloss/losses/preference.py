@@ -14,7 +14,7 @@ from fastloss.engine import autograd, checks
 from fastloss.engine import backend as backends
 from fastloss.engine.autograd import segment_sum
 from fastloss.engine.backend import resolve_call
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.native import DirectPairs, cpu_backend
 from fastloss.engine.sequences import Tokens, tokens_of
@@ -27,7 +27,7 @@ from fastloss.losses.pair_terms import (
     parse_options,
     reference_logps,
 )
-from fastloss.tables import Number, PairOptions
+from fastloss.tables import ACC_DTYPES, Number, PairOptions
 
 
 class PreferenceOutput(NamedTuple):
@@ -162,7 +162,7 @@ def preference_loss(
     if chosen_logps.dtype != rejected_logps.dtype:
         raise ShapeError(f"rejected_logps: expected {chosen_logps.dtype}, got {rejected_logps.dtype}")
     checks.same_device("rejected_logps", rejected_logps, chosen_logps.device)
-    acc, device = acc_dtype(chosen_logps.dtype), chosen_logps.device
+    acc, device = ACC_DTYPES[chosen_logps.dtype], chosen_logps.device
     c, r = chosen_logps.to(acc), rejected_logps.to(acc)
     sides = _sides(
         c,

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine.backend import resolve_call
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.native import DirectPairs
 from fastloss.losses.cross_entropy import cross_entropy
 from fastloss.losses.pair_terms import CODES, constant, launch_pairs, per_pair
 from fastloss.losses.preference import direct_pairs, is_direct_pairs
-from fastloss.tables import Number, PairConstants, PairOptions
+from fastloss.tables import ACC_DTYPES, Number, PairConstants, PairOptions
 
 
 class RewardOutput(NamedTuple):
@@ -77,7 +77,7 @@ def reward_model_loss(
             raise ShapeError(f"{name}: expected shape [B] or [B, 1], got {list(value.shape)}")
     checks.has_shape("rejected_rewards", rejected_rewards, tuple(chosen_rewards.shape))
     checks.same_device("rejected_rewards", rejected_rewards, chosen_rewards.device)
-    acc, device = acc_dtype(chosen_rewards.dtype), chosen_rewards.device
+    acc, device = ACC_DTYPES[chosen_rewards.dtype], chosen_rewards.device
     c, r = chosen_rewards.to(acc).reshape(-1), rejected_rewards.to(acc).reshape(-1)
     count = c.shape[0]
     options = PairOptions(

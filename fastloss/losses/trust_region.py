@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.checks import acc_dtype
 from fastloss.engine.sequences import Sequences, flat_mask, layout_of
 from fastloss.losses.policy_inputs import check_like
-from fastloss.tables import MAX_LOG_RATIO
+from fastloss.tables import ACC_DTYPES, MAX_LOG_RATIO
 
 STATISTICS = ("ratio", "k2", "k3", "tv", "binary_kl")
 LEVELS = ("token", "seq_mean", "seq_sum", "seq_max")
@@ -68,7 +67,7 @@ def trust_region_mask(
         )
     layout = layout_of("old_logprobs", old_logprobs, cu_seqlens)
     keep = flat_mask(mask, old_logprobs).bool()
-    acc = acc_dtype(old_logprobs.dtype)
+    acc = ACC_DTYPES[old_logprobs.dtype]
     old, sampler = (x.detach().reshape(-1).to(acc) for x in (old_logprobs, sampler_logprobs))
     values = torch.where(keep & ~sampler.isnan(), _divergence(statistic, old, sampler), 0)
     if level != "token":

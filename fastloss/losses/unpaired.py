@@ -13,12 +13,12 @@ from fastloss.engine import checks
 from fastloss.engine import head_groups as groups
 from fastloss.engine.autograd import once_differentiable, segment_sum
 from fastloss.engine.backend import resolve_call
-from fastloss.engine.checks import ShapeError, acc_dtype
+from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
 from fastloss.losses.token_stats import row_options
-from fastloss.tables import UNPAIRED_TERMS, UnpairedConstants, UnpairedOptions
+from fastloss.tables import ACC_DTYPES, UNPAIRED_TERMS, UnpairedConstants, UnpairedOptions
 
 
 class UnpairedOutput(NamedTuple):
@@ -193,7 +193,7 @@ def _unpaired(
     backend: str,
 ) -> UnpairedOutput:
     checks.is_floating("logps", logps)
-    acc = acc_dtype(logps.dtype)
+    acc = ACC_DTYPES[logps.dtype]
     x = logps.to(acc)
     tokens = None
     if logps.dim() != 1 or cu_seqlens is not None:

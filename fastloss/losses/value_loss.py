@@ -9,10 +9,9 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine.backend import announce_pointwise
-from fastloss.engine.checks import acc_dtype
 from fastloss.losses.policy_inputs import check_like, lay_flat, shares
 from fastloss.losses.policy_options import PolicySpec, options_of
-from fastloss.tables import AGGREGATIONS
+from fastloss.tables import ACC_DTYPES, AGGREGATIONS
 
 
 class ValueOutput(NamedTuple):
@@ -73,7 +72,7 @@ def value_loss(
         default_length=None if cu_seqlens is not None else inputs.layout.length,
     )
     announce_pointwise("value_loss", backend)
-    acc, keep = acc_dtype(values.dtype), inputs.mask.bool()
+    acc, keep = ACC_DTYPES[values.dtype], inputs.mask.bool()
     share, scale = shares(
         keep, inputs.layout, options.aggregation, options.max_length, inputs.normalizer, acc
     )

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.tables import Number, PairConstants, PairOptions, UnpairedConstants, UnpairedOptions
+from fastloss.reference.codes import name_of
+from fastloss.tables import (
+    DIVERGENCES,
+    PAIR_TERMS,
+    UNPAIRED_TERMS,
+    Number,
+    PairConstants,
+    PairOptions,
+    UnpairedConstants,
+    UnpairedOptions,
+)
 
 MAX_EXPONENT = 80.0  # e^80 is finite in float32
 MAX_MARGIN = 1e16  # its square, summed over a batch, is finite in float32
@@ -148,37 +158,46 @@ def center(p: Pair) -> Tensor:
     return (p.c + p.r) ** 2
 
 
-# A term's code is its position here.
-PAIR_TERMS = (
-    sigmoid,
-    hinge,
-    ipo,
-    exo_pair,
-    nca_pair,
-    robust,
-    bco_pair,
-    sppo_hard,
-    apo_zero,
-    apo_down,
-    discopop,
-    sft,
-    sigmoid_norm,
-    simpo,
-    orpo,
-    center,
-)
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+PAIR_TERM = {
+    term.__name__: term
+    for term in (
+        sigmoid,
+        hinge,
+        ipo,
+        exo_pair,
+        nca_pair,
+        robust,
+        bco_pair,
+        sppo_hard,
+        apo_zero,
+        apo_down,
+        discopop,
+        sft,
+        sigmoid_norm,
+        simpo,
+        orpo,
+        center,
+    )
+}
 
 
 def f_divergence(x: Tensor, divergence: int, alpha: float) -> Tensor:
     """f'(e^x) up to a constant: the score that replaces the log-ratio (arXiv:2309.16240)."""
-    if divergence == 1:
+    name = name_of("divergence", divergence, DIVERGENCES)
+    if name == "reverse_kl":
+        return x
+    if name == "forward_kl":
         return 1 - (-x).clamp(max=MAX_EXPONENT).exp()
-    if divergence == 2:
+    if name == "js_divergence":
         return math.log(2) + F.logsigmoid(x)
-    if divergence == 3:
-        return (((alpha - 1) * x).clamp(max=MAX_EXPONENT).exp() - 1) / (alpha - 1)
-    return x
+    if alpha == 1:  # the limit
+        return x
+    return (((alpha - 1) * x).clamp(max=MAX_EXPONENT).exp() - 1) / (alpha - 1)
+
+
+def alpha_reward(logprobs: Tensor, alpha: float) -> Tensor:
+    """AlphaPO's ``(1 - p^-α) / α`` (arXiv:2501.03884), which is log p as α goes to 0."""
+    return (1 - (-alpha * logprobs).clamp(max=MAX_EXPONENT).exp()) / alpha
 
 
 def pair_loss(
@@ -207,7 +226,7 @@ def pair_loss(
     )
     loss = torch.zeros_like(c)
     for code, term_weight in options.terms:
-        loss = loss + term_weight * _named(PAIR_TERMS, code, "pair term")(pair)
+        loss = loss + term_weight * PAIR_TERM[name_of("terms", code, PAIR_TERMS)](pair)
     if constants.weight is not None:
         loss = loss * constants.weight
     with torch.no_grad():
@@ -219,20 +238,10 @@ def pair_loss(
     return {"loss": loss, "chosen_reward": won, "rejected_reward": lost, "sums": sums}
 
 
-def _named(names: tuple, code: int, what: str):  # type: ignore[no-untyped-def, type-arg]
-    """An unknown code is an error, never the last name of a table."""
-    if not 0 <= code < len(names):
-        raise ValueError(f"{what}: expected a code from 0 to {len(names) - 1}, got {code}")
-    return names[code]
-
-
-UNPAIRED_TERMS = ("kto", "apo_zero_unpaired", "bco")
-
-
 def unpaired_loss(logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions) -> dict[str, Tensor]:
     """KTO, APO-zero and BCO of sequences that are good or bad on their own, ``[B]`` (docs/sequences.md, "Single responses")."""
     beta, kl = options.beta, constants.kl
-    term = _named(UNPAIRED_TERMS, options.term, "unpaired term")
+    term = name_of("term", options.term, UNPAIRED_TERMS)
     x = logps if constants.ref is None else logps - constants.ref
     good = constants.desirable.bool()
     sign = torch.where(good, 1.0, -1.0).to(x.dtype)

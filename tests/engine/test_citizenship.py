@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss.engine import library
+from fastloss.tables import STATS
 
-STATS = "logsumexp,logprob,entropy,log_sum_sq_probs,mean_logit,is_top1"
+ALL_STATS = ",".join(STATS)
 
 
 def _problem(rows: int = 8, dim: int = 16, vocab: int = 40, dtype: torch.dtype = torch.float32):
@@ -97,43 +97,31 @@ def test_compiled_frozen_weight() -> None:
 def test_opcheck(reduction: str) -> None:
     hidden, weight, bias, target = _problem()
     logits = (hidden @ weight.t()).detach().requires_grad_()
-    with_grad = reduction == "mean"
+    ops, with_grad = torch.ops.fastloss, reduction == "mean"
+    row = {"ignore_index": -100, "scale": 1.0, "backend": "cpu"}
+    loss = row | {
+        "softcap": 5.0, "label_smoothing": 0.1, "z_loss": 0.01, "factor": 0.1, "reduction": reduction, "want": ALL_STATS,
+    }  # fmt: skip
+    head = {"needs": [with_grad] * 3, "dtype": torch.float32, "chunk": 3}
+    stats = row | {"softcap": 0.0, "want": ALL_STATS}
     torch.library.opcheck(
-        library.cross_entropy,
-        (logits, target, None, None, 0.1, reduction, -100, 0.1, 0.01, 1.0, 5.0, STATS, with_grad, "cpu"),
+        ops.cross_entropy.default, (logits, target, None, None), loss | {"with_grad": with_grad}
     )
-    needs = [with_grad] * 3
     torch.library.opcheck(
-        library.linear_cross_entropy,
-        (
-            hidden,
-            weight,
-            bias,
-            target,
-            None,
-            None,
-            0.1,
-            reduction,
-            -100,
-            0.1,
-            0.01,
-            1.0,
-            5.0,
-            STATS,
-            needs,
-            torch.float32,
-            3,
-            "cpu",
-        ),
+        ops.linear_cross_entropy.default, (hidden, weight, bias, target, None, None), loss | head
     )
-    torch.library.opcheck(library.token_stats, (logits, target, -100, 1.0, 0.0, STATS, "cpu"))
+    torch.library.opcheck(ops.token_stats.default, (logits, target), stats)
     torch.library.opcheck(
-        library.linear_token_stats,
-        (hidden, weight, bias, target, -100, 1.0, 0.0, STATS, torch.float32, 0, "cpu"),
+        ops.linear_token_stats.default,
+        (hidden, weight, bias, target),
+        stats | {"dtype": torch.float32, "chunk": 0},
     )
     lse = logits.detach().logsumexp(-1)
+    given = (target, lse, lse, lse, None, None, None)
+    torch.library.opcheck(ops.row_grad.default, (logits.detach(), *given), row | {"softcap": 0.0})
+    operands = (hidden.detach(), weight.detach(), bias.detach())
     torch.library.opcheck(
-        library.row_grad, (logits.detach(), target, lse, lse, lse, None, None, None, -100, 1.0, 0.0, "cpu")
+        ops.linear_row_grad.default, (*operands, *given), row | {"softcap": 0.0, **head, "needs": [True] * 3}
     )
 
 

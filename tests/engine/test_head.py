@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
 from fastloss.engine import head
+from fastloss.engine.backend import get_backend
+from fastloss.tables import RowOptions
 
 IGNORE = -100
 
@@ -123,16 +125,19 @@ def test_flops_of_blocks_are_counted(dtype):
 
 def test_chunks_of_given_bounds():
     hidden, weight, _, _ = operands()
-    h = head.Head(hidden, weight, None, torch.float32, 20)
-    seen = []
-
-    def row_function(z, start, stop, overwrite):
-        seen.append((start, stop))
-        return {"sum": z.sum(1)}
-
-    out, _ = head.run(h, head.Needs(False, False, False), row_function, bounds=[(0, 5), (5, 25), (25, 37)])
-    assert seen == [(0, 5), (5, 25), (25, 37)]
-    torch.testing.assert_close(out["sum"], (hidden @ weight.t()).sum(1), atol=1e-4, rtol=1e-5)
+    operand = head.make_head(get_backend("reference"), hidden, weight, None, torch.float32)
+    nothing, bounds = head.Needs(False, False, False), [(0, 5), (5, 25), (25, 37)]
+    seen, outs, row = [], [], torch.arange(37)
+    with head.begin(operand, nothing, None, head.Schedule(20), bounds) as run:
+        for part in run.parts():
+            own = part.of(row)
+            seen.append((int(own[0]), int(own[-1]) + 1))
+            outs.append(part.stats(None, RowOptions(), ("mean_logits",)))
+        out = run.collect(outs)
+    assert seen == bounds
+    torch.testing.assert_close(
+        out["mean_logits"], (hidden @ weight.t()).mean(1), atol=1e-5, rtol=1e-5, check_dtype=False
+    )
 
 
 needs_blocks = pytest.mark.skipif(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import fastloss
-from fastloss.engine import backend as backends
+from fastloss.engine.backend import get_backend, replace_backend
+from fastloss.engine.contract import Backend
 from fastloss.engine.native import emulated_cuda
 
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
@@ -26,7 +27,7 @@ def _emulate() -> str:
         return "no g++ for the CUDA emulation"
     from cuda_emulation.build import build_emulated
 
-    backends.replace_backend("cuda", emulated_cuda(build_emulated()))
+    replace_backend("cuda", emulated_cuda(build_emulated()))
     return ""
 
 
@@ -38,6 +39,11 @@ def need(backend: str) -> str:
     if state != "available":
         pytest.fail(f"{backend}: {state}")
     return backend
+
+
+def contract(backend: str) -> Backend:
+    """The kernels of a backend by the contract that all of them implement."""
+    return get_backend(need(backend))
 
 
 def dtypes(backend: str) -> tuple[torch.dtype, ...]:

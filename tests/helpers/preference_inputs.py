@@ -9,10 +9,13 @@ from backends_under_test import DEVICE
 from torch import Tensor
 
 import fastloss
-from fastloss.losses import pairs
-from fastloss.losses.preference import PreferenceOutput
+from fastloss import PreferenceOutput
+from fastloss.tables import PAIR_TERMS
 
-TYPES = [name for name in pairs.LOSS_TYPES if name not in pairs.SORTED]
+TYPES = [name for name in PAIR_TERMS if name != "center"]  # center is reward_model_loss's own
+SORTED = ("aot", "aot_unpaired")  # made of terms over sorted pairs
+# The loss types that take an f-divergence.
+WITH_DIVERGENCE = ("sigmoid", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft", "sigmoid_norm")
 DIVERGENCES: list[dict[str, Any]] = [
     {"f_divergence_type": "forward_kl"},
     {"f_divergence_type": "js_divergence"},

@@ -9,17 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from backends_under_test import DEVICE, KERNELS, need
+from backends_under_test import DEVICE, KERNELS, contract, need
 from torch import Tensor
 
-from fastloss.engine import backend as dispatch
-from fastloss.engine.pair_call import PairCall
-from fastloss.reference import preference as definition
+from fastloss.engine.contract import Backend
+from fastloss.engine.sequences import Sequences
+from fastloss.tables import (
+    DIVERGENCES,
+    MAX_TERMS,
+    PAIR_TERMS,
+    UNPAIRED_TERMS,
+    PairConstants,
+    PairOptions,
+    UnpairedConstants,
+    UnpairedOptions,
+)
 
 CASES = [(backend, torch.float32) for backend in KERNELS] + [("cpu", torch.float64)] * ("cpu" in KERNELS)
 IDS = [f"{backend}-{str(dtype).removeprefix('torch.')}" for backend, dtype in CASES]
-TERMS = range(len(definition.PAIR_TERMS))
-NAMES = [term.__name__ for term in definition.PAIR_TERMS]
+TERMS = range(len(PAIR_TERMS))
+NAMES = list(PAIR_TERMS)
 SFT, HINGE, ORPO = NAMES.index("sft"), NAMES.index("hinge"), NAMES.index("orpo")
 OF_SCORES = (
     "sigmoid",
@@ -31,12 +40,16 @@ OF_SCORES = (
     "sigmoid_norm",
 )  # the rest reads log-ratios
 NAN = float("nan")
-GRADIENTS = ("d_c", "d_r", "d_nll")
+# The fields of the contract's records, as the inputs below name them.
+CONSTANTS = {
+    "rc": "ref_chosen",
+    "rr": "ref_rejected",
+    "lc": "chosen_lengths",
+    "lr": "rejected_lengths",
+    "weight": "weight",
+}
+GRADIENTS = {"d_chosen": "d_c", "d_rejected": "d_r", "d_nll": "d_nll", "d_logps": "d"}
 backends = pytest.mark.parametrize(("backend", "dtype"), CASES, ids=IDS)
-
-
-def rows_of(backend: str, dtype: torch.dtype = torch.float32) -> Any:
-    return dispatch.choose(need(backend), torch.empty(1, dtype=dtype, device=DEVICE)).rows
 
 
 def logps(n: int, dtype: torch.dtype, scale: float = 8.0) -> Tensor:
@@ -56,7 +69,7 @@ def pair_inputs(n: int, dtype: torch.dtype, which: str) -> dict[str, Any]:
     uniform = lambda low, high: (low + (high - low) * torch.rand(n, dtype=torch.float64)).to(dtype).to(DEVICE)
     return given | numbers | {
         "nll": logps(n, dtype), "beta": uniform(0.05, 0.9), "smoothing": uniform(0.01, 0.45),
-        "margin": uniform(-1, 1), "weight": uniform(0, 2), "delta": torch.full((1,), 0.15, dtype=dtype, device=DEVICE),
+        "margin": uniform(-1, 1), "weight": uniform(0, 2), "delta": 0.25,
     }  # fmt: skip
 
 
@@ -64,24 +77,38 @@ def wide(value: Any, dtype: torch.dtype = torch.float64) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def called(function: Any) -> Any:
-    """pair_loss with the fields of its PairCall as keywords."""
-    return lambda c, r, nll=None, **call: function(c, r, nll, PairCall(**call))
+def pairs_by(kernels: Backend, given: dict[str, Any]) -> dict[str, Any]:
+    """pair_loss of the contract, its options and constants taken from one dict."""
+    given = dict(given)
+    c, r, nll = given.pop("c"), given.pop("r"), given.pop("nll", None)
+    constants = PairConstants(**{field: given.pop(name, None) for name, field in CONSTANTS.items()})
+    options = PairOptions(terms=tuple(given.pop("terms")), **given)
+    result = kernels.pair_loss(c, r, nll, constants, options)
+    return {GRADIENTS.get(name, name): value for name, value in result._asdict().items()}
+
+
+def unpaired_by(kernels: Backend, given: dict[str, Any]) -> dict[str, Any]:
+    given = dict(given)
+    x, fields = given.pop("logps"), ("desirable", "ref", "weight", "kl")
+    constants = UnpairedConstants(**{name: given.pop(name) for name in fields if name in given})
+    result = kernels.unpaired_loss(x, constants, UnpairedOptions(**given))
+    return {GRADIENTS.get(name, name): value for name, value in result._asdict().items()}
 
 
 def defined(given: dict[str, Any], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The definition of pair_loss or unpaired_loss in ``dtype``, with the gradients of the sum of its losses."""
     given = {name: wide(value, dtype) for name, value in given.items()}
-    function = definition.unpaired_loss if "logps" in given else called(definition.pair_loss)
+    function = unpaired_by if "logps" in given else pairs_by
     leaves = {}
     for name, gradient in (("c", "d_c"), ("r", "d_r"), ("nll", "d_nll"), ("logps", "d")):
         if given.get(name) is not None:
             given[name] = leaves[gradient] = given[name].detach().requires_grad_()
-    out = function(**given)
+    out = function(contract("reference"), given)
     grads = torch.autograd.grad(
         out["loss"].sum() + 0 * sum(leaf.sum() for leaf in leaves.values()), list(leaves.values())
     )
-    return {name: value.detach() for name, value in out.items()} | dict(zip(leaves, grads, strict=True))
+    values = {name: value.detach() for name, value in out.items() if value is not None}
+    return values | dict(zip(leaves, grads, strict=True))
 
 
 def worst(actual: Tensor, expected: Tensor) -> float:
@@ -106,14 +133,14 @@ def check(backend: str, given: dict[str, Any], out: dict[str, Any]) -> None:
 
 
 def pair_loss(backend: str, given: dict[str, Any]) -> dict[str, Any]:
-    return called(rows_of(backend, given["c"].dtype).pair_loss)(**given)
+    return pairs_by(contract(backend), given)
 
 
 @pytest.mark.parametrize("which", ["plain", "lengths", "all"])
 @pytest.mark.parametrize("code", TERMS, ids=NAMES)
 @backends
 def test_term(backend: str, dtype: torch.dtype, code: int, which: str) -> None:
-    for divergence in range(len(definition.DIVERGENCES)) if NAMES[code] in OF_SCORES else [0]:
+    for divergence in range(len(DIVERGENCES)) if NAMES[code] in OF_SCORES else [0]:
         given = pair_inputs(37, dtype, which) | {"terms": [(code, 1.0)], "divergence": divergence}
         check(backend, given, pair_loss(backend, given))
 
@@ -162,7 +189,7 @@ def test_slope_at_the_kink_and_equal_pairs(backend: str, dtype: torch.dtype) -> 
 def test_extreme_log_ratios_are_finite(backend: str, dtype: torch.dtype, code: int) -> None:
     far = torch.tensor([-1e4, -1e4, -1e-9, -1e-9, 0.0, -2.0], dtype=dtype, device=DEVICE)
     near = torch.tensor([-1e-9, -1e4, -1e4, 0.0, 0.0, -2.0], dtype=dtype, device=DEVICE)
-    for divergence in range(len(definition.DIVERGENCES)):
+    for divergence in range(len(DIVERGENCES)):
         given = {"c": far, "r": near, "terms": [(code, 1.0)], "divergence": divergence, "beta": 0.1}
         given |= {"smoothing": 0.1, "alpha": 0.5, "delta": 0.3}
         out = pair_loss(backend, given)
@@ -229,19 +256,19 @@ def test_same_bits_every_time_and_in_every_batch(backend: str, dtype: torch.dtyp
         assert name == "sums" or torch.equal(value[7:8], alone[name]), name
 
 
-@pytest.mark.parametrize("code", range(3), ids=definition.UNPAIRED_TERMS)
+@pytest.mark.parametrize("code", range(3), ids=UNPAIRED_TERMS)
 @pytest.mark.parametrize("n", [0, 1, 37, 300])
 @backends
 def test_unpaired(backend: str, dtype: torch.dtype, n: int, code: int) -> None:
-    rows = rows_of(backend, dtype)
-    given: dict[str, Any] = {"logps": logps(n, dtype), "code": code, "beta": 0.3}
+    kernels = contract(backend)
+    given: dict[str, Any] = {"logps": logps(n, dtype), "term": code, "beta": 0.3}
     given["desirable"] = torch.randint(0, 2, (n,), dtype=torch.uint8).to(DEVICE)
     optional = {
         "ref": logps(n, dtype), "weight": torch.rand(n, dtype=dtype, device=DEVICE),
         "kl": torch.full((1,), 0.4, dtype=dtype, device=DEVICE), "desirable_weight": 1.3, "undesirable_weight": 0.7,
     }  # fmt: skip
     for arguments in (given, given | optional):
-        out = rows.unpaired_loss(**arguments)
+        out = unpaired_by(kernels, arguments)
         if n:
             check(backend, arguments, out)
         assert out["sums"].shape == (7,) and out["sums"][1] == given["desirable"].sum()
@@ -252,14 +279,22 @@ def test_unpaired_extremes(backend: str, dtype: torch.dtype) -> None:
     x = torch.tensor([-1e4, -1e4, 1e4, 1e4, 0.0], dtype=dtype, device=DEVICE)
     desirable = torch.tensor([0, 1, 0, 1, 1], dtype=torch.uint8, device=DEVICE)
     for code in range(3):
-        given = {"logps": x, "desirable": desirable, "code": code, "beta": 0.5}
-        out = rows_of(backend, dtype).unpaired_loss(**given)
+        given = {"logps": x, "desirable": desirable, "term": code, "beta": 0.5}
+        out = unpaired_by(contract(backend), given)
         for name in ("loss", "d", "reward", "sums"):
             assert bool(out[name].isfinite().all()), (code, name)
         check(backend, given, out)
 
 
 LENGTHS = (0, 1, 7, 8, 9, 0, 33, 1000, 3, 2500)
+
+
+def packed(offsets: Tensor, n: int) -> Sequences:
+    return Sequences(offsets, 0, offsets.numel() - 1, n, offsets.device)
+
+
+def padded(count: int, length: int) -> Sequences:
+    return Sequences(None, length, count, count * length, torch.device(DEVICE))
 
 
 def tokens(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,46 +307,52 @@ def tokens(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return values, weights, offsets
 
 
+def summed(values: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
+    """By the definition, in float64."""
+    return contract("reference").segment_sum(wide(values), wide(weights), layout)
+
+
 @backends
 def test_segment_sum(backend: str, dtype: torch.dtype) -> None:
-    rows = rows_of(backend, dtype)
+    kernels = contract(backend)
     values, weights, offsets = tokens(dtype)
     clean = values.nan_to_num(-1.0)
     rtol = torch.finfo(dtype).eps * (8 if dtype == torch.float64 else 1)
     for v, w in ((values, weights), (clean, None)):
-        out = rows.segment_sum(v, w, offsets, 0, len(LENGTHS))
-        expected = definition.segment_sum(wide(v), None if w is None else wide(w), offsets, 0, len(LENGTHS))
+        out = kernels.segment_sum(v, w, packed(offsets, len(v)))
+        expected = summed(v, w, packed(offsets, len(v)))
         torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=0)
         assert out[0] == 0 and out[5] == 0
-        padded = rows.segment_sum(v[:3500], None if w is None else w[:3500], None, 700, 5)
-        expected = definition.segment_sum(wide(v[:3500]), None if w is None else wide(w[:3500]), None, 700, 5)
-        torch.testing.assert_close(padded.double(), expected, rtol=rtol, atol=0)
-    assert rows.segment_sum(clean[:0], None, offsets[:1], 0, 0).shape == (0,)
+        v, w = v[:3500], None if w is None else w[:3500]
+        expected = summed(v, w, padded(5, 700))
+        out = kernels.segment_sum(v, w, padded(5, 700))
+        torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=0)
+    assert kernels.segment_sum(clean[:0], None, packed(offsets[:1], 0)).shape == (0,)
 
 
 @backends
 def test_segment_sum_depends_on_its_own_sequence_alone(backend: str, dtype: torch.dtype) -> None:
-    rows = rows_of(backend, dtype)
+    kernels = contract(backend)
     values, weights, offsets = tokens(dtype)
-    together = rows.segment_sum(values, weights, offsets, 0, len(LENGTHS))
-    assert torch.equal(together, rows.segment_sum(values, weights, offsets, 0, len(LENGTHS)))
+    together = kernels.segment_sum(values, weights, packed(offsets, len(values)))
+    assert torch.equal(together, kernels.segment_sum(values, weights, packed(offsets, len(values))))
     for s in (3, 6, 9):
         own = slice(int(offsets[s]), int(offsets[s + 1]))
-        alone = rows.segment_sum(values[own].clone(), weights[own].clone(), None, LENGTHS[s], 1)
+        alone = kernels.segment_sum(values[own].clone(), weights[own].clone(), padded(1, LENGTHS[s]))
         assert torch.equal(alone[0], together[s])
 
 
 @pytest.mark.skipif("cpu" not in KERNELS, reason="threads of the CPU backend")
 def test_segment_sum_on_many_threads() -> None:
-    rows = rows_of("cpu")
-    values, offsets = logps(200_000, torch.float32), torch.arange(0, 200_001, 1000)
+    kernels = contract("cpu")
+    values, layout = logps(200_000, torch.float32), packed(torch.arange(0, 200_001, 1000), 200_000)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 4):
             torch.set_num_threads(threads)
-            results.append(rows.segment_sum(values, None, offsets, 0, 200))
-            results.append(rows.segment_expand(results[0], None, offsets, 0, 200_000))
+            results.append(kernels.segment_sum(values, None, layout))
+            results.append(kernels.segment_expand(results[0], None, layout))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
@@ -319,36 +360,29 @@ def test_segment_sum_on_many_threads() -> None:
 
 @backends
 def test_segment_expand(backend: str, dtype: torch.dtype) -> None:
-    rows = rows_of(backend, dtype)
+    kernels = contract(backend)
     _, weights, offsets = tokens(dtype)
     n, lengths = sum(LENGTHS), torch.tensor(LENGTHS, device=DEVICE)
     upstream = torch.randn(len(LENGTHS), dtype=dtype, device=DEVICE)
     spread = upstream.repeat_interleave(lengths)
-    assert torch.equal(rows.segment_expand(upstream, None, offsets, 0, n), spread)
-    assert torch.equal(rows.segment_expand(upstream, weights, offsets, 0, n), weights * spread)
-    padded = rows.segment_expand(upstream[:5], weights[:3500], None, 700, 3500)
-    assert torch.equal(padded, weights[:3500] * upstream[:5].repeat_interleave(700))
+    assert torch.equal(kernels.segment_expand(upstream, None, packed(offsets, n)), spread)
+    assert torch.equal(kernels.segment_expand(upstream, weights, packed(offsets, n)), weights * spread)
+    rows = kernels.segment_expand(upstream[:5], weights[:3500], padded(5, 700))
+    assert torch.equal(rows, weights[:3500] * upstream[:5].repeat_interleave(700))
     # What lies outside all sequences, and what has no weight, gets no gradient, whatever the upstream gradient is.
-    outside = rows.segment_expand(upstream, None, offsets + 3, 0, n + 10)
+    outside = kernels.segment_expand(upstream, None, packed(offsets + 3, n + 10))
     assert torch.equal(outside, torch.nn.functional.pad(spread, (3, 7)))
     upstream[3] = NAN
-    out = rows.segment_expand(upstream, weights, offsets, 0, n)
+    out = kernels.segment_expand(upstream, weights, packed(offsets, n))
     assert bool((out[weights == 0] == 0).all())
-    assert rows.segment_expand(upstream[:0], None, offsets[:1], 0, 0).shape == (0,)
+    assert kernels.segment_expand(upstream[:0], None, packed(offsets[:1], 0)).shape == (0,)
 
 
-@pytest.mark.parametrize("backend", [b for b in KERNELS if b != "triton"])
-def test_bad_codes_are_errors(backend: str) -> None:
-    rows, x = rows_of(backend), torch.zeros(2, device=DEVICE)
-    for options in (
-        {"terms": [(16, 1.0)]},
-        {"terms": [(0, 1.0)] * 9},
-        {"terms": [(0, 1.0)], "divergence": 4},
-    ):
-        with pytest.raises(ValueError, match=r"expected"):
-            called(rows.pair_loss)(x, x, **options)
-    with pytest.raises(ValueError, match="code"):
-        rows.unpaired_loss(x, desirable=x.to(torch.uint8), code=3)
+@pytest.mark.parametrize("backend", KERNELS)
+def test_more_terms_than_a_kernel_takes(backend: str) -> None:
+    x = torch.zeros(2, device=DEVICE)
+    with pytest.raises(ValueError, match="expected"):
+        pairs_by(contract(backend), {"c": x, "r": x, "terms": [(0, 1.0)] * (MAX_TERMS + 1)})
 
 
 def test_exact_functions_of_triton() -> None:

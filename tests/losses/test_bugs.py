@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from backends_under_test import DEVICE, KERNELS, need
+from backends_under_test import DEVICE, KERNELS, contract, need
 
 import fastloss
+from fastloss.engine.coefficients import Coefficients
+from fastloss.tables import CrossEntropyOptions, RowOptions
 
 
 @pytest.fixture(params=KERNELS)
@@ -442,21 +443,21 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 def test_rows_further_apart_than_32_bits(backend: str) -> None:
     """Read, written in place and differentiated through a row stride of 2³¹ + 1 elements."""
-    rows, stride = importlib.import_module(f"fastloss.engine.{backend}_rows"), 2**31 + 1
+    kernels, stride = contract(backend), 2**31 + 1
     memory = torch.empty(stride + 64, dtype=torch.bfloat16, device=DEVICE)  # most pages are never touched
     x, t = memory.as_strided((2, 50), (stride, 1)), torch.tensor([3, 49], device=DEVICE)
     exact = torch.randn(2, 50, device=DEVICE).bfloat16().double().requires_grad_()
     F.cross_entropy(exact, t, reduction="sum").backward()
-    options = {"ignore_index": -100, "bias": None, "scale": 1.0, "softcap": 0.0}
     for function in ("row_cross_entropy", "row_grad"):
         x.copy_(exact)
-        logprob = rows.row_stats(x, t, **options, want=("logprob", "logsumexp"))
+        stats = kernels.row_stats(x, t, RowOptions(), want=("logprobs", "logsumexp"))
         torch.testing.assert_close(
-            logprob["logprob"].double(), exact.log_softmax(-1)[[0, 1], t].detach(), rtol=1e-5, atol=1e-5
+            stats["logprobs"].double(), exact.log_softmax(-1)[[0, 1], t].detach(), rtol=1e-5, atol=1e-5
         )
         if function == "row_grad":
             one = torch.ones(2, device=DEVICE)
-            rows.row_grad(x, t, **options, lse=logprob["logsumexp"], a=-one, b=one, out=x)
+            k = Coefficients(a=-one, b=one)
+            kernels.row_grad(x, t, RowOptions(), logsumexp=stats["logsumexp"], coefficients=k, out=x)
         else:
-            rows.row_cross_entropy(x, t, **options, w=None, label_smoothing=0.0, z_loss=0.0, grad=x)
+            kernels.row_cross_entropy(x, t, CrossEntropyOptions(), grad=x)
         torch.testing.assert_close(x.double(), exact.grad, rtol=8e-3, atol=1e-6)

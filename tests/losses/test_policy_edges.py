@@ -12,8 +12,8 @@ from policy_inputs import B, T, batch, call, double
 from torch import Tensor
 
 import fastloss
-from fastloss import reference
-from fastloss.losses.policy_options import KL_KINDS, VARIANTS
+from fastloss.losses.policy_options import VARIANTS
+from fastloss.tables import KL_KINDS
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -404,12 +404,3 @@ def test_explain_and_module() -> None:
         **data, loss_type="gspo", clip_low=None, clip_high=None, backend="reference"
     ).loss
     assert torch.equal(a, b) and torch.equal(a, c) and "gspo" in repr(module)
-
-
-def test_reference_sequences() -> None:
-    """Packed and padded sums and first tokens agree."""
-    x, mask = torch.arange(6.0), torch.tensor([0, 1, 1, 0, 0, 1], dtype=torch.bool)
-    padded = reference.Sequences(None, 3, 2, 6, x.device)
-    packed = reference.Sequences(torch.tensor([0, 3, 3, 6]), 0, 3, 6, x.device)
-    assert padded.sum(x).tolist() == [3, 12] and packed.sum(x).tolist() == [3, 0, 12]
-    assert padded.first(x, mask).tolist() == [1, 5] and packed.first(x, mask).tolist() == [1, 0, 5]

@@ -13,7 +13,8 @@ from policy_inputs import STOPPED, B, T, agree, batch, call, double
 from torch import Tensor
 
 import fastloss
-from fastloss.losses.policy_options import AGGREGATIONS, IMPORTANCE_MODES, KL_KINDS, LEVELS, VARIANTS
+from fastloss.losses.policy_options import VARIANTS
+from fastloss.tables import AGGREGATIONS, IMPORTANCE_MODES, KL_KINDS, LEVELS
 
 
 def _grid() -> list[dict[str, Any]]:

@@ -10,12 +10,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends_under_test import ALL, DEVICE, KERNELS, dtypes, need
-from preference_inputs import DIVERGENCES, TYPES, assert_close, call, double, evaluate, needed, numbers
+from preference_inputs import (
+    DIVERGENCES,
+    SORTED,
+    TYPES,
+    WITH_DIVERGENCE,
+    assert_close,
+    call,
+    double,
+    evaluate,
+    needed,
+    numbers,
+)
 from torch import Tensor
 
 import fastloss
-from fastloss import reference
-from fastloss.losses import pairs
 
 PER_PAIR: dict[str, Any] = {
     "beta": "beta",
@@ -36,10 +45,10 @@ def cases() -> list[dict[str, Any]]:
         out.append({"loss_type": name, "label_smoothing": 0.2, "margin": 0.3, "reduction": "sum"})
         out.append({"loss_type": name, **PER_PAIR})
         out.append({"loss_type": name, "length_normalized": True} | needed(name))
-        if name in pairs.WITH_DIVERGENCE:
+        if name in WITH_DIVERGENCE:
             out += [{"loss_type": name} | divergence | needed(name) for divergence in DIVERGENCES]
-    out += [{"loss_type": name, "label_smoothing": 0.1, "beta": 0.5, "margin": 0.2} for name in pairs.SORTED]
-    out += [{"loss_type": name, "reduction": "none", "reference_free": True} for name in pairs.SORTED]
+    out += [{"loss_type": name, "label_smoothing": 0.1, "beta": 0.5, "margin": 0.2} for name in SORTED]
+    out += [{"loss_type": name, "reduction": "none", "reference_free": True} for name in SORTED]
     out += [
         {"loss_type": "bco_pair", "bco_delta": 0.3},
         {"loss_type": "discopop", "discopop_tau": 0.5},
@@ -364,13 +373,6 @@ def test_func_transforms_take_the_definition() -> None:
 def test_explain_says_which_backend() -> None:
     plan = fastloss.explain(fastloss.preference_loss, TWO, TWO, TWO, TWO, backend="reference")
     assert plan["function"] == "preference_loss" and plan["backend"] == "reference"
-
-
-def test_segment_sum_definition() -> None:
-    values = torch.arange(6.0)
-    offsets = torch.tensor([0, 2, 2, 6])
-    assert reference.segment_sum(values, None, offsets, 0, 3).tolist() == [1.0, 0.0, 14.0]
-    assert reference.segment_sum(values, None, None, 3, 2).tolist() == [3.0, 12.0]
 
 
 def test_linear_options_are_those_of_preference_loss() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss.losses import linear_sequences
 
 PAIRS, WIDTH, DIM, VOCAB = 4, 6, 8, 37
 LENGTHS = [6, 3, 1, 4, 2, 5, 0, 6]  # tokens with a target, chosen and then rejected
@@ -257,12 +256,24 @@ def test_explain(options: dict[str, Any], frozen: bool, gemms: int) -> None:
     assert plan["chunk_rows"] <= plan["rows"] and plan["buffer_bytes"] == plan["chunk_rows"] * VOCAB * 4
 
 
-def test_chunks_are_whole_pairs() -> None:
-    rows, groups = linear_sequences._packed([0, 4, 9, 9, 14], 9)
-    assert rows == [(0, 9), (9, 14)] and groups == [(0, 3), (3, 4)]
-    rows, groups = linear_sequences._packed([0, 5, 5, 8], 5)
-    assert rows == [(0, 5), (5, 8)] and groups == [(0, 2), (2, 3)]
-    assert linear_sequences._packed([0], 5) == ([], [])
+@pytest.mark.parametrize(("chunk_size", "rows"), [(14, 14), (9, 9), (7, 5), (5, 5), (1, 5)])
+def test_chunks_are_whole_sequences(chunk_size: int, rows: int) -> None:
+    """As many sequences as fit; one that is longer than a chunk is a chunk of its own, and an empty one is nobody's."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator) for n in (14, VOCAB))
+    leaves = [x.to(DEVICE).requires_grad_() for x in (hidden, weight)]
+    target = torch.randint(0, VOCAB, (14,), generator=generator).to(DEVICE)
+    desirable = torch.tensor([True, False, True, False], device=DEVICE)
+    options = {"cu_seqlens": torch.tensor([0, 4, 9, 9, 14], device=DEVICE), "kl": 0.1}
+    plan = fastloss.explain(
+        fastloss.linear_kto_loss, *leaves, target, desirable, chunk_size=chunk_size, **options
+    )
+    assert plan["chunk_rows"] == rows
+    whole = fastloss.linear_kto_loss(*leaves, target, desirable, **options)
+    out = fastloss.linear_kto_loss(*leaves, target, desirable, chunk_size=chunk_size, **options)
+    torch.testing.assert_close(out.logps, whole.logps)
+    for a, b in zip(torch.autograd.grad(out.loss, leaves), torch.autograd.grad(whole.loss, leaves)):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("backend", KERNELS)
