@@ -1,4 +1,4 @@
-"""fastloss._cpu called by address, and the formulas of docs/engine.md in float64."""
+"""The row kernels of the contract, called as the tests of the CPU want them, and the formulas of docs/engine.md in float64."""
 
 from __future__ import annotations
 
@@ -6,103 +6,71 @@ import importlib
 
 import pytest
 import torch
+from backends_under_test import contract
+from instruction_sets import ISAS, forced, threads_of
+
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import Factor
+from fastloss.tables import DTYPE_CODES as CODES
+from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
 
 try:
     cpu = importlib.import_module("fastloss._cpu")
 except ImportError as error:
     pytest.skip(f"the native CPU module is not built ({error})", allow_module_level=True)
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 DTYPES = list(CODES)
-STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
-ISAS = cpu.supported_isas()
 # Rounding of the output dtype, relative; the statistics are float32 (float64) whatever the logits.
 EPS = {torch.float32: 6e-8, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1.2e-16}
 
 
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
+    with forced(request.param):
+        yield request.param
 
 
 def acc(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def ptr(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def head(x, target, ignore_index=-100, bias=None, scale=1.0, softcap=0.0):
-    rows, vocab = x.shape
-    return (
-        x.data_ptr(),
-        CODES[x.dtype],
-        rows,
-        vocab,
-        x.stride(0),
-        ptr(target),
-        ignore_index,
-        ptr(bias),
-        scale,
-        softcap,
-    )
-
-
-def new_stats(x, want=STATS):
-    return {
-        k: torch.full((x.shape[0],), 77, dtype=torch.uint8 if k == "is_top1" else acc(x.dtype))
-        if k in want
-        else None
-        for k in STATS
-    }
-
-
-def stats(x, target, want=STATS, threads=1, **opt):
-    out = new_stats(x, want)
-    cpu.row_stats(*head(x, target, **opt), *map(ptr, out.values()), threads)
-    return out
+def stats(x, target, want=STATS, threads=1, bias=None, **opt):
+    with threads_of(threads):
+        return contract("cpu").row_stats(x, target, RowOptions(**opt), want=want, bias=bias)
 
 
 def cross_entropy(
-    x, target, grad=None, w=None, eps=0.0, zeta=0.0, gs=1.0, gs_tensor=None, want=STATS, threads=1, **opt
+    x,
+    target,
+    grad=None,
+    w=None,
+    eps=0.0,
+    zeta=0.0,
+    gs=1.0,
+    gs_tensor=None,
+    want=STATS,
+    threads=1,
+    bias=None,
+    **opt,
 ):
-    out = new_stats(x, want)
-    loss = torch.full((x.shape[0],), 77, dtype=acc(x.dtype))
-    cpu.row_cross_entropy(
-        *head(x, target, **opt),
-        ptr(w),
-        w.stride(0) if w is not None and w.dim() == 2 else 0,
-        eps,
-        zeta,
-        gs,
-        ptr(gs_tensor),
-        ptr(grad),
-        0 if grad is None else grad.stride(0),
-        loss.data_ptr(),
-        *map(ptr, out.values()),
-        threads,
-    )
-    return {"loss": loss, **out}
+    options = CrossEntropyOptions(label_smoothing=eps, z_loss=zeta, **opt)
+    with threads_of(threads):
+        return contract("cpu").row_cross_entropy(
+            x, target, options, factor=Factor(gs, gs_tensor), grad=grad, want=want, bias=bias, w=w
+        )
 
 
-def row_grad(x, target, out, lse, a=None, b=None, c=None, d=None, w=None, threads=1, **opt):
-    stride = w.stride(0) if w is not None and w.dim() == 2 else 0
-    cpu.row_grad(
-        *head(x, target, **opt),
-        ptr(lse),
-        ptr(a),
-        ptr(b),
-        ptr(c),
-        ptr(d),
-        ptr(w),
-        stride,
-        out.data_ptr(),
-        out.stride(0),
-        threads,
-    )
+def row_grad(x, target, out, lse, a=None, b=None, c=None, d=None, w=None, threads=1, bias=None, **opt):
+    with threads_of(threads):
+        contract("cpu").row_grad(
+            x,
+            target,
+            RowOptions(**opt),
+            logsumexp=lse,
+            coefficients=Coefficients(a, b, c, d),
+            out=out,
+            bias=bias,
+            w=w,
+        )
     return out
 
 
@@ -125,12 +93,12 @@ def expect_stats(x, target, ignore_index=-100, **opt):
         "logsumexp": lse,
         "entropy": -torch.where(p > 0, p * logp, 0.0).sum(-1),
         "log_sum_sq_probs": (2 * logp).logsumexp(-1),
-        "mean_logit": z.mean(-1),
+        "mean_logits": z.mean(-1),
     }
     if target is not None:
         ignored = target == ignore_index
         t = target.clamp(0, x.shape[1] - 1)[:, None]
-        out["logprob"] = logp.gather(1, t)[:, 0]
+        out["logprobs"] = logp.gather(1, t)[:, 0]
         out["is_top1"] = (z.gather(1, t)[:, 0] >= z.amax(-1)).double()
         out = {k: v.masked_fill(ignored, 0) for k, v in out.items()}
     return out

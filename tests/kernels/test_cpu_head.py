@@ -15,6 +15,7 @@ OPERANDS = {
     "autocast": (BF16, F32, False),
 }
 STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit")
+FIELDS = {"logprobs": "logprob", "mean_logits": "mean_logit"}  # of a statistic, where its name is another one
 
 
 def operands(rows, dim, vocab, kinds, seed=0):
@@ -97,7 +98,7 @@ def expected(hidden, weight, target, *, bias=None, w=None, eps=0.0, zeta=0.0, gs
     dz = dz.to(weight.dtype).double()
     return {
         "loss": loss,
-        **expect_stats(z, target, **form),
+        **{FIELDS.get(name, name): x for name, x in expect_stats(z, target, **form).items()},
         "d_hidden": dz @ weight.double(),
         "d_weight": dz.t() @ hidden.double(),
         "d_bias": dz.sum(0),

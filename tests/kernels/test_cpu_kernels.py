@@ -45,9 +45,9 @@ def test_row_stats(dtype, opt):
         target[1] = -100
         o = options_for(opt, vocab, dtype)
         check_stats(stats(x, target, **o), expect_stats(x, target, **o), x)
-        few = stats(x, target, want=("logprob",), **o)["logprob"]
-        assert torch.equal(few, stats(x, target, **o)["logprob"])
-        no_target = stats(x, None, want=("logsumexp", "entropy", "mean_logit"), **o)
+        few = stats(x, target, want=("logprobs",), **o)["logprobs"]
+        assert torch.equal(few, stats(x, target, **o)["logprobs"])
+        no_target = stats(x, None, want=("logsumexp", "entropy", "mean_logits"), **o)
         check_stats(no_target, expect_stats(x, None, **o), x)
 
 
@@ -181,9 +181,9 @@ def test_masked_logits(dtype, vocab, softcap):
     want = p.clone()
     want[:, 0] -= 1
     close(grad, want * slope, dtype, 1e-6 if dtype != torch.float64 else 1e-14)
-    check_stats({"logsumexp": got["logsumexp"], "logprob": got["logprob"]}, {
+    check_stats({"logsumexp": got["logsumexp"], "logprobs": got["logprobs"]}, {
         "logsumexp": z.logsumexp(-1) if softcap else torch.where(torch.arange(3) == 2, math.nan, z.logsumexp(-1)),
-        "logprob": z.log_softmax(-1)[:, 0]}, x)  # fmt: skip
+        "logprobs": z.log_softmax(-1)[:, 0]}, x)  # fmt: skip
     if not softcap:
         assert (grad[:2, 1::2] == 0).all() and got["entropy"][:2].isfinite().all()
         assert got["loss"][2].isnan() and grad[2].isnan().all() and got["entropy"][2].isnan()
@@ -235,7 +235,7 @@ def test_ignored_and_bad_targets(dtype, ignore_index):
     for name, value in got.items():
         assert (value[[0, 4]] == 0).all(), name
     assert (grad[[0, 4]] == 0).all()
-    for name in ("loss", "logprob"):
+    for name in ("loss", "logprobs"):
         assert got[name][1:3].isnan().all() and got[name][3].isfinite()
     assert grad[1:3].isnan().all() and (got["is_top1"][1:3] == 0).all()
     check_stats({"logsumexp": got["logsumexp"][1:3]}, {"logsumexp": x[1:3].double().logsumexp(-1)}, x)

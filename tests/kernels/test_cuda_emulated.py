@@ -6,26 +6,24 @@ import contextlib
 import subprocess
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from cuda_emulation.build import build_emulated, build_race_check, compiler
 from torch import Tensor
 
-from fastloss.engine import cuda_rows
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import WHOLE, Backend, Factor
+from fastloss.engine.native import CudaContext, NativeBackend, emulated_cuda
+from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ for the CUDA emulation")
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = [1, 2, 3, 31, 32, 33, 1000, 1031]
-STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit", "is_top1")
 IGNORE, BAD = -100, 1 << 40
 NAN, INF = float("nan"), float("inf")
-
-
-def ptr(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def make_rows(rows: int, vocab: int, dtype: torch.dtype, stride: int | None = None, shift: int = 0) -> Tensor:
@@ -82,11 +80,11 @@ class Row:
             "logsumexp": self.lse,
             "entropy": -p_logp.sum(-1),
             "log_sum_sq_probs": self.p.square().sum(-1).log(),
-            "mean_logit": self.z.mean(-1),
+            "mean_logits": self.z.mean(-1),
         }
         out = {name: value.masked_fill(self.ignored, 0) for name, value in keep.items()}
         if self.target is not None:
-            out["logprob"] = self.finish(self.at_target(self.logp))
+            out["logprobs"] = self.finish(self.at_target(self.logp))
             out["is_top1"] = self.finish((self.at_target(self.z) >= self.z.amax(-1)).double(), 0)
         return out
 
@@ -123,32 +121,18 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype = torch.float32) -> None
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol, equal_nan=True)
 
 
+def kernels() -> Backend:
+    return emulated_cuda(build_emulated())
+
+
 def run_stats(
     x: Tensor,
     target: Tensor | None,
     bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
     want: tuple[str, ...] = STATS,
+    **options: float,
 ) -> dict[str, Tensor]:
-    out = {
-        name: torch.full((len(x),), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
-        for name in want
-    }
-    build_emulated().row_stats(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        *x.shape,
-        x.stride(0),
-        ptr(target),
-        IGNORE,
-        ptr(bias),
-        scale,
-        softcap,
-        *[ptr(out.get(name)) for name in STATS],
-        0,
-    )
-    return out
+    return kernels().row_stats(x, target, RowOptions(**options), want=want, bias=bias)
 
 
 def run_cross_entropy(
@@ -156,43 +140,16 @@ def run_cross_entropy(
     target: Tensor | None,
     *,
     bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
     w: Tensor | None = None,
     eps: float = 0.0,
     zeta: float = 0.0,
-    grad_scale: float = 1.0,
-    grad_scale_tensor: Tensor | None = None,
+    factor: Factor = WHOLE,
     grad: Tensor | None = None,
     want: tuple[str, ...] = (),
+    **options: float,
 ) -> dict[str, Tensor]:
-    out = {
-        name: torch.full((len(x),), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
-        for name in ("loss", *want)
-    }
-    build_emulated().row_cross_entropy(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        *x.shape,
-        x.stride(0),
-        ptr(target),
-        IGNORE,
-        ptr(bias),
-        scale,
-        softcap,
-        ptr(w),
-        0 if w is None or w.dim() == 1 else w.stride(0),
-        eps,
-        zeta,
-        grad_scale,
-        ptr(grad_scale_tensor),
-        ptr(grad),
-        0 if grad is None else grad.stride(0),
-        ptr(out["loss"]),
-        *[ptr(out.get(name)) for name in STATS],
-        0,
-    )
-    return out
+    given = CrossEntropyOptions(label_smoothing=eps, z_loss=zeta, **options)
+    return kernels().row_cross_entropy(x, target, given, factor=factor, grad=grad, want=want, bias=bias, w=w)
 
 
 def run_grad(
@@ -207,24 +164,8 @@ def run_grad(
     w: Tensor | None = None,
     **k: Tensor,
 ) -> None:
-    build_emulated().row_grad(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        *x.shape,
-        x.stride(0),
-        ptr(target),
-        IGNORE,
-        ptr(bias),
-        scale,
-        softcap,
-        lse.data_ptr(),
-        *[ptr(k.get(name)) for name in "abcd"],
-        ptr(w),
-        0 if w is None or w.dim() == 1 else w.stride(0),
-        out.data_ptr(),
-        out.stride(0),
-        0,
-    )
+    options, coefficients = RowOptions(scale=scale, softcap=softcap), Coefficients(**k)
+    kernels().row_grad(x, target, options, logsumexp=lse, coefficients=coefficients, out=out, bias=bias, w=w)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -256,8 +197,7 @@ def test_all_functions(vocab: int, dtype: torch.dtype) -> None:
                 w=weights,
                 eps=eps,
                 zeta=zeta,
-                grad_scale=2.0,
-                grad_scale_tensor=torch.tensor(0.75),
+                factor=Factor(2.0, torch.tensor(0.75)),
                 grad=grad,
             )
             loss, want = row.cross_entropy(weights, eps, zeta, 1.5)
@@ -347,11 +287,11 @@ def test_infinite_and_nan_logits(vocab: int, dtype: torch.dtype) -> None:
 def test_large_offset_keeps_its_digits() -> None:
     x, target = make_rows(3, 1000, torch.float32) + 10000, make_targets(3, 1000)
     row, grad = Row(x, target, None, 1.0, 0.0), torch.empty_like(x)
-    out = run_cross_entropy(x, target, eps=0.1, grad=grad, want=("entropy", "log_sum_sq_probs", "logprob"))
+    out = run_cross_entropy(x, target, eps=0.1, grad=grad, want=("entropy", "log_sum_sq_probs", "logprobs"))
     loss, want = row.cross_entropy(None, 0.1, 0.0, 1.0)
     close(out["loss"], loss)
     close(grad, want)
-    for name in ("entropy", "log_sum_sq_probs", "logprob"):
+    for name in ("entropy", "log_sum_sq_probs", "logprobs"):
         close(out[name], row.stats()[name])
 
 
@@ -371,15 +311,15 @@ def test_error_is_not_larger_than_eager() -> None:
 def test_bad_arguments_are_errors() -> None:
     x = make_rows(1, 4, torch.float32)
     with pytest.raises(ValueError, match="dtype"):
-        build_emulated().row_stats(x.data_ptr(), 3, 1, 4, 4, 0, IGNORE, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 0, 0)
+        run_stats(x.double(), None)
     with pytest.raises(RuntimeError, match="vocab"):
-        build_emulated().row_stats(x.data_ptr(), 0, 1, 0, 4, 0, IGNORE, 0, 1.0, 0.0, 0, 0, 0, 0, 0, 0, 0)
-    run_stats(x[:0], None)
+        run_stats(x[:, :0], None)
+    assert run_stats(x[:0], None)["logsumexp"].shape == (0,)
 
 
 def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """An old GPU or an old driver: a reason, which lets `auto` go on to triton, and no failing launch."""
-    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:1"))
+    tensor: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:1"))
     devices = []
 
     def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -387,16 +327,29 @@ def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.Mo
         return contextlib.nullcontext()
 
     monkeypatch.setattr(torch.cuda, "device", guard)
-    monkeypatch.setattr(cuda_rows, "_emulated", False)
     for answer in ("no kernel image is available", ""):
-        cuda_rows._why_not_on.cache_clear()
-        monkeypatch.setattr(cuda_rows, "native", SimpleNamespace(why_not=lambda answer=answer: answer))
-        assert (answer in cuda_rows.why_not_for(tensor)) and bool(cuda_rows.why_not_for(tensor)) == bool(
-            answer
+        module: Any = SimpleNamespace(
+            __name__="fastloss._cuda", tables=build_emulated().tables, why_not=lambda answer=answer: answer
         )
+        backend = NativeBackend("cuda", module, CudaContext())
+        reason = backend.why_not_for(tensor)
+        assert answer in reason and bool(reason) == bool(answer)
+        assert backend.why_not_for(tensor) == reason
     assert devices == [tensor.device] * 2  # asked on the tensor's own device, once for each answer
-    cuda_rows._why_not_on.cache_clear()
     assert build_emulated().why_not() == ""
+
+
+def test_module_of_another_version_is_refused() -> None:
+    """Its codes would mean other losses."""
+    tables = {name: list(names) for name, names in build_emulated().tables().items()}
+    tables["surrogates"][1:3] = reversed(tables["surrogates"][1:3])
+    module: Any = SimpleNamespace(__name__="other", tables=lambda: tables)
+    with pytest.raises(
+        ImportError, match=r"other: expected 'logprob' as code 1 of 'surrogates', got 'cispo'"
+    ):
+        NativeBackend("cuda", module, CudaContext())
+    with pytest.raises(ImportError, match="built from an older version"):
+        NativeBackend("cuda", cast(Any, SimpleNamespace(__name__="old")), CudaContext())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what the module says without a GPU")
