@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("docs/integrations/*.md"), *ROOT.glob("tests/peers/golden/*.md")])
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("docs/integrations/*.md"),
+        *ROOT.glob("tests/peers/golden/*.md"),
+    ]
+)
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 TOP = ("fastloss", "csrc", "kernels", "tests", "docs", "tools", "benchmarks")
 # The package's own folders are also named without "fastloss/".
