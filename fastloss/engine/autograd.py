@@ -95,7 +95,7 @@ def savable(*constants: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def refuse_inplace(logits: Tensor) -> None:
-    """inplace=True must not give anybody a wrong gradient."""
+    """ValueError where overwriting the logits would give another operation a wrong gradient."""
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return
     if logits.is_leaf:

@@ -172,7 +172,7 @@ def resolve_call(
 
 
 def announce_pointwise(function: str, backend: str) -> None:
-    """Of the few pointwise functions that are PyTorch's on every backend."""
+    """The announcement of a function that is a few pointwise operations of PyTorch on every backend."""
     if backend != "auto":
         check_name(backend)
     if not torch.compiler.is_compiling():
@@ -197,7 +197,7 @@ def choose(backend: str, tensor: Tensor, unsupported: str = "") -> tuple[Backend
 
 
 def is_default(backend: str) -> bool:
-    """Whether a call on the CPU takes the ``cpu`` backend without anybody having to be told."""
+    """Whether a call on the CPU takes the ``cpu`` backend, with no ``explain`` waiting for an announcement."""
     if _explaining.active or not (backend == "auto" or backend == "cpu"):
         return False
     return backend == "cpu" or (_state.backend or _FROM_ENVIRONMENT) in ("auto", "cpu")
@@ -304,7 +304,7 @@ def not_dense(tensor: Tensor) -> str:
 
 @torch.compiler.assume_constant_result
 def _traced_backend(backend: str, device: str, dtype: torch.dtype) -> str:
-    """While torch.compile traces: from the kind of tensor alone."""
+    """The backend's name while torch.compile traces, from device and dtype alone."""
     if device == "cpu" or torch.cuda.is_available():
         return choose(backend, torch.empty(0, dtype=dtype, device=device))[0].name
     return "reference"
@@ -335,7 +335,7 @@ _dispatch_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchMod
 
 
 def is_direct(backend: str) -> bool:
-    """No torch.func transform, no tracer, nobody who wants to be told, and the CPU's kernels are what is asked for.
+    """No torch.func transform, no tracer, no ``explain`` or debug log to tell, and the CPU's kernels are what is asked for.
     ``torch.compiler.is_compiling()`` is asked before: torch.compile cannot trace this."""
     return (
         _interpreter() is None
@@ -362,7 +362,7 @@ def are_alike(like: Tensor, *tensors: Any) -> bool:
 
 
 def count_targets(target: Tensor, vocab: int, ignore_index: int) -> int:
-    """How many targets are not ``ignore_index``; IndexError for one outside [0, vocab). Where the host may look."""
+    """How many targets are not ``ignore_index``; IndexError for one outside [0, vocab). The host reads the tensor."""
     cpu = get_backend("cpu")
     if target.device.type != "cpu" or not isinstance(cpu, NativeBackend) or not cpu.has_head:
         checks.reject_bad_targets(target, vocab, ignore_index)

@@ -50,7 +50,7 @@ WHOLE = Factor()
 
 
 class PairResult(NamedTuple):
-    """Of a contrast of pairs, acc ``[B]``. A differentiable backend makes no gradients: they are None."""
+    """What pair_loss makes, acc ``[B]``. A differentiable backend makes no gradients: they are None."""
 
     loss: Tensor
     chosen_reward: Tensor
@@ -62,7 +62,7 @@ class PairResult(NamedTuple):
 
 
 class UnpairedResult(NamedTuple):
-    """Of single responses, acc ``[B]``."""
+    """What unpaired_loss makes, acc ``[B]``."""
 
     loss: Tensor
     reward: Tensor
@@ -96,7 +96,7 @@ class PolicyResult(NamedTuple):
 
 
 class Backend(Protocol):
-    """The kernels of one kind of device."""
+    """What every backend computes."""
 
     name: str
     # True where the methods are plain PyTorch, which autograd differentiates (and differentiates twice).
@@ -189,7 +189,7 @@ class Backend(Protocol):
     def unpaired_loss(
         self, logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions
     ) -> UnpairedResult:
-        """The term of single responses of Σ log p ``[B]``."""
+        """The loss of single responses from Σ log p ``[B]``."""
         ...
 
     def policy_loss(

@@ -231,7 +231,7 @@ class GroupPlan:
 
 
 def plan_groups(function: str, x: GroupedHead, backend: str, *, coupled: bool, ref: bool) -> GroupPlan:
-    """Chooses and announces. ``coupled``: a group's coefficients need more than the group."""
+    """Chooses backend and chunks, and announces them. ``coupled``: a group's coefficients depend on other groups."""
     needs = heads.needs_of(x.input, x.weight, x.bias)
     dtype = heads.compute_dtype(x.input)
     call = resolve_call(function, backend, x.input, x.weight, x.bias, has_operators=False, dtype=dtype)
@@ -319,7 +319,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything about a fused call but what it differentiates."""
+    """What forward and backward of a fused call need beside the tensors with gradients."""
 
     plan: GroupPlan
     rows: GroupedRows

@@ -39,7 +39,7 @@ def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def buffer_dtype(head: Head) -> torch.dtype:
-    """Of the logits between the two phases."""
+    """The dtype of the logits in the buffer."""
     return torch.float32 if upcasts(head.hidden.device, head.dtype) else head.dtype
 
 
@@ -91,7 +91,7 @@ class _Gemms:
         return z
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:
-        """From the chunk's d logits."""
+        """Adds a chunk's part to d hidden, d weight and d bias, from its d logits."""
         if self.d_hidden is not None:
             if self.keep is None:
                 torch.mm(z, self.weight, out=self.d_hidden[start:stop])
@@ -199,7 +199,7 @@ class RowChunks:
 
 
 class Chunk:
-    """Some rows: their logits are in the buffer from the first question asked to the gradients."""
+    """Some rows. Their logits are made at the first call and stay in the buffer until their gradient overwrites them."""
 
     def __init__(self, run: RowChunks, start: int, stop: int):
         self.run, self.start, self.stop = run, start, stop

@@ -19,7 +19,7 @@ from fastloss.tables import DIFFERENTIABLE_STATS, RowOptions
 
 @dataclass(frozen=True)
 class StatsRun:
-    """Everything about statistics from a head but its tensors."""
+    """What forward and backward of statistics from a head need beside the tensors."""
 
     backend: Backend
     options: RowOptions

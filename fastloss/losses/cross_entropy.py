@@ -1,4 +1,4 @@
-"""cross_entropy: PyTorch's signature, and what language models need on top."""
+"""cross_entropy: PyTorch's function, and z-loss, soft-cap, logit scale, normalizer, in-place gradients and statistics."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class LossOptions:
     return_stats: bool
 
     def with_stats(self, loss: Tensor, stats: Any, names: tuple[str, ...]) -> Any:
-        """The loss, or ``(loss, TokenStats)``."""
+        """The loss, or ``(loss, TokenStats)`` where statistics were asked for."""
         if not self.return_stats:
             return loss
         return loss, stats_from({n: x.detach() for n, x in zip(names, stats, strict=True)}, self.want)
@@ -181,7 +181,7 @@ def loss_options(
     device: torch.device,
     probabilities: bool,
 ) -> LossOptions:
-    """Every option checked by name."""
+    """The record of a call's options; the error of one that does not fit names it."""
     if reduction not in checks.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")  # PyTorch's words
     make = _row_options.__wrapped__ if torch.compiler.is_compiling() else _row_options
@@ -209,7 +209,7 @@ def _row_options(
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
-    """PyTorch's errors; True if the target holds class probabilities."""
+    """Shapes and dtypes that do not fit, in PyTorch's words; True if the target holds class probabilities."""
     checks.is_floating("input", input)
     checks.is_tensor("target", target)
     dim = input.dim()
@@ -321,7 +321,7 @@ def loss_factor(
     vocab: int,
     acc: torch.dtype,
 ) -> Factor:
-    """The reduction's factor; on the way, targets are checked (on a GPU only with ``validate_targets(True)``)."""
+    """What the sum of the losses is multiplied by. Counting checks the targets too (on a GPU only with ``validate_targets(True)``)."""
     on_cpu = not call.traced and (classes is None or classes.device.type == "cpu")
     valid, ignore_index, normalizer = rows, loss.row.ignore_index, loss.normalizer
     if classes is not None and not call.traced and (on_cpu or backends.targets_are_validated()):
@@ -351,14 +351,14 @@ def _reciprocal(value: float) -> float:
 
 
 def kernel_options(loss: LossOptions) -> CrossEntropyOptions:
-    """What a row kernel is given: the smoothing of class probabilities is in their ``w`` already."""
+    """The record that a row kernel reads: the smoothing of class probabilities is in their ``w`` already."""
     smooth = loss.probabilities and loss.row.label_smoothing
     return replace(loss.row, label_smoothing=0.0) if smooth else loss.row
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything about a call but its tensors."""
+    """What forward and backward need beside the tensors."""
 
     backend: Any
     loss: LossOptions
@@ -440,7 +440,7 @@ def _one_pass(
 
 
 # --- the commonest call with the fewest Python calls around the kernel: mean or sum over int64 targets, on the CPU, no option.
-# On a tensor of a few hundred logits those calls are the whole cost. The numbers are those of the way above.
+# On a tensor of a few hundred logits those calls are the whole cost. The numbers are those of the general path.
 
 _cpu = cpu_backend()
 _is_compiling = torch.compiler.is_compiling
@@ -450,7 +450,7 @@ _CPU = torch.device("cpu")
 
 
 def _is_direct(logits: Any, target: Any, backend: str) -> bool:
-    """Whether :func:`_direct` takes the call; if not, the long way checks it and says what is wrong."""
+    """Whether :func:`_direct` takes the call; if not, the general path checks it and says what is wrong."""
     return (
         _cpu.direct is not None
         and not _is_compiling()

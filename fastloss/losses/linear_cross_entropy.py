@@ -1,4 +1,4 @@
-"""linear_cross_entropy: cross-entropy of the logits of a linear head that are never all there."""
+"""linear_cross_entropy: cross-entropy from hidden states and a vocabulary matrix, without the logits of the whole batch."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _of_rows(
     chunk_size: int | None,
     backend: str,
 ) -> Any:
-    """Of ``input [N, D]``: the loss, or ``(loss, TokenStats)``."""
+    """The loss of ``input [N, D]``, or ``(loss, TokenStats)``."""
     dtype = heads.compute_dtype(input)
     autocast = heads.autocasts(input.device.type) and dtype != torch.float64
     loss_dtype = torch.float32 if autocast else dtype
@@ -218,7 +218,7 @@ def _by_definition(
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything about a call but its tensors."""
+    """What forward and backward need beside the tensors."""
 
     loss: LossOptions
     factor: Factor
@@ -316,7 +316,7 @@ def _k_dimensional(
     backend: str,
 ) -> Any:
     """PyTorch's K-dimensional loss: ``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities
-    ``[N, C, d1, …]``), one head per place, one count for all."""
+    ``[N, C, d1, …]``), one head per place, one mean over all places."""
     vocab, *places, dim = linear_weight.shape
     weights = linear_weight.reshape(vocab, -1, dim)
     biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)

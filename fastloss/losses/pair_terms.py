@@ -1,4 +1,4 @@
-"""The contrast of pairs from Σ log p of each response: its options, checked once, the launches that they become, its metrics."""
+"""Losses of pairs from Σ log p of each response: their options and constants, the launches of pair_loss, their metrics."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class PreferenceOptions:
     per_token: bool  # the log-probs are divided by their lengths before the contrast
     needs_lengths: bool
     needs_reference: bool
-    one_launch: bool  # nothing before it and no more metrics after it
+    one_launch: bool  # of pair_loss, with nothing to prepare before it and no metric to add after it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ class PreferenceSpec:
 
 
 def parse_options(spec: PreferenceSpec) -> PreferenceOptions:
-    """Checked, every error naming its option; remembered, but not where torch.compile traces."""
+    """The checked options; the error of one that does not fit names it. Cached, but not where torch.compile traces."""
     return (_parse if torch.compiler.is_compiling() else _cached_parse)(spec)
 
 
@@ -144,7 +144,7 @@ _cached_parse = functools.lru_cache(maxsize=256)(_parse)
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What a contrast takes as given: None, a number for all pairs, or a tensor ``[B]``."""
+    """What a contrast reads without a gradient: None, a number for all pairs, or a tensor ``[B]``."""
 
     constants: PairConstants
     beta: Number
@@ -278,7 +278,7 @@ def contrast(
         simpo_margin = pairs.margin + o.simpo_gamma
         if WITH_MARGIN.isdisjoint(here):
             options = replace(options, margin=simpo_margin)
-        elif o.simpo_gamma != 0.0:  # a margin of its own: a launch of its own
+        elif o.simpo_gamma != 0.0:  # its margin is not the other terms': a second launch
             own = ((CODES["simpo"], here["simpo"]),)
             terms = tuple(term for term in terms if term not in own)
             launches.append((c, r, None, given, replace(options, terms=own, margin=simpo_margin)))
@@ -329,7 +329,7 @@ def log1mexp(x: Tensor) -> Tensor:
 def metrics(
     sums: Tensor, c: Tensor, r: Tensor, nll: Tensor | None, pairs: PairBatch, o: PreferenceOptions
 ) -> dict[str, Tensor]:
-    """TRL's names; detached 0-d tensors, means over the pairs (0 where there are none)."""
+    """The metrics under TRL's names: detached 0-d tensors, means over the pairs (0 where there are none)."""
     count = max(pairs.total, 1)
     _, *means = (sums / count).unbind()
     out = dict(zip(METRICS, means, strict=True))

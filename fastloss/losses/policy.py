@@ -233,7 +233,7 @@ def _of_batch(
     logprobs: Tensor,
     entropy: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of flat acc log-probs: what needs a view over the whole batch here, the rest in one launch."""
+    """The loss of flat acc log-probs: selections over the whole batch by PyTorch, everything else in one launch."""
     weight = chosen = None
     if spec.top_entropy_quantile < 1:
         assert entropy is not None
@@ -251,7 +251,7 @@ def _of_batch(
         entropy, options = entropy.detach(), replace(options, entropy_coef=0.0)
     inputs = replace(weighted(inputs, weight), select=selected.penalised)
     loss, out = _launch(backend, logprobs, entropy, inputs, options)
-    if selected.low is not None and selected.high is not None:  # the clip statistics are the divergence's
+    if selected.low is not None and selected.high is not None:  # the clip counts are the divergence's
         clipped = torch.stack([selected.low.sum(), selected.high.sum()]).to(out.dtype)
         out = torch.cat([out[:3], clipped, out[5:]])
     return (loss if bonus is None else loss - bonus), out
@@ -376,7 +376,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class _Ready(NamedTuple):
-    """What a call's options become: remembered, a training step asks for the same again."""
+    """The options of a direct call, checked. Cached: every training step has the same."""
 
     native: DirectPolicy
     options: PolicyOptions
@@ -392,7 +392,7 @@ def _is_direct(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> bool:
-    """Whether :func:`_direct` takes the call; if not, the long way checks it and says what is wrong."""
+    """Whether :func:`_direct` takes the call; if not, the general path checks it and says what is wrong."""
     if (
         _is_compiling()
         or _cpu.direct is None
@@ -425,7 +425,7 @@ def _is_direct(
 def _direct_options(
     spec: PolicySpec, with_ref: bool, with_entropy: bool, with_sampler: bool, length: int
 ) -> _Ready | None:
-    """None where something is chosen over the whole batch, or missing."""
+    """None where the general path is needed: tokens are chosen over the whole batch, or an option lacks its tensor."""
     options = options_of(spec, with_sampler=with_sampler, with_ref=with_ref, default_length=length)
     selects = spec.variant.selects or spec.top_entropy_quantile < 1
     if selects or spec.entropy_aggregation is not None or (spec.entropy_coef and not with_entropy):
@@ -442,7 +442,7 @@ def _direct(
     constants: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None],
     normalizer: float | Tensor | None,
 ) -> PolicyOutput:
-    """Of a call that :func:`_is_direct`. ``constants``: old, advantages, mask, ref, sampler."""
+    """Loss and metrics of a call that :func:`_is_direct`. ``constants``: old, advantages, mask, ref, sampler."""
     old, advantages, mask, ref, sampler = constants
     if mask.dtype is not _BOOL:
         mask = mask != 0

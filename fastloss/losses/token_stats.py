@@ -1,4 +1,4 @@
-"""token_stats and its kin: numbers per token from logits or from hidden states, in one pass over the vocabulary."""
+"""token_stats, linear_token_stats, selective_log_softmax, entropy_from_logits: numbers per token in one pass over the vocabulary."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TokenStats(NamedTuple):
 
 
 def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
-    """Of what a kernel wrote: those that are wanted, is_top1 as bool."""
+    """A TokenStats of the wanted statistics that a kernel wrote; is_top1 becomes bool."""
     return TokenStats(
         *[
             None if name not in want else out[name].bool() if name == "is_top1" else out[name]
@@ -215,7 +215,7 @@ def entropy_from_logits(logits: Tensor, *, backend: str = "auto") -> Tensor:
 def row_options(
     temperature: float, logit_scale: float, softcap: float | None, ignore_index: int
 ) -> RowOptions:
-    """From raw logits to those of the statistics, checked."""
+    """The checked record of what happens to raw logits: temperature, scale, soft-cap, ignore_index."""
     scale = checks.number("logit_scale", logit_scale) / checks.number(
         "temperature", temperature, low=0.0, open_low=True
     )

@@ -157,7 +157,7 @@ class _Options:
     reduction: str
 
     def of_batch(self, total: int) -> UnpairedOptions:
-        """What the kernels are given: the mean's divisor is in the weights."""
+        """The record and the constants for the kernels: the mean's divisor is in the weights."""
         scale = 1.0 / max(total, 1) if self.reduction == "mean" else 1.0
         return UnpairedOptions(
             term=UNPAIRED_TERMS.index(self.name),
@@ -421,7 +421,7 @@ def linear_kto_loss(
 
 @dataclass(frozen=True)
 class _ResponsesOfHead:
-    """The terms of some responses, from the log-probs of their tokens."""
+    """The loss of some responses from the log-probs of their tokens: what engine/head_groups.py asks for each chunk."""
 
     x: groups.GroupedHead
     constants: UnpairedConstants
