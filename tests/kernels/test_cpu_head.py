@@ -14,7 +14,7 @@ OPERANDS = {
     "pairs": (BF16, BF16, True),
     "autocast": (BF16, F32, False),
 }
-STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit")
+STATS = ("logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits")
 
 
 def operands(rows, dim, vocab, kinds, seed=0):
@@ -45,7 +45,7 @@ def call(
     out |= {
         name: torch.full((rows,), 77.0)
         for name in ("loss", *STATS)
-        if name != "logprob" or target is not None
+        if name != "logprobs" or target is not None
     }
     c = cpu.HeadCall()
     c.rows, c.vocab, c.dim, c.width = rows, vocab, dim, width
