@@ -22,6 +22,7 @@ import hashlib
 import importlib
 import inspect
 import itertools
+import math
 import os
 import random
 import sys
@@ -1201,20 +1202,58 @@ def make(out: Path, wanted: list[str], only: str) -> int:
         n for n, c in vars(fastloss.nn).items() if inspect.isclass(c) and c.__module__ == fastloss.nn.__name__
     }
     missing = sorted(public - called) if only == "*" else []
-    torch.save(
-        {
-            "version": fastloss.__version__,
-            "torch": str(torch.__version__),
-            "isas": isas,
-            "calls": calls,
-            "hash": digest(calls),
-        },
-        out,
-    )
+    save(calls, isas, out)
     print(f"{len(calls)} calls in {out}, sha256 {digest(calls)[:16]}")
     if missing:
         print(f"public names that no call covers: {', '.join(missing)}")
     return 1 if missing else 0
+
+
+def save(calls: dict[str, dict[str, Any]], isas: list[str], out: Path) -> None:
+    """One file: the bytes of all arrays behind each other, each that is there twice once, and where each lies."""
+    places: dict[tuple[str, tuple[int, ...], bytes], int] = {}
+    data = bytearray()
+
+    def place(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        raw, dtype, shape = bits(value), str(value.dtype).removeprefix("torch."), tuple(value.shape)
+        key = (dtype, shape, hashlib.sha256(raw).digest())
+        if key not in places:
+            data.extend(b"\0" * (-len(data) % 8))
+            places[key] = len(data)
+            data.extend(raw)
+        return {"dtype": dtype, "shape": shape, "start": places[key], "sha256": key[2].hex()}
+
+    index = {key: {name: place(value) for name, value in values.items()} for key, values in calls.items()}
+    whole = torch.frombuffer(data, dtype=torch.uint8)
+    torch.save(
+        {
+            "torch": str(torch.__version__),
+            "isas": isas,
+            "calls": index,
+            "bytes": whole,
+            "hash": digest(calls),
+        },
+        out,
+    )
+
+
+def load(path: Path) -> dict[str, Any]:
+    found = torch.load(path, weights_only=True)
+    whole = found.pop("bytes")
+
+    def tensor(value: Any) -> Any:
+        if not (isinstance(value, dict) and "start" in value):
+            return value
+        dtype, shape = getattr(torch, value["dtype"]), value["shape"]
+        size = dtype.itemsize * math.prod(shape)
+        return whole[value["start"] : value["start"] + size].view(dtype).reshape(shape)
+
+    found["calls"] = {
+        key: {name: tensor(value) for name, value in values.items()} for key, values in found["calls"].items()
+    }
+    return found
 
 
 def bits(x: Tensor) -> bytes:
@@ -1258,7 +1297,7 @@ def difference(a: Any, b: Any) -> str:
 
 
 def compare(before: Path, after: Path, show: int, only: str) -> int:
-    old, new = (torch.load(path, weights_only=True) for path in (before, after))
+    old, new = (load(path) for path in (before, after))
     for field in ("torch", "isas"):
         if old[field] != new[field]:
             print(f"{field}: {old[field]} became {new[field]}")

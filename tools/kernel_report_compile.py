@@ -21,7 +21,7 @@ def compile_kernel(
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=gpu, options={k: v for k, v in shape.items() if k != "BLOCK"})
+    compiled = triton.compile(source, target=gpu, options={k: v for k, v in shape.items() if not k.isupper()})
     asm = compiled.asm
     numbers = _amd_numbers(asm["amdgcn"]) if amd else _nvidia_numbers(asm["cubin"])
     return {"shared": compiled.metadata.shared} | numbers

@@ -86,14 +86,15 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     target, name, options, dtype, vocab = case
     kernel, given = getattr(rows, name), CASES[name][options]
     warp = 64 if target.startswith("gfx") else 32
-    shape = rows.launch_shape(vocab, "HAS_SOFTCAP" in given, warp)
+    shape = rows.launch_shape(vocab, "HAS_SOFTCAP" in given, 4 if dtype == "fp32" else 2, warp)
+    constants = {**shape, **dict.fromkeys(given, True)}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     attributes = {}
     for i, arg in enumerate(kernel.arg_names):
         if arg.isupper() or (arg.endswith("_ptr") and arg not in (*ALWAYS, *given)):
             signature[arg] = "constexpr"
-            constexprs[arg] = shape["BLOCK"] if arg == "BLOCK" else arg in given if arg.isupper() else None
+            constexprs[arg] = constants.get(arg, False) if arg.isupper() else None
             continue
         signature[arg] = _type_of(arg, dtype)
         if arg.endswith("_ptr") or (arg in ALIGNED and vocab % 16 == 0):

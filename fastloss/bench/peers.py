@@ -230,6 +230,11 @@ def _only_in_place(case: Case, device: str) -> str | None:
     return None if case.inplace else ""
 
 
+def _cut_exact(case: Case) -> Loss:
+    """Without its filter, which skips the small probabilities: on random logits almost all."""
+    return functools.partial(_function("cut_cross_entropy", "linear_cross_entropy"), impl="cce_exact")
+
+
 def _quack_rows(case: Case) -> Loss:
     function = _function("quack.cross_entropy", "cross_entropy")
     return functools.partial(function, reduction="mean", inplace_backward=case.inplace)
@@ -278,6 +283,7 @@ def registry() -> list[Provider]:
             compiles=True,
         ),
         Provider("cut-cross-entropy", _needs(*cut, kind="linear", gpu=True), _plain(*cut)),
+        Provider("cut-cross-entropy exact", _needs(*cut, kind="linear", gpu=True), _cut_exact),
         Provider("quack", _needs(*quack_rows, kind="row", gpu=True), _quack_rows),
         Provider("quack linear", _needs(*quack_linear, kind="linear", gpu=True), _quack_linear),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,8 @@ def _fastloss(backend: str) -> Provider:
             return state
         if (backend == "cpu") != (device == "cpu"):
             return ""
+        if (name := KINDS[case.kind].needs) and not hasattr(fastloss, name):
+            return f"fastloss has no {name}"
         return None
 
     return Provider(f"fastloss[{backend}]", available, lambda case: KINDS[case.kind].ours(case, backend))
@@ -106,7 +109,9 @@ def registry() -> list[Provider]:
     ]
 
 
-def chosen(case: Case, device: str, pattern: str = "*") -> tuple[list[Provider], dict[str, str]]:
+def chosen(
+    case: Case, device: str, pattern: str = "*", skip: Sequence[str] = ()
+) -> tuple[list[Provider], dict[str, str]]:
     """Those that can run the case, and the reasons of those that can't."""
     found, reasons = [], {}
     for provider in registry():
@@ -114,6 +119,8 @@ def chosen(case: Case, device: str, pattern: str = "*") -> tuple[list[Provider],
         if not wanted or not fnmatch.fnmatch(provider.name, pattern):
             continue
         reason = provider.available(case, device)
+        if reason is None and any(fnmatch.fnmatch(provider.name, p) for p in skip):
+            reason = "left out (--skip)"
         if reason is None:
             found.append(provider)
         elif reason:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def run_case(
     repeats: int = 15,
     budget: float = 6.0,
     pattern: str = "*",
+    skip: Sequence[str] = (),
     tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
     """``repeats`` calls of each provider, fewer if they take longer than ``budget`` seconds together. Calls that shared the
@@ -32,7 +33,7 @@ def run_case(
     inputs = data(case, device)
     tell("float64")
     truth = exact(case, inputs)
-    providers, reasons = chosen(case, device, pattern)
+    providers, reasons = chosen(case, device, pattern, skip)
     steps: dict[str, Any] = {**limits.limits(case, inputs, device), **limits.references(case, inputs, device)}
     entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in steps}
     times: dict[str, clock.Taken] = {}
@@ -65,6 +66,8 @@ def run_case(
         flush()
 
     gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     load = os.getloadavg()
     times.update(
         clock.round_robin(steps, device, repeats, budget, before, not case.cold, tell, fail, machine.free)

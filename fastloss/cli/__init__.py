@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable
 
 
@@ -10,6 +12,9 @@ def main() -> None:
         import typer
     except ImportError:
         raise SystemExit("the command line needs the 'cli' extra: pip install 'fastloss[cli]'") from None
+    for stream in (sys.stdout, sys.stderr):  # cp1252 has no arrow: another character in its place
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app = typer.Typer(help="Losses for language models, fast, small and exact.", no_args_is_help=True)
     _mount(app)
     app()

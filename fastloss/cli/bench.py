@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,10 @@ def bench(
         typer.Option(help="Only cases that match this pattern, e.g. 'row-*-inplace-*'; any number of them."),
     ] = None,
     providers: Annotated[str, typer.Option(help="Only providers that match this pattern.")] = "*",
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out providers that match this pattern, e.g. 'torch.compile'; any number."),
+    ] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Small shapes: checks that everything runs, says nothing of speed."),
@@ -40,6 +45,9 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     repeats: Annotated[int, typer.Option(min=1, help="Calls of each provider, at most.")] = 15,
     budget: Annotated[float, typer.Option(help="Seconds that a provider may take in a case.")] = 6.0,
+    stop_after: Annotated[
+        float, typer.Option(help="Begin no case after so many seconds; 0: measure all.")
+    ] = 0.0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -56,12 +64,12 @@ def bench(
     if compare is not None:
         _compare(console, *compare)
         return
-    chosen = _chosen(cases or ["*"], quick)
+    if device not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
+    chosen = _chosen(cases or ["*"], quick, device)
     if list_cases:
         console.print("\n".join(case.name for case in chosen), highlight=False)
         return
-    if device not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("no CUDA device is there, nothing was measured", param_hint="--device")
     if threads:
@@ -80,6 +88,8 @@ def bench(
             repeats=repeats,
             budget=budget,
             pattern=providers,
+            skip=tuple(skip or ()),
+            stop_after=stop_after,
         )
     except KeyboardInterrupt:
         console.print("interrupted: what was measured so far follows")
@@ -97,9 +107,9 @@ def bench(
     console.print(f"written to {folder}: results.json, results.md, results.png")
 
 
-def _chosen(patterns: list[str], quick: bool) -> list[Case]:
+def _chosen(patterns: list[str], quick: bool, device: str) -> list[Case]:
     """The cases that match one of the patterns; each pattern must match one."""
-    found = all_cases(quick)
+    found = all_cases(quick, device)
     for pattern in patterns:
         if not any(fnmatch.fnmatch(case.name, pattern) for case in found):
             raise typer.BadParameter(f"no case matches {pattern!r}", param_hint="--cases")
@@ -122,14 +132,19 @@ def _measure(
     results: store.Results,
     before: store.Results | None,
     folder: Path,
+    stop_after: float,
     **options: Any,
 ) -> None:
     """Every case's table as it is done; the JSON is written after each, so that a long run loses nothing."""
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=len(chosen))
-        for case in chosen:
+        for k, case in enumerate(chosen):
+            if stop_after and time.monotonic() - began > stop_after:
+                console.print(f"time is up: {len(chosen) - k} of {len(chosen)} cases were not measured")
+                return
 
             def tell(what: str, name: str = case.name) -> None:
                 progress.update(task, description=escape(f"{name}: {what}"))

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import inspect
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -46,6 +47,10 @@ FIRST = (
         help="go on from the checkpoint in --out, with its config",
     ),
     parameter(
+        "debug", bool, "--debug", default=False, show_default=False,
+        help="an error with its traceback, not in one line alone",
+    ),
+    parameter(
         "overwrite", bool, "--overwrite", default=False, show_default=False,
         help="start again in a folder that holds a checkpoint",
     ),
@@ -69,12 +74,12 @@ def add_stage(name: str, kind: type[TrainConfig], help: str) -> None:
     ]  # fmt: skip
 
     def command(
-        ctx: typer.Context, config: Path | None, resume: bool, overwrite: bool, **options: Any
+        ctx: typer.Context, config: Path | None, resume: bool, overwrite: bool, debug: bool, **options: Any
     ) -> None:
         sources = {key: ctx.get_parameter_source(key) for key in options}
         typed = [key for key, source in sources.items() if source and source.name == "COMMANDLINE"]
         given = {key: options[key] for key in typed}
-        with errors():
+        with errors(debug):
             folder = Path(given.get("out", kind().out))
             saved = [path for path in (folder / "config.yaml", folder / "config.json") if path.is_file()]
             start = config or (saved[0] if resume and saved else None)
@@ -88,14 +93,23 @@ def add_stage(name: str, kind: type[TrainConfig], help: str) -> None:
 
 
 class errors:
-    """A wrong option, file or row is one line on stderr and exit status 2; other exceptions pass."""
+    """A wrong option, file or row, and what the system refuses, is one line on stderr and exit status 2, after its
+    traceback with ``debug``; other exceptions pass."""
+
+    def __init__(self, debug: bool = False) -> None:
+        self.debug = debug
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, ValueError | FloatingPointError):
-            print(f"error: {error}", file=sys.stderr)
+        if self.debug and isinstance(error, Exception):
+            traceback.print_exception(error)
+        if isinstance(error, ValueError | FloatingPointError | OSError):
+            text = str(error)
+            if isinstance(error, OSError) and error.strerror:
+                text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+            print("error: " + " ".join(text.splitlines()), file=sys.stderr)
             raise typer.Exit(2) from error
         if isinstance(error, ImportError) and error.name and not error.name.startswith("fastloss"):
             extra = "wandb" if error.name == "wandb" else "train"

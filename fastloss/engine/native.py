@@ -48,6 +48,7 @@ from fastloss.tables import (
     is_token_level,
 )
 
+_ROW_OUTPUTS = frozenset((*STATS, "loss"))
 RUN = 4096  # tokens in a run, where sequences mean nothing
 
 
@@ -246,10 +247,13 @@ class NativeBackend:
     def empty_stats(self, like: Tensor, rows: int, want: Iterable[str]) -> dict[str, Tensor]:
         """The outputs of the statistics of ``rows`` rows of ``like``'s dtype and device."""
         acc, device = ACC_DTYPES[like.dtype], like.device
-        return {
+        out = {
             name: torch.empty(rows, dtype=torch.uint8 if name == "is_top1" else acc, device=device)
             for name in want
         }
+        if not _ROW_OUTPUTS.issuperset(out):  # nobody would write it
+            raise ValueError(f"want: expected names of {', '.join(STATS)}, got {', '.join(map(repr, out))}")
+        return out
 
     def row_stats(
         self,

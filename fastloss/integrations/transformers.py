@@ -6,21 +6,16 @@ with them, its own loss function ends in ``F.cross_entropy``, and that is fastlo
 
 from __future__ import annotations
 
-import copyreg
 import functools
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
 from fastloss.integrations.handle import Handle
-from fastloss.lazy_logits import lazy
+from fastloss.integrations.heads import LAZY, activate, deactivate, is_lazy, patch_head, subclass, take_back
 
 __all__ = ["apply", "lazy_class"]
-
-_LAZY = "_fastloss_lazy"
 
 
 def apply(model: Any, *, heads: Any = None) -> Handle:
@@ -52,13 +47,13 @@ def apply(model: Any, *, heads: Any = None) -> Handle:
         raise TypeError(
             f"model: expected a module with a vocabulary head (get_output_embeddings, or heads=), got {type(inner).__name__}"
         )
-    if _is_lazy(type(inner)):
+    if is_lazy(type(inner)):
         if not inner.__dict__.get("_fastloss_off", False):
             return Handle([])
         inner._fastloss_off = False
         return Handle([functools.partial(setattr, inner, "_fastloss_off", True)])
     for head in found:
-        _patch_head(head)
+        patch_head(head)
     model_class: Any = type(inner)
     inner.__class__ = lazy_class(model_class)
     inner._fastloss_heads = names
@@ -66,15 +61,13 @@ def apply(model: Any, *, heads: Any = None) -> Handle:
 
     def undo() -> None:
         own()
-        if _LAZY not in type(inner).__dict__:
+        if LAZY not in type(inner).__dict__:
             inner._fastloss_off = (
                 True  # somebody (FSDP2) made a subclass of ours since: switched off where it stands
             )
             return
         for module in (*_heads(inner, names), inner):
-            if _LAZY in type(module).__dict__:
-                module.__class__ = type(module)._fastloss_original
-                module.__dict__.pop("_fastloss_active", None)
+            take_back(module)
         inner.__dict__.pop("_fastloss_heads", None)
 
     return Handle([undo])
@@ -103,7 +96,7 @@ def lazy_class(model_class: Any) -> Any:
             return inner(self, *args, **kwargs)
         return _with_lazy_heads(self, functools.partial(inner, self), args, kwargs)
 
-    return _subclass(model_class, forward)
+    return subclass(model_class, forward, lazy_class)
 
 
 def unwrap(model: Any) -> Any:
@@ -119,10 +112,6 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def _is_lazy(cls: type) -> bool:
-    return any(_LAZY in c.__dict__ for c in cls.__mro__)
-
-
 def _heads(model: Any, names: Any) -> list[Any]:
     if names is not None:
         return [model.get_submodule(name) for name in names]
@@ -134,34 +123,6 @@ def _heads(model: Any, names: Any) -> list[Any]:
         return []
     found = list(head) if isinstance(head, list | tuple | nn.ModuleList) else [head]
     return [h for h in found if isinstance(h, nn.Module)]
-
-
-def _subclass(cls: Any, forward: Any) -> Any:
-    """A subclass of ``cls`` under its own name, that copies and pickles as an instance of ``cls`` would."""
-
-    def reduce(self: Any, protocol: Any) -> Any:
-        made = super(subclass, self).__reduce_ex__(protocol)
-        if made[0] is copyreg.__newobj__:  # type: ignore[attr-defined]
-            return (_blank, (cls, made[1][0] is subclass), *made[2:])
-        return made
-
-    body = {
-        "forward": forward,
-        "__reduce_ex__": reduce,
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        "__doc__": cls.__doc__,
-        "_fastloss_original": cls,
-        _LAZY: True,
-    }
-    subclass = type(cls)(cls.__name__, (cls,), body)
-    return subclass
-
-
-def _blank(cls: Any, is_lazy: bool) -> Any:
-    if is_lazy:
-        cls = _lazy_head_class(cls) if issubclass(cls, nn.Linear) else lazy_class(cls)
-    return cls.__new__(cls)
 
 
 def _replace_own_forward(model: Any) -> Any:
@@ -195,68 +156,8 @@ def _wants_lazy(model: Any, args: Any, kwargs: Any) -> bool:
 
 
 def _with_lazy_heads(model: Any, forward: Any, args: Any, kwargs: Any) -> Any:
-    heads = _heads(model, model.__dict__.get("_fastloss_heads"))
-    heads = [head for head in heads if _can_be_lazy(head)]
-    for head in heads:
-        if not _is_lazy(type(head)):
-            _patch_head(head)  # built, or wrapped by an adapter, since
-        head._fastloss_active = True
+    active = activate(_heads(model, model.__dict__.get("_fastloss_heads")))
     try:
         return forward(*args, **kwargs)
     finally:
-        for head in heads:
-            head._fastloss_active = False
-
-
-def _can_be_lazy(head: Any) -> bool:
-    """Not for a packed weight (quantised), nor for one that is there during the head's own call alone (ZeRO-3)."""
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dim() != 2:
-        return False
-    if hasattr(
-        head, "set_reshard_after_forward"
-    ):  # FSDP2 on the head itself: keep it until the loss is computed
-        head.set_reshard_after_forward(False)
-    return not hasattr(weight, "ds_id")
-
-
-def _patch_head(head: Any) -> None:
-    if not _is_lazy(type(head)):
-        head_class: Any = type(head)
-        head.__class__ = _lazy_head_class(head_class)
-
-
-@functools.cache
-def _lazy_head_class(cls: Any) -> Any:
-    inner = cls.forward
-    plain = inner is nn.Linear.forward
-
-    @functools.wraps(inner)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # A weight in parts (a DTensor under tensor parallelism) keeps the head's own product.
-        if not self.__dict__.get("_fastloss_active", False) or type(self.weight) not in (
-            Tensor,
-            nn.Parameter,
-        ):
-            return inner(self, *args, **kwargs)
-        if plain:
-            return lazy(args[0] if args else kwargs["input"], self.weight, self.bias)
-        # A head with a forward of its own (a scale per class, a low-rank adapter): its products with [V, …] are lazy.
-        with _LazyProducts(self.weight.shape[0]):
-            return inner(self, *args, **kwargs)
-
-    return _subclass(cls, forward)
-
-
-class _LazyProducts(TorchFunctionMode):
-    """F.linear with a weight of ``vocab`` rows gives lazy logits."""
-
-    def __init__(self, vocab: int) -> None:
-        super().__init__()
-        self.vocab = vocab
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear and len(args) >= 2 and args[1].shape[0] == self.vocab and type(args[0]) is Tensor:
-            return lazy(*args, **kwargs)
-        return func(*args, **kwargs)
+        deactivate(active)

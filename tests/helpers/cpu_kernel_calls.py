@@ -1,4 +1,4 @@
-"""fastloss._cpu called by address, and the formulas of docs/engine.md in float64."""
+"""The row kernels of the contract, called as the tests of the CPU want them, and the formulas of docs/engine.md in float64."""
 
 from __future__ import annotations
 
@@ -6,63 +6,36 @@ import importlib
 
 import pytest
 import torch
+from backends_under_test import contract
+from instruction_sets import ISAS, forced, threads_of
 
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import Factor
+from fastloss.tables import DTYPE_CODES as CODES
 from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
 
 try:
     cpu = importlib.import_module("fastloss._cpu")
 except ImportError as error:
     pytest.skip(f"the native CPU module is not built ({error})", allow_module_level=True)
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 DTYPES = list(CODES)
-ISAS = cpu.supported_isas()
 # Rounding of the output dtype, relative; the statistics are float32 (float64) whatever the logits.
 EPS = {torch.float32: 6e-8, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1.2e-16}
 
 
 @pytest.fixture(params=ISAS, autouse=True)
 def isa(request):
-    before = cpu.isa()
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa(before)
+    with forced(request.param):
+        yield request.param
 
 
 def acc(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def ptr(tensor):
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def head(x, target, bias=None):
-    rows, vocab = x.shape
-    return {
-        "logits": x.data_ptr(),
-        "dtype": CODES[x.dtype],
-        "rows": rows,
-        "vocab": vocab,
-        "row_stride": x.stride(0),
-        "target": ptr(target),
-        "bias": ptr(bias),
-    }
-
-
-def new_stats(x, want=STATS):
-    return {
-        k: torch.full((x.shape[0],), 77, dtype=torch.uint8 if k == "is_top1" else acc(x.dtype))
-        if k in want
-        else None
-        for k in STATS
-    }
-
-
 def stats(x, target, want=STATS, threads=1, bias=None, **opt):
-    out = new_stats(x, want if target is not None else set(want) - {"logprobs", "is_top1"})
-    places = {name: ptr(value) for name, value in out.items()}
-    cpu.row_stats(**head(x, target, bias), options=RowOptions(**opt), **places, context=threads)
-    return out
+    with threads_of(threads):
+        return contract("cpu").row_stats(x, target, RowOptions(**opt), want=want, bias=bias)
 
 
 def cross_entropy(
@@ -79,38 +52,25 @@ def cross_entropy(
     bias=None,
     **opt,
 ):
-    out = new_stats(x, want)
-    out["loss"] = torch.full((x.shape[0],), 77, dtype=acc(x.dtype))
-    cpu.row_cross_entropy(
-        **head(x, target, bias),
-        options=CrossEntropyOptions(label_smoothing=eps, z_loss=zeta, **opt),
-        w=ptr(w),
-        w_row_stride=w.stride(0) if w is not None and w.dim() == 2 else 0,
-        factor=gs,
-        factor_tensor=ptr(gs_tensor),
-        grad=ptr(grad),
-        grad_row_stride=0 if grad is None else grad.stride(0),
-        **{name: ptr(value) for name, value in out.items()},
-        context=threads,
-    )
-    return out
+    options = CrossEntropyOptions(label_smoothing=eps, z_loss=zeta, **opt)
+    with threads_of(threads):
+        return contract("cpu").row_cross_entropy(
+            x, target, options, factor=Factor(gs, gs_tensor), grad=grad, want=want, bias=bias, w=w
+        )
 
 
 def row_grad(x, target, out, lse, a=None, b=None, c=None, d=None, w=None, threads=1, bias=None, **opt):
-    cpu.row_grad(
-        **head(x, target, bias),
-        options=RowOptions(**opt),
-        logsumexp=ptr(lse),
-        a=ptr(a),
-        b=ptr(b),
-        c=ptr(c),
-        d=ptr(d),
-        w=ptr(w),
-        w_row_stride=w.stride(0) if w is not None and w.dim() == 2 else 0,
-        out=out.data_ptr(),
-        out_row_stride=out.stride(0),
-        context=threads,
-    )
+    with threads_of(threads):
+        contract("cpu").row_grad(
+            x,
+            target,
+            RowOptions(**opt),
+            logsumexp=lse,
+            coefficients=Coefficients(a, b, c, d),
+            out=out,
+            bias=bias,
+            w=w,
+        )
     return out
 
 

@@ -230,9 +230,8 @@ def dataset(kind):
 
 def trainer(kind, tokenizer, folder, **options):
     """The arguments and the trainer of one kind, three steps of it."""
-    common = dict(  # noqa: C408
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=4, logging_steps=1, report_to=[], save_strategy="no",
-                  learning_rate=1e-2, disable_tqdm=True, use_cpu=True, bf16=False, seed=3)  # fmt: skip
+    common = {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": [], "save_strategy": "no",
+                  "learning_rate": 1e-2, "disable_tqdm": True, "use_cpu": True, "bf16": False, "seed": 3}  # fmt: skip
     made = model(tokenizer)
     generation = {"max_completion_length": 8, "num_generations": 4, "temperature": 0.9}
     if kind == "SFT":

@@ -5,28 +5,25 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from itertools import product
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from cuda_emulation.build import build_emulated, build_race_check, compiler
 from torch import Tensor
 
-from fastloss.engine import native
-from fastloss.engine.native import CudaContext, NativeBackend
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import WHOLE, Backend, Factor
+from fastloss.engine.native import CudaContext, NativeBackend, emulated_cuda
 from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ for the CUDA emulation")
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 VOCABS = [1, 2, 3, 31, 32, 33, 1000, 1031]
 IGNORE, BAD = -100, 1 << 40
 NAN, INF = float("nan"), float("inf")
-
-
-def ptr(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def make_rows(rows: int, vocab: int, dtype: torch.dtype, stride: int | None = None, shift: int = 0) -> Tensor:
@@ -124,41 +121,18 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype = torch.float32) -> None
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol, equal_nan=True)
 
 
-def place(x: Tensor, target: Tensor | None, bias: Tensor | None) -> dict[str, int]:
-    return {
-        "logits": x.data_ptr(),
-        "dtype": DTYPES[x.dtype],
-        "rows": x.shape[0],
-        "vocab": x.shape[1],
-        "row_stride": x.stride(0),
-        "target": ptr(target),
-        "bias": ptr(bias),
-    }
-
-
-def new_outputs(rows: int, names: tuple[str, ...]) -> dict[str, Tensor]:
-    return {
-        name: torch.full((rows,), 77, dtype=torch.uint8 if name == "is_top1" else torch.float32)
-        for name in names
-    }
+def kernels() -> Backend:
+    return emulated_cuda(build_emulated())
 
 
 def run_stats(
     x: Tensor,
     target: Tensor | None,
     bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
     want: tuple[str, ...] = STATS,
+    **options: float,
 ) -> dict[str, Tensor]:
-    out = new_outputs(len(x), want)
-    build_emulated().row_stats(
-        **place(x, target, bias),
-        options=RowOptions(IGNORE, scale, softcap),
-        **{name: ptr(out.get(name)) for name in STATS},
-        context=0,
-    )
-    return out
+    return kernels().row_stats(x, target, RowOptions(**options), want=want, bias=bias)
 
 
 def run_cross_entropy(
@@ -166,31 +140,16 @@ def run_cross_entropy(
     target: Tensor | None,
     *,
     bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float = 0.0,
     w: Tensor | None = None,
     eps: float = 0.0,
     zeta: float = 0.0,
-    grad_scale: float = 1.0,
-    grad_scale_tensor: Tensor | None = None,
+    factor: Factor = WHOLE,
     grad: Tensor | None = None,
     want: tuple[str, ...] = (),
+    **options: float,
 ) -> dict[str, Tensor]:
-    out = new_outputs(len(x), ("loss", *want))
-    build_emulated().row_cross_entropy(
-        **place(x, target, bias),
-        options=CrossEntropyOptions(IGNORE, scale, softcap, eps, zeta),
-        w=ptr(w),
-        w_row_stride=0 if w is None or w.dim() == 1 else w.stride(0),
-        factor=grad_scale,
-        factor_tensor=ptr(grad_scale_tensor),
-        grad=ptr(grad),
-        grad_row_stride=0 if grad is None else grad.stride(0),
-        loss=ptr(out["loss"]),
-        **{name: ptr(out.get(name)) for name in STATS},
-        context=0,
-    )
-    return out
+    given = CrossEntropyOptions(label_smoothing=eps, z_loss=zeta, **options)
+    return kernels().row_cross_entropy(x, target, given, factor=factor, grad=grad, want=want, bias=bias, w=w)
 
 
 def run_grad(
@@ -205,17 +164,8 @@ def run_grad(
     w: Tensor | None = None,
     **k: Tensor,
 ) -> None:
-    build_emulated().row_grad(
-        **place(x, target, bias),
-        options=RowOptions(IGNORE, scale, softcap),
-        logsumexp=lse.data_ptr(),
-        **{name: ptr(k.get(name)) for name in "abcd"},
-        w=ptr(w),
-        w_row_stride=0 if w is None or w.dim() == 1 else w.stride(0),
-        out=out.data_ptr(),
-        out_row_stride=out.stride(0),
-        context=0,
-    )
+    options, coefficients = RowOptions(scale=scale, softcap=softcap), Coefficients(**k)
+    kernels().row_grad(x, target, options, logsumexp=lse, coefficients=coefficients, out=out, bias=bias, w=w)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -247,8 +197,7 @@ def test_all_functions(vocab: int, dtype: torch.dtype) -> None:
                 w=weights,
                 eps=eps,
                 zeta=zeta,
-                grad_scale=2.0,
-                grad_scale_tensor=torch.tensor(0.75),
+                factor=Factor(2.0, torch.tensor(0.75)),
                 grad=grad,
             )
             loss, want = row.cross_entropy(weights, eps, zeta, 1.5)
@@ -361,21 +310,16 @@ def test_error_is_not_larger_than_eager() -> None:
 
 def test_bad_arguments_are_errors() -> None:
     x = make_rows(1, 4, torch.float32)
-    good = {**place(x, None, None), "options": RowOptions(), **dict.fromkeys(STATS, 0), "context": 0}
-    for name, value, kind, message in [
-        ("dtype", 3, ValueError, "dtype: expected 0 .* got 3"),
-        ("dtype", 4, ValueError, "dtype: expected a code from 0 to 3"),
-        ("vocab", 0, RuntimeError, "vocab must be between"),
-        ("logits", 0, ValueError, "logits: expected an address, got 0"),
-        ("logprobs", x.data_ptr(), ValueError, "target: "),
-    ]:
-        with pytest.raises(kind, match=message):
-            build_emulated().row_stats(**{**good, name: value})
+    with pytest.raises(ValueError, match="dtype"):
+        run_stats(x.double(), None)
+    with pytest.raises(RuntimeError, match="vocab"):
+        run_stats(x[:, :0], None)
+    assert run_stats(x[:0], None)["logsumexp"].shape == (0,)
 
 
 def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """An old GPU or an old driver: a reason, which lets `auto` go on to triton, and no failing launch."""
-    tensor = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:1"))
+    tensor: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:1"))
     devices = []
 
     def guard(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -384,14 +328,28 @@ def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.cuda, "device", guard)
     for answer in ("no kernel image is available", ""):
-        module = ModuleType("_cuda")
-        module.tables = build_emulated().tables
-        module.why_not = lambda answer=answer: answer
-        reason = NativeBackend("cuda", module, CudaContext()).why_not_for(tensor)
+        module: Any = SimpleNamespace(
+            __name__="fastloss._cuda", tables=build_emulated().tables, why_not=lambda answer=answer: answer
+        )
+        backend = NativeBackend("cuda", module, CudaContext())
+        reason = backend.why_not_for(tensor)
         assert answer in reason and bool(reason) == bool(answer)
+        assert backend.why_not_for(tensor) == reason
     assert devices == [tensor.device] * 2  # asked on the tensor's own device, once for each answer
-    native._why_not_on.cache_clear()
     assert build_emulated().why_not() == ""
+
+
+def test_module_of_another_version_is_refused() -> None:
+    """Its codes would mean other losses."""
+    tables = {name: list(names) for name, names in build_emulated().tables().items()}
+    tables["surrogates"][1:3] = reversed(tables["surrogates"][1:3])
+    module: Any = SimpleNamespace(__name__="other", tables=lambda: tables)
+    with pytest.raises(
+        ImportError, match=r"other: expected 'logprob' as code 1 of 'surrogates', got 'cispo'"
+    ):
+        NativeBackend("cuda", module, CudaContext())
+    with pytest.raises(ImportError, match="built from an older version"):
+        NativeBackend("cuda", cast(Any, SimpleNamespace(__name__="old")), CudaContext())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what the module says without a GPU")

@@ -567,3 +567,47 @@ def test_the_loss_is_the_first_sum() -> None:
         x, None, PolicyInputs(layout, x - 0.5, ones), tables.PolicyOptions()
     )
     assert torch.equal(result.loss, result.out[0]) and result.loss.data_ptr() != result.out.data_ptr()
+
+
+@pytest.mark.parametrize("vocab", [33, 4096, 4097])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_whatever_is_wanted(dtype: torch.dtype, vocab: int) -> None:
+    """bugs 27: a logsumexp or a log-prob does not depend on what else the launch makes."""
+    logits, target = make(3, vocab, dtype)
+    o = options("bias", vocab)
+    want = ("logsumexp", "logprobs")
+    alone = row_stats(logits, target, **o, want=want)
+    everything = row_stats(logits, target, **o, want=STATS)
+    w = torch.rand(vocab, device=DEVICE)
+    with_gradient = row_cross_entropy(
+        logits, target, **o, w=w, label_smoothing=0.1, z_loss=0.1, grad=torch.empty_like(logits), want=want
+    )
+    for other in (everything, with_gradient):
+        assert all(torch.equal(alone[name], other[name]) for name in want)
+
+
+@pytest.mark.parametrize("offset", [-1e4, 1e4])
+@pytest.mark.parametrize("vocab", [4096, 5001])
+def test_threads_that_see_no_finite_logit(vocab: int, offset: float) -> None:
+    """All but three logits are -inf, and those far from 0: an empty sum, relative to 0, must not overflow when it joins them."""
+    logits = torch.full((1, vocab), -INF, device=DEVICE)
+    places = [0, 1, vocab - 1]
+    logits[0, places] = torch.tensor([offset, offset + 1, offset - 2], device=DEVICE)
+    target = torch.tensor([vocab - 1], device=DEVICE)
+    o = options("plain", vocab)
+    stats = row_stats(logits, target, **o, want=("logsumexp", "logprobs", "entropy", "log_sum_sq_probs"))
+    few = logits[:, places].double()
+    expected = expected_stats(few, torch.tensor([2], device=DEVICE), o)
+    for name, value in stats.items():
+        close(value, expected[name], 1e-6)
+
+
+def test_a_sweep_overwrites_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = make(2, 3000, torch.bfloat16)
+    o = options("plain", 3000)
+    before = row_stats(logits, target, **o, want=STATS)
+    monkeypatch.setitem(kernels.SHAPES, "odd", (64, 8))
+    shape = kernels.launch_shape(3000, False, 2)
+    assert (shape["BLOCK"], shape["WIDTH"]) == (256, 4)
+    for name, value in row_stats(logits, target, **o, want=STATS).items():
+        close(value, before[name].double())

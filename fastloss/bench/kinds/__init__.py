@@ -4,6 +4,7 @@ from fastloss.bench.kinds import (
     advantages,
     corrections,
     cross_entropy,
+    distillation,
     policy,
     preference,
     rewards,
@@ -11,5 +12,15 @@ from fastloss.bench.kinds import (
     unpaired,
 )
 
-FAMILIES = (cross_entropy, token_stats, preference, unpaired, rewards, policy, corrections, advantages)
+FAMILIES = (
+    cross_entropy,
+    token_stats,
+    preference,
+    unpaired,
+    rewards,
+    policy,
+    corrections,
+    advantages,
+    distillation,
+)
 KINDS = {name: kind for family in FAMILIES for name, kind in family.KINDS.items()}

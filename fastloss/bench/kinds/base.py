@@ -24,6 +24,7 @@ class Kind:
     limit: tuple[str, Callable[[Case, Data], Callable[[], object]]] | None = None  # None: the GEMMs
     eager_metrics: Callable[[Case], Loss] | None = None  # eager, with what a trainer logs of each step
     kept: Callable[[dict[str, Tensor]], int] = lambda tensors: int((tensors["target"] != IGNORE).sum())
+    needs: str = ""  # a function that not every fastloss has
 
 
 def head_tensors(case: Case, generator: torch.Generator, target: Tensor) -> dict[str, Tensor]:

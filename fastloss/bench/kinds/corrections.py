@@ -43,8 +43,8 @@ def kl_cases(quick: bool) -> Iterator[Case]:
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     mask = padding(case)
-    probabilities = PROBABILITIES[torch.randint(0, 4, tuple(mask.shape), generator=generator)]
-    logprobs = probabilities.log()
+    drawn = torch.randint(0, len(PROBABILITIES), tuple(mask.shape), generator=generator)
+    logprobs = PROBABILITIES.to(drawn.device)[drawn].log()
     old = logprobs - log_ratios(mask.shape, generator)
     advantages = torch.randn(len(mask), generator=generator)
     tensors = {"logprobs": logprobs, "old": old, "advantages": advantages, "mask": mask}

@@ -67,7 +67,8 @@ def padding(case: Case) -> Tensor:
 
 
 def log_ratios(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    return LOG_RATIOS[torch.randint(0, len(LOG_RATIOS), tuple(shape), generator=generator)]
+    drawn = torch.randint(0, len(LOG_RATIOS), tuple(shape), generator=generator)
+    return LOG_RATIOS.to(drawn.device)[drawn]
 
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
