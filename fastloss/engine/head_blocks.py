@@ -205,7 +205,7 @@ class _NativeCall:
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.tensors.append(tensor)
-                setattr(self.record, _FIELDS.get(name, name), address(tensor))
+                setattr(self.record, name, address(tensor))
 
     def _make_gradients(self, hidden: Tensor, weight: Tensor) -> None:
         shape, device = (self.all_rows, self.dim), hidden.device
@@ -250,7 +250,3 @@ class _NativeCall:
                 dense = x[: self.rows].clone()
                 x.zero_().index_copy_(0, self.keep, dense)
         return Grads(self.d_hidden, self.d_weight, self.d_bias)
-
-
-# Names of csrc/cpu/head.h that differ from the statistics'.
-_FIELDS = {"logprobs": "logprob", "mean_logits": "mean_logit"}
