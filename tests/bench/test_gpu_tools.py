@@ -57,13 +57,13 @@ def test_the_next_stage_runs_whatever_became_of_the_one_before(tmp_path: Path) -
     stages = {
         "good": _python("print('fine')"),
         "bad": _python("raise SystemExit(3)"),
-        "endless": _python(ENDLESS, seconds=2),
+        "endless": _python(ENDLESS, seconds=6),
         "tool": _python("", tool="no-such-tool"),
         "last": _python("import os; print(os.environ['FASTLOSS_TEST_DEVICE'])"),
     }
     began = time.monotonic()
     ended = run.run(list(stages), tmp_path, 1000.0, stages)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     assert {name: how["how"] for name, how in ended.items()} == {
         "good": "passed",
         "bad": "failed",
