@@ -12,6 +12,7 @@ OPERANDS = {
     "float32": (F32, F32, False),
     "bfloat16": (BF16, BF16, False),
     "pairs": (BF16, BF16, True),
+    "tiles": (BF16, BF16, "tiles"),
     "autocast": (BF16, F32, False),
 }
 STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit")
@@ -64,24 +65,22 @@ def call(
         if stored is None
         else stored
     )
-    c.spread, c.pairs = spread, pairs
+    c.spread, c.pairs, c.tiles = spread, bool(pairs), pairs == "tiles"
     c.split = rows if split is None else split
     given = options.get("given", {})
-    alone = "d_hidden" in gradients and "d_weight" not in gradients and not given
-    threads = min(threads, rows if alone else -(-vocab // width))
-    state = torch.full((threads, rows, cpu.ROW_STATE_DOUBLES), 77.0, dtype=torch.float64)
-    finished = torch.zeros(-(-rows // cpu.HEAD_STRIPE), dtype=torch.int64)
+    state = torch.full((rows, cpu.ROW_STATE_DOUBLES), 77.0, dtype=torch.float64)
     tensors = {
         "hidden": hidden, "weight": weight, "target": target, "keep": keep, "bias": bias, "w": w,
-        "state": state, "finished": finished, **given, **out,
+        "state": state, **given, **out,
     }  # fmt: skip
     for name, tensor in tensors.items():
         setattr(c, name, 0 if tensor is None else tensor.data_ptr())
     rest = torch.full((rows - c.split, dim), 77.0)
     c.d_hidden_rest = rest.data_ptr()
     scratch = torch.full(
-        (threads * c.scratch_bytes() + 64,), 0xFF, dtype=torch.uint8
+        (c.workspace_bytes(threads) + 64,), 0xFF, dtype=torch.uint8
     )  # NaN, if it is ever used
+    assert threads * c.scratch_bytes() >= c.workspace_bytes(threads)
     c.run(-(-scratch.data_ptr() // 64) * 64, threads)
     if len(rest):
         assert (out["d_hidden"][c.split :] == 77).all()

@@ -32,14 +32,13 @@ void run(const Gemm& g, int64_t threads, void* scratch) {
 #pragma omp for schedule(static)
     for (int64_t j = 0; j < g.n; j += kPanel) {
       pack_rows<BFloat16Pairs, BF16>([&](int64_t k) { return b + k * g.b_row + j; },
-                                     g.n - j < kPanel ? g.n - j : kPanel, g.k, packed_b + j * units, kPanel,
-                                     panel);
+                                     g.n - j < kPanel ? g.n - j : kPanel, g.k, packed_b + j * units, kPanel);
     }
     uint32_t* const mine = packed_a + __atomic_fetch_add(&slot, 1, __ATOMIC_RELAXED) * kColumns * units;
     for (int64_t row; (row = __atomic_fetch_add(&next, kColumns, __ATOMIC_RELAXED)) < g.m;) {
       const int64_t rows = g.m - row < kColumns ? g.m - row : kColumns;
       pack_rows<BFloat16Pairs, BF16>([&](int64_t k) { return a + k * g.a_row + row; }, rows, g.k, mine,
-                                     kColumns, 0);
+                                     kColumns);
       multiply<BFloat16Pairs, true>(
           rows, g.n, units, [&](int64_t i) { return mine + i; }, kColumns, packed_b, panel,
           [&](int64_t i) { return g.c + (row + i) * g.c_row; }, g.accumulate);

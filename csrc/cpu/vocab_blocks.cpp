@@ -1,7 +1,7 @@
-// The loss of docs/engine.md, statistics and gradient of all rows, from logits that come a block of the
-// vocabulary at a time. forward: reads the block, adds to the row's running sums (rescaled where the maximum
-// rises). finish: loss, statistics, coefficients. backward: dz = a·[v = target] + b·p + c·p·log p + d·w over
-// the block's logits, p from the final sums.
+// The loss of docs/engine.md, statistics and gradient of rows, from logits that come a block of the
+// vocabulary at a time. add, merge: running sums, rescaled where the maximum rises. finish: loss, statistics,
+// coefficients. gradient: dz = a·[v = target] + b·p + c·p·log p + d·w over the block's logits, p from the
+// final sums.
 
 #ifndef FASTLOSS_ISA
 #error "vocab_blocks.cpp is compiled once per instruction set, with -DFASTLOSS_ISA=avx512, avx2 or generic"
@@ -9,190 +9,474 @@
 
 #include "vocab_blocks.h"
 
+#include "head.h"
 #include "row_math.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
 namespace {
 
-template <class S>
 struct BlockScratch {
-  S *z, *e, *slope;
+  float *z, *e, *slope;
   explicit BlockScratch(void* memory)
-      : z(static_cast<S*>(memory)), e(z + kBlock + W), slope(e + kBlock + W) {}
+      : z(static_cast<float*>(memory)), e(z + kBlock + W), slope(e + kBlock + W) {}
 };
 constexpr int64_t kScratch = 3 * (kBlock + W) * sizeof(float);
 
-template <class S>
-const S* weights_of(const CrossEntropy& c, int64_t row) {
-  return c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
+const float* weights_of(const CrossEntropy& c, int64_t row) {
+  return c.w ? static_cast<const float*>(c.w) + row * c.w_row_stride : nullptr;
 }
 
+Transform<float> transform_of(const HeadCall& c, const Transform<float>& f, int64_t row) {
+  Transform<float> mine = f;
+  if (c.row_scale && c.row_scale[row] != 1.0f) {
+    mine.plain = false, mine.scale *= c.row_scale[row], mine.outer *= c.row_scale[row];
+  }
+  return mine;
+}
+
+Wanted wanted(const HeadCall& c) { return wanted(c.stats, c.logits, c.ce); }
+
+// --- sums of chapters
+// ----------------------------------------------------------------------------------------------------
+
+int64_t sums_bytes(const HeadCall& c, int64_t chapters) {
+  const Wanted want = wanted(c);
+  const int64_t fields = 2 + want.entropy + want.square + want.sum_z + 2 * want.sum_w + (c.argmax != nullptr);
+  return fields * chapters * c.logits.rows * int64_t(sizeof(double));
+}
+
+ChapterSums sums_of(const HeadCall& c, void* memory, int64_t chapter) {
+  const Wanted want = wanted(c);
+  const int64_t rows = c.logits.rows;
+  double* at = static_cast<double*>(memory) + sums_bytes(c, chapter) / int64_t(sizeof(double));
+  const auto take = [&](bool is_wanted) {
+    double* const mine = is_wanted ? at : nullptr;
+    at += is_wanted ? rows : 0;
+    return mine;
+  };
+  ChapterSums s;
+  s.max = take(true), s.sum = take(true), s.entropy = take(want.entropy), s.square = take(want.square);
+  s.sum_z = take(want.sum_z), s.sum_w = take(want.sum_w), s.sum_wz = take(want.sum_w);
+  s.best = take(c.argmax != nullptr);
+  return s;
+}
+
+struct Running {
+  double max, sum, entropy, square;
+};
+
 // Sums relative to their own maximum, added to those so far: one of the two factors is 1.
-inline void add_sums(Wanted want, double block_max, double sum, double entropy, double square, RowState* to) {
-  RowState& so_far = *to;
-  const double max = block_max > so_far.max ? block_max : so_far.max;
-  const double below = so_far.max - max, block_below = block_max - max;
+inline Running together(Wanted want, Running so_far, const Running& more) {
+  const double max = more.max > so_far.max ? more.max : so_far.max;
+  const double below = so_far.max - max, more_below = more.max - max;
   const double keep = below == 0 ? 1.0 : __builtin_exp(below);
-  const double add = block_below == 0 ? 1.0 : __builtin_exp(block_below);
+  const double add = more_below == 0 ? 1.0 : __builtin_exp(more_below);
   if (want.entropy) {  // Σ e (z - max), before the sums it needs change
     const double old = keep != 0 ? keep * (so_far.entropy + so_far.sum * below) : 0.0;
-    so_far.entropy = old + (add != 0 ? add * (entropy + sum * block_below) : 0.0);
+    so_far.entropy = old + (add != 0 ? add * (more.entropy + more.sum * more_below) : 0.0);
   }
-  if (want.square) so_far.square = keep * keep * so_far.square + add * add * square;
-  so_far.sum = keep * so_far.sum + add * sum;
+  if (want.square) so_far.square = keep * keep * so_far.square + add * add * more.square;
+  so_far.sum = keep * so_far.sum + add * more.sum;
   so_far.max = max;
+  return so_far;
+}
+
+// --- a segment
+// -----------------------------------------------------------------------------------------------------------
+
+template <class T>
+FASTLOSS_INLINE F32V rounded(F32V v) {
+  return sizeof(T) == sizeof(float) ? v : bit_cast<F32V>(bf16_bits(v) << 16);
+}
+
+FASTLOSS_INLINE void store_rounded(float* p, F32V v) { store(p, v); }
+FASTLOSS_INLINE void store_rounded(BF16* p, F32V v) {
+  const U16V bits = __builtin_convertvector(bit_cast<U32V>(v) >> 16, U16V);
+  memcpy(p, &bits, sizeof bits);
+}
+
+FASTLOSS_INLINE float largest(F32V v) {
+  float lanes[W];
+  store(lanes, v);
+  for (int step = W / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
+  }
+  return lanes[0];
+}
+
+// Rounds the row's n logits in place, keeps them if they are to be kept, fills the last vector with -inf.
+template <class T>
+FASTLOSS_INLINE float round_row(const HeadCall& c, float* x, int64_t row, int64_t start, int64_t n) {
+  const int64_t whole = (n + W - 1) / W * W;
+  for (int64_t i = n; i < whole; ++i) x[i] = -__builtin_inff();
+  F32V m0 = F32V{} + lowest_finite<float>(), m1 = m0;
+  const auto piece = [&](int64_t from, int64_t to, auto&& keep) __attribute__((always_inline)) {
+    int64_t i = from;
+    for (; i + 2 * W <= to; i += 2 * W) {
+      const F32V v0 = rounded<T>(load(x + i)), v1 = rounded<T>(load(x + i + W));
+      store(x + i, v0), store(x + i + W, v1);
+      keep(i, v0), keep(i + W, v1);
+      m0 = max_or_second(v0, m0), m1 = max_or_second(v1, m1);
+    }
+    for (; i < to; i += W) {
+      const F32V v = rounded<T>(load(x + i));
+      store(x + i, v);
+      keep(i, v);
+      m0 = max_or_second(v, m0);
+    }
+  };
+  if (row < c.stored + c.more) {
+    for (int64_t at = 0; at < n; at += kKept) {
+      T* const out = kept_logits<T>(c, row, start + at);
+      const int64_t end = n - at < kKept ? n - at : kKept;
+      if (end % W == 0) {
+        piece(at, at + end, [=](int64_t i, F32V v) { store_rounded(out + (i - at), v); });
+      } else {
+        piece(at, at + (end + W - 1) / W * W, [](int64_t, F32V) {});
+        for (int64_t i = 0; i < end; ++i) store_one(out + i, x[at + i]);
+      }
+    }
+  } else if (sizeof(T) == 2 && !c.float_logits) {
+    piece(0, whole, [](int64_t, F32V) {});
+  } else {
+    for (int64_t i = 0; i < whole; i += W) m0 = max_or_second(load(x + i), m0);
+  }
+  return largest(max_or_second(m0, m1));
+}
+
+// Σ exp(z - max) of whole vectors.
+FASTLOSS_INLINE double sum_of_exponentials(const float* z, int64_t whole, float max) {
+  F32V s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * W <= whole; i += 4 * W) {
+    s0 += exp_nonpositive<float>(load(z + i) - max);
+    s1 += exp_nonpositive<float>(load(z + i + W) - max);
+    s2 += exp_nonpositive<float>(load(z + i + 2 * W) - max);
+    s3 += exp_nonpositive<float>(load(z + i + 3 * W) - max);
+  }
+  for (; i < whole; i += W) s0 += exp_nonpositive<float>(load(z + i) - max);
+  return sum_lanes((s0 + s1) + (s2 + s3));
 }
 
 template <class T>
-void forward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const Stats& s, RowState* state,
-             int64_t begin, int64_t end, void* memory) {
-  using S = typename Acc<T>::S;
-  const BlockScratch<S> scratch(memory);
-  const Transform<T> f(l);
-  const Wanted want = wanted(s, l, c);
-  for (int64_t row = begin; row < end; ++row) {
-    RowState& so_far = state[row];
-    if (block.first) {
-      so_far = RowState{};
-      so_far.max = lowest_finite<S>();
-      so_far.slope_target = 1;
+void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& stripe, void* memory) {
+  const BlockScratch scratch(memory);
+  const Logits& l = c.logits;
+  const Transform<float> plain(l);
+  const Wanted want = wanted(c);
+  const int64_t start = stripe.start, n = stripe.width, whole = (n + W - 1) / W * W;
+  const bool first = start % kChapter == 0;
+  for (int64_t row = stripe.begin; row < stripe.end; ++row) {
+    if (first) {
+      sums.max[row] = lowest_finite<float>(), sums.sum[row] = 0;
+      double* const others[] = {sums.entropy, sums.square, sums.sum_z, sums.sum_w, sums.sum_wz, sums.best};
+      for (double* const field : others) {
+        if (field) field[row] = 0;
+      }
     }
     const RowKind kind = kind_of(l, row);
     if (kind == RowKind::ignored) continue;
-    const int64_t t = kind == RowKind::normal && l.target ? l.target[row] : -1;
-    const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
-    const S* const w = want.sum_w ? weights_of<S>(c, row) : nullptr;
-    RowSums r;
-    r.z_target = so_far.z_target, r.slope_target = so_far.slope_target;
-    BlockSums sums;
-    block_pass<T>(f, x, block.start, block.width, t, w ? w + block.start : nullptr, want, scratch.z,
-                  l.softcap > 0 ? scratch.slope : nullptr, scratch.e,
-                  reinterpret_cast<uintptr_t>(x + l.row_stride), 0, &sums, &r);
-    so_far.z_target = r.z_target, so_far.slope_target = r.slope_target;
-    so_far.sum_z += r.sum_z, so_far.sum_w += r.sum_w, so_far.sum_wz += r.sum_wz;
-    add_sums(want, sums.max, sums.sum, sums.entropy, sums.square, &so_far);
+    float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
+    float max = round_row<T>(c, x, row, start, n);
+    const Transform<float> f = transform_of(c, plain, row);
+    const float* z = x;
+    if (!f.plain) z = load_block(f, x, start, n, scratch.z, scratch.slope, &max);
+    const int64_t t = kind == RowKind::normal && l.target ? l.target[row] - start : -1;
+    if (t >= 0 && t < n) {
+      c.state[row].z_target = z[t];
+      c.state[row].slope_target = l.softcap > 0 ? scratch.slope[t] : 1.0;
+    }
+    if (want.sum_z) sums.sum_z[row] += sum_block(z, n);
+    const float* const w = want.sum_w ? weights_of(c.ce, row) : nullptr;
+    if (w) {
+      sums.sum_w[row] += sum_block(w + start, n);
+      sums.sum_wz[row] += dot_block(w + start, z, n);
+    }
+    if (c.argmax && max > sums.max[row]) {
+      int64_t i = 0;
+      while (i + 1 < n && z[i] != max) ++i;
+      sums.best[row] = double(start + i);
+    }
+    Running mine{max, 0, 0, 0};
+    const bool keeps = want.entropy || want.square;
+    mine.sum =
+        keeps ? exp_block<float>(z, n, max, scratch.e, uintptr_t(z), 0) : sum_of_exponentials(z, whole, max);
+    // Where one logit dominates, its 1 swallows the low bits of its float lane; they are 1 - p, so add in
+    // double.
+    if (mine.sum < 2) {
+      if (!keeps) exp_block<float>(z, n, max, scratch.e, uintptr_t(z), 0);
+      mine.sum = sum_block(scratch.e, n);
+    }
+    if (want.entropy) mine.entropy = entropy_block(z, scratch.e, n, max);
+    if (want.square) mine.square = square_block(scratch.e, n);
+    const Running so_far{sums.max[row], sums.sum[row], want.entropy ? sums.entropy[row] : 0,
+                         want.square ? sums.square[row] : 0};
+    const Running all = together(want, so_far, mine);
+    sums.max[row] = all.max, sums.sum[row] = all.sum;
+    if (want.entropy) sums.entropy[row] = all.entropy;
+    if (want.square) sums.square[row] = all.square;
   }
 }
 
-void merge(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* into, const RowState* from) {
-  const Wanted want = wanted(s, l, c);
-  for (int64_t row = 0; row < l.rows; ++row) {
-    RowState& so_far = into[row];
-    const RowState& more = from[row];
-    // The target is in one block: the others have 0 and 1.
-    so_far.z_target += more.z_target, so_far.slope_target *= more.slope_target;
-    so_far.sum_z += more.sum_z, so_far.sum_w += more.sum_w, so_far.sum_wz += more.sum_wz;
-    add_sums(want, more.max, more.sum, more.entropy, more.square, &so_far);
-  }
-}
+// --- a row
+// ---------------------------------------------------------------------------------------------------------------
 
-void finish(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* state, int64_t begin,
-            int64_t end) {
-  using S = float;
-  const Wanted want = wanted(s, l, c);
-  const double k = c.grad_scale * l.scale;
+void merge(const HeadCall& c, const ChapterSums& sums, bool first, int64_t begin, int64_t end) {
+  const Wanted want = wanted(c);
   for (int64_t row = begin; row < end; ++row) {
-    RowState& so_far = state[row];
+    RowState& s = c.state[row];
+    if (first) {
+      s.max = lowest_finite<float>(), s.best = 0;
+      s.sum = s.entropy = s.square = s.sum_z = s.sum_w = s.sum_wz = 0;
+    }
+    if (kind_of(c.logits, row) == RowKind::ignored) continue;
+    const Running so_far{s.max, s.sum, s.entropy, s.square};
+    const Running more{sums.max[row], sums.sum[row], want.entropy ? sums.entropy[row] : 0,
+                       want.square ? sums.square[row] : 0};
+    if (sums.best && more.max > so_far.max) s.best = sums.best[row];
+    const Running all = together(want, so_far, more);
+    s.max = all.max, s.sum = all.sum, s.entropy = all.entropy, s.square = all.square;
+    if (want.sum_z) s.sum_z += sums.sum_z[row];
+    if (want.sum_w) s.sum_w += sums.sum_w[row], s.sum_wz += sums.sum_wz[row];
+  }
+}
+
+double weight_of(const HeadCall& c, int64_t row) { return c.token_weight ? c.token_weight[row] : 1.0; }
+double scale_of(const HeadCall& c, int64_t row) {
+  return c.row_scale ? c.logits.scale * c.row_scale[row] : c.logits.scale;
+}
+
+void finish(const HeadCall& c, int64_t begin, int64_t end) {
+  using S = float;
+  const Logits& l = c.logits;
+  const Stats& stats = c.stats;
+  const Wanted want = wanted(c);
+  for (int64_t row = begin; row < end; ++row) {
+    RowState& s = c.state[row];
     const RowKind kind = kind_of(l, row);
-    so_far.kind = double(kind);
+    s.kind = double(kind);
+    s.log_sum = s.a = s.b = s.c = s.d = 0;
+    if (kind != RowKind::normal || !l.target) s.z_target = 0, s.slope_target = 1;
     if (kind == RowKind::ignored) {
-      write_ignored<S>(s, row);
+      write_ignored<S>(stats, row);
+      if (c.argmax) c.argmax[row] = 0;
       continue;
     }
     const bool bad = kind == RowKind::bad;
     RowSums r;
-    r.max = so_far.max, r.sum = so_far.sum, r.z_target = so_far.z_target,
-    r.slope_target = so_far.slope_target;
-    r.sum_z = so_far.sum_z, r.sum_w = so_far.sum_w, r.sum_wz = so_far.sum_wz;
-    finish_sums(want, so_far.entropy, so_far.square, &r);
-    write_stats<S>(s, row, r, double(l.vocab), bad);
+    r.max = s.max, r.sum = s.sum, r.z_target = s.z_target, r.slope_target = s.slope_target;
+    r.sum_z = s.sum_z, r.sum_w = s.sum_w, r.sum_wz = s.sum_wz;
+    finish_sums(want, s.entropy, s.square, &r);
+    write_stats<S>(stats, row, r, double(l.vocab), bad);
+    if (c.argmax) c.argmax[row] = int64_t(s.best);
     if (bad) {
-      put<S>(s.loss, row, __builtin_nan(""));
+      put<S>(stats.loss, row, __builtin_nan(""));
       continue;
     }
-    const RowLoss g = loss_of_row(c, l.target != nullptr, l.target ? l.target[row] : -1,
-                                  weights_of<S>(c, row), double(l.vocab), r);
-    put<S>(s.loss, row, g.loss);
-    so_far.log_sum = r.log_sum;
-    so_far.a = (g.a + (g.d != 0 ? g.d * g.w_t : 0.0)) * k, so_far.b = g.b * k, so_far.d = g.d * k;
+    const RowLoss g = loss_of_row(c.ce, l.target != nullptr, l.target ? l.target[row] : -1,
+                                  weights_of(c.ce, row), double(l.vocab), r);
+    put<S>(stats.loss, row, g.loss * weight_of(c, row));
+    const double k = c.ce.grad_scale * scale_of(c, row) * weight_of(c, row);
+    s.log_sum = r.log_sum;
+    s.a = (g.a + (g.d != 0 ? g.d * g.w_t : 0.0)) * k, s.b = g.b * k, s.d = g.d * k;
   }
 }
 
-void set_coefficients(const Logits& l, const CrossEntropy& ce, const Coefficients& g, RowState* state) {
-  for (int64_t row = 0; row < l.rows; ++row) {
-    RowState& s = state[row];
+void set_coefficients(const HeadCall& c, int64_t begin, int64_t end) {
+  const Coefficients& g = c.given;
+  for (int64_t row = begin; row < end; ++row) {
+    RowState& s = c.state[row];
     s = RowState{};
-    const RowKind kind = kind_of(l, row);
+    const RowKind kind = kind_of(c.logits, row);
     s.kind = double(kind);
     if (kind != RowKind::normal) continue;
     s.max = get<float>(g.lse, row);  // p = exp(z - lse)
-    const float* const w = weights_of<float>(ce, row);
-    s.b = get<float>(g.b, row) * l.scale, s.c = get<float>(g.c, row) * l.scale,
-    s.d = get<float>(g.d, row) * l.scale;
-    s.a = get<float>(g.a, row) * l.scale;
-    if (l.target && s.d != 0) s.a += s.d * (w ? double(w[l.target[row]]) : 1.0);
+    const float* const w = weights_of(c.ce, row);
+    const double k = scale_of(c, row) * weight_of(c, row);
+    s.b = get<float>(g.b, row) * k, s.c = get<float>(g.c, row) * k, s.d = get<float>(g.d, row) * k;
+    s.a = get<float>(g.a, row) * k;
+    if (c.logits.target && s.d != 0) s.a += s.d * (w ? double(w[c.logits.target[row]]) : 1.0);
+  }
+}
+
+// --- the gradient
+// --------------------------------------------------------------------------------------------------------
+
+// factor · e^(z - lse), offset = -lse · log2(e): as exact as bfloat16 needs (2^f within 4e-6, the argument
+// within 2^-24 of z).
+FASTLOSS_INLINE F32V scaled_probability(F32V z, float offset, float factor) {
+  constexpr float log2e = 0x1.715476p+0f, round = 12582912.0f + 127.0f;
+  F32V t = z * log2e + offset;
+  t = max_or_second(F32V{} - 127.0f, t);  // a NaN stays
+  const F32V bits = t + round;            // its low bits are the biased exponent
+  const F32V f = t - (bits - round);
+  F32V p = f * 0x1.3a02ccp-7f + 0x1.c9fc46p-5f;
+  p = p * f + 0x1.ec0378p-3f;
+  p = p * f + 0x1.62e12cp-1f;
+  p = p * f + 1.0f;
+  return p * (bit_cast<F32V>(bit_cast<U32V>(bits) << 23) * factor);
+}
+
+// Products read whole steps of K. Last of all, because `out` may lie over the logits.
+template <class T>
+void zero_to_32(T* out, int64_t n) {
+  for (; n % 32 != 0; ++n) store_one(out + n, 0.0f);
+}
+
+// The row's logits as they were kept.
+template <class T>
+void load_kept(const HeadCall& c, int64_t row, int64_t start, int64_t n, float* x) {
+  for (int64_t at = 0; at < n; at += kKept) {
+    const T* const from = kept_logits<T>(c, row, start + at);
+    const int64_t count = n - at < kKept ? n - at : kKept;
+    if (count % W == 0) {
+      for (int64_t i = 0; i < count; i += W) store(x + at + i, load(from + i));
+    } else {
+      write_block(x + at, count, [=](int64_t i, int64_t left) { return load_upto(from + i, left); });
+    }
   }
 }
 
 template <class T>
-void backward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const RowState* state,
-              int64_t begin, int64_t end, void* memory) {
-  using S = typename Acc<T>::S;
-  const BlockScratch<S> scratch(memory);
-  const Transform<T> f(l);
-  for (int64_t row = begin; row < end; ++row) {
-    const RowState& so_far = state[row];
-    const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
-    T* const out = static_cast<T*>(c.grad) + row * c.grad_row_stride;
-    if (so_far.kind != 0) {
-      fill_row<T>(out, block.width, so_far.kind == double(RowKind::bad) ? S(__builtin_nanf("")) : S(0));
+void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* out_memory,
+              int64_t out_stride, void* memory) {
+  const BlockScratch scratch(memory);
+  const Logits& l = c.logits;
+  const Transform<float> plain(l);
+  const int64_t start = stripe.start, n = stripe.width;
+  for (int64_t row = stripe.begin; row < stripe.end; ++row) {
+    const RowState& s = c.state[row];
+    T* const out = static_cast<T*>(out_memory) + (row - stripe.begin) * out_stride;
+    if (s.kind != 0) {
+      fill_row<T>(out, n, s.kind == double(RowKind::bad) ? __builtin_nanf("") : 0.0f);
+      zero_to_32(out, n);
       continue;
     }
-    S max;
-    S* const slope = l.softcap > 0 ? scratch.slope : nullptr;
-    const S* const z = load_block(f, x, block.start, block.width, scratch.z, scratch.slope, &max);
-    const int64_t t = l.target ? l.target[row] - block.start : -1;
-    const double z_target = t >= 0 && t < block.width ? double(z[t]) : 0.0;  // read before it is overwritten
-    const S* const w = weights_of<S>(c, row);
-    const S ref = S(so_far.max), log_sum = S(so_far.log_sum), b = S(so_far.b), entropy = S(so_far.c);
-    const auto write = [&](auto main) __attribute__((always_inline)) {
-      gradient_block(out, block.width, S(so_far.d), w ? w + block.start : nullptr, slope, main);
-    };
-    if (so_far.c == 0) {
-      write([=](int64_t i, int64_t) __attribute__((always_inline)) {
-        return gradient_from_z<false>(z + i, ref, log_sum, b, S(0));
-      });
+    float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
+    const Transform<float> f = transform_of(c, plain, row);
+    const int64_t t = l.target ? l.target[row] - start : -1;
+    const bool here = t >= 0 && t < n;
+    double z_target, slope_target = 1;
+    const float ref = float(s.max), log_sum = float(s.log_sum), b = float(s.b), with_log = float(s.c);
+    if (sizeof(T) == 2 && f.plain && s.c == 0 && s.d == 0 && n % (2 * W) == 0) {
+      const float offset = float(-(s.max + s.log_sum) * 1.4426950408889634);
+      const auto write = [&](const auto* from, int64_t at, int64_t count) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < count; i += 2 * W) {
+          F32V v0 = load(from + i), v1 = load(from + i + W);
+          if (sizeof(*from) == 4 && !c.float_logits) v0 = rounded<T>(v0), v1 = rounded<T>(v1);
+          store_two(out + at + i, scaled_probability(v0, offset, b), scaled_probability(v1, offset, b));
+        }
+      };
+      if (kept) {
+        for (int64_t at = 0; at < n; at += kKept) {
+          const T* const from = kept_logits<T>(c, row, start + at);
+          write(from, at, n - at < kKept ? n - at : kKept);
+        }
+        z_target =
+            here ? double(load_n(kept_logits<T>(c, row, start + t / kKept * kKept) + t % kKept, 1)[0]) : 0.0;
+      } else {
+        z_target = here ? double((c.float_logits ? load_n(x + t, 1) : rounded<T>(load_n(x + t, 1)))[0]) : 0.0;
+        write(x, 0, n);
+      }
     } else {
-      write([=](int64_t i, int64_t) __attribute__((always_inline)) {
-        return gradient_from_z<true>(z + i, ref, log_sum, b, entropy);
-      });
+      if (kept) {
+        load_kept<T>(c, row, start, n, x);
+      } else if (sizeof(T) == 2 && !c.float_logits) {
+        for (int64_t i = 0; i < n; i += W) store(x + i, rounded<T>(load(x + i)));
+      }
+      const float* z = x;
+      float* const slope = l.softcap > 0 ? scratch.slope : nullptr;
+      if (!f.plain || n % W != 0) {
+        float max;
+        z = load_block(f, x, start, n, scratch.z, scratch.slope, &max);
+      }
+      z_target = here ? double(z[t]) : 0.0;  // read before it is overwritten
+      if (here && slope) slope_target = slope[t];
+      const float* const w = weights_of(c.ce, row);
+      const auto write = [&](auto main) __attribute__((always_inline)) {
+        gradient_block(out, n, float(s.d), w ? w + start : nullptr, slope, main);
+      };
+      if (s.c == 0) {
+        write([=](int64_t i, int64_t) __attribute__((always_inline)) {
+          return gradient_from_z<false>(z + i, ref, log_sum, b, 0.0f);
+        });
+      } else {
+        write([=](int64_t i, int64_t) __attribute__((always_inline)) {
+          return gradient_from_z<true>(z + i, ref, log_sum, b, with_log);
+        });
+      }
     }
-    if (t < 0 || t >= block.width) continue;
-    const double log_p = (z_target - so_far.max) - so_far.log_sum, p = __builtin_exp(log_p);
-    const double c_term = so_far.c != 0 && p != 0 ? so_far.c * p * log_p : 0.0;
-    store_one(out + t, S((so_far.a + so_far.b * p + c_term) * (slope ? double(slope[t]) : 1.0)));
+    zero_to_32(out, n);
+    if (!here) continue;
+    const double log_p = (z_target - s.max) - s.log_sum, p = __builtin_exp(log_p);
+    const double c_term = s.c != 0 && p != 0 ? s.c * p * log_p : 0.0;
+    store_one(out + t, float((s.a + s.b * p + c_term) * slope_target));
+  }
+}
+
+template <class T>
+void exponentials(const HeadCall& c, const ChapterSums* sums, const StripeOfLogits& stripe, void* out_memory,
+                  int64_t out_stride, float* factor, void* memory) {
+  const BlockScratch scratch(memory);
+  const Logits& l = c.logits;
+  const Transform<float> plain(l);
+  const int64_t start = stripe.start, n = stripe.width;
+  for (int64_t row = stripe.begin; row < stripe.end; ++row) {
+    const int64_t i = row - stripe.begin;
+    RowState& s = c.state[row];
+    T* const out = static_cast<T*>(out_memory) + i * out_stride;
+    factor[i] = 1;
+    if (kind_of(l, row) == RowKind::ignored) {
+      fill_row<T>(out, n, 0.0f);
+      zero_to_32(out, n);
+      continue;
+    }
+    const float* z = stripe.z + i * stripe.stride;
+    const Transform<float> f = transform_of(c, plain, row);
+    float max;
+    if (!f.plain || n % W != 0) z = load_block(f, z, start, n, scratch.z, scratch.slope, &max);
+    double largest_so_far = sums ? sums->max[row] : s.max;  // this chapter's, if it is not over
+    if (sums && start + n > kChapter && s.max > largest_so_far) largest_so_far = s.max;
+    if (start > 0 && largest_so_far != s.d_hidden_max) {
+      factor[i] = float(__builtin_exp(s.d_hidden_max - largest_so_far));
+    }
+    s.d_hidden_max = largest_so_far;
+    const float* const slope = l.softcap > 0 ? scratch.slope : nullptr;
+    const float ref = float(largest_so_far);
+    gradient_block(out, n, 0.0f, static_cast<const float*>(nullptr), slope,
+                   [=](int64_t k, int64_t)
+                       __attribute__((always_inline)) { return exp_nonpositive<float>(load(z + k) - ref); });
+    zero_to_32(out, n);
+    const int64_t t = l.target ? l.target[row] - start : -1;
+    // The target's own term is small where p is near 1: it comes at the end.
+    if (t >= 0 && t < n) store_one(out + t, 0.0f);
   }
 }
 
 template <class F>
-auto with_dtype(int dtype, F&& f) {
-  return dtype == kBFloat16 ? f(BF16{}) : f(float{});
+auto with_dtype(const HeadCall& c, F&& f) {
+  return c.weight_dtype == kBFloat16 ? f(BF16{}) : f(float{});
 }
 
-void forward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const Stats& s,
-                RowState* state, int64_t begin, int64_t end, void* m) {
-  with_dtype(l.dtype, [&](auto type) { forward<decltype(type)>(l, block, c, s, state, begin, end, m); });
+void add_of(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& stripe, void* memory) {
+  with_dtype(c, [&](auto type) { add<decltype(type)>(c, sums, stripe, memory); });
 }
-void backward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const RowState* state,
-                 int64_t begin, int64_t end, void* m) {
-  with_dtype(l.dtype, [&](auto type) { backward<decltype(type)>(l, block, c, state, begin, end, m); });
+void gradient_of(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* out, int64_t out_stride,
+                 void* memory) {
+  with_dtype(c, [&](auto type) { gradient<decltype(type)>(c, stripe, kept, out, out_stride, memory); });
+}
+void exponentials_of(const HeadCall& c, const ChapterSums* sums, const StripeOfLogits& stripe, void* out,
+                     int64_t out_stride, float* factor, void* memory) {
+  with_dtype(
+      c, [&](auto type) { exponentials<decltype(type)>(c, sums, stripe, out, out_stride, factor, memory); });
 }
 
 }  // namespace
 
 extern const VocabKernels vocab_kernels;
-const VocabKernels vocab_kernels = {kScratch, forward_of, merge, finish, set_coefficients, backward_of};
+const VocabKernels vocab_kernels = {kScratch, sums_bytes,       sums_of,     add_of,         merge,
+                                    finish,   set_coefficients, gradient_of, exponentials_of};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss
