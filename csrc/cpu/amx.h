@@ -108,70 +108,69 @@ struct TileRows {
   int64_t row, step;
 };
 
-// One block of C, 32 rows c[0] … c[31] of 32 columns. `rows` and `width` of it are stored.
+// One block of C at `c`, rows `stride` bytes apart: 32 columns, and as many rows as A is read, 32 or 16.
 template <class Tiles>
-__attribute__((noinline)) void tile_block(Tiles& t, TileRows a, const uint32_t* b, int64_t steps,
-                                          float* const* c, int64_t rows, int64_t width, bool accumulate) {
-  float part[32][32];
-  float *c0 = c[0], *c1 = c[16];
-  int64_t stride = (c[1] - c[0]) * int64_t(sizeof(float));
-  const bool direct = rows == 32 && width == 32 && c[15] - c[0] == 15 * (c[1] - c[0]) &&
-                      c[17] - c[16] == c[1] - c[0] && c[31] - c[16] == 15 * (c[1] - c[0]);
-  if (!direct) {
-    c0 = part[0], c1 = part[16], stride = sizeof part[0];
-    if (accumulate) {
-      memset(part, 0, sizeof part);
-      for (int64_t i = 0; i < rows; ++i) memcpy(part[i], c[i], width * sizeof(float));
-    }
-  }
-  const auto begin = [&](auto both) __attribute__((always_inline)) {
-    if (!accumulate) {
-      t.template zero<0>(), t.template zero<1>();
-      if (both) t.template zero<2>(), t.template zero<3>();
-      return;
-    }
-    t.template load<0>(c0, stride), t.template load<1>(c0 + 16, stride);
-    if (both) t.template load<2>(c1, stride), t.template load<3>(c1 + 16, stride);
-  };
-  const char* a0 = a.at;
+__attribute__((noinline)) void tile_block(Tiles& t, const char* a, int64_t a_row, int64_t a_step,
+                                          const uint32_t* b, int64_t steps, float* c, int64_t stride,
+                                          int64_t rows, bool accumulate) {
+  float* const c1 = c + 16 * stride / int64_t(sizeof(float));
   if (rows > 16) {
-    begin(true);
-    const char* a1 = a.at + 16 * a.row;
-    for (int64_t k = 0; k < steps; ++k, a0 += a.step, a1 += a.step, b += 16 * 32) {
-      t.template load<6>(b, 128), t.template load<4>(a0, a.row);
+    if (accumulate) {
+      t.template load<0>(c, stride), t.template load<1>(c + 16, stride);
+      t.template load<2>(c1, stride), t.template load<3>(c1 + 16, stride);
+    } else {
+      t.template zero<0>(), t.template zero<1>(), t.template zero<2>(), t.template zero<3>();
+    }
+    const char* a1 = a + 16 * a_row;
+    for (int64_t k = 0; k < steps; ++k, a += a_step, a1 += a_step, b += 16 * 32) {
+      t.template load<6>(b, 128), t.template load<4>(a, a_row);
       t.template multiply_add<0, 4, 6>();
       t.template load<7>(b + 16, 128);
       t.template multiply_add<1, 4, 7>();
-      t.template load<5>(a1, a.row);
+      t.template load<5>(a1, a_row);
       t.template multiply_add<2, 5, 6>();
       t.template multiply_add<3, 5, 7>();
     }
     t.template store<2>(c1, stride), t.template store<3>(c1 + 16, stride);
   } else {
-    begin(false);
-    for (int64_t k = 0; k < steps; ++k, a0 += a.step, b += 16 * 32) {
-      t.template load<6>(b, 128), t.template load<4>(a0, a.row);
+    if (accumulate) {
+      t.template load<0>(c, stride), t.template load<1>(c + 16, stride);
+    } else {
+      t.template zero<0>(), t.template zero<1>();
+    }
+    for (int64_t k = 0; k < steps; ++k, a += a_step, b += 16 * 32) {
+      t.template load<6>(b, 128), t.template load<4>(a, a_row);
       t.template multiply_add<0, 4, 6>();
       t.template load<7>(b + 16, 128);
       t.template multiply_add<1, 4, 7>();
     }
   }
-  t.template store<0>(c0, stride), t.template store<1>(c0 + 16, stride);
-  if (direct) return;
-  for (int64_t i = 0; i < rows; ++i) memcpy(c[i], part[i], width * sizeof(float));
+  t.template store<0>(c, stride), t.template store<1>(c + 16, stride);
 }
 
-// C[m, n] (+)= A · B over `steps` of K: `c(i)` are C's rows, B's panels are `panel` units apart.
+// C[m, n] (+)= A · B over `steps` of K: `c(i)` are C's rows, B's panels are `panel` units apart. `even`: C's
+// rows are as far apart everywhere.
 template <class Tiles, class C>
 FASTLOSS_INLINE void multiply_tiles(Tiles& t, int64_t m, int64_t n, int64_t steps, TileRows a,
-                                    const uint32_t* b, int64_t panel, C&& c, bool accumulate) {
+                                    const uint32_t* b, int64_t panel, C&& c, bool even, bool accumulate) {
   for (int64_t j = 0; j < n; j += 32, b += panel) {
-    TileRows from = a;
-    for (int64_t i = 0; i < m; i += 32, from.at += 32 * a.row) {
+    const int64_t width = n - j < 32 ? n - j : 32;
+    const char* from = a.at;
+    for (int64_t i = 0; i < m; i += 32, from += 32 * a.row) {
       const int64_t rows = m - i < 32 ? m - i : 32;
-      float* to[32];
-      for (int64_t r = 0; r < 32; ++r) to[r] = c(i + (r < rows ? r : rows - 1)) + j;
-      tile_block(t, from, b, steps, to, rows, n - j < 32 ? n - j : 32, accumulate);
+      if (even && width == 32 && rows == 32) {
+        float* const to = c(i) + j;
+        tile_block(t, from, a.row, a.step, b, steps, to, (c(i + 1) - c(i)) * int64_t(sizeof(float)), 32,
+                   accumulate);
+        continue;
+      }
+      float part[32][32];
+      if (accumulate) {
+        memset(part, 0, sizeof part);
+        for (int64_t r = 0; r < rows; ++r) memcpy(part[r], c(i + r) + j, width * sizeof(float));
+      }
+      tile_block(t, from, a.row, a.step, b, steps, part[0], sizeof part[0], rows, accumulate);
+      for (int64_t r = 0; r < rows; ++r) memcpy(c(i + r) + j, part[r], width * sizeof(float));
     }
   }
 }

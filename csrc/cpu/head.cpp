@@ -10,6 +10,8 @@
 
 #include "head.h"
 
+#include <sched.h>
+
 #include "block.h"
 #include "head_scratch.h"
 
@@ -54,8 +56,6 @@ struct Element<const E*> {
   typedef E type;
 };
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // T: of the weight, its gradient and the logits.
 template <class Op, class T>
 class Worker {
@@ -64,7 +64,7 @@ class Worker {
   static constexpr bool kNarrow = Op::kElements == 1 && !kFloats;  // bfloat16 that becomes floats
   static constexpr int64_t P = Op::kPanel, kRows = Op::kStripe;
   // A task of the packing, and of a stripe that is divided.
-  static constexpr int64_t kTaskColumns = P > 128 ? P : 128;
+  static constexpr int64_t kTaskColumns = P > 128 ? P : 128, kTaskUnits = 32;
 
   const HeadCall& c_;
   const Areas a_;
@@ -106,8 +106,23 @@ class Worker {
  private:
   // --- threads
 
-  static void barrier() {
-#pragma omp barrier
+  // Of all threads. Not OpenMP's: that one spins for long where another process has the core that is waited
+  // for.
+  void barrier() {
+    int64_t* const arrived = shared<int64_t>(a_.counters + 3 * threads_ * 64);
+    __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
+    for (int spin = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < phase_ * threads_; ++spin) {
+      if (spin < 4000) {
+        pause();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
   }
 
   // Tasks 0 to n - 1: a thread's own run of them first, then what others have left; then all wait. The
@@ -190,7 +205,7 @@ class Worker {
       }
       multiply_tiles(
           tiles_, end - row, n, units_of_dim_ / Op::kStep, from, packed, units_of_dim_ * P,
-          [&](int64_t i) { return z + i * stride; }, false);
+          [&](int64_t i) { return z + i * stride; }, true, false);
     } else {
       const Unit* dense = nullptr;  // the rows' units, where they had to be converted
       if (Op::kElements == 1 && c_.hidden_dtype != kFloat32) {
@@ -260,7 +275,8 @@ class Worker {
 
   void make_gradients() {
     const bool split = is_split(c_, stripes_, threads_);
-    const int64_t task = columns_of_task<Op, T>();
+    int64_t task = columns_of_task<Op, T>();  // or less, that every thread has some
+    while (task > P && stripes_of(dim_, task) < 2 * threads_) task /= 2;
     const int64_t d_weight_tasks = c_.d_weight ? stripes_of(dim_, task) : 0;
     const int64_t column_tasks = sums_rows(c_) ? d_weight_tasks + (c_.d_bias != nullptr) : 0;
     start_ = 0, width_ = least(c_.width, vocab_);
@@ -298,7 +314,7 @@ class Worker {
     return needs_logits() || is_d_hidden_alone(c_) ? stripes_of(width_of(c_), kTaskColumns) : 0;
   }
   int64_t pack_tasks() const {
-    return logits_pack_tasks() + (c_.d_hidden ? stripes_of(dim_, kTaskColumns) : 0);
+    return logits_pack_tasks() + (c_.d_hidden ? stripes_of(units_of<Op>(width_of(c_)), kTaskUnits) : 0);
   }
   // Part i of the block of n columns from `start` on.
   void pack(int64_t start, int64_t n, int64_t i) {
@@ -308,12 +324,11 @@ class Worker {
       return pack_for_logits(start + from, least(kTaskColumns, n - from),
                              shared<Unit>(a_.packed) + from * units_of_dim_);
     }
-    const int64_t begin = (i - logits_pack_tasks()) * kTaskColumns, end = least(dim_, begin + kTaskColumns);
-    const int64_t units = units_of<Op>(width_of(c_));
-    for (int64_t d = begin; d < end; d += P) {
-      pack_rows<Op, T>([&](int64_t k) { return weight(start + k) + d; }, least(P, dim_ - d), n,
-                       shared<Unit>(a_.packed_other) + d * units, P);
-    }
+    const int64_t units = units_of<Op>(n), begin = (i - logits_pack_tasks()) * kTaskUnits;
+    if (begin >= units) return;
+    pack_matrix<Op, T>([&](int64_t k) { return weight(start + k); }, dim_, n, begin,
+                       least(units, begin + kTaskUnits), shared<Unit>(a_.packed_other),
+                       units_of<Op>(width_of(c_)) * P);
   }
 
   // The columns [begin, end) of the block.
@@ -360,7 +375,8 @@ class Worker {
     const auto c = [&](int64_t i) { return d_hidden(row + i) + begin; };
     if constexpr (kTiles) {
       const TileRows a{reinterpret_cast<const char*>(z), z_stride() * 2, 64};
-      multiply_tiles(tiles_, count, end - begin, (width_ + 31) / 32, a, packed, panel, c, accumulate);
+      const bool even = !(c_.spread && c_.keep) && (row >= c_.split || row + count <= c_.split);
+      multiply_tiles(tiles_, count, end - begin, (width_ + 31) / 32, a, packed, panel, c, even, accumulate);
     } else {
       const int64_t stride = z_stride() / Op::kElements, units = units_of<Op>(width_);
       const auto a = [&](int64_t i) { return reinterpret_cast<const Unit*>(z) + i * stride; };
@@ -370,26 +386,30 @@ class Worker {
 
   // dW of the columns [begin, end) of hidden: a sum over all rows.
   void make_d_weight(int64_t begin, int64_t end) {
-    constexpr int64_t chunk = rows_of_sum<Op>();
-    const int64_t n = end - begin;
+    constexpr int64_t chunk = rows_of_sum<Op>(), stride = columns_of_task<Op, T>();
     T* const out = static_cast<T*>(c_.d_weight) + start_ * dim_ + begin;
-    float* sum = mine<float>(a_.d_weight);
-    int64_t sum_stride = kTiles ? P : columns_of_task<Op, T>();
-    if constexpr (kFloats) sum = out, sum_stride = dim_;
+    float* const sum = mine<float>(a_.d_weight);
     Unit* const packed = mine<Unit>(a_.stripe);
+    const int64_t n = end - begin;
     for (int64_t row = 0; row < rows_; row += chunk) {
       const int64_t count = least(chunk, rows_ - row), units = units_of<Op>(count);
       with_hidden([&](auto* x) {
-        for (int64_t d = begin; d < end; d += P) {
-          pack_rows<Op, typename Element<decltype(x)>::type>(
-              [&](int64_t i) { return x + place(row + i) * c_.hidden_stride + d; }, least(P, end - d), count,
-              packed + (d - begin) * units, P);
-        }
+        typedef typename Element<decltype(x)>::type E;
+        pack_matrix<Op, E>([&](int64_t i) { return x + place(row + i) * c_.hidden_stride + begin; }, n, count,
+                           0, units, packed, units * P);
       });
-      const auto c = [&](int64_t i) { return sum + i * sum_stride; };
       if constexpr (kTiles) {
-        const TileRows a{reinterpret_cast<const char*>(lines(row / 32)), 64, width_of(c_) * 64};
-        multiply_tiles(tiles_, width_, n, units / Op::kStep, a, packed, 0, c, row > 0);
+        // A block of columns at a time. Its sums wait only where there are more rows.
+        const bool once = rows_ <= chunk, last = row + chunk >= rows_;
+        for (int64_t j = 0; j < width_; j += 32) {
+          float* const mine = sum + (once ? 0 : j * stride);
+          const int64_t m = least(32, width_ - j);
+          const TileRows a{reinterpret_cast<const char*>(lines(row / 32) + j * 32), 64, width_of(c_) * 64};
+          multiply_tiles(
+              tiles_, m, n, units / Op::kStep, a, packed, units * P,
+              [&](int64_t i) { return mine + i * stride; }, true, row > 0);
+          for (int64_t i = 0; last && i < m; ++i) from_float(mine + i * stride, n, out + (j + i) * dim_);
+        }
       } else {
         const Unit* a = nullptr;
         int64_t a_step = 0;
@@ -402,12 +422,16 @@ class Worker {
         } else {
           a_step = pairs_stride(), a = pairs(row / kRows);
         }
+        const auto c = [&](int64_t i) -> float* {
+          if constexpr (kFloats) return out + i * dim_;
+          return sum + i * stride;
+        };
         multiply<Op, true>(
             width_, n, units, [&](int64_t i) { return a + i; }, a_step, packed, units * P, c, row > 0);
       }
     }
-    if constexpr (!kFloats) {
-      for (int64_t i = 0; i < width_; ++i) from_float(sum + i * sum_stride, n, out + i * dim_);
+    if constexpr (!kFloats && !kTiles) {
+      for (int64_t i = 0; i < width_; ++i) from_float(sum + i * stride, n, out + i * dim_);
     }
   }
 
@@ -531,7 +555,7 @@ int64_t scratch_bytes(const HeadCall& c, int64_t threads) {
       c, [&](auto op, auto type) { return areas_of<decltype(op), decltype(type)>(c, threads).bytes; });
 }
 
-int64_t counter_bytes(int64_t threads) { return 3 * threads * 64; }
+int64_t counter_bytes(int64_t threads) { return (3 * threads + 1) * 64; }
 
 void run(const HeadCall& c, void* scratch, int64_t thread, int64_t threads) {
   with_worker(c, [&](auto op, auto type) {

@@ -34,13 +34,14 @@ struct HeadCall {
   float* d_hidden;       // float32 sums, or null
   float* d_hidden_rest;  // where rows from `split` on have theirs
   int64_t split;
-  bool spread;        // d_hidden's rows lie as hidden's, undivided; else densely
-  float* d_bias;      // [vocab] or null
-  int64_t width;      // columns of a block of the gradients
-  int64_t* finished;  // unused
-  bool pairs;         // multiply bfloat16 pairs, not floats
-  bool tiles;         // in AMX tiles: pairs must be set, too
-  bool emulate;       // those in memory
+  bool spread;           // d_hidden's rows lie as hidden's, undivided; else densely
+  float* d_bias;         // [vocab] or null
+  int64_t width;         // columns of a block of the gradients
+  int64_t* finished;     // unused
+  bool pairs;            // multiply bfloat16 pairs, not floats
+  bool tiles;            // in AMX tiles: pairs must be set, too
+  bool emulate;          // those in memory
+  bool rounds_natively;  // to bfloat16, with AVX512_BF16
 };
 
 inline bool is_backward(const HeadCall& c) { return c.given.lse != nullptr; }

@@ -277,7 +277,7 @@ void bind_head(py::module_& m) {
   // Scratch is what workspace_bytes says, 64-byte aligned.
   type.def("run", [](HeadCall& c, Address scratch, int64_t threads) {
     check(c);
-    c.emulate = !supports_tiles();
+    c.emulate = !supports_tiles(), c.rounds_natively = supports_gemm_bf16();
     c.logits.dtype = c.weight_dtype;
     py::gil_scoped_release release;
     run(c, at<char>(scratch), threads < 1 ? 1 : threads);

@@ -33,6 +33,7 @@ constexpr int64_t block_stride(int64_t width) {
   return (lines | 1) * (64 / int64_t(sizeof(T)));
 }
 
+inline constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline constexpr int64_t stripes_of(int64_t rows, int64_t stripe) { return (rows + stripe - 1) / stripe; }
 
 // d hidden alone needs whole segments.
@@ -49,7 +50,7 @@ inline bool is_split(const HeadCall& c, int64_t stripes, int64_t threads) {
 // Columns of hidden that one task of d weight takes.
 template <class Op, class T>
 constexpr int64_t columns_of_task() {
-  return IsTiles<Op>::value || Same<T, float>::value ? Op::kPanel : 4 * Op::kPanel;
+  return Same<T, float>::value ? Op::kPanel : 4 * Op::kPanel;
 }
 
 // Rows that d weight sums over in registers.
@@ -85,7 +86,7 @@ Areas areas_of(const HeadCall& c, int64_t threads) {
     return at - round_up(bytes, 64);
   };
   Areas a;
-  a.counters = take(3 * threads * 64);
+  a.counters = take((3 * threads + 1) * 64);
   a.sums = take(
       is_backward(c) ? 0 : vocab_kernels.sums_bytes(c, alone ? 1 : stripes_of(c.logits.vocab, kChapter)));
   const int64_t begin = at;
@@ -101,8 +102,8 @@ Areas areas_of(const HeadCall& c, int64_t threads) {
   a.z_columns = take(columns ? z_units * (narrow ? block_stride<T>(width) * 2 : z_stride * unit) + 512 : 0);
   // Floats are read by both from the same place.
   a.z_rows_bytes = (floats && columns) || !gradients ? 0
-                   : Op::kElements == 1            ? Op::kStripe * block_stride<float>(width) * 4
-                                                   : Op::kStripe * block_stride<T>(width) * 2;
+                   : Op::kElements == 1              ? Op::kStripe * block_stride<float>(width) * 4
+                                                     : Op::kStripe * block_stride<T>(width) * 2;
   a.z_rows = take(a.z_rows_bytes * (is_split(c, stripes, threads) ? stripes : threads) + 128);
   at = at > end ? at : end;
   a.threads = at;
@@ -110,10 +111,11 @@ Areas areas_of(const HeadCall& c, int64_t threads) {
   const int64_t widest = width > kSegment || !gradients ? (gradients ? width : kSegment) : kSegment;
   a.columns = take(Op::kStripe * block_stride<float>(widest) * 4 + 64);
   const int64_t stripe =
-      tiles ? rows_of_sum<Op>() / 2 * panel : rows_of_sum<Op>() / Op::kElements * columns_of_task<Op, T>();
+      least(rows_of_sum<Op>(), stripes * Op::kStripe) / Op::kElements * columns_of_task<Op, T>();
   const int64_t hidden = Op::kStripe * units_of<Op>(c.dim) * unit;
   a.stripe = take(columns && stripe * unit > hidden ? stripe * unit : hidden);
-  a.d_weight = take(columns && !(floats) ? width * columns_of_task<Op, T>() * 4 : 0);
+  const bool once = tiles && c.logits.rows <= rows_of_sum<Op>();
+  a.d_weight = take(columns && !floats ? (once ? 32 : width) * columns_of_task<Op, T>() * 4 : 0);
   a.factors = take(Op::kStripe * 4);
   // d bias sums a block's columns in double there, a vector at a time.
   const int64_t sums = (width + W) * 8;

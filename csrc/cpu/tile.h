@@ -239,11 +239,55 @@ void pack_transposed(const T* x, int64_t row, int64_t width, int64_t k, typename
 template <class Op, class T>
 FASTLOSS_INLINE F32V interleave(const T* first, const T* second) {
   if constexpr (Op::kElements == 2) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+    // GCC 12 widens a vector of 16 in two halves.
+    __m512i pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    if (second) {
+      const __m512i high =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+      pair = _mm512_or_si512(pair, _mm512_slli_epi32(high, 16));
+    }
+    return F32V(_mm512_castsi512_ps(pair));
+#else
     U32V bits = __builtin_convertvector(load_raw<U16V>(first), U32V);
     if (second) bits |= __builtin_convertvector(load_raw<U16V>(second), U32V) << 16;
     return bit_cast<F32V>(bits);
+#endif
   } else {
     return load(first);
+  }
+}
+
+// Units [begin, end) of K of all panels of B = X, of the k rows x(0), x(1) … of n columns. Takes the rows one
+// after the other: a panel at a time would be a line of every row.
+template <class Op, class T, class X>
+FASTLOSS_INLINE void pack_matrix(X&& x, int64_t n, int64_t k, int64_t begin, int64_t end,
+                                 typename Op::Unit* out, int64_t panel) {
+  constexpr int64_t P = Op::kPanel;
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t left = k - p * Op::kElements;
+    const T* const first = left > 0 ? x(p * Op::kElements) : nullptr;
+    const T* const second = Op::kElements == 2 && left > 1 ? x(p * Op::kElements + 1) : nullptr;
+    for (int64_t j = 0; j < n; j += P) {
+      typename Op::Unit* const to = out + j / P * panel + p * P;
+      if (left <= 0) {
+        memset(to, 0, P * sizeof *to);
+        continue;
+      }
+      for (int64_t i = 0; i < P; i += W) {
+        const int64_t columns = n - j - i;
+        F32V v{};
+        if (columns >= W) {
+          v = interleave<Op>(first + j + i, second ? second + j + i : nullptr);
+        } else if (columns > 0) {
+          T some[2][W] = {};
+          memcpy(some[0], first + j + i, columns * sizeof(T));
+          if (second) memcpy(some[1], second + j + i, columns * sizeof(T));
+          v = interleave<Op>(some[0], some[1]);
+        }
+        memcpy(to + i, &v, sizeof v);
+      }
+    }
   }
 }
 

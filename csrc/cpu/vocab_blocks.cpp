@@ -85,15 +85,53 @@ inline Running together(Wanted want, Running so_far, const Running& more) {
 // --- a segment
 // -----------------------------------------------------------------------------------------------------------
 
-template <class T>
-FASTLOSS_INLINE F32V rounded(F32V v) {
-  return sizeof(T) == sizeof(float) ? v : bit_cast<F32V>(bf16_bits(v) << 16);
-}
+// How floats become logits of type T again, and where they are kept or are a gradient, T. With AVX512_BF16
+// (kNative) that is an instruction; there subnormal numbers become 0.
+template <class T, bool kNative>
+struct Rounding;
 
-FASTLOSS_INLINE void store_rounded(float* p, F32V v) { store(p, v); }
-FASTLOSS_INLINE void store_rounded(BF16* p, F32V v) {
-  const U16V bits = __builtin_convertvector(bit_cast<U32V>(v) >> 16, U16V);
-  memcpy(p, &bits, sizeof bits);
+template <>
+struct Rounding<float, false> {
+  static FASTLOSS_INLINE F32V rounded(F32V v) { return v; }
+  static FASTLOSS_INLINE void store_rounded(float* p, F32V v) { store(p, v); }
+  static FASTLOSS_INLINE void round_two(float* p, F32V v0, F32V v1) { store_two(p, v0, v1); }
+};
+
+template <>
+struct Rounding<BF16, false> {
+  static FASTLOSS_INLINE F32V rounded(F32V v) { return bit_cast<F32V>(bf16_bits(v) << 16); }
+  static FASTLOSS_INLINE void store_rounded(BF16* p, F32V v) {
+    const U16V bits = __builtin_convertvector(bit_cast<U32V>(v) >> 16, U16V);
+    memcpy(p, &bits, sizeof bits);
+  }
+  static FASTLOSS_INLINE void round_two(BF16* p, F32V v0, F32V v1) { store_two(p, v0, v1); }
+};
+
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+template <>
+struct Rounding<BF16, true> : Rounding<BF16, false> {
+  static FASTLOSS_INLINE F32V rounded(F32V v) {
+    __m256i bits;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+    return F32V(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+  }
+  static FASTLOSS_INLINE void round_two(BF16* p, F32V v0, F32V v1) {
+    __m512i bits;
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(bits) : "v"(v0), "v"(v1));
+    _mm512_storeu_si512(p, bits);
+  }
+};
+#endif
+
+FASTLOSS_INLINE F32V load_logits(const float* p) { return load(p); }
+FASTLOSS_INLINE F32V load_logits(const BF16* p) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  // GCC 12 widens a vector of 16 in two halves.
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return F32V(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+#else
+  return load(p);
+#endif
 }
 
 FASTLOSS_INLINE float largest(F32V v) {
@@ -106,7 +144,7 @@ FASTLOSS_INLINE float largest(F32V v) {
 }
 
 // Rounds the row's n logits in place, keeps them if they are to be kept, fills the last vector with -inf.
-template <class T>
+template <class T, class R>
 FASTLOSS_INLINE float round_row(const HeadCall& c, float* x, int64_t row, int64_t start, int64_t n) {
   const int64_t whole = (n + W - 1) / W * W;
   for (int64_t i = n; i < whole; ++i) x[i] = -__builtin_inff();
@@ -114,13 +152,13 @@ FASTLOSS_INLINE float round_row(const HeadCall& c, float* x, int64_t row, int64_
   const auto piece = [&](int64_t from, int64_t to, auto&& keep) __attribute__((always_inline)) {
     int64_t i = from;
     for (; i + 2 * W <= to; i += 2 * W) {
-      const F32V v0 = rounded<T>(load(x + i)), v1 = rounded<T>(load(x + i + W));
+      const F32V v0 = R::rounded(load(x + i)), v1 = R::rounded(load(x + i + W));
       store(x + i, v0), store(x + i + W, v1);
       keep(i, v0), keep(i + W, v1);
       m0 = max_or_second(v0, m0), m1 = max_or_second(v1, m1);
     }
     for (; i < to; i += W) {
-      const F32V v = rounded<T>(load(x + i));
+      const F32V v = R::rounded(load(x + i));
       store(x + i, v);
       keep(i, v);
       m0 = max_or_second(v, m0);
@@ -131,7 +169,7 @@ FASTLOSS_INLINE float round_row(const HeadCall& c, float* x, int64_t row, int64_
       T* const out = kept_logits<T>(c, row, start + at);
       const int64_t end = n - at < kKept ? n - at : kKept;
       if (end % W == 0) {
-        piece(at, at + end, [=](int64_t i, F32V v) { store_rounded(out + (i - at), v); });
+        piece(at, at + end, [=](int64_t i, F32V v) { R::store_rounded(out + (i - at), v); });
       } else {
         piece(at, at + (end + W - 1) / W * W, [](int64_t, F32V) {});
         for (int64_t i = 0; i < end; ++i) store_one(out + i, x[at + i]);
@@ -159,7 +197,7 @@ FASTLOSS_INLINE double sum_of_exponentials(const float* z, int64_t whole, float 
   return sum_lanes((s0 + s1) + (s2 + s3));
 }
 
-template <class T>
+template <class T, class R>
 void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& stripe, void* memory) {
   const BlockScratch scratch(memory);
   const Logits& l = c.logits;
@@ -178,7 +216,7 @@ void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& strip
     const RowKind kind = kind_of(l, row);
     if (kind == RowKind::ignored) continue;
     float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
-    float max = round_row<T>(c, x, row, start, n);
+    float max = round_row<T, R>(c, x, row, start, n);
     const Transform<float> f = transform_of(c, plain, row);
     const float* z = x;
     if (!f.plain) z = load_block(f, x, start, n, scratch.z, scratch.slope, &max);
@@ -331,14 +369,14 @@ void load_kept(const HeadCall& c, int64_t row, int64_t start, int64_t n, float* 
     const T* const from = kept_logits<T>(c, row, start + at);
     const int64_t count = n - at < kKept ? n - at : kKept;
     if (count % W == 0) {
-      for (int64_t i = 0; i < count; i += W) store(x + at + i, load(from + i));
+      for (int64_t i = 0; i < count; i += W) store(x + at + i, load_logits(from + i));
     } else {
       write_block(x + at, count, [=](int64_t i, int64_t left) { return load_upto(from + i, left); });
     }
   }
 }
 
-template <class T>
+template <class T, class R>
 void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* out_memory,
               int64_t out_stride, void* memory) {
   const BlockScratch scratch(memory);
@@ -363,9 +401,9 @@ void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* 
       const float offset = float(-(s.max + s.log_sum) * 1.4426950408889634);
       const auto write = [&](const auto* from, int64_t at, int64_t count) __attribute__((always_inline)) {
         for (int64_t i = 0; i < count; i += 2 * W) {
-          F32V v0 = load(from + i), v1 = load(from + i + W);
-          if (sizeof(*from) == 4 && !c.float_logits) v0 = rounded<T>(v0), v1 = rounded<T>(v1);
-          store_two(out + at + i, scaled_probability(v0, offset, b), scaled_probability(v1, offset, b));
+          F32V v0 = load_logits(from + i), v1 = load_logits(from + i + W);
+          if (sizeof(*from) == 4 && !c.float_logits) v0 = R::rounded(v0), v1 = R::rounded(v1);
+          R::round_two(out + at + i, scaled_probability(v0, offset, b), scaled_probability(v1, offset, b));
         }
       };
       if (kept) {
@@ -376,14 +414,14 @@ void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* 
         z_target =
             here ? double(load_n(kept_logits<T>(c, row, start + t / kKept * kKept) + t % kKept, 1)[0]) : 0.0;
       } else {
-        z_target = here ? double((c.float_logits ? load_n(x + t, 1) : rounded<T>(load_n(x + t, 1)))[0]) : 0.0;
+        z_target = here ? double((c.float_logits ? load_n(x + t, 1) : R::rounded(load_n(x + t, 1)))[0]) : 0.0;
         write(x, 0, n);
       }
     } else {
       if (kept) {
         load_kept<T>(c, row, start, n, x);
       } else if (sizeof(T) == 2 && !c.float_logits) {
-        for (int64_t i = 0; i < n; i += W) store(x + i, rounded<T>(load(x + i)));
+        for (int64_t i = 0; i < n; i += W) store(x + i, R::rounded(load(x + i)));
       }
       const float* z = x;
       float* const slope = l.softcap > 0 ? scratch.slope : nullptr;
@@ -455,21 +493,28 @@ void exponentials(const HeadCall& c, const ChapterSums* sums, const StripeOfLogi
 }
 
 template <class F>
-auto with_dtype(const HeadCall& c, F&& f) {
-  return c.weight_dtype == kBFloat16 ? f(BF16{}) : f(float{});
+void with_rounding(const HeadCall& c, F&& f) {
+  if (c.weight_dtype != kBFloat16) return f(float{}, Rounding<float, false>{});
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  if (c.rounds_natively) return f(BF16{}, Rounding<BF16, true>{});
+#endif
+  f(BF16{}, Rounding<BF16, false>{});
 }
 
 void add_of(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& stripe, void* memory) {
-  with_dtype(c, [&](auto type) { add<decltype(type)>(c, sums, stripe, memory); });
+  with_rounding(c, [&](auto type, auto r) { add<decltype(type), decltype(r)>(c, sums, stripe, memory); });
 }
 void gradient_of(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* out, int64_t out_stride,
                  void* memory) {
-  with_dtype(c, [&](auto type) { gradient<decltype(type)>(c, stripe, kept, out, out_stride, memory); });
+  with_rounding(c, [&](auto type, auto r) {
+    gradient<decltype(type), decltype(r)>(c, stripe, kept, out, out_stride, memory);
+  });
 }
 void exponentials_of(const HeadCall& c, const ChapterSums* sums, const StripeOfLogits& stripe, void* out,
                      int64_t out_stride, float* factor, void* memory) {
-  with_dtype(
-      c, [&](auto type) { exponentials<decltype(type)>(c, sums, stripe, out, out_stride, factor, memory); });
+  with_rounding(c, [&](auto type, auto) {
+    exponentials<decltype(type)>(c, sums, stripe, out, out_stride, factor, memory);
+  });
 }
 
 }  // namespace
