@@ -97,8 +97,7 @@ template <class T>
 struct AmxTiles {
   typedef uint32_t Unit;
   typedef T Tiles;
-  // A stripe of 32 rows is one block of C high, and one step of K where rows are summed over.
-  static constexpr int64_t kElements = 2, kPanel = 32, kStep = 16, kStripe = 32;
+  static constexpr int64_t kElements = 2, kPanel = 32, kStep = 16, kStripe = 64;
 };
 
 // A: its rows `row` bytes apart, their 64 bytes of a step of K `step` bytes apart. Whole blocks are read: 16
@@ -148,29 +147,37 @@ __attribute__((noinline)) void tile_block(Tiles& t, const char* a, int64_t a_row
   t.template store<0>(c, stride), t.template store<1>(c + 16, stride);
 }
 
+// Steps of K between two visits of a block: that much of A's rows stays in L1 (Xeon with AMX, 2 MB of L2, K
+// 1024: 1.18 times the speed of one visit; two blocks of rows for each panel).
+constexpr int64_t kTileSteps = 16;
+
 // C[m, n] (+)= A · B over `steps` of K: `c(i)` are C's rows, B's panels are `panel` units apart. `even`: C's
 // rows are as far apart everywhere.
 template <class Tiles, class C>
 FASTLOSS_INLINE void multiply_tiles(Tiles& t, int64_t m, int64_t n, int64_t steps, TileRows a,
                                     const uint32_t* b, int64_t panel, C&& c, bool even, bool accumulate) {
-  for (int64_t j = 0; j < n; j += 32, b += panel) {
-    const int64_t width = n - j < 32 ? n - j : 32;
-    const char* from = a.at;
-    for (int64_t i = 0; i < m; i += 32, from += 32 * a.row) {
-      const int64_t rows = m - i < 32 ? m - i : 32;
-      if (even && width == 32 && rows == 32) {
-        float* const to = c(i) + j;
-        tile_block(t, from, a.row, a.step, b, steps, to, (c(i + 1) - c(i)) * int64_t(sizeof(float)), 32,
-                   accumulate);
-        continue;
+  for (int64_t k = 0; k < steps; k += kTileSteps, accumulate = true) {
+    const int64_t deep = steps - k < kTileSteps ? steps - k : kTileSteps;
+    const uint32_t* packed = b + k * 16 * 32;
+    for (int64_t j = 0; j < n; j += 32, packed += panel) {
+      const int64_t width = n - j < 32 ? n - j : 32;
+      const char* from = a.at + k * a.step;
+      for (int64_t i = 0; i < m; i += 32, from += 32 * a.row) {
+        const int64_t rows = m - i < 32 ? m - i : 32;
+        if (even && width == 32 && rows == 32) {
+          float* const to = c(i) + j;
+          tile_block(t, from, a.row, a.step, packed, deep, to, (c(i + 1) - c(i)) * int64_t(sizeof(float)), 32,
+                     accumulate);
+          continue;
+        }
+        float part[32][32];
+        if (accumulate) {
+          memset(part, 0, sizeof part);
+          for (int64_t r = 0; r < rows; ++r) memcpy(part[r], c(i + r) + j, width * sizeof(float));
+        }
+        tile_block(t, from, a.row, a.step, packed, deep, part[0], sizeof part[0], rows, accumulate);
+        for (int64_t r = 0; r < rows; ++r) memcpy(c(i + r) + j, part[r], width * sizeof(float));
       }
-      float part[32][32];
-      if (accumulate) {
-        memset(part, 0, sizeof part);
-        for (int64_t r = 0; r < rows; ++r) memcpy(part[r], c(i + r) + j, width * sizeof(float));
-      }
-      tile_block(t, from, a.row, a.step, b, steps, part[0], sizeof part[0], rows, accumulate);
-      for (int64_t r = 0; r < rows; ++r) memcpy(c(i + r) + j, part[r], width * sizeof(float));
     }
   }
 }

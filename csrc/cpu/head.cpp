@@ -194,7 +194,7 @@ class Worker {
       const int64_t bytes = units_of_dim_ * 4;
       const char* a = static_cast<const char*>(c_.hidden);
       TileRows from{a + row * c_.hidden_stride * 2, c_.hidden_stride * 2, 64};
-      if (c_.keep || dim_ * 2 != bytes || end - row != kRows) {
+      if (c_.keep || dim_ * 2 != bytes || (end - row) % 32 != 0) {
         char* const dense = mine<char>(a_.stripe);
         for (int64_t i = row; i < end; ++i) {
           char* const to = dense + (i - row) * bytes;
@@ -267,8 +267,8 @@ class Worker {
   uint32_t* pairs(int64_t stripe) const {
     return shared<uint32_t>(a_.z_columns) + stripe * (kRows / 2) * pairs_stride();
   }
-  uint16_t* lines(int64_t stripe) const {
-    return shared<uint16_t>(a_.z_columns) + stripe * width_of(c_) * 32;
+  uint16_t* lines(int64_t row) const {  // a multiple of 32
+    return shared<uint16_t>(a_.z_columns) + row * width_of(c_);
   }
 
   bool needs_logits() const { return c_.stored + c_.more < rows_; }
@@ -357,7 +357,10 @@ class Worker {
         if (!sums_rows(c_)) return;
         const auto row = [&](int64_t i) { return rows + i * z_stride(); };
         if constexpr (kTiles) {
-          pack_lines(row, l.width, l.end - l.begin, lines(stripe) + begin * 32);
+          for (int64_t i = 0; i < kRows; i += 32) {
+            pack_lines([&](int64_t r) { return row(i + r); }, l.width, l.end - l.begin - i,
+                       lines(l.begin + i) + begin * 32);
+          }
         } else {
           pack_rows<Op, T>(row, l.width, l.end - l.begin, pairs(stripe) + begin, round_up(l.width, W),
                            pairs_stride());
@@ -404,7 +407,7 @@ class Worker {
         for (int64_t j = 0; j < width_; j += 32) {
           float* const mine = sum + (once ? 0 : j * stride);
           const int64_t m = least(32, width_ - j);
-          const TileRows a{reinterpret_cast<const char*>(lines(row / 32) + j * 32), 64, width_of(c_) * 64};
+          const TileRows a{reinterpret_cast<const char*>(lines(row) + j * 32), 64, width_of(c_) * 64};
           multiply_tiles(
               tiles_, m, n, units / Op::kStep, a, packed, units * P,
               [&](int64_t i) { return mine + i * stride; }, true, row > 0);
@@ -440,8 +443,8 @@ class Worker {
     if constexpr (kTiles) {
       for (int64_t j = 0; j < width_; ++j) {
         double sum = 0;
-        for (int64_t stripe = 0; stripe < stripes_; ++stripe) {
-          const BF16* const line = reinterpret_cast<const BF16*>(lines(stripe) + j * 32);
+        for (int64_t row = 0; row < rows_; row += 32) {
+          const BF16* const line = reinterpret_cast<const BF16*>(lines(row) + j * 32);
           F32V part{};
           for (int64_t i = 0; i < 32; i += W) part += load(line + i);
           sum += sum_lanes(part);

@@ -192,29 +192,36 @@ FASTLOSS_INLINE void transpose(F32V (&r)[16]) {
 template <class Op, class T>
 void pack_transposed(const T* x, int64_t row, int64_t width, int64_t k, typename Op::Unit* out) {
   typedef typename Op::Unit Unit;
-  constexpr int64_t kChunk = 64;  // units whose lines of a panel stay in L1 until every column wrote them
   constexpr int64_t P = Op::kPanel;
   const int64_t units = k / Op::kElements;
-  for (int64_t p = 0; p < units; p += kChunk) {
-    const int64_t end = units - p < kChunk ? units : p + kChunk;
-    int64_t column = 0;
+  int64_t packed = 0;  // columns that are done
 #if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
-    for (; column + 16 <= width; column += 16) {
-      int64_t q = p;
-      for (; q + 16 <= end; q += 16) {
-        F32V r[16];
+  for (; packed + 16 <= width; packed += 16) {
+    const T* const from = x + packed * row;
+    int64_t q = 0;
+    for (; q + 16 <= units; q += 16) {
+      F32V r[16];
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) r[i] = load_units<Op>(x + (column + i) * row + q * Op::kElements);
-        transpose(r);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) memcpy(out + (q + i) * P + column, &r[i], sizeof r[i]);
+      for (int i = 0; i < 16; ++i) {
+        const T* const at = from + i * row + q * Op::kElements;
+        r[i] = load_units<Op>(at);
+        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(at) + 16 * row * sizeof(T)), 0, 2);
       }
-      for (; q < end; ++q) {
-        for (int i = 0; i < 16; ++i)
-          out[q * P + column + i] = load_unit<Op>(x + (column + i) * row + q * Op::kElements);
+      transpose(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) memcpy(out + (q + i) * P + packed, &r[i], sizeof r[i]);
+    }
+    for (; q < units; ++q) {
+      for (int i = 0; i < 16; ++i) {
+        out[q * P + packed + i] = load_unit<Op>(from + i * row + q * Op::kElements);
       }
     }
+  }
 #endif
+  constexpr int64_t kChunk = 64;  // units whose lines of a panel stay in L1 until every column wrote them
+  for (int64_t p = 0; packed < P && p < units; p += kChunk) {
+    const int64_t end = units - p < kChunk ? units : p + kChunk;
+    int64_t column = packed;
     for (; column < width; ++column) {
       const T* const from = x + column * row;
       Unit* const to = out + column;

@@ -62,7 +62,7 @@ def plan(
             "rows": rows,
             "chunk_rows": rows,
             "chunk_columns": min(
-                vocab_blocks.block_width(weight.shape[0]), weight.shape[0]
+                vocab_blocks.block_width(*weight.shape), weight.shape[0]
             ),
             "buffer_bytes": vocab_blocks.buffer_bytes(rows, weight, needs),
         }

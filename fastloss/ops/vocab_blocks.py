@@ -29,6 +29,8 @@ from fastloss.ops.new_gradient import new_gradient
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
 # Columns of a block at most: the threads share a block of all rows' d logits.
 WIDTH = 512
+# Weights of a block at most.
+CACHED = 1 << 18
 # Below this many rows a GEMM waits for the weight's memory, and packing it costs more than the chunks' GEMMs (AMD Zen 3, one
 # thread: at 16 rows 1.1 to 1.4 times them, at 64 0.76 to 0.94). With d weight blocks are as fast from the first row.
 FORWARD_FROM = 64
@@ -78,16 +80,17 @@ def gemms(needs: Needs, rows: int, dim: int) -> float:
     return round(1 + needs.hidden + needs.weight + again, 2)
 
 
-def block_width(vocab: int) -> int:
-    """Columns of a block, which the threads share: at most 2% of the logits, where that is not too narrow."""
+def block_width(vocab: int, dim: int) -> int:
+    """Columns of a block, which the threads share: at most 2% of the logits, and weights of it, packed twice, that stay in a
+    core's cache, where that is not too narrow."""
     panel: int = cpu_rows.native.head_panel()
-    width = max(64, min(WIDTH, vocab // 64))
+    width = max(64, min(WIDTH, vocab // 64, max(128, CACHED // dim)))
     return -(-min(width, vocab) // panel) * panel
 
 
 def buffer_bytes(rows: int, weight: Tensor, needs: Needs) -> int:
     """Of a block of logits."""
-    width = block_width(weight.shape[0])
+    width = block_width(*weight.shape)
     if needs.weight or needs.bias:
         return rows * width * weight.dtype.itemsize
     stripe: int = min(rows, cpu_rows.native.HEAD_STRIPE)
@@ -121,7 +124,7 @@ class _Call:
         self._gradients(hidden, h.weight)
         c = self.native = cpu_rows.native.HeadCall()
         c.rows, c.vocab, c.dim = self.rows, self.vocab, self.dim
-        c.width = block_width(self.vocab)
+        c.width = block_width(self.vocab, self.dim)
         c.ignore_index, c.scale, c.softcap = form
         c.hidden_dtype, c.hidden_stride = DTYPE_CODES[hidden.dtype], hidden.stride(0)
         c.weight_dtype, c.weight_stride = DTYPE_CODES[h.weight.dtype], h.weight.stride(0)
