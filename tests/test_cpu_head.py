@@ -421,7 +421,8 @@ def test_bad_calls(change, what):
 
 @pytest.mark.parametrize("m, n, k", [(1, 1, 1), (7, 70, 9), (97, 130, 33), (200, 513, 64)])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_gemm_bf16(m, n, k, accumulate):
+@pytest.mark.parametrize("function", ["gemm_bf16", "gemm_bf16_in_tiles"])
+def test_gemm_bf16(m, n, k, accumulate, function):
     generator = torch.Generator().manual_seed(m)
     a = torch.randn(k, m + 5, generator=generator).bfloat16()[:, :m]
     b = torch.randn(k, n + 3, generator=generator).bfloat16()[:, :n]  # views: their rows are further apart
@@ -430,7 +431,7 @@ def test_gemm_bf16(m, n, k, accumulate):
     once = None
     for threads in (1, 3):
         out = c.clone()
-        cpu.gemm_bf16(
+        getattr(cpu, function)(
             a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), n, m, n, k, accumulate, threads,
         )  # fmt: skip
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)

@@ -120,15 +120,31 @@ bool supports_tiles() {
 #endif
 }
 
-void gemm(Address a, int64_t a_row, Address b, int64_t b_row, Address c, int64_t c_row, int64_t m, int64_t n,
-          int64_t k, bool accumulate, int64_t threads) {
-  if (!can_multiply_pairs()) throw std::invalid_argument("gemm_bf16: this processor has no AVX512_BF16");
-  if (m <= 0 || n <= 0) return;
+void run_gemm(Gemm g, int64_t threads) {
+  if (g.m <= 0 || g.n <= 0) return;
   py::gil_scoped_release release;
   if (threads < 1) threads = 1;
-  const Gemm g{at<uint16_t>(a), a_row, at<uint16_t>(b), b_row, at<float>(c), c_row, m, n, k, accumulate};
   const GemmKernel& kernel = chosen().gemm;
   kernel.run(g, threads, thread_buffer().at_least(kernel.scratch_bytes(g, threads)));
+}
+
+void gemm(Address a, int64_t a_row, Address b, int64_t b_row, Address c, int64_t c_row, int64_t m, int64_t n,
+          int64_t k, bool accumulate, int64_t threads) {
+  const bool tiles = supports_tiles();
+  if (!tiles && !can_multiply_pairs()) {
+    throw std::invalid_argument("gemm_bf16: this processor has no AVX512_BF16");
+  }
+  run_gemm({at<uint16_t>(a), a_row, at<uint16_t>(b), b_row, at<float>(c), c_row, m, n, k, accumulate, tiles,
+            false},
+           threads);
+}
+
+// The same in tiles on any processor: where it has none, in memory.
+void gemm_in_tiles(Address a, int64_t a_row, Address b, int64_t b_row, Address c, int64_t c_row, int64_t m,
+                   int64_t n, int64_t k, bool accumulate, int64_t threads) {
+  run_gemm({at<uint16_t>(a), a_row, at<uint16_t>(b), b_row, at<float>(c), c_row, m, n, k, accumulate, true,
+            !supports_tiles()},
+           threads);
 }
 
 void run(const HeadCall& c, char* scratch, int64_t threads) {
@@ -290,6 +306,7 @@ void bind_head(py::module_& m) {
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("supports_gemm_bf16", &supports_gemm_bf16);
   m.def("gemm_bf16", &gemm);
+  m.def("gemm_bf16_in_tiles", &gemm_in_tiles);
 }
 
 #undef FASTLOSS_FIELD

@@ -135,12 +135,31 @@ FASTLOSS_INLINE F32V load_logits(const BF16* p) {
 }
 
 FASTLOSS_INLINE float largest(F32V v) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  return _mm512_reduce_max_ps(__m512(v));
+#else
+  return max_lanes(v);
+#endif
+}
+
+// The two halves in double, added.
+FASTLOSS_INLINE F64V halves(F32V v) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  const __m512 x = __m512(v);
+  return F64V(_mm512_cvtps_pd(_mm512_castps512_ps256(x)) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+#else
   float lanes[W];
   store(lanes, v);
-  for (int step = W / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lanes[i] = lanes[i + step] > lanes[i] ? lanes[i + step] : lanes[i];
-  }
-  return lanes[0];
+  return widen(lanes) + widen(lanes + W / 2);
+#endif
+}
+
+FASTLOSS_INLINE double total(F64V v) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  return _mm512_reduce_add_pd(__m512d(v));
+#else
+  return sum_lanes(v);
+#endif
 }
 
 // Rounds the row's n logits in place, keeps them if they are to be kept, fills the last vector with -inf.
@@ -183,77 +202,129 @@ FASTLOSS_INLINE float round_row(const HeadCall& c, float* x, int64_t row, int64_
   return largest(max_or_second(m0, m1));
 }
 
-// Σ exp(z - max) of whole vectors.
-FASTLOSS_INLINE double sum_of_exponentials(const float* z, int64_t whole, float max) {
-  F32V s0{}, s1{}, s2{}, s3{};
+// What a segment adds to its chapter, of a few rows side by side.
+constexpr int64_t kGroup = 8;
+struct Group {
+  double max[kGroup], sum[kGroup], entropy[kGroup], square[kGroup];
+};
+
+// Σ e, Σ e (z - max) and Σ e² with e = exp(z - max), of whole vectors. The largest logits are counted, not
+// added: where one dominates, its 1 would swallow the low bits of its float lane, and they are 1 - p.
+template <bool kEntropy, bool kSquare>
+FASTLOSS_INLINE void add_exponentials(const float* z, int64_t whole, float max, int64_t g, Group* out) {
+  constexpr int kSums = 4;
+  F32V sum[kSums] = {}, entropy[kSums] = {}, square[kSums] = {};
+  U32V largest_ones{};  // minus their number
+  const auto add = [&](int k, int64_t i) __attribute__((always_inline)) {
+    const F32V v = load(z + i), below = v - max, e = exp_nonpositive<float>(below);
+    const U32V is_largest = bit_cast<U32V>(v >= max);
+    const F32V others = bit_cast<F32V>(bit_cast<U32V>(e) & ~is_largest);  // a NaN is not >= and stays
+    largest_ones += is_largest;
+    sum[k] += others;
+    if (kEntropy) entropy[k] += e == 0.0f ? F32V{} : e * below;
+    if (kSquare) square[k] += others * others;
+  };
   int64_t i = 0;
-  for (; i + 4 * W <= whole; i += 4 * W) {
-    s0 += exp_nonpositive<float>(load(z + i) - max);
-    s1 += exp_nonpositive<float>(load(z + i + W) - max);
-    s2 += exp_nonpositive<float>(load(z + i + 2 * W) - max);
-    s3 += exp_nonpositive<float>(load(z + i + 3 * W) - max);
+  for (; i + kSums * W <= whole; i += kSums * W) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSums; ++k) add(k, i + k * W);
   }
-  for (; i < whole; i += W) s0 += exp_nonpositive<float>(load(z + i) - max);
-  return sum_lanes((s0 + s1) + (s2 + s3));
+  for (; i < whole; i += W) add(0, i);
+  const F64V ones = halves(__builtin_convertvector(-largest_ones, F32V));
+  out->max[g] = max;
+  out->sum[g] = total(halves((sum[0] + sum[1]) + (sum[2] + sum[3])) + ones);
+  if (max > __FLT_MAX__) out->sum[g] = __builtin_nan("");
+  if (kEntropy) out->entropy[g] = total(halves((entropy[0] + entropy[1]) + (entropy[2] + entropy[3])));
+  if (kSquare) out->square[g] = total(halves((square[0] + square[1]) + (square[2] + square[3])) + ones);
+}
+
+// A group's segment, added to the sums of `count` rows.
+FASTLOSS_INLINE void add_group(Wanted want, const ChapterSums& sums, int64_t row, int64_t count,
+                               const Group& more) {
+  constexpr int64_t H = W / 2;
+  const auto put_n = [&](double* to, F64V v, int64_t n) { n >= H ? store(to, v) : store_n(to, v, n); };
+  for (int64_t g = 0; g < count; g += H) {
+    const int64_t n = count - g, at = row + g;
+    const F64V old_max = load_upto(sums.max + at, n), old_sum = load_upto(sums.sum + at, n);
+    const F64V more_max = load_upto(more.max + g, n), more_sum = load_upto(more.sum + g, n);
+    const F64V max = max_or_second(more_max, old_max);
+    const F64V below = old_max - max, more_below = more_max - max;
+    const F64V keep = exp_nonpositive<double>(below), add = exp_nonpositive<double>(more_below);
+    put_n(sums.max + at, max, n);
+    put_n(sums.sum + at, keep * old_sum + add * more_sum, n);
+    if (want.entropy) {
+      const F64V old = load_upto(sums.entropy + at, n), entropy = load_upto(more.entropy + g, n);
+      put_n(sums.entropy + at, keep * (old + old_sum * below) + add * (entropy + more_sum * more_below), n);
+    }
+    if (want.square) {
+      const F64V old = load_upto(sums.square + at, n), square = load_upto(more.square + g, n);
+      put_n(sums.square + at, keep * keep * old + add * add * square, n);
+    }
+  }
 }
 
 template <class T, class R>
 void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& stripe, void* memory) {
   const BlockScratch scratch(memory);
+  static_assert(kGroup * kSegment <= kBlock, "a group's transformed logits are in the scratch");
   const Logits& l = c.logits;
   const Transform<float> plain(l);
   const Wanted want = wanted(c);
   const int64_t start = stripe.start, n = stripe.width, whole = (n + W - 1) / W * W;
   const bool first = start % kChapter == 0;
-  for (int64_t row = stripe.begin; row < stripe.end; ++row) {
-    if (first) {
-      sums.max[row] = lowest_finite<float>(), sums.sum[row] = 0;
-      double* const others[] = {sums.entropy, sums.square, sums.sum_z, sums.sum_w, sums.sum_wz, sums.best};
-      for (double* const field : others) {
-        if (field) field[row] = 0;
+  for (int64_t begin = stripe.begin; begin < stripe.end; begin += kGroup) {
+    const int64_t count = stripe.end - begin < kGroup ? stripe.end - begin : kGroup;
+    const float* z[kGroup];
+    float max[kGroup];
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t row = begin + g;
+      if (first) {
+        sums.max[row] = lowest_finite<float>(), sums.sum[row] = 0;
+        double* const others[] = {sums.entropy, sums.square, sums.sum_z, sums.sum_w, sums.sum_wz, sums.best};
+        for (double* const field : others) {
+          if (field) field[row] = 0;
+        }
+      }
+      const RowKind kind = kind_of(l, row);
+      z[g] = nullptr;
+      if (kind == RowKind::ignored) continue;
+      float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
+      max[g] = round_row<T, R>(c, x, row, start, n);
+      z[g] = x;
+      const Transform<float> f = transform_of(c, plain, row);
+      if (!f.plain) z[g] = load_block(f, x, start, n, scratch.z + g * kSegment, scratch.slope, &max[g]);
+      const int64_t t = kind == RowKind::normal && l.target ? l.target[row] - start : -1;
+      if (t >= 0 && t < n) {
+        c.state[row].z_target = z[g][t];
+        c.state[row].slope_target = l.softcap > 0 ? scratch.slope[t] : 1.0;
+      }
+      if (want.sum_z) sums.sum_z[row] += sum_block(z[g], n);
+      const float* const w = want.sum_w ? weights_of(c.ce, row) : nullptr;
+      if (w) {
+        sums.sum_w[row] += sum_block(w + start, n);
+        sums.sum_wz[row] += dot_block(w + start, z[g], n);
+      }
+      if (c.argmax && max[g] > sums.max[row]) {
+        int64_t i = 0;
+        while (i + 1 < n && z[g][i] != max[g]) ++i;
+        sums.best[row] = double(start + i);
       }
     }
-    const RowKind kind = kind_of(l, row);
-    if (kind == RowKind::ignored) continue;
-    float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
-    float max = round_row<T, R>(c, x, row, start, n);
-    const Transform<float> f = transform_of(c, plain, row);
-    const float* z = x;
-    if (!f.plain) z = load_block(f, x, start, n, scratch.z, scratch.slope, &max);
-    const int64_t t = kind == RowKind::normal && l.target ? l.target[row] - start : -1;
-    if (t >= 0 && t < n) {
-      c.state[row].z_target = z[t];
-      c.state[row].slope_target = l.softcap > 0 ? scratch.slope[t] : 1.0;
+    Group group;
+    for (int64_t g = 0; g < count; ++g) {
+      if (!z[g]) {
+        group.max[g] = lowest_finite<float>(), group.sum[g] = group.entropy[g] = group.square[g] = 0;
+      } else if (want.entropy && want.square) {
+        add_exponentials<true, true>(z[g], whole, max[g], g, &group);
+      } else if (want.entropy) {
+        add_exponentials<true, false>(z[g], whole, max[g], g, &group);
+      } else if (want.square) {
+        add_exponentials<false, true>(z[g], whole, max[g], g, &group);
+      } else {
+        add_exponentials<false, false>(z[g], whole, max[g], g, &group);
+      }
     }
-    if (want.sum_z) sums.sum_z[row] += sum_block(z, n);
-    const float* const w = want.sum_w ? weights_of(c.ce, row) : nullptr;
-    if (w) {
-      sums.sum_w[row] += sum_block(w + start, n);
-      sums.sum_wz[row] += dot_block(w + start, z, n);
-    }
-    if (c.argmax && max > sums.max[row]) {
-      int64_t i = 0;
-      while (i + 1 < n && z[i] != max) ++i;
-      sums.best[row] = double(start + i);
-    }
-    Running mine{max, 0, 0, 0};
-    const bool keeps = want.entropy || want.square;
-    mine.sum =
-        keeps ? exp_block<float>(z, n, max, scratch.e, uintptr_t(z), 0) : sum_of_exponentials(z, whole, max);
-    // Where one logit dominates, its 1 swallows the low bits of its float lane; they are 1 - p, so add in
-    // double.
-    if (mine.sum < 2) {
-      if (!keeps) exp_block<float>(z, n, max, scratch.e, uintptr_t(z), 0);
-      mine.sum = sum_block(scratch.e, n);
-    }
-    if (want.entropy) mine.entropy = entropy_block(z, scratch.e, n, max);
-    if (want.square) mine.square = square_block(scratch.e, n);
-    const Running so_far{sums.max[row], sums.sum[row], want.entropy ? sums.entropy[row] : 0,
-                         want.square ? sums.square[row] : 0};
-    const Running all = together(want, so_far, mine);
-    sums.max[row] = all.max, sums.sum[row] = all.sum;
-    if (want.entropy) sums.entropy[row] = all.entropy;
-    if (want.square) sums.square[row] = all.square;
+    add_group(want, sums, begin, count, group);
   }
 }
 
