@@ -36,6 +36,9 @@ CACHED = 1 << 18
 FORWARD_FROM = 64
 # Rows over D from which making their logits again costs more than memory for them is worth.
 RECOMPUTE_UP_TO = 2
+# Multiples of D of further rows whose logits are kept, in memory of their own: 2 in bfloat16 (1 in float32) are as large as a
+# float32 gradient of the weight, and a call of up to 3 D (2 D) rows takes 3 GEMMs.
+KEEP_MORE = 0
 
 
 def why_not(
@@ -49,7 +52,7 @@ def why_not(
     if dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (torch.float32, torch.bfloat16):
         return "the dtype"
     if not multiplies_floats(weight, dtype):
-        if not supports_gemm_bf16():
+        if not (supports_gemm_bf16() or cpu_rows.native.supports_tiles()):
             return "oneDNN multiplies bfloat16 faster than float32"
         if weight.dtype != dtype or weight.shape[1] % 2:
             return "bfloat16 is multiplied in pairs along D, and d weight has the logits' dtype"
@@ -76,7 +79,7 @@ def multiplies_floats(weight: Tensor, dtype: torch.dtype) -> bool:
 
 def gemms(needs: Needs, rows: int, dim: int) -> float:
     """GEMMs of forward and backward in one; a fraction where the logits of some rows are made again."""
-    again = max(0, rows - dim) / max(rows, 1) if needs.weight else 0
+    again = max(0, rows - (1 + KEEP_MORE) * dim) / max(rows, 1) if needs.weight else 0
     return round(1 + needs.hidden + needs.weight + again, 2)
 
 
@@ -202,7 +205,10 @@ def run(
     c = this.native
     c.label_smoothing, c.z_loss = call.label_smoothing, call.z_loss
     c.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
-    c.stored = min(this.rows, this.dim) if needs.weight else 0
+    if needs.weight:
+        c.stored = min(this.rows, this.dim)
+        c.more = min(this.rows - c.stored, KEEP_MORE * this.dim)
+        this.point_to(more_logits=new_gradient((this.vocab, c.more), h.weight.dtype, h.weight.device))
     this.execute(gemms(needs, this.rows, this.dim))
     return out, this.gradients()
 
