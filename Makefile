@@ -1,4 +1,5 @@
-# make setup | demo | demo-chain | test | bench | lint | format | native | gpu | wheel | kernels | golden | sanitize | clean
+# make setup | demo | demo-chain | test | integrations | hub | bench | lint | format | native | gpu | wheel | kernels
+#      | golden | sanitize | clean
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" for the smaller build without CUDA
@@ -10,10 +11,10 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_FILES = $(shell find csrc tests/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 export PIP_NO_INPUT = 1
 
-.PHONY: setup native demo demo-chain test bench lint format gpu wheel kernels golden sanitize clean
+.PHONY: setup native demo demo-chain test integrations hub bench lint format gpu wheel kernels golden sanitize clean
 
 setup: $(VENV)/.installed
 
@@ -38,6 +39,26 @@ demo-chain: native
 test: native
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests
 
+# Every trainer of docs/integrations with and without fastloss, and the compatibility table of what ran. The trainers that
+# do not install beside fastloss are taken without their dependencies: their loss modules are imported, no more.
+PEERS_ALONE = torchtitan spmd_types tyro docstring-parser typeguard shtab verl openrlhf axolotl addict megatron-core \
+	ms-swift llamafactory skyrl loguru
+COMPATIBILITY = build/compatibility.jsonl
+
+integrations: native build/integrations/.installed
+	rm -f $(COMPATIBILITY)
+	FASTLOSS_TEST_SLOW=1 FASTLOSS_COMPATIBILITY=$(COMPATIBILITY) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/integrations
+	$(BIN)/python tests/integrations/table.py $(COMPATIBILITY) > docs/integrations/compatibility.md
+
+build/integrations/.installed:
+	$(PIP) install -q accelerate datasets peft 'trl>=1.16' 'transformers>=5' lightning 'kernels>=0.17'
+	$(PIP) install -q --no-deps --upgrade --target build/integrations $(PEERS_ALONE)
+	touch $@
+
+# A kernel package in the Hugging Face hub's layout, under dist/hub.
+hub: native
+	$(BIN)/python tools/make_hub.py dist/hub
+
 bench: native
 	$(BIN)/fastloss bench
 
@@ -53,8 +74,9 @@ format: setup
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 # On a machine with a GPU and no network: the Python that is active has torch, setuptools, pybind11, ninja, pytest.
+# STAGES="smoke tests" for some of them; tools/gpu/run.py --list names them.
 gpu:
-	PYTHON="$(PYTHON)" tools/gpu.sh
+	$(PYTHON) tools/gpu/run.py $(STAGES)
 
 wheel: setup
 	$(PIP) wheel --no-deps --no-build-isolation -w dist .
@@ -62,9 +84,9 @@ wheel: setup
 kernels: setup
 	$(BIN)/python tools/kernel_report.py
 
-# PYTHONPATH=… for the peers that are not TRL: tests/golden/README.md.
+# PYTHONPATH=… for the peers that are not TRL: tests/peers/golden/README.md.
 golden: setup
-	$(BIN)/python tests/golden/make_golden.py
+	$(BIN)/python tests/peers/golden/make_golden.py
 
 sanitize: setup
 	PATH="$(abspath $(BIN)):$$PATH" tools/sanitize.sh

@@ -23,7 +23,7 @@ FULL = os.environ.get("FASTLOSS_BENCH_FULL") == "1"
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     kinds = getattr(metafunc.module, "KINDS", ())
     if "case" in metafunc.fixturenames and kinds:
-        found = [case for case in cases(quick=not FULL) if case.kind in kinds]
+        found = [case for case in cases(not FULL, DEVICE) if case.kind in kinds]
         names = dict.fromkeys(["limit", *(p.name for p in registry())])
         metafunc.parametrize("case", found, ids=lambda case: case.name)
         metafunc.parametrize("provider", names)

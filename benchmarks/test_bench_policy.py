@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-KINDS = ("policy", "policy-linear", "gae")
+KINDS = ("policy", "policy-linear", "policy-corrected", "value", "kl", "gae", "group", "returns")
 
 
 def test_policy(case, provider: str, run) -> None:

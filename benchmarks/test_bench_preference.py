@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-KINDS = ("preference", "preference-linear")
+KINDS = ("preference", "preference-linear", "unpaired", "kto-linear", "reward", "process-reward")
 
 
 def test_preference(case, provider: str, run) -> None:

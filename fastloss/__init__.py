@@ -2,7 +2,8 @@
 
 from fastloss import nn
 from fastloss._version import __version__
-from fastloss.advantages import (
+from fastloss.engine.backend import backends, explain, use_backend, validate_targets
+from fastloss.losses.advantages import (
     discounted_returns,
     gae,
     optimal_token_advantages,
@@ -11,9 +12,8 @@ from fastloss.advantages import (
     token_rewards,
     whiten,
 )
-from fastloss.cross_entropy import cross_entropy
-from fastloss.dispatch import backends, explain, use_backend, validate_targets
-from fastloss.group_baselines import (
+from fastloss.losses.cross_entropy import cross_entropy
+from fastloss.losses.group_advantages import (
     gdpo_advantages,
     gpg_advantages,
     group_advantages,
@@ -21,31 +21,37 @@ from fastloss.group_baselines import (
     pass_at_k_advantages,
     rloo_advantages,
 )
-from fastloss.linear_cross_entropy import linear_cross_entropy
-from fastloss.ops import library as _library  # noqa: F401 - registers the torch.library operators
-from fastloss.policy_gradient import PolicyOutput, ValueOutput, kl_estimate, policy_loss, value_loss
-from fastloss.policy_linear import linear_policy_loss
-from fastloss.preference import PreferenceOutput, preference_loss
-from fastloss.preference_linear import (
+from fastloss.losses.kl_estimate import kl_estimate
+from fastloss.losses.linear_cross_entropy import linear_cross_entropy
+from fastloss.losses.policy import PolicyOutput, policy_loss
+from fastloss.losses.policy_linear import linear_policy_loss
+from fastloss.losses.preference import PreferenceOutput, preference_loss
+from fastloss.losses.preference_linear import (
     linear_cpo_loss,
     linear_dpo_loss,
     linear_orpo_loss,
     linear_preference_loss,
     linear_simpo_loss,
 )
-from fastloss.preference_named import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
-from fastloss.reward_model import RewardOutput, process_reward_loss, reward_model_loss
-from fastloss.token_stats import (
+from fastloss.losses.preference_named import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
+from fastloss.losses.reward_model import RewardOutput, process_reward_loss, reward_model_loss
+from fastloss.losses.token_stats import (
     TokenStats,
     entropy_from_logits,
     linear_token_stats,
     selective_log_softmax,
     token_stats,
 )
-from fastloss.trust_region import trust_region_mask
-from fastloss.unpaired import UnpairedOutput, bco_loss, kto_loss, linear_kto_loss
+from fastloss.losses.trust_region import trust_region_mask
+from fastloss.losses.unpaired import UnpairedOutput, bco_loss, kto_loss, linear_kto_loss
+from fastloss.losses.value_loss import ValueOutput, value_loss
+
+# These use the names above.
+from fastloss.lazy_logits import LazyLogits  # isort: skip
+from fastloss.patch import patch  # isort: skip
 
 __all__ = [
+    "LazyLogits",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
@@ -82,6 +88,7 @@ __all__ = [
     "optimal_token_advantages",
     "orpo_loss",
     "pass_at_k_advantages",
+    "patch",
     "policy_loss",
     "preference_loss",
     "process_reward_loss",

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastloss.cross_entropy import cross_entropy
-from fastloss.linear_cross_entropy import linear_cross_entropy
-from fastloss.policy_gradient import PolicyOutput, policy_loss
-from fastloss.preference import PreferenceOutput, preference_loss
-from fastloss.reward_model import RewardOutput, reward_model_loss
-from fastloss.token_stats import TokenStats, linear_token_stats
+from fastloss.losses.cross_entropy import cross_entropy
+from fastloss.losses.linear_cross_entropy import linear_cross_entropy
+from fastloss.losses.policy import PolicyOutput, policy_loss
+from fastloss.losses.preference import PreferenceOutput, preference_loss
+from fastloss.losses.reward_model import RewardOutput, reward_model_loss
+from fastloss.losses.token_stats import TokenStats, linear_token_stats
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

@@ -1,1 +1,26 @@
-"""The row functions of docs/engine.md in Triton; ``rows`` has the kernels, ``launch`` the functions over tensors."""
+"""The kernels of docs/engine.md and docs/sequences.md in Triton, one file per family with its launch functions.
+
+The launch functions are methods of fastloss/engine/contract.py's ``Backend``, for float32 (logits: also bfloat16 and
+float16): outputs allocated, one launch each (policy_loss: two), ValueError for a code that does not exist and TypeError for
+a tensor that a kernel cannot read.
+"""
+
+from .pairs import pair_loss, segment_expand, segment_sum, unpaired_loss
+from .policy import policy_loss
+from .rows import row_cross_entropy, row_grad, row_stats
+from .scale import scale_in_place
+from .scan import discounted_returns, gae
+
+__all__ = [
+    "discounted_returns",
+    "gae",
+    "pair_loss",
+    "policy_loss",
+    "row_cross_entropy",
+    "row_grad",
+    "row_stats",
+    "scale_in_place",
+    "segment_expand",
+    "segment_sum",
+    "unpaired_loss",
+]

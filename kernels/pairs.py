@@ -7,14 +7,72 @@ A pointer that is None is a compile-time constant; so are the terms: a loss comp
 csrc/pairs.h. Sums are kept in float64: one number per thread.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastloss.engine.contract import PairResult, UnpairedResult
+from fastloss.engine.sequences import Sequences
+from fastloss.tables import (
+    DIVERGENCES,
+    MAX_TERMS,
+    PAIR_SUMS,
+    PAIR_TERMS,
+    UNPAIRED_SUMS,
+    UNPAIRED_TERMS,
+    Number,
+    PairConstants,
+    PairOptions,
+    UnpairedConstants,
+    UnpairedOptions,
+)
+
+from .arguments import as_bytes, code, expect, expect_float32, floats, on_device_of
 from .exact import at_most, exp, expm1, log, log1p, logistic
 
 LARGEST_EXPONENT = tl.constexpr(80.0)
 LARGEST_MARGIN = tl.constexpr(1e16)  # its square, summed over a batch, is finite
-BCO = tl.constexpr(2)
+
+# A code is the position of its name in fastloss/tables.py; one without a formula here does not compile.
+SIGMOID = tl.constexpr(PAIR_TERMS.index("sigmoid"))
+HINGE = tl.constexpr(PAIR_TERMS.index("hinge"))
+IPO = tl.constexpr(PAIR_TERMS.index("ipo"))
+EXO_PAIR = tl.constexpr(PAIR_TERMS.index("exo_pair"))
+NCA_PAIR = tl.constexpr(PAIR_TERMS.index("nca_pair"))
+ROBUST = tl.constexpr(PAIR_TERMS.index("robust"))
+BCO_PAIR = tl.constexpr(PAIR_TERMS.index("bco_pair"))
+SPPO_HARD = tl.constexpr(PAIR_TERMS.index("sppo_hard"))
+APO_ZERO = tl.constexpr(PAIR_TERMS.index("apo_zero"))
+APO_DOWN = tl.constexpr(PAIR_TERMS.index("apo_down"))
+DISCOPOP = tl.constexpr(PAIR_TERMS.index("discopop"))
+SFT = tl.constexpr(PAIR_TERMS.index("sft"))
+SIGMOID_NORM = tl.constexpr(PAIR_TERMS.index("sigmoid_norm"))
+SIMPO = tl.constexpr(PAIR_TERMS.index("simpo"))
+ORPO = tl.constexpr(PAIR_TERMS.index("orpo"))
+CENTER = tl.constexpr(PAIR_TERMS.index("center"))
+KTO = tl.constexpr(UNPAIRED_TERMS.index("kto"))
+APO_ZERO_UNPAIRED = tl.constexpr(UNPAIRED_TERMS.index("apo_zero_unpaired"))
+BCO = tl.constexpr(UNPAIRED_TERMS.index("bco"))
+REVERSE_KL = tl.constexpr(DIVERGENCES.index("reverse_kl"))
+FORWARD_KL = tl.constexpr(DIVERGENCES.index("forward_kl"))
+JS_DIVERGENCE = tl.constexpr(DIVERGENCES.index("js_divergence"))
+ALPHA_DIVERGENCE = tl.constexpr(DIVERGENCES.index("alpha_divergence"))
+(
+    LOSS_SUM, CHOSEN_REWARD_SUM, REJECTED_REWARD_SUM, ACCURACY_SUM, MARGIN_SUM, CHOSEN_LOGPS_SUM, REJECTED_LOGPS_SUM,
+) = (
+    tl.constexpr(PAIR_SUMS.index(name))
+    for name in ("loss", "chosen_reward", "rejected_reward", "accuracy", "margin", "chosen_logps", "rejected_logps")
+)  # fmt: skip
+(
+    UNPAIRED_LOSS_SUM, DESIRABLE_SUM, DESIRABLE_REWARD_SUM, UNDESIRABLE_REWARD_SUM, DESIRABLE_LOGPS_SUM,
+    UNDESIRABLE_LOGPS_SUM, UNUSED_SUM,
+) = (
+    tl.constexpr(UNPAIRED_SUMS.index(name))
+    for name in (
+        "loss", "desirable", "desirable_reward", "undesirable_reward", "desirable_logps", "undesirable_logps", "unused",
+    )
+)  # fmt: skip
 
 
 @triton.jit
@@ -81,13 +139,13 @@ def given(ptr, number, i, mask, other):
 @triton.jit
 def divergence_of(KIND: tl.constexpr, x, alpha_minus_1):
     """f of a log-ratio, and its slope."""
-    if KIND == 1:
+    if KIND == FORWARD_KL:
         e = exp(at_most(-x, LARGEST_EXPONENT))
         return 1.0 - e, tl.where(-x > LARGEST_EXPONENT, 0.0, e)
-    elif KIND == 2:
+    elif KIND == JS_DIVERGENCE:
         _, q, log_p, _ = logistic(x)
         return 0.6931471805599453 + log_p, q
-    elif KIND == 3:
+    elif KIND == ALPHA_DIVERGENCE:
         y = alpha_minus_1 * x
         clamped = at_most(y, LARGEST_EXPONENT)
         slope = tl.where(y > clamped, 0.0, exp(clamped))
@@ -95,6 +153,7 @@ def divergence_of(KIND: tl.constexpr, x, alpha_minus_1):
         value = tl.div_rn(expm1(clamped), 0.0 * x + tl.where(limit, 1.0, alpha_minus_1))
         return tl.where(limit, x, value), tl.where(limit, 1.0, slope)
     else:
+        tl.static_assert(KIND == REVERSE_KL, "a divergence without a formula here")
         return x, tl.full(x.shape, 1.0, tl.float32)
 
 
@@ -108,12 +167,12 @@ def smoothed(u, smoothing):
 @triton.jit
 def contrast(CODE: tl.constexpr, u, smoothing, tau):
     """Value and slope of a term of u alone."""
-    if CODE == 0:  # sigmoid
+    if CODE == SIGMOID:
         return smoothed(u, smoothing)
-    elif CODE == 1:  # hinge
+    elif CODE == HINGE:
         above = 1.0 - u
         return tl.where(above <= 0.0, 0.0, above), tl.where(above <= 0.0, 0.0, -1.0)
-    elif CODE == 3:  # exo_pair
+    elif CODE == EXO_PAIR:
         p, q, log_p, log_q = logistic(u)
         log_keep = tl.where(smoothing > 0.5, log(1.0 - smoothing), log1p(-at_most(smoothing, 0.5)))
         log_smoothing = log(smoothing)
@@ -121,7 +180,7 @@ def contrast(CODE: tl.constexpr, u, smoothing, tau):
             p * (log_p - log_keep) + q * (log_q - log_smoothing),
             p * q * (u - (log_keep - log_smoothing)),  # log σ(u) - log σ(-u) = u
         )
-    elif CODE == 5:  # robust
+    elif CODE == ROBUST:
         p, q, log_p, log_q = logistic(u)
         keep = 1.0 - smoothing
         scale = 1.0 - 2.0 * smoothing
@@ -129,7 +188,8 @@ def contrast(CODE: tl.constexpr, u, smoothing, tau):
             tl.div_rn(smoothing * log_q - keep * log_p, scale),
             tl.div_rn(-(smoothing * p + keep * q), scale),
         )
-    else:  # discopop
+    else:
+        tl.static_assert(CODE == DISCOPOP, "a term without a formula here")
         _, q, log_p, _ = logistic(u)
         tau = tl.full(u.shape, 0.0, tl.float32) + tau
         m, not_m, _, _ = logistic(tl.div_rn(u, tau))
@@ -154,21 +214,21 @@ def pair_term(
 ):  # fmt: skip
     """Value of a term and its derivatives for c, r and nll."""
     zero = 0.0 * c
-    if CODE == 2:  # ipo
+    if CODE == IPO:
         d = tl.div_rn(sc, lc) - tl.div_rn(sr, lr) - tl.div_rn(0.5 + 0.0 * beta, beta)
         inside = tl.abs(d) <= LARGEST_MARGIN
         slope = tl.where(inside, 2.0 * d, 0.0)
         d = tl.where(d > LARGEST_MARGIN, LARGEST_MARGIN, tl.where(d < -LARGEST_MARGIN, -LARGEST_MARGIN, d))
         return d * d, tl.div_rn(slope * sc_slope, lc), -tl.div_rn(slope * sr_slope, lr), zero
-    elif CODE == 4:  # nca_pair
+    elif CODE == NCA_PAIR:
         p, q, log_p, log_q = logistic(beta * xc)
         r_p, _, _, r_log_q = logistic(beta * xr)
         return -log_p - 0.5 * log_q - 0.5 * r_log_q, beta * (0.5 * p - q), beta * 0.5 * r_p, zero
-    elif CODE == 6:  # bco_pair
+    elif CODE == BCO_PAIR:
         _, q, log_p, _ = logistic(beta * xc - delta)
         r_p, _, _, r_log_q = logistic(beta * xr - delta)
         return -log_p - r_log_q, -beta * q, beta * r_p, zero
-    elif CODE == 7:  # sppo_hard
+    elif CODE == SPPO_HARD:
         half = tl.div_rn(0.5 + 0.0 * beta, beta)
         return (
             (xc - half) * (xc - half) + (xr + half) * (xr + half),
@@ -176,31 +236,31 @@ def pair_term(
             2.0 * (xr + half),
             zero,
         )
-    elif CODE == 8:  # apo_zero
+    elif CODE == APO_ZERO:
         p, q, _, _ = logistic(beta * xc)
         r_p, r_q, _, _ = logistic(beta * xr)
         return q + r_p, -beta * p * q, beta * r_p * r_q, zero
-    elif CODE == 9:  # apo_down
+    elif CODE == APO_DOWN:
         p, q, _, _ = logistic(beta * xc)
         u_p, u_q, _, _ = logistic(beta * (xc - xr))
         slope = beta * u_p * u_q
         return p + u_q, beta * p * q - slope, slope, zero
-    elif CODE == 11:  # sft
+    elif CODE == SFT:
         return -nll * sft_scale, zero, zero, zero - sft_scale
-    elif CODE == 12:  # sigmoid_norm
+    elif CODE == SIGMOID_NORM:
         value, slope = smoothed(beta * (tl.div_rn(sc, lc) - tl.div_rn(sr, lr)) - margin, smoothing)
         return value, tl.div_rn(slope * beta * sc_slope, lc), -tl.div_rn(slope * beta * sr_slope, lr), zero
-    elif CODE == 13:  # simpo
+    elif CODE == SIMPO:
         value, slope = smoothed(beta * (tl.div_rn(c, lc) - tl.div_rn(r, lr)) - margin, smoothing)
         return value, tl.div_rn(slope * beta, lc), -tl.div_rn(slope * beta, lr), zero
-    elif CODE == 14:  # orpo
+    elif CODE == ORPO:
         each_c = tl.div_rn(c, lc)
         each_r = tl.div_rn(r, lr)
         not_c, c_slope = log1mexp(each_c)
         not_r, r_slope = log1mexp(each_r)
         _, q, log_p, _ = logistic((each_c - each_r) - (not_c - not_r))
         return -beta * log_p, tl.div_rn(-beta * q * c_slope, lc), tl.div_rn(beta * q * r_slope, lr), zero
-    elif CODE == 15:  # center
+    elif CODE == CENTER:
         return (c + r) * (c + r), 2.0 * (c + r), 2.0 * (c + r), zero
     else:
         value, slope = contrast(CODE, beta * (sc - sr) - margin, smoothing, tau)
@@ -210,7 +270,7 @@ def pair_term(
 @triton.jit
 def pair_loss_kernel(
     c_ptr, r_ptr, pairs, rc_ptr, rr_ptr, lc_ptr, lr_ptr, nll_ptr, w0, w1, w2, w3, w4, w5, w6, w7, alpha_minus_1,
-    beta, beta_ptr, smoothing, smoothing_ptr, margin, margin_ptr, weight_ptr, delta, delta_ptr, tau,
+    beta, beta_ptr, smoothing, smoothing_ptr, margin, margin_ptr, weight_ptr, delta, tau,
     loss_ptr, d_c_ptr, d_r_ptr, d_nll_ptr, chosen_reward_ptr, rejected_reward_ptr, sums_ptr,
     TERMS: tl.constexpr, NEEDS_TOKENS: tl.constexpr, DIVERGENCE: tl.constexpr, AVERAGE_REWARDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -224,8 +284,6 @@ def pair_loss_kernel(
         tokens = tl.sum(count, 0)
         scale = tl.where(tokens > 0.0, pairs, 0).to(tl.float64) / tl.where(tokens > 0.0, tokens, 1.0)
         sft_scale = scale.to(tl.float32)
-    if delta_ptr is not None:
-        delta = tl.load(delta_ptr)
 
     zero = tl.zeros([BLOCK], tl.float64)
     loss_sum, chosen_sum, rejected_sum, wins, margins, c_sum, r_sum = zero, zero, zero, zero, zero, zero, zero
@@ -284,13 +342,13 @@ def pair_loss_kernel(
         margins += tl.where(mask, chosen.to(tl.float64) - rejected.to(tl.float64), 0.0)
         c_sum += c.to(tl.float64)
         r_sum += r.to(tl.float64)
-    tl.store(sums_ptr, tl.sum(loss_sum, 0).to(tl.float32))
-    tl.store(sums_ptr + 1, tl.sum(chosen_sum, 0).to(tl.float32))
-    tl.store(sums_ptr + 2, tl.sum(rejected_sum, 0).to(tl.float32))
-    tl.store(sums_ptr + 3, tl.sum(wins, 0).to(tl.float32))
-    tl.store(sums_ptr + 4, tl.sum(margins, 0).to(tl.float32))
-    tl.store(sums_ptr + 5, tl.sum(c_sum, 0).to(tl.float32))
-    tl.store(sums_ptr + 6, tl.sum(r_sum, 0).to(tl.float32))
+    tl.store(sums_ptr + LOSS_SUM, tl.sum(loss_sum, 0).to(tl.float32))
+    tl.store(sums_ptr + CHOSEN_REWARD_SUM, tl.sum(chosen_sum, 0).to(tl.float32))
+    tl.store(sums_ptr + REJECTED_REWARD_SUM, tl.sum(rejected_sum, 0).to(tl.float32))
+    tl.store(sums_ptr + ACCURACY_SUM, tl.sum(wins, 0).to(tl.float32))
+    tl.store(sums_ptr + MARGIN_SUM, tl.sum(margins, 0).to(tl.float32))
+    tl.store(sums_ptr + CHOSEN_LOGPS_SUM, tl.sum(c_sum, 0).to(tl.float32))
+    tl.store(sums_ptr + REJECTED_LOGPS_SUM, tl.sum(r_sum, 0).to(tl.float32))
 
 
 @triton.jit
@@ -317,7 +375,8 @@ def unpaired_loss_kernel(
             value = -log_q
             slope = sign * beta * p
         else:
-            if CODE == 0:  # kto
+            tl.static_assert(CODE == KTO or CODE == APO_ZERO_UNPAIRED, "a term without a formula here")
+            if CODE == KTO:
                 x -= kl
             p, q, _, _ = logistic(sign * beta * x)
             value = p
@@ -335,10 +394,109 @@ def unpaired_loss_kernel(
         bad_reward += tl.where(bad, reward, 0.0).to(tl.float64)
         good_logps += tl.where(good, logps, 0.0).to(tl.float64)
         bad_logps += tl.where(bad, logps, 0.0).to(tl.float64)
-    tl.store(sums_ptr, tl.sum(loss_sum, 0).to(tl.float32))
-    tl.store(sums_ptr + 1, tl.sum(goods, 0).to(tl.float32))
-    tl.store(sums_ptr + 2, tl.sum(good_reward, 0).to(tl.float32))
-    tl.store(sums_ptr + 3, tl.sum(bad_reward, 0).to(tl.float32))
-    tl.store(sums_ptr + 4, tl.sum(good_logps, 0).to(tl.float32))
-    tl.store(sums_ptr + 5, tl.sum(bad_logps, 0).to(tl.float32))
-    tl.store(sums_ptr + 6, 0.0)
+    tl.store(sums_ptr + UNPAIRED_LOSS_SUM, tl.sum(loss_sum, 0).to(tl.float32))
+    tl.store(sums_ptr + DESIRABLE_SUM, tl.sum(goods, 0).to(tl.float32))
+    tl.store(sums_ptr + DESIRABLE_REWARD_SUM, tl.sum(good_reward, 0).to(tl.float32))
+    tl.store(sums_ptr + UNDESIRABLE_REWARD_SUM, tl.sum(bad_reward, 0).to(tl.float32))
+    tl.store(sums_ptr + DESIRABLE_LOGPS_SUM, tl.sum(good_logps, 0).to(tl.float32))
+    tl.store(sums_ptr + UNDESIRABLE_LOGPS_SUM, tl.sum(bad_logps, 0).to(tl.float32))
+    tl.store(sums_ptr + UNUSED_SUM, 0.0)
+
+
+# 128 threads, one pair or eight tokens each; sums in float64 take two registers a number. Not tuned on a GPU.
+PAIR_SHAPE = {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": True}
+SUM_SHAPE = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def segment_sum(values: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
+    """Σ w·v over each sequence, float32 ``[count]``. A position of weight 0 adds nothing, NaN or not."""
+    expect_float32(values=values, weights=weights)
+    expect(torch.int64, offsets=layout.offsets)
+    out = floats(layout.count, values.device)
+    if layout.count:
+        with on_device_of(values):
+            segment_sum_kernel[(layout.count,)](
+                values, weights, layout.offsets, layout.length, out, **SUM_SHAPE
+            )
+    return out
+
+
+def segment_expand(upstream: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
+    """The gradient of :func:`segment_sum`, float32 ``[N]``."""
+    expect_float32(upstream=upstream, weights=weights)
+    expect(torch.int64, offsets=layout.offsets)
+    n, count = layout.n, layout.count
+    out = floats(n, upstream.device)
+    if n:
+        # A long sequence is cut, each program doing about four blocks of it.
+        chunks = min(max(n // (count + 1) // (4 * SUM_SHAPE["BLOCK"]), 1), 64)
+        with on_device_of(out):
+            segment_expand_kernel[(count + 1, chunks)](
+                upstream, weights, layout.offsets, layout.length, count, n, out, chunks, **SUM_SHAPE
+            )
+    return out
+
+
+def pair_loss(
+    chosen: Tensor, rejected: Tensor, nll: Tensor | None, constants: PairConstants, options: PairOptions
+) -> PairResult:
+    """The contrast of pairs of Σ log p (or of rewards), float32 ``[B]``, with its gradients; ``nll`` is what sft takes."""
+    k, o = constants, options
+    expect_float32(
+        chosen=chosen, rejected=rejected, nll=nll, ref_chosen=k.ref_chosen, ref_rejected=k.ref_rejected,
+        chosen_lengths=k.chosen_lengths, rejected_lengths=k.rejected_lengths, weight=k.weight,
+    )  # fmt: skip
+    if len(o.terms) > MAX_TERMS:
+        raise ValueError(f"terms: expected at most {MAX_TERMS}, got {len(o.terms)}")
+    codes = tuple(code("terms", term, PAIR_TERMS) for term, _ in o.terms)
+    weights = [float(weight) for _, weight in o.terms] + [0.0] * (MAX_TERMS - len(codes))
+    alpha_minus_1 = 0.0 if abs(o.alpha - 1) < 1e-6 else o.alpha - 1
+    n, device = chosen.numel(), chosen.device
+    result = PairResult(
+        loss=floats(n, device),
+        chosen_reward=floats(n, device),
+        rejected_reward=floats(n, device),
+        sums=floats(len(PAIR_SUMS), device),
+        d_chosen=floats(n, device),
+        d_rejected=floats(n, device),
+        d_nll=None if nll is None else floats(n, device),
+    )
+    with on_device_of(chosen):
+        pair_loss_kernel[(1,)](
+            chosen, rejected, chosen.numel(), k.ref_chosen, k.ref_rejected, k.chosen_lengths, k.rejected_lengths, nll,
+            *weights, float(alpha_minus_1), *_number("beta", o.beta), *_number("smoothing", o.smoothing),
+            *_number("margin", o.margin), k.weight, float(o.delta), float(o.tau),
+            result.loss, result.d_chosen, result.d_rejected, result.d_nll, result.chosen_reward, result.rejected_reward,
+            result.sums,
+            TERMS=codes, NEEDS_TOKENS=SFT.value in codes and k.chosen_lengths is not None,
+            DIVERGENCE=code("divergence", o.divergence, DIVERGENCES), AVERAGE_REWARDS=bool(o.average_rewards), **PAIR_SHAPE,
+        )  # fmt: skip
+    return result
+
+
+def unpaired_loss(logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions) -> UnpairedResult:
+    """The term of single responses of Σ log p, float32 ``[B]``, with its gradient."""
+    k, o = constants, options
+    expect_float32(logps=logps, ref=k.ref, weight=k.weight, kl=k.kl)
+    n, device = logps.numel(), logps.device
+    result = UnpairedResult(
+        loss=floats(n, device),
+        reward=floats(n, device),
+        sums=floats(len(UNPAIRED_SUMS), device),
+        d_logps=floats(n, device),
+    )
+    with on_device_of(logps):
+        unpaired_loss_kernel[(1,)](
+            logps, logps.numel(), k.ref, as_bytes("desirable", k.desirable), k.weight, k.kl, float(o.beta),
+            float(o.desirable_weight), float(o.undesirable_weight), result.loss, result.d_logps, result.reward, result.sums,
+            CODE=code("term", o.term, UNPAIRED_TERMS), **PAIR_SHAPE,
+        )  # fmt: skip
+    return result
+
+
+def _number(name: str, value: Number) -> tuple[float, Tensor | None]:
+    """One number for all pairs, or one for each."""
+    if isinstance(value, Tensor):
+        expect_float32(**{name: value})
+        return 0.0, value
+    return float(value), None

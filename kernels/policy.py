@@ -6,20 +6,70 @@ One program per sequence; a second, tiny launch adds up the sequences' sums in o
 A pointer that is None is a compile-time constant, and so are the codes: a loss compiles to its own formula.
 """
 
+import math
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastloss.engine.contract import PolicyInputs, PolicyResult
+from fastloss.tables import (
+    AGGREGATIONS,
+    CORRECTIONS,
+    KL_KINDS,
+    LEVELS,
+    MAX_LOG_RATIO,
+    POLICY_OUT,
+    POLICY_PLACE,
+    SURROGATES,
+    PolicyOptions,
+)
+
+from .arguments import as_bytes, code, expect, expect_float32, floats, on_device_of
 from .exact import at_most, exp, exp_parts
 from .pairs import bounds
 
-LIMIT = tl.constexpr(20.0)
+LIMIT = tl.constexpr(MAX_LOG_RATIO)
 LOG_TINY = tl.constexpr(-18.420680743952367)  # log 1e-8
-LARGEST = tl.constexpr(3.4028234e38)
-CLIP, LOGPROB, CISPO, SAPO, VESPO = (tl.constexpr(code) for code in range(5))
-TOKEN, SEQUENCE, SEQUENCE_SUM, GEOMETRIC = (tl.constexpr(code) for code in range(4))
-K1, K2, K3, ABS, LOW_VAR = (tl.constexpr(code) for code in range(5))
-SUMS = tl.constexpr(16)
-MIN_RATIO, MAX_RATIO = tl.constexpr(10), tl.constexpr(11)
+
+# A code is the position of its name in fastloss/tables.py; one without a formula here does not compile.
+CLIP = tl.constexpr(SURROGATES.index("clip"))
+LOGPROB = tl.constexpr(SURROGATES.index("logprob"))
+CISPO = tl.constexpr(SURROGATES.index("cispo"))
+SAPO = tl.constexpr(SURROGATES.index("sapo"))
+VESPO = tl.constexpr(SURROGATES.index("vespo"))
+RATIO = tl.constexpr(SURROGATES.index("ratio"))
+TOKEN = tl.constexpr(LEVELS.index("token"))
+SEQUENCE = tl.constexpr(LEVELS.index("sequence"))
+SEQUENCE_SUM = tl.constexpr(LEVELS.index("sequence_sum"))
+GEOMETRIC = tl.constexpr(LEVELS.index("geometric"))
+TOKEN_MEAN = tl.constexpr(AGGREGATIONS.index("token-mean"))
+SEQ_MEAN_TOKEN_SUM = tl.constexpr(AGGREGATIONS.index("seq-mean-token-sum"))
+SEQ_MEAN_TOKEN_MEAN = tl.constexpr(AGGREGATIONS.index("seq-mean-token-mean"))
+SEQ_MEAN_TOKEN_SUM_NORM = tl.constexpr(AGGREGATIONS.index("seq-mean-token-sum-norm"))
+K1 = tl.constexpr(KL_KINDS.index("k1"))
+K2 = tl.constexpr(KL_KINDS.index("k2"))
+K3 = tl.constexpr(KL_KINDS.index("k3"))
+ABS = tl.constexpr(KL_KINDS.index("abs"))
+LOW_VAR_KL = tl.constexpr(KL_KINDS.index("low_var_kl"))
+NO_CORRECTION = tl.constexpr(CORRECTIONS.index("none"))
+TOKEN_TRUNCATE = tl.constexpr(CORRECTIONS.index("token_truncate"))
+TOKEN_MASK = tl.constexpr(CORRECTIONS.index("token_mask"))
+SEQUENCE_TRUNCATE = tl.constexpr(CORRECTIONS.index("sequence_truncate"))
+SEQUENCE_MASK = tl.constexpr(CORRECTIONS.index("sequence_mask"))
+OUT = tl.constexpr(len(POLICY_OUT))
+(
+    LOSS, SCALE, TOKENS, LOW_CLIPPED, HIGH_CLIPPED, DUAL_CLIPPED, SUM_OF_K1, SUM_OF_K3, SUM_OF_KL, ENTROPY, MIN_RATIO,
+    MAX_RATIO, SUM_OF_RATIO, SUM_OF_RATIO_SQUARED, CUT, POLICY,
+) = (
+    tl.constexpr(POLICY_PLACE[name])
+    for name in (
+        "loss", "scale", "tokens", "low_clipped", "high_clipped", "dual_clipped", "k1", "k3", "kl", "entropy", "min_ratio",
+        "max_ratio", "ratio", "ratio_squared", "cut", "policy",
+    )
+)  # fmt: skip
 
 
 @triton.jit
@@ -39,17 +89,23 @@ def exp_and_k3(x):
 def correct(e, floor, cap, CORRECTION: tl.constexpr):
     """The sampler correction of e^d, and whether it is 0 or truncated."""
     cut = (e < floor) | (e > cap)
-    if CORRECTION % 2 == 1:
+    if CORRECTION == TOKEN_TRUNCATE or CORRECTION == SEQUENCE_TRUNCATE:
         return clamped(e, floor, cap), cut
     else:
+        tl.static_assert(
+            CORRECTION == TOKEN_MASK or CORRECTION == SEQUENCE_MASK, "a correction without a formula here"
+        )
         return tl.where(cut, 0.0, e), cut
 
 
 @triton.jit
 def log_correction(d, log_floor, log_cap, CORRECTION: tl.constexpr):
-    if CORRECTION % 2 == 1:
+    if CORRECTION == TOKEN_TRUNCATE or CORRECTION == SEQUENCE_TRUNCATE:
         log_c = clamped(d, log_floor, log_cap)
     else:
+        tl.static_assert(
+            CORRECTION == TOKEN_MASK or CORRECTION == SEQUENCE_MASK, "a correction without a formula here"
+        )
         log_c = tl.where((d >= log_floor) & (d <= log_cap), d, LOG_TINY)
     return clamped(log_c, LOG_TINY, LIMIT)
 
@@ -141,6 +197,7 @@ def surrogate(
         dlogprob = -a
         value = dlogprob * logprob
     else:
+        tl.static_assert(SURROGATE == RATIO, "a surrogate without a formula here")
         dw = -rho * a
         value = dw
     return value, dw, dlogprob, dual
@@ -160,9 +217,10 @@ def kl_and_slope(raw, KIND: tl.constexpr):
         kl = tl.abs(t)
         d = tl.where(t < 0.0, 1.0, tl.where(t > 0.0, -1.0, 0.0))
     else:
+        tl.static_assert(KIND == K3 or KIND == LOW_VAR_KL, "a kind of KL without a formula here")
         _, kl = exp_and_k3(t)
         d = -(kl + t)
-        if KIND == LOW_VAR:
+        if KIND == LOW_VAR_KL:
             d = tl.where(kl > 10.0, 0.0, d)
             kl = at_most(kl, 10.0)
     return kl, tl.where((raw >= -LIMIT) & (raw <= LIMIT), d, 0.0)
@@ -171,19 +229,29 @@ def kl_and_slope(raw, KIND: tl.constexpr):
 @triton.jit
 def policy_loss_kernel(
     logprobs_ptr, old_ptr, advantages_ptr, mask_ptr, ref_ptr, entropy_ptr, sampler_ptr, token_weight_ptr, select_ptr,
-    agg_ptr, offsets_ptr, n, length,
+    share_ptr, offsets_ptr, n, length,
     ratio_low, ratio_high, log_low, log_high, delta, dual_clip, cispo_low, cispo_high, sapo_pos, sapo_neg,
     vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg, kl_cov_coef, beta, entropy_coef,
     cap, floor, log_cap, log_floor, off_policy_threshold,
     grad_ptr, grad_entropy_ptr, sums_ptr,
     SURROGATE: tl.constexpr, LEVEL: tl.constexpr, KL_KIND: tl.constexpr, KL_UNBIASED: tl.constexpr,
-    CORRECTION: tl.constexpr, SEQ_MEAN: tl.constexpr, OF_SEQUENCE: tl.constexpr, DUAL: tl.constexpr,
+    CORRECTION: tl.constexpr, AGGREGATION: tl.constexpr, OF_SEQUENCE: tl.constexpr, DUAL: tl.constexpr,
     OFF_POLICY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     begin, end = bounds(offsets_ptr, s, length)
     end = tl.minimum(end, n)
     zero = tl.zeros([BLOCK], tl.float32)
+
+    tl.static_assert(
+        AGGREGATION == TOKEN_MEAN
+        or AGGREGATION == SEQ_MEAN_TOKEN_SUM
+        or AGGREGATION == SEQ_MEAN_TOKEN_MEAN
+        or AGGREGATION == SEQ_MEAN_TOKEN_SUM_NORM,
+        "an aggregation without a formula here",
+    )
+    SEQ_MEAN: tl.constexpr = AGGREGATION == SEQ_MEAN_TOKEN_MEAN and share_ptr is None
+    CORRECTS_SEQUENCES: tl.constexpr = CORRECTION == SEQUENCE_TRUNCATE or CORRECTION == SEQUENCE_MASK
 
     # What all tokens of the sequence share.
     share = 1.0
@@ -194,7 +262,7 @@ def policy_loss_kernel(
     keep = 1.0
     phi_pos = 0.0
     phi_neg = 0.0
-    if SEQ_MEAN or LEVEL != TOKEN or CORRECTION > 2 or OFF_POLICY or SURROGATE == VESPO:
+    if SEQ_MEAN or LEVEL != TOKEN or CORRECTS_SEQUENCES or OFF_POLICY or SURROGATE == VESPO:
         tokens = zero
         lr_sum = zero
         w_sum = zero
@@ -213,7 +281,7 @@ def policy_loss_kernel(
             if LEVEL == GEOMETRIC:
                 bounded, _ = one_sided(lr, a, log_low, log_high)
                 w_sum += bounded
-            if CORRECTION > 0:
+            if CORRECTION != NO_CORRECTION:
                 d = zero_nan(old - tl.load(sampler_ptr + i, mask=live, other=0.0))
                 d_sum += d
                 log_c_sum += tl.where(live, log_correction(d, log_floor, log_cap, CORRECTION), 0.0)
@@ -236,7 +304,9 @@ def policy_loss_kernel(
         elif LEVEL == SEQUENCE:
             rho_seq = exp(tl.div_rn(total, count))
             w_slope = tl.div_rn(1.0, count)
-        if CORRECTION > 2:
+        else:
+            tl.static_assert(LEVEL == TOKEN, "a level without a formula here")
+        if CORRECTS_SEQUENCES:
             total_d = tl.sum(d_sum, 0)
             c_seq, is_cut = correct(exp(total_d), floor, cap, CORRECTION)
             cut_seq = tl.where(is_cut, 1.0, 0.0)
@@ -250,9 +320,9 @@ def policy_loss_kernel(
             keep = tl.where(stale, 0.0, 1.0)
         if SURROGATE == VESPO:
             log_w = total
-            if CORRECTION > 2:
+            if CORRECTS_SEQUENCES:
                 log_w += log_correction(total_d, log_floor, log_cap, CORRECTION)
-            elif CORRECTION > 0:
+            elif CORRECTION != NO_CORRECTION:
                 log_w += tl.sum(log_c_sum, 0)
             log_w = clamped(log_w, LOG_TINY, LIMIT)
             w = exp(log_w)
@@ -300,8 +370,8 @@ def policy_loss_kernel(
         factor = zero + keep
         if token_weight_ptr is not None:
             factor *= tl.load(token_weight_ptr + i, mask=live, other=0.0)
-        if CORRECTION > 0:
-            if CORRECTION < 3:
+        if CORRECTION != NO_CORRECTION:
+            if not CORRECTS_SEQUENCES:
                 d = zero_nan(old - tl.load(sampler_ptr + i, mask=live, other=0.0))
                 c, is_cut = correct(exp(d), floor, cap, CORRECTION)
                 cut_sum += tl.where(is_cut & live, 1.0, 0.0)
@@ -330,8 +400,8 @@ def policy_loss_kernel(
             loss -= entropy_coef * entropy
 
         shares = tl.where(live, share, 0.0)
-        if agg_ptr is not None:
-            shares = tl.load(agg_ptr + i, mask=live, other=0.0)
+        if share_ptr is not None:
+            shares = tl.load(share_ptr + i, mask=live, other=0.0)
         if LEVEL == TOKEN:
             dlogprob += tl.where(lr_slope, dw, 0.0)
         else:
@@ -363,23 +433,23 @@ def policy_loss_kernel(
         least = tl.where(live & (rho < least), rho, least)
         most = tl.where(live & (rho > most), rho, most)
 
-    row = sums_ptr + s * SUMS
-    tl.store(row + 0, tl.sum(loss_sum, 0))
-    tl.store(row + 1, 0.0)
-    tl.store(row + 2, tl.sum(token_sum, 0))
-    tl.store(row + 3, tl.sum(low_sum, 0))
-    tl.store(row + 4, tl.sum(high_sum, 0))
-    tl.store(row + 5, tl.sum(dual_sum, 0))
-    tl.store(row + 6, tl.sum(k1_sum, 0))
-    tl.store(row + 7, tl.sum(k3_sum, 0))
-    tl.store(row + 8, tl.sum(kl_sum, 0))
-    tl.store(row + 9, tl.sum(entropy_sum, 0))
+    row = sums_ptr + s * OUT
+    tl.store(row + LOSS, tl.sum(loss_sum, 0))
+    tl.store(row + SCALE, 0.0)
+    tl.store(row + TOKENS, tl.sum(token_sum, 0))
+    tl.store(row + LOW_CLIPPED, tl.sum(low_sum, 0))
+    tl.store(row + HIGH_CLIPPED, tl.sum(high_sum, 0))
+    tl.store(row + DUAL_CLIPPED, tl.sum(dual_sum, 0))
+    tl.store(row + SUM_OF_K1, tl.sum(k1_sum, 0))
+    tl.store(row + SUM_OF_K3, tl.sum(k3_sum, 0))
+    tl.store(row + SUM_OF_KL, tl.sum(kl_sum, 0))
+    tl.store(row + ENTROPY, tl.sum(entropy_sum, 0))
     tl.store(row + MIN_RATIO, tl.min(least, 0))
     tl.store(row + MAX_RATIO, tl.max(most, 0))
-    tl.store(row + 12, tl.sum(rho_sum, 0))
-    tl.store(row + 13, tl.sum(square_sum, 0))
-    tl.store(row + 14, tl.sum(cut_sum, 0))
-    tl.store(row + 15, tl.sum(policy_sum, 0))
+    tl.store(row + SUM_OF_RATIO, tl.sum(rho_sum, 0))
+    tl.store(row + SUM_OF_RATIO_SQUARED, tl.sum(square_sum, 0))
+    tl.store(row + CUT, tl.sum(cut_sum, 0))
+    tl.store(row + POLICY, tl.sum(policy_sum, 0))
 
     if LEVEL != TOKEN:  # what the weight shared by all tokens passes on to each
         passed = tl.sum(common, 0) * w_slope
@@ -400,32 +470,148 @@ def policy_loss_kernel(
 
 @triton.jit
 def policy_total_kernel(
-    sums_ptr, count, normalizer_ptr, normalizer, normalizer_factor, divisor, out_ptr,
-    HAS_NORMALIZER: tl.constexpr, BY_TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    sums_ptr, count, normalizer_ptr, normalizer, normalizer_factor, divisor, out_ptr, loss_ptr,
+    HAS_NORMALIZER: tl.constexpr, HAS_SHARES: tl.constexpr, AGGREGATION: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out[16] from the sequences' sums ``[count, 16]``, in float64."""
-    k = tl.arange(0, SUMS)
-    total = tl.zeros([ROWS, SUMS], tl.float64)
-    least = tl.zeros([ROWS, SUMS], tl.float32) + float("inf")
-    most = tl.zeros([ROWS, SUMS], tl.float32) - float("inf")
+    """out[16] from the sequences' sums ``[count, 16]``, in float64; the loss once more, as a tensor of its own."""
+    k = tl.arange(0, OUT)
+    total = tl.zeros([ROWS, OUT], tl.float64)
+    least = tl.zeros([ROWS, OUT], tl.float32) + float("inf")
+    most = tl.zeros([ROWS, OUT], tl.float32) - float("inf")
     for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)
-        inside = (row < count)[:, None] & (k < SUMS)[None, :]
-        part = tl.load(sums_ptr + row.to(tl.int64)[:, None] * SUMS + k[None, :], mask=inside, other=0.0)
+        inside = (row < count)[:, None] & (k < OUT)[None, :]
+        part = tl.load(sums_ptr + row.to(tl.int64)[:, None] * OUT + k[None, :], mask=inside, other=0.0)
         total += part.to(tl.float64)
         least = tl.minimum(least, tl.where(inside, part, float("inf")))
         most = tl.maximum(most, tl.where(inside, part, -float("inf")))
     sums = tl.sum(total, 0)
-    tokens = tl.sum(tl.where(k == 2, sums, 0.0), 0)
+    tokens = tl.sum(tl.where(k == TOKENS, sums, 0.0), 0)
     if HAS_NORMALIZER:
         if normalizer_ptr is not None:
             normalizer = tl.load(normalizer_ptr)
         by = tokens * 0.0 + normalizer * normalizer_factor
-    elif BY_TOKENS:
+    elif HAS_SHARES or AGGREGATION == TOKEN_MEAN:
         by = tl.maximum(tokens, 1.0)
     else:
+        tl.static_assert(
+            AGGREGATION == SEQ_MEAN_TOKEN_SUM
+            or AGGREGATION == SEQ_MEAN_TOKEN_MEAN
+            or AGGREGATION == SEQ_MEAN_TOKEN_SUM_NORM,
+            "an aggregation without a formula here",
+        )
         by = tokens * 0.0 + divisor
-    out = tl.where(k == 0, sums / by, tl.where(k == 1, 1.0 / by, sums)).to(tl.float32)
+    out = tl.where(k == LOSS, sums / by, tl.where(k == SCALE, 1.0 / by, sums)).to(tl.float32)
     out = tl.where(k == MIN_RATIO, tl.where(tokens > 0.0, tl.min(least, 0), 1.0), out)
     out = tl.where(k == MAX_RATIO, tl.where(tokens > 0.0, tl.max(most, 0), 1.0), out)
     tl.store(out_ptr + k, out)
+    tl.store(loss_ptr + k * 0, out, mask=k == LOSS)
+
+
+# 128 threads with four tokens each: one 16-byte load per input, and the sums stay in registers (two each spilled 8 bytes
+# on sm_100, tools/kernel_report_triton.py). Not tuned on a GPU.
+POLICY_SHAPE = {"BLOCK": 512, "num_warps": 4, "enable_fp_fusion": True}
+TOTAL_SHAPE = {"ROWS": 32, "num_warps": 4, "enable_fp_fusion": True}
+RUN = 4096  # tokens in a run, where sequences mean nothing
+
+
+class Runs(NamedTuple):
+    """What policy_loss_kernel takes for sequences."""
+
+    offsets: Tensor | None
+    length: int
+    number: int
+    advantage_of_sequence: bool
+
+
+def policy_loss(
+    logprobs: Tensor, entropy: Tensor | None, inputs: PolicyInputs, options: PolicyOptions
+) -> PolicyResult:
+    """The policy-gradient loss of flat float32 log-probs ``[N]``, its sums and its gradients."""
+    x, o = inputs, options
+    expect_float32(
+        logprobs=logprobs, entropy=entropy, advantages=x.advantages, old=x.old, ref=x.ref, sampler=x.sampler,
+        token_weight=x.token_weight, share=x.share,
+    )  # fmt: skip
+    expect(torch.int64, offsets=x.layout.offsets)
+    constants = constants_of(o, x.share is not None, x.sampler is not None)
+    runs = runs_of(x, o)
+    n, device = logprobs.numel(), logprobs.device
+    grad = zeros_or_empty(n, device, runs.offsets)
+    grad_entropy = None
+    if entropy is not None and o.entropy_coef != 0:
+        grad_entropy = zeros_or_empty(n, device, runs.offsets)
+    out = floats(len(POLICY_OUT), device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    sums = floats(runs.number * len(POLICY_OUT), device)
+    by_length = x.share is None and constants["AGGREGATION"] == SEQ_MEAN_TOKEN_SUM_NORM.value
+    factor = float(o.max_length) if by_length else 1.0
+    normalizer, number = x.normalizer, 0.0
+    if isinstance(normalizer, Tensor):
+        expect_float32(normalizer=normalizer)
+    elif normalizer is not None:
+        number = float(normalizer)
+    with on_device_of(logprobs):
+        if runs.number and n:
+            policy_loss_kernel[(runs.number,)](
+                logprobs, x.old, x.advantages, as_bytes("mask", x.mask), x.ref, entropy, x.sampler, x.token_weight,
+                as_bytes("select", x.select), x.share, runs.offsets, n, runs.length, *numbers_of(o), grad, grad_entropy,
+                sums, OF_SEQUENCE=runs.advantage_of_sequence, **constants, **POLICY_SHAPE,
+            )  # fmt: skip
+        policy_total_kernel[(1,)](
+            sums, runs.number if n else 0, normalizer if isinstance(normalizer, Tensor) else None, number, factor,
+            max(runs.number, 1) * factor, out, loss, HAS_NORMALIZER=normalizer is not None, HAS_SHARES=x.share is not None,
+            AGGREGATION=constants["AGGREGATION"], **TOTAL_SHAPE,
+        )  # fmt: skip
+    return PolicyResult(loss, out, grad, grad_entropy)
+
+
+def constants_of(o: PolicyOptions, with_shares: bool, with_sampler: bool) -> dict[str, Any]:
+    """The compile-time options of policy_loss_kernel but OF_SEQUENCE; ValueError for a code that does not exist."""
+    correction = code("correction", o.correction, CORRECTIONS)
+    return {
+        "SURROGATE": code("surrogate", o.surrogate, SURROGATES),
+        "LEVEL": code("level", o.level, LEVELS),
+        "KL_KIND": code("kl_kind", o.kl_kind, KL_KINDS),
+        "KL_UNBIASED": bool(o.kl_unbiased),
+        "CORRECTION": correction if with_sampler else NO_CORRECTION.value,
+        "AGGREGATION": code("aggregation", o.aggregation, AGGREGATIONS),
+        "DUAL": o.dual_clip != math.inf,
+        "OFF_POLICY": o.off_policy_threshold != math.inf,
+    }
+
+
+def numbers_of(o: PolicyOptions) -> tuple[float, ...]:
+    """The numbers of policy_loss_kernel, in its order."""
+    numbers = (
+        1.0 - o.clip_low, 1.0 + o.clip_high, o.clip_low, o.clip_high, o.delta, o.dual_clip, o.cispo_low, o.cispo_high,
+        o.sapo_pos, o.sapo_neg, o.vespo_k_pos, o.vespo_lambda_pos, o.vespo_k_neg, o.vespo_lambda_neg, o.kl_cov_coef,
+        o.beta, o.entropy_coef, o.cap, o.floor, math.log(o.cap) if o.cap > 0 else -math.inf,
+        math.log(o.floor) if o.floor > 0 else -math.inf, o.off_policy_threshold,
+    )  # fmt: skip
+    return tuple(map(float, numbers))
+
+
+def runs_of(inputs: PolicyInputs, options: PolicyOptions) -> Runs:
+    """The sequences; or, where a token's share is given and nothing else asks for its sequence, runs of equal size."""
+    layout = inputs.layout
+    of_sequence = inputs.advantages.numel() != layout.n
+    if inputs.share is not None and not of_sequence and is_token_level(options):
+        return Runs(None, RUN, math.ceil(layout.n / RUN), False)
+    return Runs(layout.offsets, layout.length, layout.count, of_sequence)
+
+
+def is_token_level(options: PolicyOptions) -> bool:
+    """Whether a token's term can be made without having seen the rest of its sequence."""
+    return (
+        options.level == TOKEN.value
+        and options.surrogate != VESPO.value
+        and options.off_policy_threshold == math.inf
+        and options.correction not in (SEQUENCE_TRUNCATE.value, SEQUENCE_MASK.value)
+    )
+
+
+def zeros_or_empty(n: int, device: torch.device, offsets: Tensor | None) -> Tensor:
+    """float32 ``[n]`` that a launch fills: what no packed sequence covers is 0; padded sequences cover everything."""
+    make = torch.empty if offsets is None else torch.zeros
+    return make(n, dtype=torch.float32, device=device)

@@ -7,8 +7,14 @@ A bounded number of programs, each walking over its share: where there is nothin
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .rows import store_rounded
+from .arguments import expect, expect_float32, on_device_of
+from .rows import DTYPES, store_rounded
+
+# Enough programs for any GPU, few enough to cost little where the scale is 1; 16 elements per thread. Not tuned on a GPU.
+SCALE_PROGRAMS = 2048
+SCALE_SHAPE = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -23,3 +29,17 @@ def scale_kernel(x_ptr, row_stride, rows, width, scale_ptr, BLOCK: tl.constexpr)
                 i = start + tl.arange(0, BLOCK)
                 x = tl.load(x_row + i, mask=i < width, other=0.0).to(tl.float32)
                 store_rounded(x_row + i, x * scale, i < width)
+
+
+def scale_in_place(x: Tensor, scale: Tensor) -> None:
+    """``x [rows, width]`` (unit stride along a row) times ``scale``, one float32."""
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: expected float32, bfloat16 or float16, got {x.dtype}")
+    expect(x.dtype, x=x)
+    expect_float32(scale=scale)
+    rows, width = x.shape
+    at_once = min(rows, SCALE_PROGRAMS)
+    along = min(triton.cdiv(width, SCALE_SHAPE["BLOCK"]), max(SCALE_PROGRAMS // max(at_once, 1), 1))
+    if rows and width:
+        with on_device_of(x):
+            scale_kernel[(at_once, along)](x, x.stride(0), rows, width, scale, **SCALE_SHAPE)

@@ -6,10 +6,21 @@ that a tile is one associative scan and the tile after it one more pair. A maske
 The recurrence is in double: a float a^k is worse than the loop's k roundings, and memory bounds the kernel.
 """
 
+import struct
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from fastloss.engine.sequences import Sequences
+
+from .arguments import as_bytes, expect, expect_float32, on_device_of
 from .pairs import bounds
+from .policy import zeros_or_empty
+
+# 128 threads with eight tokens each. Not tuned on a GPU.
+SCAN_SHAPE = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -60,3 +71,40 @@ def scan_kernel(
         tl.store(
             returns_ptr + t, tl.where(live, (x + value.to(tl.float64)).to(tl.float32), 0.0), mask=t >= begin
         )
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, layout: Sequences, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns), float32 ``[N]``, 0 where masked."""
+    advantages, returns = _scan(rewards, values, mask, layout, gamma, gamma * lam)
+    assert advantages is not None
+    return advantages, returns
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, layout: Sequences, gamma: float) -> Tensor:
+    """Returns, float32 ``[N]``, 0 where masked."""
+    return _scan(rewards, None, mask, layout, gamma, gamma)[1]
+
+
+def _scan(
+    rewards: Tensor, values: Tensor | None, mask: Tensor, layout: Sequences, gamma: float, decay: float
+) -> tuple[Tensor | None, Tensor]:
+    expect_float32(rewards=rewards, values=values)
+    expect(torch.int64, offsets=layout.offsets)
+    n, device, offsets = rewards.numel(), rewards.device, layout.offsets
+    advantages = None if values is None else zeros_or_empty(n, device, offsets)
+    returns = zeros_or_empty(n, device, offsets)
+    if layout.count and n:
+        with on_device_of(rewards):
+            scan_kernel[(layout.count,)](
+                rewards, values, as_bytes("mask", mask), offsets, layout.length, *_halves(gamma), *_halves(decay),
+                advantages, returns, **SCAN_SHAPE,
+            )  # fmt: skip
+    return advantages, returns
+
+
+def _halves(x: float) -> tuple[float, float]:
+    """Two float32 numbers whose sum is ``x`` to 48 bits: Triton takes no double by value."""
+    (high,) = struct.unpack("f", struct.pack("f", x))
+    return high, x - high

@@ -29,11 +29,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 EXT_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 CXX_FLAGS = [
-    "-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-Wall",
+    "-O3", "-std=c++17", "-fno-math-errno", "-ffp-contract=fast", "-fvisibility=hidden", "-fPIC", "-Wall", "-Werror=switch",
     "-Wno-unknown-warning-option", "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 headers warn
 ]  # fmt: skip
 # -fmad=false: the only fused multiply-adds are the ones that are written, as in the emulation of the tests.
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror=switch"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2],

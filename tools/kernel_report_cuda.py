@@ -82,7 +82,18 @@ def collect_arch(arch: str) -> list[dict[str, Any]]:
 def _collect_source(arch: str, source: Path) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = str(Path(folder) / f"{source.stem}.cubin")
-        log = _run("nvcc", *NVCC_FLAGS, "-cubin", f"-arch={arch}", "-Xptxas", "-v", str(source), "-o", cubin)
+        log = _run(
+            "nvcc",
+            *NVCC_FLAGS,
+            "-cubin",
+            f"-arch={arch}",
+            f"-I{SOURCES.parent}",
+            "-Xptxas",
+            "-v",
+            str(source),
+            "-o",
+            cubin,
+        )
         usage = _section(_run("cuobjdump", "--dump-resource-usage", cubin), r"Function (\w+):")
         code = _section(_run("cuobjdump", "-sass", cubin), r"Function : (\w+)")
     spills = _section(log, r"Function properties for (\w+)")

@@ -10,6 +10,20 @@ import importlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from kernel_report_compile import compile_kernel
+
+from fastloss.tables import (
+    AGGREGATIONS,
+    CORRECTIONS,
+    DIVERGENCES,
+    KL_KINDS,
+    LEVELS,
+    MAX_TERMS,
+    PAIR_TERMS,
+    SURROGATES,
+    UNPAIRED_TERMS,
+)
+
 POINTERS = {"offsets_ptr": "*i64", "desirable_ptr": "*u8", "mask_ptr": "*u8", "select_ptr": "*u8"}
 INTEGERS = ("length", "count", "n", "pairs", "sequences", "chunks", "rows", "row_stride", "width")
 
@@ -25,13 +39,13 @@ PAIR_ALWAYS = (
 )
 PAIR_ALL = (
     "rc_ptr", "rr_ptr", "lc_ptr", "lr_ptr", "nll_ptr", "d_nll_ptr", "beta_ptr", "smoothing_ptr", "margin_ptr", "weight_ptr",
-    "delta_ptr", *PAIR_ALWAYS,
+    *PAIR_ALWAYS,
 )  # fmt: skip
 
 
 def _pairs(terms: Sequence[int], divergence: int, full: bool) -> tuple[tuple[str, ...], dict[str, Any]]:
     return PAIR_ALL if full else PAIR_ALWAYS, {
-        "TERMS": tuple(terms), "NEEDS_TOKENS": full and 11 in terms, "DIVERGENCE": divergence, "AVERAGE_REWARDS": full,
+        "TERMS": tuple(terms), "NEEDS_TOKENS": full and PAIR_TERMS.index("sft") in terms, "DIVERGENCE": divergence, "AVERAGE_REWARDS": full,
     }  # fmt: skip
 
 
@@ -47,19 +61,30 @@ CASES: dict[tuple[str, str], dict[str, tuple[tuple[str, ...], dict[str, Any]]]] 
         "full": (("upstream_ptr", "weights_ptr", "offsets_ptr", "out_ptr"), {}),
     },
     ("pairs", "pair_loss_kernel"): {
-        **{f"term {code}": _pairs([code], 0, False) for code in range(16)},
-        **{f"divergence {kind}": _pairs([0], kind, True) for kind in range(4)},
-        "terms 0-7": _pairs(range(8), 3, True),
-        "terms 8-15": _pairs(range(8, 16), 1, True),
+        **{name: _pairs([term], 0, False) for term, name in enumerate(PAIR_TERMS)},
+        **{name: _pairs([0], divergence, True) for divergence, name in enumerate(DIVERGENCES)},
+        # As many terms as one launch takes, with every divergence but the simplest in turn.
+        **{
+            f"terms from {first}": _pairs(
+                range(len(PAIR_TERMS))[first : first + MAX_TERMS],
+                len(DIVERGENCES) - 1 - first // MAX_TERMS % (len(DIVERGENCES) - 1),
+                True,
+            )
+            for first in range(0, len(PAIR_TERMS), MAX_TERMS)
+        },
     },
     ("pairs", "unpaired_loss_kernel"): {
-        **{f"term {code}": (UNPAIRED, {"CODE": code}) for code in range(3)},
-        "full": ((*UNPAIRED, "ref_ptr", "weight_ptr", "kl_ptr"), {"CODE": 2}),
+        **{name: (UNPAIRED, {"CODE": term}) for term, name in enumerate(UNPAIRED_TERMS)},
+        **{
+            f"{name}, full": ((*UNPAIRED, "ref_ptr", "weight_ptr", "kl_ptr"), {"CODE": term})
+            for term, name in enumerate(UNPAIRED_TERMS)
+        },
     },
 }
 
 
 POLICY = ("logprobs_ptr", "advantages_ptr", "mask_ptr", "grad_ptr", "sums_ptr")
+TOTAL = ("sums_ptr", "out_ptr", "loss_ptr")
 POLICY_ALL = (
     *POLICY, "old_ptr", "ref_ptr", "entropy_ptr", "sampler_ptr", "token_weight_ptr", "select_ptr", "offsets_ptr",
     "grad_entropy_ptr",
@@ -67,29 +92,67 @@ POLICY_ALL = (
 
 
 def _policy(
-    given: tuple[str, ...], surrogate: int, level: int, correction: int = 0, kl: int = 2, full: bool = False
+    given: tuple[str, ...],
+    *,
+    surrogate: int = 0,
+    level: int = 0,
+    correction: int = 0,
+    kl: int = 0,
+    aggregation: int = 0,
+    full: bool = False,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     return given, {
         "SURROGATE": surrogate, "LEVEL": level, "KL_KIND": kl, "KL_UNBIASED": full, "CORRECTION": correction,
-        "SEQ_MEAN": full, "OF_SEQUENCE": not full, "DUAL": full, "OFF_POLICY": full,
+        "AGGREGATION": aggregation, "OF_SEQUENCE": not full, "DUAL": full, "OFF_POLICY": full,
     }  # fmt: skip
 
 
+RATIO = (*POLICY, "old_ptr")
+MEAN_OF_SEQUENCES = AGGREGATIONS.index("seq-mean-token-mean")  # the one that asks for a sequence's length
 CASES |= {
     ("policy", "policy_loss_kernel"): {
-        **{f"surrogate {code}": _policy((*POLICY, "old_ptr"), code, 0) for code in range(6)},
+        **{name: _policy(RATIO, surrogate=code) for code, name in enumerate(SURROGATES)},
+        **{name: _policy(RATIO, aggregation=code) for code, name in enumerate(AGGREGATIONS)},
+        **{name: _policy((*RATIO, "ref_ptr"), kl=code) for code, name in enumerate(KL_KINDS)},
         **{
-            f"level {level}, full": _policy(POLICY_ALL, 0, level, 1 + level, 1 + level, True)
-            for level in range(4)
+            name: _policy((*RATIO, "sampler_ptr"), correction=code)
+            for code, name in enumerate(CORRECTIONS)
+            if name != "none"
         },
-        **{f"surrogate {code}, full": _policy(POLICY_ALL, code, 3, 2, 4, True) for code in range(1, 6)},
-        "shares": _policy((*POLICY, "old_ptr", "agg_ptr"), 0, 0),
+        **{
+            f"level {name}, full": _policy(
+                POLICY_ALL,
+                level=code,
+                correction=1 + code % (len(CORRECTIONS) - 1),
+                kl=(1 + code) % len(KL_KINDS),
+                aggregation=MEAN_OF_SEQUENCES,
+                full=True,
+            )
+            for code, name in enumerate(LEVELS)
+        },
+        **{
+            f"{name}, full": _policy(
+                POLICY_ALL,
+                surrogate=code,
+                level=LEVELS.index("geometric"),
+                correction=CORRECTIONS.index("token_mask"),
+                kl=KL_KINDS.index("low_var_kl"),
+                aggregation=MEAN_OF_SEQUENCES,
+                full=True,
+            )
+            for code, name in enumerate(SURROGATES)
+        },
+        "shares": _policy((*RATIO, "share_ptr")),
     },
     ("policy", "policy_total_kernel"): {
-        "tokens": (("sums_ptr", "out_ptr"), {"HAS_NORMALIZER": False, "BY_TOKENS": True}),
+        **{
+            name: (TOTAL, {"HAS_NORMALIZER": False, "HAS_SHARES": False, "AGGREGATION": code})
+            for code, name in enumerate(AGGREGATIONS)
+        },
+        "shares": (TOTAL, {"HAS_NORMALIZER": False, "HAS_SHARES": True, "AGGREGATION": 0}),
         "normalizer": (
-            ("sums_ptr", "normalizer_ptr", "out_ptr"),
-            {"HAS_NORMALIZER": True, "BY_TOKENS": False},
+            (*TOTAL, "normalizer_ptr"),
+            {"HAS_NORMALIZER": True, "HAS_SHARES": False, "AGGREGATION": 0},
         ),
     },
     ("scan", "scan_kernel"): {
@@ -108,15 +171,14 @@ CASES[("scale", "scale_kernel")] = {
     for layout, aligned, rows in (("whole", ("width",), {"rows": 1}), ("rows", (), {}))
 }
 SHAPES = {
-    "policy_loss_kernel": ("launch_policy", "POLICY_SHAPE"), "policy_total_kernel": ("launch_policy", "TOTAL_SHAPE"),
-    "scan_kernel": ("launch_policy", "SCAN_SHAPE"), "scale_kernel": ("launch", "SCALE_SHAPE"),
+    "segment_sum_kernel": "SUM_SHAPE", "segment_expand_kernel": "SUM_SHAPE", "pair_loss_kernel": "PAIR_SHAPE",
+    "unpaired_loss_kernel": "PAIR_SHAPE", "policy_loss_kernel": "POLICY_SHAPE", "policy_total_kernel": "TOTAL_SHAPE",
+    "scan_kernel": "SCAN_SHAPE", "scale_kernel": "SCALE_SHAPE",
 }  # fmt: skip
 
 
 def _shape(module: str, kernel: str) -> dict[str, Any]:
-    usual = (f"launch_{module}", "SUM_SHAPE" if kernel.startswith("segment") else "PAIR_SHAPE")
-    family, name = SHAPES.get(kernel, usual)
-    return getattr(importlib.import_module(f"kernels.{family}"), name)
+    return getattr(importlib.import_module(f"kernels.{module}"), SHAPES[kernel])
 
 
 def cases(targets: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
@@ -128,8 +190,6 @@ def cases(targets: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
 
 def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     """Compile (target, module, kernel, options) and return its row of the report."""
-    from kernel_report_triton import compile_kernel
-
     target, module, name, options = case
     kernel = getattr(importlib.import_module(f"kernels.{module}"), name)
     given, constants = CASES[module, name][options]

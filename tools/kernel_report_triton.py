@@ -3,25 +3,29 @@
     python tools/kernel_report_triton.py
 
 Compiles each kernel for every target, dtype and a plain and a full set of options, with the launch shapes of
-kernels/launch.py, and reads the machine code. Exits with status 1 if one spills or uses local memory.
+kernels/, and reads the machine code. Exits with status 1 if one spills or uses local memory.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import kernel_report_pointwise
+from kernel_report_compile import compile_kernel
+
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter has no machine code
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # and, through multiprocessing, in the workers
+
+from fastloss import tables  # noqa: E402
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = ("fp32", "bf16", "fp16")
@@ -30,17 +34,10 @@ GATE = ("stack", "local", "ldl", "stl", "spills")  # LDL, STL: loads and stores 
 
 # kernel -> option set -> arguments that are given (pointers) and flags that are on. The fullest sets are there with and
 # without a soft-cap, because the launch shape depends on it.
-STATS = (
-    "logsumexp_ptr",
-    "logprob_ptr",
-    "entropy_ptr",
-    "log_sum_sq_probs_ptr",
-    "mean_logit_ptr",
-    "is_top1_ptr",
-)
+STATS = tuple(f"{name}_ptr" for name in tables.STATS)
 CASES: dict[str, dict[str, tuple[str, ...]]] = {
     "row_stats_kernel": {
-        "plain": ("target_ptr", "logsumexp_ptr", "logprob_ptr"),
+        "plain": ("target_ptr", "logsumexp_ptr", "logprobs_ptr"),
         "full": ("target_ptr", "bias_ptr", "HAS_SOFTCAP", *STATS),
         "uncapped": ("target_ptr", "bias_ptr", *STATS),
     },
@@ -83,21 +80,21 @@ def _type_of(name: str, dtype: str) -> str:
 def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     """Compile (target, kernel, options, dtype, vocab) and return its row of the report."""
     from kernels import rows
-    from kernels.launch import launch_shape
 
     if rows.INTERPRETED.value:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no machine code")
     target, name, options, dtype, vocab = case
     kernel, given = getattr(rows, name), CASES[name][options]
     warp = 64 if target.startswith("gfx") else 32
-    shape = launch_shape(vocab, "HAS_SOFTCAP" in given, warp)
+    shape = rows.launch_shape(vocab, "HAS_SOFTCAP" in given, 4 if dtype == "fp32" else 2, warp)
+    constants = {**shape, **dict.fromkeys(given, True)}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     attributes = {}
     for i, arg in enumerate(kernel.arg_names):
         if arg.isupper() or (arg.endswith("_ptr") and arg not in (*ALWAYS, *given)):
             signature[arg] = "constexpr"
-            constexprs[arg] = shape["BLOCK"] if arg == "BLOCK" else arg in given if arg.isupper() else None
+            constexprs[arg] = constants.get(arg, False) if arg.isupper() else None
             continue
         signature[arg] = _type_of(arg, dtype)
         if arg.endswith("_ptr") or (arg in ALIGNED and vocab % 16 == 0):
@@ -105,68 +102,6 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     numbers = compile_kernel(kernel, signature, constexprs, attributes, shape, target)
     return {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
             "vocab": vocab, "block": shape["BLOCK"], "warps": shape["num_warps"]} | numbers  # fmt: skip
-
-
-def compile_kernel(
-    kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], attributes: dict[Any, Any], shape: dict[str, Any],
-    target: str,
-) -> dict[str, int]:  # fmt: skip
-    """Shared memory, registers, stack and spills of one kernel compiled for ``target``."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-    amd = target.startswith("gfx")
-    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=gpu, options={k: v for k, v in shape.items() if k != "BLOCK"})
-    asm = compiled.asm
-    numbers = _amd_numbers(asm["amdgcn"]) if amd else _nvidia_numbers(asm["cubin"])
-    return {"shared": compiled.metadata.shared} | numbers
-
-
-def _tool(name: str) -> Path:
-    import triton
-
-    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-
-
-def _run(*command: str | Path) -> str:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{Path(command[0]).name}: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
-
-
-def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
-        raise RuntimeError(f"expected {pattern!r} in {text[:2000]!r}")
-    return int(found.group(1))
-
-
-def _nvidia_numbers(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
-        code = _run(_tool("nvdisasm"), "-c", file.name)
-    return {
-        "registers": _number(r"REG:(\d+)", usage),
-        "stack": _number(r"STACK:(\d+)", usage),
-        "local": _number(r"LOCAL:(\d+)", usage),
-        "ldl": len(re.findall(r"\bLDL\b", code)),
-        "stl": len(re.findall(r"\bSTL\b", code)),
-    }
-
-
-def _amd_numbers(assembly: str) -> dict[str, int]:
-    return {
-        "registers": _number(r"\.vgpr_count:\s+(\d+)", assembly),
-        "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
-        "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
-        + _number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
-    }
 
 
 def cases(targets: Sequence[str]) -> Iterator[tuple[str, str, str, str, int]]:
@@ -185,8 +120,6 @@ def collect(targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
         raise RuntimeError("TRITON_INTERPRET is set: the interpreter has no machine code")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))  # and, through multiprocessing, in the workers
-    import kernel_report_pointwise
-
     workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         pointwise = pool.map(kernel_report_pointwise.compile_case, kernel_report_pointwise.cases(targets))

@@ -12,7 +12,7 @@ python=${PYTHON:-$root/.venv/bin/python}
 
 sanitize=(-O2 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer)
 [ -n "${PLAIN:-}" ] && sanitize=(-O3)
-flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenmp -fPIC -Wall -Wextra -Wno-psabi "${sanitize[@]}")
+flags=(-std=c++17 -fno-math-errno -ffp-contract=fast -fvisibility=hidden -fopenmp -fPIC -Wall -Wextra -Wno-psabi -I.. "${sanitize[@]}")
 avx2=(-mavx2 -mfma -mf16c)
 avx512=(-mavx512f -mavx512bw -mavx512dq -mavx512vl "${avx2[@]}")
 cd "$root/csrc/cpu"
@@ -25,7 +25,7 @@ for source in *.cpp; do
     compile -DFASTLOSS_ISA=generic -c "$source" -o "$build/$source.generic.o"
     compile -DFASTLOSS_ISA=wide16 -DFASTLOSS_VECTOR_BYTES=64 "${avx2[@]}" -c "$source" -o "$build/$source.wide16.o"
   else
-    compile -I.. -DFASTLOSS_W16_TEST $("$python" -m pybind11 --includes) -c "$source" -o "$build/$source.o"
+    compile -DFASTLOSS_W16_TEST $("$python" -m pybind11 --includes) -c "$source" -o "$build/$source.o"
   fi
 done | xargs -P "$(nproc)" -I{} sh -c '{}'
 g++ -shared "${flags[@]}" "$build"/*.o -o "$build/_cpu.so"
@@ -37,7 +37,7 @@ if [ -z "${PLAIN:-}" ]; then
 fi
 cd "$root"
 # Everything that calls the native module: its kernels on every instruction set, then what calls it with tensors.
-"$python" -m pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_cpu_math.py tests/test_cpu_head.py \
-  tests/test_head.py tests/test_plain_pairs.py tests/test_plain_policy.py "$@"
-"$python" -m pytest -q -p no:cacheprovider tests/test_pairs_kernels.py tests/test_policy_kernels.py \
-  tests/test_scan_kernels.py -k cpu "$@"
+"$python" -m pytest -q -p no:cacheprovider tests/kernels/test_cpu_kernels.py tests/kernels/test_cpu_math.py tests/kernels/test_cpu_head.py \
+  tests/engine/test_head.py tests/engine/test_direct_pairs.py tests/engine/test_direct_policy.py "$@"
+"$python" -m pytest -q -p no:cacheprovider tests/kernels/test_pairs_kernels.py tests/kernels/test_policy_kernels.py \
+  tests/kernels/test_scan_kernels.py -k cpu "$@"

@@ -6,27 +6,16 @@
 
 #include <cstdint>
 
-namespace fastloss {
+#include "common/row_arguments.h"
 
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+namespace fastloss {
 
 // Elements per block: x, z and exp(z) of a block stay in a 32 KB L1 between the passes over it.
 constexpr int64_t kBlock = 2048;
 
-struct Logits {
-  const void* x;
-  int dtype;
-  int64_t rows, vocab, row_stride;
-  const int64_t* target;  // [rows] or null
-  int64_t ignore_index;
-  const void* bias;  // acc [vocab] or null
-  double scale, softcap;
-};
-
-struct Stats {  // each [rows] or null
-  void *loss, *logsumexp, *logprob, *entropy, *log_sum_sq_probs, *mean_logit;
-  uint8_t* is_top1;
-};
+using Logits = LogitsOf<void, double>;
+using Stats = StatsOf<void>;
+using Coefficients = CoefficientsOf<void>;
 
 struct CrossEntropy {
   const void* w;
@@ -34,14 +23,6 @@ struct CrossEntropy {
   double label_smoothing, z_loss, grad_scale;
   void* grad;
   int64_t grad_row_stride;
-};
-
-struct Coefficients {
-  const void *lse, *a, *b, *c, *d;
-  const void* w;
-  int64_t w_row_stride;
-  void* out;
-  int64_t out_row_stride;
 };
 
 // Rows [begin, end) with `scratch` of at least the bytes that `scratch_bytes` says, 64-byte aligned.

@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../pair_bindings.h"
+#include "common/pair_bindings.h"
 #include "parallel.h"
 
 namespace fastloss {
@@ -38,16 +38,6 @@ int64_t mean_length(const Segments& s) {
   return (s.offsets[s.count] - s.offsets[0]) / s.count + 1;
 }
 
-struct MaybeReleaseGil {  // releasing the GIL costs about as much as a tiny call
-  PyThreadState* saved = nullptr;
-  explicit MaybeReleaseGil(int64_t work) {
-    if (work >= kSmallWork) saved = PyEval_SaveThread();
-  }
-  ~MaybeReleaseGil() {
-    if (saved) PyEval_RestoreThread(saved);
-  }
-};
-
 constexpr int64_t kWorkPerPair = 32;  // a pair's logarithms cost about as much as the sum of this many tokens
 
 struct Cpu {
@@ -56,16 +46,14 @@ struct Cpu {
 
   template <class F>
   static void with_dtype(int dtype, F f) {
-    if (dtype == 0) return f(0.0f);
-    if (dtype == 3) return f(0.0);
-    throw std::invalid_argument("dtype: expected 0 (float32) or 3 (float64)");
+    return expect_accumulation_dtype(dtype) == kFloat64 ? f(0.0) : f(0.0f);
   }
 
   template <class S>
   static void run(const SegmentSum<S>& a, int64_t threads) {
     const Segments& seg = a.segments;
     const int64_t length = mean_length(seg);
-    const MaybeReleaseGil gil(seg.count * length);
+    const ReleaseGil gil(seg.count * length >= kSmallWork);
     for_rows(seg.count, length, threads, 0, [&](int64_t first, int64_t last, void*) {
       for (int64_t s = first; s < last; ++s) {
         const int64_t begin = seg.begin(s), n = seg.begin(s + 1) - begin;
@@ -77,7 +65,7 @@ struct Cpu {
   template <class S>
   static void run(const SegmentExpand<S>& a, int64_t threads) {
     const Segments& seg = a.segments;
-    const MaybeReleaseGil gil(a.n);
+    const ReleaseGil gil(a.n >= kSmallWork);
     for (int64_t i = 0; i < seg.begin(0); ++i) a.out[i] = S(0);
     for (int64_t i = seg.begin(seg.count); i < a.n; ++i) a.out[i] = S(0);
     for_rows(seg.count, mean_length(seg), threads, 0, [&](int64_t first, int64_t last, void*) {
@@ -97,7 +85,7 @@ struct Cpu {
 
   template <class S>
   static void run(const PairLoss<S, double>& a, int64_t) {
-    const MaybeReleaseGil gil(a.pairs * kWorkPerPair);
+    const ReleaseGil gil(a.pairs * kWorkPerPair >= kSmallWork);
     double tokens = double(a.pairs), sums[kSums] = {};
     if (a.needs_tokens()) {
       tokens = 0;
@@ -110,7 +98,7 @@ struct Cpu {
 
   template <class S>
   static void run(const UnpairedLoss<S, double>& a, int64_t) {
-    const MaybeReleaseGil gil(a.sequences * kWorkPerPair);
+    const ReleaseGil gil(a.sequences * kWorkPerPair >= kSmallWork);
     double sums[kSums] = {};
     const double kl = a.kl ? double(*a.kl) : 0.0;
     for (int64_t i = 0; i < a.sequences; ++i) one_sequence(a, kl, i, sums);
@@ -120,47 +108,41 @@ struct Cpu {
 
 // pair_loss with numbers for all pairs alone, and the fewest calls from Python around it: options read once,
 // the metrics made here.
-class PlainPairs {
+class DirectPairs {
   PairLoss<float, double> f32_ = {};
   PairLoss<double, double> f64_ = {};
 
   const PairLoss<float, double>& of(float) const { return f32_; }
   const PairLoss<double, double>& of(double) const { return f64_; }
 
-  template <class S>
-  static void set(PairLoss<S, double>& a, const pybind11::sequence& terms, int divergence, double alpha,
-                  double beta, double smoothing, double margin, double delta, double tau) {
-    set_terms(a, terms), set_divergence(a, divergence, alpha);
-    a.beta.number = beta, a.smoothing.number = smoothing, a.margin.number = margin;
-    a.weight.number = 1, a.delta.number = delta, a.tau = tau;
-  }
-
  public:
-  PlainPairs(const pybind11::sequence& terms, int divergence, double alpha, double beta, double smoothing,
-             double margin, double delta, double tau) {
-    set(f32_, terms, divergence, alpha, beta, smoothing, margin, delta, tau);
-    set(f64_, terms, divergence, alpha, beta, smoothing, margin, delta, tau);
+  explicit DirectPairs(const pybind11::object& options) {
+    set_options(f32_, Record(options)), set_options(f64_, Record(options));
   }
 
-  // `loss` is acc [pairs] with `per_pair`, else their sum. `metrics`: the means of sums[1] to sums[6], and
-  // with `extremes` the least and the largest of c and r.
-  void run(int dtype, int64_t pairs, Address c, Address r, Address rc, Address rr, bool per_pair,
-           Address loss, Address d_c, Address d_r, Address chosen_reward, Address rejected_reward,
-           Address metrics, bool extremes) const {
+  // `loss` is acc [pairs] with `per_pair`, else their sum. `metrics`: the means of all PairSum but the loss,
+  // and with `extremes` the least and the largest of chosen and rejected.
+  void run(int dtype, int64_t pairs, Address chosen, Address rejected, Address ref_chosen,
+           Address ref_rejected, bool per_pair, Address loss, Address d_chosen, Address d_rejected,
+           Address chosen_reward, Address rejected_reward, Address metrics, bool extremes) const {
     Cpu::with_dtype(dtype, [&](auto zero) {
       using S = decltype(zero);
       thread_local std::vector<S> losses;
       S sums[kSums];
       PairLoss<S, double> a = of(zero);
-      a.c = from<S>(c), a.r = from<S>(r), a.rc = from<S>(rc), a.rr = from<S>(rr), a.pairs = pairs;
+      a.c = required<S>("chosen", chosen), a.r = required<S>("rejected", rejected);
+      a.rc = at<S>(ref_chosen), a.rr = at<S>(ref_rejected), a.pairs = pairs;
       if (!per_pair) losses.resize(size_t(pairs));
-      a.loss = per_pair ? from<S>(loss) : losses.data();
-      a.d_c = from<S>(d_c), a.d_r = from<S>(d_r), a.sums = sums;
-      a.chosen_reward = from<S>(chosen_reward), a.rejected_reward = from<S>(rejected_reward);
+      S* const out = required<S>("loss", loss);
+      a.loss = per_pair ? out : losses.data();
+      a.d_c = required<S>("d_chosen", d_chosen), a.d_r = required<S>("d_rejected", d_rejected);
+      a.chosen_reward = required<S>("chosen_reward", chosen_reward);
+      a.rejected_reward = required<S>("rejected_reward", rejected_reward);
+      a.sums = sums;
+      S* const to = required<S>("metrics", metrics);
       Cpu::run(a, 1);
-      if (!per_pair) *from<S>(loss) = sums[0];
-      S* const to = from<S>(metrics);
-      for (int k = 1; k < kSums; ++k) to[k - 1] = S(double(sums[k]) / double(pairs));
+      if (!per_pair) *out = sums[kPairLoss];
+      for (int k = kPairLoss + 1; k < kSums; ++k) to[k - 1] = S(double(sums[k]) / double(pairs));
       if (!extremes) return;
       S least = a.c[0], most = a.c[0];
       for (int64_t i = 0; i < pairs; ++i) {
@@ -177,9 +159,13 @@ class PlainPairs {
 
 void bind_pairs(pybind11::module_& m) {
   PairBindings<Cpu>::bind(m);
-  pybind11::class_<PlainPairs>(m, "PlainPairs", pybind11::module_local())
-      .def(pybind11::init<const pybind11::sequence&, int, double, double, double, double, double, double>())
-      .def("run", &PlainPairs::run);
+  // By position: naming each argument would cost more than the kernel.
+  using pybind11::arg;
+  pybind11::class_<DirectPairs>(m, "DirectPairs", pybind11::module_local())
+      .def(pybind11::init<const pybind11::object&>(), arg("options"))
+      .def("run", &DirectPairs::run, arg("dtype"), arg("pairs"), arg("chosen"), arg("rejected"),
+           arg("ref_chosen"), arg("ref_rejected"), arg("per_pair"), arg("loss"), arg("d_chosen"),
+           arg("d_rejected"), arg("chosen_reward"), arg("rejected_reward"), arg("metrics"), arg("extremes"));
 }
 
 }  // namespace fastloss

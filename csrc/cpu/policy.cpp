@@ -1,4 +1,4 @@
-// policy_loss of a range of sequences: each token's loss by csrc/policy.h, its gradient, its sequence's sums.
+// policy_loss of a range of sequences: each token's loss by csrc/common/policy_terms.h, its gradient, its sequence's sums.
 // Reads each input once (twice where the sequence has a weight of its own: the second time from the cache, or
 // the mask alone), writes the gradient. Vectors of tokens; sums of 256 tokens in lanes, beyond that in
 // double.
@@ -14,10 +14,11 @@ namespace {
 // Whether all tokens of a sequence have the same terms, so that one token's are enough.
 template <class S>
 bool is_uniform(const policy::Call& call, const Options<S>& o) {
-  const bool by_ratio =
-      o.surrogate == policy::kClip || o.surrogate == policy::kSapo || o.surrogate == policy::kRatio;
-  return o.level != policy::kToken && by_ratio && call.advantage_of_sequence && !o.correction && !call.ref &&
-         !call.entropy && !call.token_weight && !call.select && !call.agg;
+  const bool by_ratio = o.surrogate == policy::Surrogate::kClip || o.surrogate == policy::Surrogate::kSapo ||
+                        o.surrogate == policy::Surrogate::kRatio;
+  return o.level != policy::Level::kToken && by_ratio && call.advantage_of_sequence &&
+         o.correction == policy::Correction::kNone && !call.ref && !call.entropy && !call.token_weight &&
+         !call.select && !call.agg;
 }
 
 template <class S>
@@ -34,7 +35,8 @@ void sums_of(const policy::Call& call, const Options<S>& o, S advantage, int64_t
              Prelude<S>* out) {
   using V = VectorOf<S>;
   const Inputs<S> in{call, o, advantage};
-  const bool geometric = o.level == policy::kGeometric, off_policy = o.off_policy_threshold < S(INFINITY);
+  const bool geometric = o.level == policy::Level::kGeometric,
+             off_policy = o.off_policy_threshold < S(INFINITY);
   bool first = !call.advantage_of_sequence;
   out->first_advantage = advantage;
   Count<S> n;
@@ -55,7 +57,7 @@ void sums_of(const policy::Call& call, const Options<S>& o, S advantage, int64_t
           MaskOf<V> slope;
           if (geometric) g_sum += one_sided(o, lr, a, &slope);
         }
-        if (o.correction) {
+        if (o.correction != policy::Correction::kNone) {
           const V d = at.mismatch(logprob);
           d_sum += d;
           log_c += at.live ? log_correction(o, d) : V{};
@@ -65,7 +67,7 @@ void sums_of(const policy::Call& call, const Options<S>& o, S advantage, int64_t
       [&]() FASTLOSS_ALWAYS {
         lr_sum.flush();
         if (geometric) g_sum.flush();
-        if (o.correction) d_sum.flush(), log_c.flush();
+        if (o.correction != policy::Correction::kNone) d_sum.flush(), log_c.flush();
         if (off_policy) off.flush();
       });
   out->sums = {n.total(), lr_sum.total(), g_sum.total(), d_sum.total(), log_c.total(), off.total()};
@@ -77,7 +79,8 @@ void sums_of_uniform(const policy::Call& call, const Options<S>& o, S advantage,
                      Prelude<S>* out) {
   using V = VectorOf<S>;
   const Inputs<S> in{call, o, advantage};
-  const bool geometric = o.level == policy::kGeometric, off_policy = o.off_policy_threshold < S(INFINITY);
+  const bool geometric = o.level == policy::Level::kGeometric,
+             off_policy = o.off_policy_threshold < S(INFINITY);
   const V a = splat<V>(advantage);
   MaskOf<V> outside = {};
   Count<S> n, low, high;
@@ -103,7 +106,7 @@ void sums_of_uniform(const policy::Call& call, const Options<S>& o, S advantage,
           MaskOf<V> slope;
           const V g = one_sided(o, lr, a, &slope);
           g_sum += at.live ? g : V{};
-          low += (lr < -o.log_low) & (a < V{}), high += (lr > o.log_high) & (a > V{});
+          low += (lr < -o.clip_low) & (a < V{}), high += (lr > o.clip_high) & (a > V{});
         }
         if (off_policy) off += at.off_policy(logprob);
       },
@@ -129,7 +132,7 @@ void put_common(const policy::Call& call, const Options<S>& o, S advantage, int6
     if (!flat && at.any) {
       const V raw = at.log_ratio(at.at(call.logprobs)), lr = clamped(raw, S(-kMaxLogRatio), S(kMaxLogRatio));
       slope &= lr == raw;
-      if (o.level == policy::kGeometric) {
+      if (o.level == policy::Level::kGeometric) {
         MaskOf<V> lets_through;
         one_sided(o, lr, at.advantages(), &lets_through);
         slope &= lets_through;
@@ -148,7 +151,7 @@ FASTLOSS_INLINE double put_terms(const policy::Call& call, const Options<S>& o, 
   using V = VectorOf<S>;
   const Inputs<S> in{call, o, advantage};
   const bool with_kl = call.ref, with_entropy = call.entropy, beside = with_kl || with_entropy;
-  const bool of_token = o.level == policy::kToken, dual = o.dual_clip < S(INFINITY);
+  const bool of_token = o.level == policy::Level::kToken, dual = o.dual_clip < S(INFINITY);
   const S scale = S(call.grad_scale), scaled_share = S(call.grad_scale * double(sequence.share));
   Sum<S> loss, policy_sum, k1, k3, kl, entropy, rho_sum, rho_squared, common;
   Count<S> tokens, low, high, dual_clipped, cut;
@@ -179,7 +182,7 @@ FASTLOSS_INLINE double put_terms(const policy::Call& call, const Options<S>& o, 
         k1 += token.lr, k3 += terms.k3;
         tokens += at.live, low += terms.low, high += terms.high;
         if (dual) dual_clipped += terms.dual;
-        if (o.correction) cut += terms.cut & at.live;
+        if (o.correction != policy::Correction::kNone) cut += terms.cut & at.live;
         if (beside) policy_sum += share * terms.policy;
         if (with_kl) kl += terms.kl;
         if (with_entropy) entropy += token.entropy;
@@ -219,25 +222,26 @@ double any_terms(const policy::Call& call, const Options<S>& o, const Sequence<S
 }
 
 // The commonest: log-probs, old ones and an advantage of the sequence, nothing else.
-template <class S, int surrogate>
+template <class S, policy::Surrogate surrogate>
 double bare_terms(const policy::Call& given, const Options<S>& options, const Sequence<S>& sequence,
                   S advantage, int64_t begin, int64_t end, double* sums) {
   policy::Call call = given;
   Options<S> o = options;
   call.ref = call.entropy = call.sampler = call.token_weight = call.agg = call.grad_entropy = nullptr;
   call.select = nullptr, call.advantage_of_sequence = true;
-  o.surrogate = surrogate, o.level = policy::kToken, o.correction = policy::kNone;
+  o.surrogate = surrogate, o.level = policy::Level::kToken, o.correction = policy::Correction::kNone;
   return put_terms(call, o, sequence, advantage, begin, end, sums);
 }
 
 template <class S>
 auto terms_for(const policy::Call& call, const Options<S>& o) {
-  const bool bare = o.level == policy::kToken && call.advantage_of_sequence && !o.correction && !call.ref &&
-                    !call.entropy && !call.token_weight && !call.select && !call.agg;
-  if (bare && o.surrogate == policy::kClip) return &bare_terms<S, policy::kClip>;
-  if (bare && o.surrogate == policy::kLogprob) return &bare_terms<S, policy::kLogprob>;
-  if (bare && o.surrogate == policy::kCispo) return &bare_terms<S, policy::kCispo>;
-  if (bare && o.surrogate == policy::kSapo) return &bare_terms<S, policy::kSapo>;
+  const bool bare = o.level == policy::Level::kToken && call.advantage_of_sequence &&
+                    o.correction == policy::Correction::kNone && !call.ref && !call.entropy &&
+                    !call.token_weight && !call.select && !call.agg;
+  if (bare && o.surrogate == policy::Surrogate::kClip) return &bare_terms<S, policy::Surrogate::kClip>;
+  if (bare && o.surrogate == policy::Surrogate::kLogprob) return &bare_terms<S, policy::Surrogate::kLogprob>;
+  if (bare && o.surrogate == policy::Surrogate::kCispo) return &bare_terms<S, policy::Surrogate::kCispo>;
+  if (bare && o.surrogate == policy::Surrogate::kSapo) return &bare_terms<S, policy::Surrogate::kSapo>;
   return &any_terms<S>;
 }
 
@@ -250,7 +254,7 @@ void put_uniform(const policy::Call& call, const Options<S>& o, const Prelude<S>
   token.advantage = splat<V>(advantage);
   const Terms<V> terms = terms_of(o, call, sequence, token);
   const double n = prelude.sums.n, share = double(sequence.share), rho = double(sequence.rho);
-  const bool geometric = o.level == policy::kGeometric;
+  const bool geometric = o.level == policy::Level::kGeometric;
   sums[policy::kLoss] = sums[policy::kPolicy] = n > 0 ? n * share * double(terms.loss[0]) : 0;
   sums[policy::kTokens] = n;
   sums[policy::kLowClipped] = geometric ? prelude.low : terms.low[0] ? n : 0;
@@ -284,7 +288,7 @@ void one_sequence(const policy::Call& call, const Options<S>& o, int64_t index, 
   const Sequence<S> sequence = sequence_of(o, prelude.sums, prelude.first_advantage);
   if (uniform) return put_uniform(call, o, prelude, sequence, advantage, begin, end, sums);
   const double common = terms_for(call, o)(call, o, sequence, advantage, begin, end, sums);
-  if (o.level != policy::kToken) {
+  if (o.level != policy::Level::kToken) {
     put_common<S, true>(call, o, advantage, begin, end,
                         S(common * double(sequence.w_slope) * call.grad_scale), false);
   }

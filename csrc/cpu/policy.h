@@ -3,7 +3,7 @@
 // Apart from the kernels' args.h: nothing here concerns rows of logits.
 #pragma once
 
-#include "../policy_args.h"
+#include "common/policy_arguments.h"
 
 namespace fastloss {
 

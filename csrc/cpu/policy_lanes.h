@@ -3,7 +3,7 @@
 // namespace.
 #pragma once
 
-#include "../policy.h"
+#include "common/policy_terms.h"
 #include "args.h"
 
 namespace fastloss {
@@ -75,7 +75,7 @@ struct Place {
     t.ref = call.ref ? at(call.ref) : V{};
     t.entropy = call.entropy ? at(call.entropy) : V{};
     t.weight = call.token_weight ? at(call.token_weight) : V{};
-    t.d = in.o.correction ? mismatch(t.logprob) : V{};
+    t.d = in.o.correction != policy::Correction::kNone ? mismatch(t.logprob) : V{};
     t.selected = live;
     if (call.select) {
       uint8_t bytes[L] = {};

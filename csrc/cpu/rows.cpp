@@ -226,16 +226,17 @@ void convert(const void* src, int src_dtype, void* dst, int dst_dtype, int64_t b
 
 template <class F>
 auto with_dtype(int dtype, F&& f) {
-  switch (dtype) {
+  switch (Dtype(dtype)) {
     case kBFloat16:
       return f(BF16{});
     case kFloat16:
       return f(F16{});
     case kFloat64:
       return f(double{});
-    default:
+    case kFloat32:
       return f(float{});
   }
+  FASTLOSS_UNREACHABLE();
 }
 
 int64_t scratch_bytes(const Logits& l, bool gradient) {

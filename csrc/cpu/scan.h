@@ -3,7 +3,7 @@
 // One function: without values it is discounted_returns.
 #pragma once
 
-#include "../scan_args.h"
+#include "common/scan_arguments.h"
 
 namespace fastloss {
 

@@ -5,24 +5,13 @@
 
 #include <cstdint>
 
+#include "common/row_arguments.h"
+
 namespace fastloss::cuda {
 
-enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-
-struct Logits {
-  const void* x;
-  int dtype;
-  int64_t rows, vocab, row_stride;
-  const int64_t* target;  // [rows] or null
-  int64_t ignore_index;
-  const float* bias;  // [vocab] or null
-  float scale, softcap;
-};
-
-struct Stats {  // each [rows] or null
-  float *loss, *logsumexp, *logprob, *entropy, *log_sum_sq_probs, *mean_logit;
-  uint8_t* is_top1;
-};
+using Logits = LogitsOf<float, float>;
+using Stats = StatsOf<float>;
+using Coefficients = CoefficientsOf<float>;
 
 struct CrossEntropy {
   const float* w;
@@ -32,14 +21,6 @@ struct CrossEntropy {
   const float* grad_scale_ptr;
   void* grad;
   int64_t grad_row_stride;
-};
-
-struct Coefficients {
-  const float *lse, *a, *b, *c, *d;
-  const float* w;
-  int64_t w_row_stride;
-  void* out;
-  int64_t out_row_stride;
 };
 
 struct Scaling {

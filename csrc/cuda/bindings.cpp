@@ -1,11 +1,9 @@
-// fastloss._cuda: the functions of docs/engine.md from Python, every pointer an integer address.
-// Reads and writes nothing itself.
-// No PyTorch header: builds in seconds, once for every torch version. The emulated module is this file too.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
+// fastloss._cuda: the row functions of docs/engine.md, and what binds the rest. The emulated module is this
+// file too. Reads and writes nothing itself.
+// No PyTorch header: builds in seconds, once for every torch version.
 #include "args.h"
+#include "common/row_bindings.h"
+#include "launch_from_python.h"
 
 #ifndef FASTLOSS_MODULE
 #define FASTLOSS_MODULE _cuda
@@ -14,86 +12,61 @@
 namespace fastloss::cuda {
 void bind_pairs(pybind11::module_&);
 void bind_policy(pybind11::module_&);
-}  // namespace fastloss::cuda
 
 namespace {
 
-namespace cuda = fastloss::cuda;
-using Address = uintptr_t;
+struct Cuda {
+  using Value = float;
+  using Number = float;
 
-template <class T = float>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
+  static int dtype_of(int code) {
+    if (code_of<Dtype>("dtype", code) == kFloat64)
+      throw std::invalid_argument(
+          "dtype: expected 0 (float32), 1 (bfloat16) or 2 (float16), got 3 (float64)");
+    return code;
+  }
+  static void run(const Logits& in, const Stats& out, int64_t stream) {
+    launch([&] { return row_stats(in, out, at(Address(stream))); });
+  }
+  static void run(const Logits& in, const Coefficients& k, int64_t stream) {
+    launch([&] { return row_grad(in, k, at(Address(stream))); });
+  }
+  static void run(const Logits& in, const GivenCrossEntropy& given, const Stats& out, int64_t stream) {
+    const double vocab = double(in.vocab > 0 ? in.vocab : 1);
+    const CrossEntropy ce = {at<float>(given.w),
+                             given.w_row_stride,
+                             float(1.0 - given.label_smoothing),
+                             float(given.label_smoothing / vocab),
+                             float(given.z_loss),
+                             float(given.factor),
+                             at<float>(given.factor_tensor),
+                             at(given.grad),
+                             given.grad_row_stride};
+    launch([&] { return row_cross_entropy(in, ce, out, at(Address(stream))); });
+  }
+};
 
-void check(const char* error) {
-  if (error) throw std::runtime_error(std::string("fastloss CUDA kernel: ") + error);
-}
-
-void row_stats(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
-               int64_t ignore_index, Address bias, double scale, double softcap, Address logsumexp,
-               Address logprob, Address entropy, Address log_sum_sq_probs, Address mean_logit,
-               Address is_top1, Address stream) {
-  const cuda::Logits in = {at<void>(logits),    dtype,        rows,     vocab,        row_stride,
-                           at<int64_t>(target), ignore_index, at(bias), float(scale), float(softcap)};
-  const cuda::Stats out = {
-      nullptr,        at(logsumexp),       at(logprob), at(entropy), at(log_sum_sq_probs),
-      at(mean_logit), at<uint8_t>(is_top1)};
-  check(cuda::row_stats(in, out, at<void>(stream)));
-}
-
-void row_grad(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride, Address target,
-              int64_t ignore_index, Address bias, double scale, double softcap, Address lse, Address a,
-              Address b, Address c, Address d, Address w, int64_t w_row_stride, Address out,
-              int64_t out_row_stride, Address stream) {
-  const cuda::Logits in = {at<void>(logits),    dtype,        rows,     vocab,        row_stride,
-                           at<int64_t>(target), ignore_index, at(bias), float(scale), float(softcap)};
-  const cuda::Coefficients k = {at(lse), at(a),        at(b),         at(c),         at(d),
-                                at(w),   w_row_stride, at<void>(out), out_row_stride};
-  check(cuda::row_grad(in, k, at<void>(stream)));
-}
-
-void row_cross_entropy(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
-                       Address target, int64_t ignore_index, Address bias, double scale, double softcap,
-                       Address w, int64_t w_row_stride, double label_smoothing, double z_loss,
-                       double grad_scale, Address grad_scale_ptr, Address grad, int64_t grad_row_stride,
-                       Address loss, Address logsumexp, Address logprob, Address entropy,
-                       Address log_sum_sq_probs, Address mean_logit, Address is_top1, Address stream) {
-  const cuda::Logits in = {at<void>(logits),    dtype,        rows,     vocab,        row_stride,
-                           at<int64_t>(target), ignore_index, at(bias), float(scale), float(softcap)};
-  const cuda::CrossEntropy ce = {at(w),
-                                 w_row_stride,
-                                 float(1.0 - label_smoothing),
-                                 float(label_smoothing / double(vocab > 0 ? vocab : 1)),
-                                 float(z_loss),
-                                 float(grad_scale),
-                                 at(grad_scale_ptr),
-                                 at<void>(grad),
-                                 grad_row_stride};
-  const cuda::Stats out = {
-      at(loss),       at(logsumexp),       at(logprob), at(entropy), at(log_sum_sq_probs),
-      at(mean_logit), at<uint8_t>(is_top1)};
-  check(cuda::row_cross_entropy(in, ce, out, at<void>(stream)));
-}
-
-void scale_in_place(Address x, int dtype, int64_t rows, int64_t width, int64_t row_stride, Address scale,
-                    Address stream) {
-  check(cuda::scale_in_place({at<void>(x), dtype, rows, width, row_stride, at(scale)}, at<void>(stream)));
+void scale(Address x, int dtype, int64_t rows, int64_t width, int64_t row_stride, Address factor,
+           int64_t context) {
+  const Scaling a = {
+      required("x", x), Cuda::dtype_of(dtype), rows, width, row_stride, required<float>("factor", factor)};
+  launch([&] { return scale_in_place(a, at(Address(context))); });
 }
 
 }  // namespace
+}  // namespace fastloss::cuda
 
 PYBIND11_MODULE(FASTLOSS_MODULE, m) {
-  m.doc() = "CUDA row kernels of fastloss; docs/engine.md is their contract.";
-  const pybind11::call_guard<pybind11::gil_scoped_release> unlocked;
-  m.def("row_stats", &row_stats, unlocked);
-  m.def("row_grad", &row_grad, unlocked);
-  m.def("row_cross_entropy", &row_cross_entropy, unlocked);
-  m.def("scale_in_place", &scale_in_place, unlocked);
+  namespace cuda = fastloss::cuda;
+  m.doc() = "CUDA kernels of fastloss; docs/engine.md and docs/sequences.md are their contract.";
+  m.def("tables", &fastloss::tables);
   m.def("why_not", [] {
     const char* error = cuda::why_not();
     return std::string(error ? error : "");
   });
+  fastloss::RowBindings<cuda::Cuda>::bind(m);
+  fastloss::define(m, "scale_in_place", &cuda::scale, "x", "dtype", "rows", "width", "row_stride", "factor",
+                   "context");
   cuda::bind_pairs(m);
   cuda::bind_policy(m);
 }

@@ -12,17 +12,20 @@ inline const char* text_of(cudaError_t error) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline const char* unusable_dtype(int dtype) {
-  return dtype < kFloat32 || dtype > kFloat16 ? "dtype must be 0 (float32), 1 (bfloat16) or 2 (float16)"
-                                              : nullptr;
-}
-
 // Calls f with a null pointer of the storage type.
 template <class F>
 const char* with_dtype(int dtype, F f) {
-  if (dtype == kFloat32) return f(static_cast<float*>(nullptr));
-  if (dtype == kBFloat16) return f(static_cast<bfloat16*>(nullptr));
-  return f(static_cast<float16*>(nullptr));
+  switch (Dtype(dtype)) {
+    case kFloat32:
+      return f(static_cast<float*>(nullptr));
+    case kBFloat16:
+      return f(static_cast<bfloat16*>(nullptr));
+    case kFloat16:
+      return f(static_cast<float16*>(nullptr));
+    case kFloat64:
+      return "there is no kernel for float64";
+  }
+  return "there is no such dtype";
 }
 
 }  // namespace fastloss::cuda

@@ -1,8 +1,9 @@
-// The kernels of pairs.cu in fastloss._cuda: float32 alone, on the stream given last.
+// The kernels of pairs.cu in fastloss._cuda: float32 alone, on the stream whose address is given.
 // Reads and writes nothing itself.
 // Apart from bindings.cpp, which has the row functions.
-#include "../pair_bindings.h"
+#include "common/pair_bindings.h"
 
+#include "launch_from_python.h"
 #include "pairs.h"
 
 namespace fastloss::cuda {
@@ -14,25 +15,21 @@ struct Cuda {
 
   template <class F>
   static void with_dtype(int dtype, F f) {
-    if (dtype != 0) throw std::runtime_error("fastloss CUDA kernel: dtype must be 0 (float32)");
+    expect_float32(dtype);
     f(0.0f);
   }
 
-  template <class Arguments>
-  static void run(const Arguments& a, int64_t stream) {
-    const char* error = nullptr;
-    {
-      const pybind11::gil_scoped_release unlocked;
-      error = launch(a, from<void>(Address(stream)));
-    }
-    if (error) throw std::runtime_error(std::string("fastloss CUDA kernel: ") + error);
+  static void run(const SegmentSum<float>& a, int64_t stream) {
+    launch([&] { return segment_sum(a, at(Address(stream))); });
   }
-
-  static const char* launch(const SegmentSum<float>& a, void* stream) { return segment_sum(a, stream); }
-  static const char* launch(const SegmentExpand<float>& a, void* stream) { return segment_expand(a, stream); }
-  static const char* launch(const PairLoss<float, float>& a, void* stream) { return pair_loss(a, stream); }
-  static const char* launch(const UnpairedLoss<float, float>& a, void* stream) {
-    return unpaired_loss(a, stream);
+  static void run(const SegmentExpand<float>& a, int64_t stream) {
+    launch([&] { return segment_expand(a, at(Address(stream))); });
+  }
+  static void run(const PairLoss<float, float>& a, int64_t stream) {
+    launch([&] { return pair_loss(a, at(Address(stream))); });
+  }
+  static void run(const UnpairedLoss<float, float>& a, int64_t stream) {
+    launch([&] { return unpaired_loss(a, at(Address(stream))); });
   }
 };
 

@@ -1,9 +1,9 @@
-// The launchers in pairs.cu; their arguments are those of csrc/pair_args.h.
+// The launchers in pairs.cu; their arguments are those of csrc/common/pair_arguments.h.
 // Reads and writes nothing: every pointer is device memory of the caller.
 // Free of CUDA's headers, so that pair_bindings.cpp is plain C++.
 #pragma once
 
-#include "../pair_args.h"
+#include "common/pair_arguments.h"
 
 namespace fastloss::cuda {
 

@@ -1,9 +1,9 @@
-// policy_loss of docs/sequences.md, 7: each token's loss by csrc/policy.h, its gradient, the sums of out[16].
+// policy_loss of docs/sequences.md, 7: each token's loss by csrc/common/policy_terms.h, its gradient, the sums of out[16].
 // Reads each input once (twice where the sequence has a weight of its own), writes the gradient once.
 // One block per sequence, so that a sequence's weight and sums stay in the block; the last block to finish
 // adds the sequences' sums up in their order: one launch, and no atomic but the integer that counts the
 // blocks.
-#include "../policy.h"
+#include "common/policy_terms.h"
 
 #include <algorithm>
 
@@ -45,7 +45,7 @@ struct Reader {
     t.ref = call.ref ? at(call.ref) : 0.0f;
     t.entropy = call.entropy ? at(call.entropy) : 0.0f;
     t.weight = call.token_weight ? at(call.token_weight) : 0.0f;
-    t.d = o.correction ? mismatch(t.logprob) : 0.0f;
+    t.d = o.correction != policy::Correction::kNone ? mismatch(t.logprob) : 0.0f;
     t.selected = call.select && call.select[i];
     return t;
   }
@@ -77,11 +77,11 @@ __device__ Sequence<float> prelude(Reader in, int64_t begin, int64_t end) {
     const float logprob = in.at(in.call.logprobs);
     const float lr = clamped(in.log_ratio(logprob), float(-kMaxLogRatio), float(kMaxLogRatio));
     sums[0] += 1.0, sums[1] += double(lr);
-    if (in.o.level == policy::kGeometric) {
+    if (in.o.level == policy::Level::kGeometric) {
       bool slope;
       sums[2] += double(one_sided(in.o, lr, in.advantages(), &slope));
     }
-    if (in.o.correction) {
+    if (in.o.correction != policy::Correction::kNone) {
       const float d = in.mismatch(logprob);
       sums[3] += double(d), sums[4] += double(log_correction(in.o, d));
     }
@@ -118,7 +118,7 @@ __device__ void one_sequence(const policy::Call& call, const Options<float>& o, 
     const Terms<float> terms = terms_of(o, call, sequence, token);
     const float share = call.agg ? in.at(call.agg) : sequence.share;
     float slope = terms.dlogprob;
-    if (o.level == policy::kToken) {
+    if (o.level == policy::Level::kToken) {
       slope += token.lr_slope ? terms.dw : 0.0f;
     } else {
       common += share * terms.dw;
@@ -149,7 +149,7 @@ __device__ void one_sequence(const policy::Call& call, const Options<float>& o, 
 #pragma unroll
     for (int k = 0; k < policy::kSums; ++k) call.sums[index * policy::kSums + k] = all[k];
   }
-  if (o.level == policy::kToken) return;
+  if (o.level == policy::Level::kToken) return;
 
   // What the weight shared by all tokens passes on to each.
   const float passed = float(all[policy::kSums] * double(sequence.w_slope));
@@ -157,7 +157,7 @@ __device__ void one_sequence(const policy::Call& call, const Options<float>& o, 
     if (!call.mask[in.i]) continue;
     const float raw = in.log_ratio(in.at(call.logprobs));
     bool slope = within(raw, float(-kMaxLogRatio), float(kMaxLogRatio));
-    if (o.level == policy::kGeometric) {
+    if (o.level == policy::Level::kGeometric) {
       bool lets_through;
       one_sided(o, clamped(raw, float(-kMaxLogRatio), float(kMaxLogRatio)), in.advantages(), &lets_through);
       slope = slope && lets_through;

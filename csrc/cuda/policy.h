@@ -3,8 +3,8 @@
 // Free of CUDA's headers, as args.h.
 #pragma once
 
-#include "../policy_args.h"
-#include "../scan_args.h"
+#include "common/policy_arguments.h"
+#include "common/scan_arguments.h"
 
 namespace fastloss::cuda {
 

@@ -1,26 +1,24 @@
-// The kernels of policy.cu and scan.cu in fastloss._cuda: float32 alone, on the stream given last.
-// Reads and writes nothing itself.
+// The kernels of policy.cu and scan.cu in fastloss._cuda: float32 alone, on the stream whose address is
+// given. Reads and writes nothing itself.
 // Apart from bindings.cpp, which has the row functions.
-#include "../policy_bindings.h"
+#include "common/policy_bindings.h"
 
+#include "launch_from_python.h"
 #include "policy.h"
 
 namespace fastloss::cuda {
 namespace {
 
 struct Cuda {
-  template <class Arguments>
-  static void run(const Arguments& a, int dtype, int64_t stream) {
-    if (dtype != 0) throw std::runtime_error("fastloss CUDA kernel: dtype must be 0 (float32)");
-    const char* error = nullptr;
-    {
-      const pybind11::gil_scoped_release unlocked;
-      error = launch(a, reinterpret_cast<void*>(stream));
-    }
-    if (error) throw std::runtime_error(std::string("fastloss CUDA kernel: ") + error);
+  static void run(const policy::Call& call, int dtype, int64_t stream) {
+    expect_float32(dtype);
+    if (!call.ticket) throw std::invalid_argument("ticket: expected an address, got 0");
+    launch([&] { return policy_loss(call, at(Address(stream))); });
   }
-  static const char* launch(const policy::Call& call, void* stream) { return policy_loss(call, stream); }
-  static const char* launch(const Scan& a, void* stream) { return scan(a, stream); }
+  static void run(const Scan& a, int dtype, int64_t stream) {
+    expect_float32(dtype);
+    launch([&] { return scan(a, at(Address(stream))); });
+  }
 };
 
 }  // namespace

@@ -25,8 +25,7 @@ int threads_for(int64_t vocab) {
 }
 
 const char* unusable(const Logits& in) {
-  if (in.vocab < 1 || in.vocab > kMaxVocab) return "vocab must be between 1 and 2^30";
-  return unusable_dtype(in.dtype);
+  return in.vocab < 1 || in.vocab > kMaxVocab ? "vocab must be between 1 and 2^30" : nullptr;
 }
 
 // Half of a multiprocessor's shared memory, so that one block reads while another reduces or writes.

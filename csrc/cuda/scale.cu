@@ -62,7 +62,6 @@ cudaError_t blocks_of_a_wave(int64_t* blocks) {
 
 const char* scale_in_place(const Scaling& a, void* stream) {
   if (a.rows == 0 || a.width == 0) return nullptr;
-  if (const char* error = unusable_dtype(a.dtype)) return error;
   int64_t wave = 0;
   if (const char* error = text_of(blocks_of_a_wave(&wave))) return error;
   return with_dtype(a.dtype, [&](auto* type) {

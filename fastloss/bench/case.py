@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss import head
+from fastloss.bench import internals
 
 IGNORE = -100
 # rows × dim × vocab above which a low-precision GEMM that the CPU only emulates takes minutes.
@@ -59,7 +59,7 @@ class Case:
     def emulated(self, device: str) -> bool:
         """True where GEMMs in the case's dtype are so slow on this device that a call takes minutes."""
         work = self.rows * self.dim * self.vocab
-        return work >= EMULATED_WORK and head.upcasts(torch.device(device), self.dtype)
+        return work >= EMULATED_WORK and internals.upcasts(torch.device(device), self.dtype)
 
 
 def short(dtype: torch.dtype) -> str:

@@ -11,6 +11,9 @@ from torch import Tensor
 from fastloss.bench.case import IGNORE, Case, Data, Loss
 
 BLOCK = 128  # rows at a time: float64 logits of a whole case would not fit everywhere
+HELD = (
+    2 << 30
+)  # bytes of a gradient of logits in float64; of more rows than that those of the first alone are compared
 
 
 class Exact(NamedTuple):
@@ -70,11 +73,16 @@ def over_vocabulary(data: Data, target: Tensor, tail: Callable[..., Tensor], ent
         leaf = logits(block).requires_grad_()
         rows_here = slice(k * BLOCK, k * BLOCK + len(t))
         (grad,) = torch.autograd.grad(token(leaf, t, entropy), leaf, [g[rows_here] for g in upstream])
-        d_rows.append(grad if weight is None else grad @ weight)
+        if weight is not None:
+            d_rows.append(grad @ weight)
+        elif k * grad.numel() * grad.itemsize < HELD:
+            d_rows.append(grad)
         if d_weight is not None:
             d_weight.addmm_(grad.t(), block.double())
-    d_source = torch.cat(d_rows).view(source.shape)
-    gradients = {"logits": d_source} if d_weight is None else {"hidden": d_source, "weight": d_weight}
+    d_source = torch.cat(d_rows)
+    if d_weight is None:
+        return Exact(loss.detach(), {"logits": d_source})
+    gradients = {"hidden": d_source.view(source.shape), "weight": d_weight}
     return Exact(loss.detach(), gradients)
 
 
@@ -92,7 +100,8 @@ def cross_entropy_tail(target: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def errors(truth: Exact, loss: Tensor, gradients: dict[str, Tensor]) -> dict[str, float]:
-    """Largest absolute difference, of the loss and of each gradient; NaN where either is NaN."""
+    """Largest absolute difference, of the loss and of each gradient (of the rows that ``truth`` has); NaN where either is
+    NaN."""
     out = {"loss": float((loss.detach().double() - truth.loss).abs().max())}
     for name, grad in gradients.items():
         blocks = zip(grad.split(BLOCK), truth.gradients[name].split(BLOCK))

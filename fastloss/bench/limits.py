@@ -9,13 +9,8 @@ from torch import Tensor
 
 from fastloss.bench.case import Case, Data, short
 from fastloss.bench.kinds import KINDS
+from fastloss.bench.ratios import CLONE, KEPT, LIMIT
 from fastloss.bench.steps import LimitStep
-
-PREFIX = "limit: "
-# The same GEMMs over the rows with a loss alone: what a head that leaves out the others is to be seen against.
-KEPT = "kept rows: "
-# Not a limit, but what a fresh tensor costs whoever writes one: its page faults.
-CLONE = "copy into a new tensor"
 
 
 def limits(case: Case, data: Data, device: str) -> dict[str, LimitStep]:
@@ -25,8 +20,8 @@ def limits(case: Case, data: Data, device: str) -> dict[str, LimitStep]:
         return {}
     if (traffic := KINDS[case.kind].limit) is not None:
         name, make = traffic
-        return {PREFIX + name: LimitStep(make(case, data))}
-    return _gemm_steps(PREFIX, case, data, device, case.rows)
+        return {LIMIT + name: LimitStep(make(case, data))}
+    return _gemm_steps(LIMIT, case, data, device, case.rows)
 
 
 def references(case: Case, data: Data, device: str) -> dict[str, LimitStep]:

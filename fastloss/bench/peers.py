@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fastloss.bench.case import IGNORE, Case, Loss
-from fastloss.bench.kinds import policy, preference, token_stats
-from fastloss.bench.providers import Provider, emulated
+from fastloss.bench.kinds import policy, preference, token_stats, unpaired
+from fastloss.bench.provider import Provider, emulated
 
 # The vocabulary tile of TRL 1.16's trainers (trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE).
 TRL_CHUNK = 32768
@@ -111,6 +111,25 @@ def _trl_preference(case: Case) -> Loss:
     return loss
 
 
+def _trl_kto(case: Case) -> Loss:
+    """KTOTrainer, which asks for the entropy as a metric; its KL batch is not part of the case."""
+
+    def loss(
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        ref_hidden: Tensor,
+        ref_weight: Tensor,
+        desirable: Tensor,
+    ) -> Tensor:
+        logps = _trl_stats(hidden, weight, target, ("entropy",))[0].sum(-1)
+        with torch.no_grad():
+            reference = _trl_stats(ref_hidden, ref_weight, target, ("entropy",))[0].sum(-1)
+        return unpaired.kto(logps, reference, desirable, 0.0)
+
+    return loss
+
+
 def _trl_policy(case: Case) -> Loss:
     """GRPOTrainer: the entropy is a metric there, without a gradient."""
     surrogate = policy.surrogate(case)
@@ -154,6 +173,37 @@ def _liger_preference(compiled: bool) -> Callable[[Case], Loss]:
     return make
 
 
+def _liger_kto(compiled: bool) -> Callable[[Case], Loss]:
+    def make(case: Case) -> Loss:
+        module = _function(LIGER, "LigerFusedLinearKTOLoss")(
+            beta=unpaired.BETA, compiled=compiled, use_ref_model=True
+        )
+
+        def loss(
+            hidden: Tensor,
+            weight: Tensor,
+            target: Tensor,
+            ref_hidden: Tensor,
+            ref_weight: Tensor,
+            desirable: Tensor,
+        ) -> Tensor:
+            own = target.view(target.shape)
+            return _first(
+                module(
+                    hidden,
+                    weight,
+                    own,
+                    preference_labels=desirable,
+                    ref_input=ref_hidden,
+                    ref_weight=ref_weight,
+                )
+            )
+
+        return loss
+
+    return make
+
+
 def _liger_policy(compiled: bool) -> Callable[[Case], Loss]:
     def make(case: Case) -> Loss:
         option = policy.OPTIONS["dapo"]
@@ -180,6 +230,11 @@ def _only_in_place(case: Case, device: str) -> str | None:
     return None if case.inplace else ""
 
 
+def _cut_exact(case: Case) -> Loss:
+    """Without its filter, which skips the small probabilities: on random logits almost all."""
+    return functools.partial(_function("cut_cross_entropy", "linear_cross_entropy"), impl="cce_exact")
+
+
 def _quack_rows(case: Case) -> Loss:
     function = _function("quack.cross_entropy", "cross_entropy")
     return functools.partial(function, reduction="mean", inplace_backward=case.inplace)
@@ -198,11 +253,13 @@ def registry() -> list[Provider]:
     quack_rows = ("quack.cross_entropy", "cross_entropy")
     quack_linear = ("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
     dpo = functools.partial(_needs, *liger_dpo, "preference-linear")
+    kto = functools.partial(_needs, LIGER, "LigerFusedLinearKTOLoss", "kto-linear")
     grpo = _needs(*liger_grpo, kind="policy-linear")
     return [
         Provider("trl", _needs(*TRL, kind="linear"), _trl_linear),
         Provider("trl", _needs(*TRL, kind="stats-linear"), _trl_token_stats),
         Provider("trl", _needs(*TRL, kind="preference-linear"), _trl_preference),
+        Provider("trl", _needs(*TRL, kind="kto-linear"), _trl_kto),
         Provider("trl", _needs(*TRL, kind="policy-linear"), _trl_policy),
         Provider("trl", lambda case, device: None if case.kind == "gae" else "", _trl_gae),
         Provider(
@@ -216,6 +273,8 @@ def registry() -> list[Provider]:
             _liger_preference(True),
             compiles=True,
         ),
+        Provider("liger kto", kto(), _liger_kto(False)),
+        Provider("liger kto, compiled", kto(also=emulated), _liger_kto(True), compiles=True),
         Provider("liger grpo", grpo, _liger_policy(False)),
         Provider(
             "liger grpo, compiled",
@@ -224,6 +283,7 @@ def registry() -> list[Provider]:
             compiles=True,
         ),
         Provider("cut-cross-entropy", _needs(*cut, kind="linear", gpu=True), _plain(*cut)),
+        Provider("cut-cross-entropy exact", _needs(*cut, kind="linear", gpu=True), _cut_exact),
         Provider("quack", _needs(*quack_rows, kind="row", gpu=True), _quack_rows),
         Provider("quack linear", _needs(*quack_linear, kind="linear", gpu=True), _quack_linear),
     ]

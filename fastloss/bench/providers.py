@@ -1,30 +1,23 @@
-"""Who is measured. A provider says why it cannot run a case, or hands out the loss that it would run."""
+"""Who is measured: fastloss's backends, PyTorch in several ways, and the peers."""
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
+from fastloss.bench import peers
 from fastloss.bench.case import Case, Loss
 from fastloss.bench.kinds import KINDS
+from fastloss.bench.provider import Provider, emulated
 
 # Python steps that torch.compile would have to unroll.
 UNROLLED = 256
-
-
-@dataclass(frozen=True)
-class Provider:
-    name: str
-    available: Callable[[Case, str], str | None]  # why not, on this device; "" where the case is not its kind
-    loss: Callable[[Case], Loss]  # of the case's tensors -> what is differentiated
-    compiles: bool = False  # the first call is spent on compiling
 
 
 def _fastloss(backend: str) -> Provider:
@@ -34,16 +27,11 @@ def _fastloss(backend: str) -> Provider:
             return state
         if (backend == "cpu") != (device == "cpu"):
             return ""
+        if (name := KINDS[case.kind].needs) and not hasattr(fastloss, name):
+            return f"fastloss has no {name}"
         return None
 
     return Provider(f"fastloss[{backend}]", available, lambda case: KINDS[case.kind].ours(case, backend))
-
-
-def emulated(case: Case, device: str) -> str | None:
-    """Low-precision GEMMs that this CPU only emulates would take minutes a call."""
-    if case.emulated(device):
-        return "this CPU emulates low-precision GEMMs: minutes a call (see 'torch eager, f32 GEMMs')"
-    return None
 
 
 def _eager(case: Case) -> Loss:
@@ -106,8 +94,6 @@ def _torch_chunked_auto(case: Case) -> Loss:
 
 
 def registry() -> list[Provider]:
-    from fastloss.bench import peers
-
     return [
         _fastloss("cpu"),
         _fastloss("cuda"),
@@ -123,7 +109,9 @@ def registry() -> list[Provider]:
     ]
 
 
-def chosen(case: Case, device: str, pattern: str = "*") -> tuple[list[Provider], dict[str, str]]:
+def chosen(
+    case: Case, device: str, pattern: str = "*", skip: Sequence[str] = ()
+) -> tuple[list[Provider], dict[str, str]]:
     """Those that can run the case, and the reasons of those that can't."""
     found, reasons = [], {}
     for provider in registry():
@@ -131,6 +119,8 @@ def chosen(case: Case, device: str, pattern: str = "*") -> tuple[list[Provider],
         if not wanted or not fnmatch.fnmatch(provider.name, pattern):
             continue
         reason = provider.available(case, device)
+        if reason is None and any(fnmatch.fnmatch(provider.name, p) for p in skip):
+            reason = "left out (--skip)"
         if reason is None:
             found.append(provider)
         elif reason:

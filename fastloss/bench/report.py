@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from fastloss.bench import goals, limits
+from fastloss.bench import goals, store
 from fastloss.bench.plot import plot
+from fastloss.bench.ratios import LIMIT
 
 Lines = list[tuple[str, ...]]
 
@@ -29,6 +29,8 @@ COLUMNS = (
 # What a terminal of 80 columns has room for.
 NARROW = ("provider", "median ms", "× limit", "fastloss is", "of logits")
 GOAL_COLUMNS = ("goal", "case", "measured", "to reach", "")
+RUN_COLUMNS = ("run", "date", "fastloss", "with", "load at its start")
+INDEX_COLUMNS = ("machine", "what it is", "cases", "goals reached", "measured")
 COMPARE_COLUMNS = ("case", "provider", "old ms", "new ms", "new / old", "new / old, of the limit")
 
 
@@ -46,7 +48,7 @@ def _row(case: dict[str, Any], p: dict[str, Any]) -> tuple[str, ...]:
         "→ " * (p["name"] == case["limit"]) + p["name"],
         f"{p['median'] * 1e3:.{digits}f}",
         f"{p['iqr'] * 1e3:.{digits}f}" if p["n"] > 1 else "–",
-        str(p["n"]),
+        f"{p['n']}{'!' * bool(p.get('contended'))}",
         _number(p.get("over_limit"), ".2f"),
         _number(p.get("over_kept"), ".2f"),
         _number(p.get("speedup_over_eager"), ".2f", "×"),
@@ -66,7 +68,9 @@ def _number(value: float | None, form: str, unit: str = "") -> str:
 def title(case: dict[str, Any]) -> str:
     largest = ", ".join(f"{name} {value:.1e}" for name, value in case["gradient_scale"].items())
     gradients = f"; largest gradient: {largest}" if largest else ""
-    return f"{case['name']} (load {case['load'][0]:.1f}{gradients})"
+    only = f", {case['only']} alone" if "only" in case else ""
+    slower = "; contended" if contended({"cases": [case]}) else ""
+    return f"{case['name']}{only} (load {case['load'][0]:.1f}{slower}{gradients})"
 
 
 def reasons(results: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
@@ -79,21 +83,25 @@ def reasons(results: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
     return out
 
 
+def contended(results: dict[str, Any]) -> list[str]:
+    """The cases in which a provider never had the machine for itself."""
+    return [c["name"] for c in results["cases"] if any(p.get("contended") for p in c["providers"])]
+
+
 def goal_rows(results: dict[str, Any]) -> Lines:
-    return [
-        (o.what, o.case, f"{o.measured:.3g}", o.bound, "reached" if o.reached else "not reached")
-        for o in goals.met(results)
-    ]
+    return [(o.what, o.case, f"{o.measured:.3g}", o.bound, o.verdict) for o in goals.met(results)]
 
 
 def markdown(results: dict[str, Any]) -> str:
-    out = _head(results["machine"])
+    out = _head(results)
     if results["quick"]:
         out += ["", "Small shapes (`--quick`): says that everything runs, nothing of speed."]
     elif goal_rows(results):
         out += ["", "## To reach", "", *_table(GOAL_COLUMNS, goal_rows(results))]
+    many = len(results["runs"]) > 1
     for case in results["cases"]:
-        out += ["", f"## {title(case)}", "", *_table(COLUMNS, rows(case))]
+        out += ["", f"## {title(case)}", "", *([f"Run {case['run'] + 1}.", ""] if many else [])]
+        out += _table(COLUMNS, rows(case))
     if costs := goals.per_token(results):
         lines: Lines = [(str(n), f"{seconds * 1e6:.2f}") for n, seconds in costs.items()]
         out += ["", "## fastloss: cost per token", "", *_table(("tokens", "µs per token"), lines)]
@@ -103,17 +111,23 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(out) + "\n"
 
 
-def _head(info: dict[str, Any]) -> list[str]:
+def _head(results: dict[str, Any]) -> list[str]:
+    info = results["machine"]
     caches = ", ".join(f"{name} {size}" for name, size in info["caches"].items())
-    versions = ", ".join(f"{name} {version}" for name, version in info["versions"].items())
     return [
         f"# {info['gpu'] or info['cpu']}, {info['threads']} threads",
         "",
-        f"fastloss {info['fastloss']} at {info['commit'] or 'no commit'}, {versions}; Python {info['python']}; "
-        f"{info['date']}.",
-        f"{info['cores']} cores ({' '.join(info['flags'])}), caches {caches or 'not known'}; load at the start "
-        f"{info['load'][0]:.1f}. Made by `fastloss bench`; docs/benchmarks.md says how to read it.",
+        f"{info['cores']} cores ({' '.join(info['flags'])}), caches {caches or 'not known'}. "
+        "Made by `fastloss bench`; docs/benchmarks.md says how to read it.",
+        "",
+        *_table(RUN_COLUMNS, [_run(k, run) for k, run in enumerate(results["runs"])]),
     ]
+
+
+def _run(index: int, run: dict[str, Any]) -> tuple[str, ...]:
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    commit = f"{run['fastloss']} at {run['commit'] or 'no commit'}"
+    return str(index + 1), run["date"], commit, f"{versions}; Python {run['python']}", f"{run['load'][0]:.1f}"
 
 
 def _table(columns: tuple[str, ...], lines: Lines) -> list[str]:
@@ -130,7 +144,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Lines:
             was = before.get((case["name"], p["name"]))
             if was is None or "reason" in p:
                 continue
-            both = "over_limit" in p and "over_limit" in was and not p["name"].startswith(limits.PREFIX)
+            both = "over_limit" in p and "over_limit" in was and not p["name"].startswith(LIMIT)
             out.append(
                 (
                     case["name"],
@@ -144,8 +158,42 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> Lines:
     return out
 
 
+INDEX = """# Results
+
+One folder per machine, made by `fastloss bench` ([how to read them](../../docs/benchmarks.md)): `results.md` has every table,
+`results.png` shows time over the limit and memory, `results.json` is what both are made from. A case that is measured again
+replaces the one before; each says which run it is of.
+
+"""
+
+
+def index(root: Path) -> str:
+    """Markdown: the machines whose results lie in folders of ``root``."""
+    lines: Lines = []
+    for path in sorted(root.glob(f"*/{store.NAME}")):
+        results, name = store.load(path), path.parent.name
+        if results["quick"]:
+            continue
+        info, outcomes = results["machine"], goals.met(results)
+        dates = sorted(run["date"][:10] for run in results["runs"])
+        reached = f"{sum(o.reached for o in outcomes)} of {len(outcomes)}"
+        lines.append(
+            (
+                f"[{name}]({name}/results.md) ([picture]({name}/results.png))",
+                f"{info['gpu'] or info['cpu']}, {info['threads']} threads",
+                str(len(results["cases"])),
+                reached,
+                " … ".join(dict.fromkeys((dates[0], dates[-1]))),
+            )
+        )
+    return INDEX + "\n".join(_table(INDEX_COLUMNS, lines)) + "\n"
+
+
 def save(results: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    """JSON, Markdown and picture; and the index of the folder above, where there is one."""
+    store.write(results, folder)
+    results = store.load(folder)  # the tables are of the file's rounded numbers
     (folder / "results.md").write_text(markdown(results))
     plot(results, folder / "results.png")
+    if (above := folder.parent / "README.md").is_file():
+        above.write_text(index(folder.parent))

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastloss.bench import clock, limits, memory
+from fastloss.bench import clock, contention, limits, memory
 from fastloss.bench.case import Case, Data, short
 from fastloss.bench.cases import data, exact
 from fastloss.bench.exact import Exact, errors, scale
 from fastloss.bench.providers import Provider, chosen
+from fastloss.bench.ratios import add_ratios
 from fastloss.bench.steps import Step, step
-
-EAGER = "torch eager"
 
 
 def run_case(
@@ -26,16 +25,20 @@ def run_case(
     repeats: int = 15,
     budget: float = 6.0,
     pattern: str = "*",
+    skip: Sequence[str] = (),
     tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
-    """``repeats`` calls of each provider, fewer if they take longer than ``budget`` seconds together."""
+    """``repeats`` calls of each provider, fewer if they take longer than ``budget`` seconds together. Calls that shared the
+    machine with somebody else are repeated; where that did not help, the provider's entry says ``contended``."""
     inputs = data(case, device)
     tell("float64")
     truth = exact(case, inputs)
-    providers, reasons = chosen(case, device, pattern)
+    providers, reasons = chosen(case, device, pattern, skip)
     steps: dict[str, Any] = {**limits.limits(case, inputs, device), **limits.references(case, inputs, device)}
     entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in steps}
-    times: dict[str, list[float]] = {}
+    times: dict[str, clock.Taken] = {}
+    machine = contention.spins(torch.get_num_threads())
+    machine.worst = 1.0
 
     def fail(name: str, error: Exception) -> None:
         """A peer that cannot run a case is reported, not hidden."""
@@ -46,15 +49,16 @@ def run_case(
         tell(f"{provider.name}: first call")
         try:
             candidate = step(provider.loss(case), case, inputs)
+            was_free = machine.free()
             entry, first = _first_calls(provider, candidate, case, inputs, truth, device, budget)
         except Exception as error:
             fail(provider.name, error)
             continue
         entries[provider.name] = entry
-        if first is None:
-            steps[provider.name] = candidate
+        if first is not None and was_free and machine.free():
+            times[provider.name] = clock.Taken([first])
         else:
-            times[provider.name] = [first]
+            steps[provider.name] = candidate
     flush = clock.Flusher(device) if case.cold else lambda: None
 
     def before() -> None:
@@ -62,10 +66,19 @@ def run_case(
         flush()
 
     gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     load = os.getloadavg()
-    times.update(clock.round_robin(steps, device, repeats, budget, before, not case.cold, tell, fail))
+    times.update(
+        clock.round_robin(steps, device, repeats, budget, before, not case.cold, tell, fail, machine.free)
+    )
     torch.compiler.reset()
-    return {
+    for name, entry in entries.items():
+        entry.update(clock.summary([seconds / case.calls for seconds in times[name].seconds]))
+        if times[name].contended:
+            entry["contended"] = True
+    missing = [{"name": name, "reason": reason} for name, reason in reasons.items()]
+    result = {
         "name": case.name,
         "kind": case.kind,
         "shape": [case.rows, case.dim, case.vocab],
@@ -74,8 +87,13 @@ def run_case(
         "calls": case.calls,
         "gradient_scale": scale(truth),
         "load": list(load),
-        **_figures(case, entries, times, reasons),
+        "slowdown": machine.worst,
+        "providers": [*entries.values(), *missing],
+        "run": 0,
     }
+    if pattern != "*":
+        result["only"] = pattern
+    return add_ratios(result)
 
 
 def _first_calls(
@@ -117,30 +135,3 @@ def _first_calls(
     candidate.prepare()
     inputs.restore()
     return entry, seconds[0] if len(seconds) == 1 else None
-
-
-def _figures(
-    case: Case, entries: dict[str, dict[str, Any]], times: dict[str, list[float]], reasons: dict[str, str]
-) -> dict[str, Any]:
-    for name, entry in entries.items():
-        entry["times"] = [seconds / case.calls for seconds in times[name]]
-        entry.update(clock.summary(entry["times"]))
-    floors = {n: e["median"] for n, e in entries.items() if n.startswith(limits.PREFIX)}
-    if not floors and EAGER in entries:
-        floors = {EAGER: entries[EAGER]["median"]}
-    floor = min(floors, key=floors.__getitem__, default=None)
-    kept = min((e["median"] for n, e in entries.items() if n.startswith(limits.KEPT)), default=None)
-    ours = min((e["median"] for n, e in entries.items() if n.startswith("fastloss")), default=None)
-    for name, entry in entries.items():
-        if floor is not None:
-            entry["over_limit"] = entry["median"] / floors[floor]
-        if kept is not None:
-            entry["over_kept"] = entry["median"] / kept
-        if name.startswith((limits.PREFIX, limits.KEPT, limits.CLONE)):
-            continue
-        if EAGER in entries:
-            entry["speedup_over_eager"] = entries[EAGER]["median"] / entry["median"]
-        if ours is not None and not name.startswith("fastloss"):
-            entry["fastloss_speedup"] = entry["median"] / ours
-    missing = [{"name": name, "reason": reason} for name, reason in reasons.items()]
-    return {"limit": floor, "providers": [*entries.values(), *missing]}

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from . import dpo, grpo, measure, parallel, plots, ppo, pretrain, report, reward, sft
 from .config import DpoConfig, GrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig, TrainConfig
-from .run import Result
+from .report import Terminal
+from .run import Result, only_one
 
 # name, its run, whose model it starts from, options
 Link = tuple[str, Callable[..., Result], str, TrainConfig]
@@ -41,8 +42,13 @@ def run_chain(
     stages: tuple[Link, ...] = STAGES,
 ) -> dict[str, Result]:  # fmt: skip
     parallel.expect_one("demo")
-    console = console or Console()
-    folder = Path(out)
+    with only_one(Path(out)):
+        return _run_chain(Path(out), seed, threads, steps, console or Terminal(), stages)
+
+
+def _run_chain(
+    folder: Path, seed: int, threads: int, steps: int, console: Console, stages: tuple[Link, ...]
+) -> dict[str, Result]:
     results: dict[str, Result] = {}
     seconds: dict[str, float] = {}
     for name, run, start, config in stages:

@@ -1,7 +1,8 @@
 """Checkpoints by torch.distributed.checkpoint: a folder per step, whole or not there, that any number of processes reads.
 
 ``step-N/`` holds the weights and the optimizer's state by name (so that another number of processes finds its shards), and of
-each process its random state and the tensors its stage carries from step to step; ``progress.json`` is the run's own.
+each process its random state and the tensors its stage carries from step to step; ``progress.json`` is the run's own, and
+``checksums.json`` has the size and the CRC-32 of every other file: torch would load a flipped bit without a word.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import shutil
 import warnings
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from . import parallel
 
-PROGRESS = "progress.json"
+PROGRESS, SUMS = "progress.json", "checksums.json"
 
 
 def save(
@@ -60,6 +62,20 @@ def latest(folder: Path) -> Path | None:
     """The youngest checkpoint; what a killed save left has another name."""
     found = _complete(folder)
     return found[-1] if found else None
+
+
+def check(path: Path) -> None:
+    """Every file of a checkpoint is there and as it was written, or a ValueError that names the youngest older one that
+    is whole."""
+    if not (what := _damage(path)):
+        return
+    older = _complete(path.parent)
+    older = older[: older.index(path)] if path in older else []
+    whole = next((other for other in reversed(older) if not _damage(other)), None)
+    way = (
+        f"remove it to go on from {whole}, which is whole" if whole else "there is no older one that is whole"
+    )
+    raise ValueError(f"checkpoint: {path}: {what}; {way}")
 
 
 def read_progress(path: Path) -> dict[str, Any]:
@@ -143,6 +159,8 @@ def _call(function: Any, state: dict[str, Tensor], *, place: Path, **options: An
 def _finish(temporary: Path, target: Path, progress: str) -> None:
     (temporary / PROGRESS).write_text(progress, encoding="utf-8")
     _sync(temporary / PROGRESS)
+    (temporary / SUMS).write_text(json.dumps(_sums(temporary)), encoding="utf-8")
+    _sync(temporary / SUMS)
     _sync(temporary)
     old = target.with_name(target.name + ".old")
     if target.exists():  # the same step again
@@ -150,6 +168,35 @@ def _finish(temporary: Path, target: Path, progress: str) -> None:
     temporary.rename(target)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sums(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of each file."""
+    found = {}
+    for path in sorted(p for p in folder.iterdir() if p.name != SUMS):
+        crc, size = 0, 0
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                crc, size = zlib.crc32(block, crc), size + len(block)
+        found[path.name] = [size, crc]
+    return found
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a checkpoint's files, or nothing; nothing is known of one of an older version."""
+    if not (folder / SUMS).is_file():
+        return "" if (folder / PROGRESS).is_file() else f"{PROGRESS} is missing"
+    try:
+        written = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        there = _sums(folder)
+    except (OSError, ValueError):
+        return f"{SUMS} is damaged"
+    for name, sums in written.items():
+        if name not in there:
+            return f"{name} is missing"
+        if there[name] != sums:
+            return f"{name} is damaged: not what was written"
+    return ""
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,16 @@ from . import parallel as processes
 C = TypeVar("C", bound="TrainConfig")
 
 
-def option(default: Any, help: str, *, least: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    """A field with its help text (the command line shows it), the least value it takes or its choices."""
-    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
+def option(
+    default: Any,
+    help: str,
+    *,
+    least: float | None = None,
+    most: int | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field with its help text (the command line shows it), the least and most it takes or its choices."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +96,10 @@ class RunOptions:
     group: ClassVar[str] = "Run"
 
     out: str = option("runs/train", "folder of the run: logs, checkpoint, report")
-    seed: int = option(0, "weights, order of the data, sampling, dropout", least=0)
+    seed: int = option(0, "weights, order of the data, sampling, dropout", least=0, most=2**63 - 1)
+    date: str = option(
+        "", "what chat templates take for today, as 2026-11-26; none: the day on which the run began"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", least=0)
     bf16: bool = option(False, "autocast to bfloat16")
@@ -111,12 +122,17 @@ class TrainConfig(RunOptions, LossOptions, OptimisationOptions, ModelOptions, Da
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
             value, least, choices = getattr(self, f.name), f.metadata["least"], f.metadata["choices"]
+            most = f.metadata["most"]
             if least is not None and not value >= least:
                 raise ValueError(f"{f.name}: expected at least {least}, got {value}")
+            if most is not None and value > most:
+                raise ValueError(f"{f.name}: expected at most {most}, got {value}")
             if choices and value not in choices:
                 raise ValueError(f"{f.name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
             if f.type == "tuple[str, ...]":
                 object.__setattr__(self, f.name, tuple(value))
+        if self.date and not _is_date(self.date):
+            raise ValueError(f"date: expected a day like 2026-11-26, got {self.date!r}")
         if not self.val_fraction < 1:
             raise ValueError(f"val_fraction: expected less than 1, got {self.val_fraction}")
 
@@ -124,6 +140,12 @@ class TrainConfig(RunOptions, LossOptions, OptimisationOptions, ModelOptions, Da
     def rows_per_step(self) -> int:
         """Of all processes."""
         return self.batch_size * self.accumulate * processes.world()
+
+    def starts(self, step: int) -> list[int]:
+        """Where in the data this process's passes of a step begin. A pass of all processes reads rows that lie together,
+        so N processes with batches of b read what one reads with batches of N·b."""
+        first = step * self.rows_per_step + processes.rank() * self.batch_size
+        return [first + i * processes.world() * self.batch_size for i in range(self.accumulate)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +196,9 @@ class RewardConfig(TrainConfig):
     loss: str = option("fastloss", "fastloss or torch")
     lr: float = option(3e-4, "peak learning rate", least=0)
     batch_size: int = option(16, "pairs in one forward pass", least=1)
+    margin: float = option(
+        1.0, "counts the rows' margin (or score_chosen - score_rejected) this much; 0: not", least=0
+    )
     center: float = option(0.0, "coefficient of the squared sum of a pair's scores", least=0)
 
 
@@ -240,6 +265,13 @@ class PpoConfig(RolloutConfig):
     lam: float = option(0.95, "lambda of the generalised advantages", least=0)
     value_coef: float = option(0.1, "coefficient of the value loss", least=0)
     value_clip: float = option(0.2, "how far a value moves in one batch of samples; 0 does not clip", least=0)
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return bool(datetime.date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 def groups(kind: type[TrainConfig]) -> dict[str, list[dataclasses.Field[Any]]]:

@@ -7,14 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
 from . import measure
-
-if TYPE_CHECKING:
-    from .run import Stage
+from .stage import Stage
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Order:
     def at(self, position: int) -> int:
         epoch, index = divmod(position, self.count)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
             self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=generator)
         return int(self._permutation[index])
 

@@ -12,7 +12,8 @@ from . import measure, parallel, plots, report
 from .config import PretrainConfig
 from .cost import in_turns
 from .pretrain import prepare, run
-from .run import Result
+from .report import Terminal
+from .run import Result, only_one
 
 ROUNDS = 12  # of measuring the two losses in turns
 NAMES = {"fastloss": "fastloss", "torch": "PyTorch"}
@@ -35,8 +36,11 @@ DEMO = PretrainConfig(
 
 def run_demo(config: PretrainConfig = DEMO, console: Console | None = None) -> dict[str, Result]:
     parallel.expect_one("demo")
-    console = console or Console()
-    folder = Path(config.out)
+    with only_one(Path(config.out)):
+        return _run_demo(config, Path(config.out), console or Terminal())
+
+
+def _run_demo(config: PretrainConfig, folder: Path, console: Console) -> dict[str, Result]:
     shutil.rmtree(folder / "data", ignore_errors=True)
     (folder / "data").mkdir(parents=True)
     data = prepare(config, folder / "data", console)

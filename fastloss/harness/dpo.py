@@ -19,7 +19,8 @@ from .loop import Metrics, StepFn
 from .losses import example, explained, named
 from .model import Head, head_of
 from .pairs import Data, examples, prepare
-from .run import Result, Stage, begin, open_folder, train
+from .run import Result, begun, open_folder, train
+from .stage import Stage
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -87,7 +88,7 @@ def make_step(model: Any, ref: Any, loss_fn: Loss, data: Data, config: DpoConfig
     def step_fn(step: int) -> Metrics:
         total, loss_s, tokens = 0.0, 0.0, 0
         seen: list[Out] = []
-        for start in parallel.starts(config, step):
+        for start in config.starts(step):
             pairs = data.batch(start, config.batch_size)
             hidden, read = read_pairs(model, ref, pairs, config)
             loss, seconds = cut_backward(hidden, loss_of(head, ref_head, loss_fn, read, config, seen))
@@ -144,10 +145,8 @@ def evaluate(model: Any, ref: Any, loss_fn: Loss, data: Data, config: DpoConfig)
     return {"accuracy": hits / count, "loss": loss / count, "margin": margin / count}
 
 
-def run(
-    config: DpoConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
-) -> Result:
-    console = begin(config, console)
+@begun
+def run(config: DpoConfig, *, resume: bool, overwrite: bool, console: Console) -> Result:
     loss_fn = named(LOSSES, config.loss)
     if config.loss_type != "sigmoid" and (config.compare or config.loss == "torch"):
         raise ValueError(f"loss_type: expected 'sigmoid' beside PyTorch's loss, got {config.loss_type!r}")
@@ -182,7 +181,7 @@ def run(
         title="dpo",
         model=model,
         source=data.source,
-        fingerprint=fingerprint(data.train, config.seq_len, config.seed, config.rows_per_step),
+        fingerprint=fingerprint(data.train, config.seed, config.rows_per_step),
         step=lambda name, _: make_step(model, ref, named(LOSSES, name), data, config),
         loss_alone=one_loss,
         loss_by=loss_by,

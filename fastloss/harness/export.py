@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from . import lora, parallel
+from . import chat, lora, parallel
 
 
 def export(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -32,6 +32,11 @@ def _write(model: Any, weights: dict[str, Tensor] | None, tokenizer: Any, folder
     plain = lora.merged(model, weights)
     if plain is not model:
         model, weights = plain, None
+    if (
+        getattr(model, "generation_config", None) is not None
+    ):  # whoever generates with it stops where its turns end
+        stop = sorted(chat.ends(tokenizer, model.generation_config.eos_token_id))
+        model.generation_config.eos_token_id = stop if len(stop) > 1 else stop[0]
     use_cache, model.config.use_cache = model.config.use_cache, True  # off in training alone
     model.save_pretrained(temporary, state_dict=weights)
     model.config.use_cache = use_cache

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import chat, measure, parallel, rewards
+from . import measure, parallel, rewards
 from .config import GrpoConfig
 from .data import IGNORE, Batch, fingerprint
 from .export import export
@@ -18,9 +18,22 @@ from .loop import Metrics, StepFn
 from .losses import named
 from .model import head_of
 from .policy import LOGPROBS, POLICIES, TORCH_KNOWS, Objective, Out, Tokens, averages_tokens, described
-from .rollout import METRICS, Actor, Carry, Data, check_carried, evaluate, parts, prepare, roll_out
-from .run import Result, Stage, begin, open_folder, train
+from .rollout import (
+    METRICS,
+    Actor,
+    Carry,
+    Data,
+    asked_ids,
+    check_carried,
+    drawn_with,
+    evaluate,
+    parts,
+    prepare,
+    roll_out,
+)
+from .run import Result, begun, open_folder, train
 from .sampler import check_sampler
+from .stage import Stage
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -110,10 +123,8 @@ def mixed(scores: Tensor, group_size: int) -> Tensor:
     return (most > least).sum()
 
 
-def run(
-    config: GrpoConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
-) -> Result:
-    console = begin(config, console)
+@begun
+def run(config: GrpoConfig, *, resume: bool, overwrite: bool, console: Console) -> Result:
     named(POLICIES, config.loss)
     averages_tokens(config.loss_type)  # an unknown one is an error now
     if config.loss_type not in TORCH_KNOWS and (config.compare or config.loss == "torch"):
@@ -152,9 +163,8 @@ def run(
             data.train,
             config.seed,
             config.rows_per_step,
-            config.group_size,
             config.updates,
-            config.temperature,
+            *drawn_with(config, config.group_size),
         ),
         step=step,
         loss_alone=one_loss,
@@ -164,7 +174,7 @@ def run(
         examples=lambda step: begins(
             tok,
             data.order.step(step // config.updates, config.rows_per_step),
-            lambda number: chat.prompt(tok, data.train[number]["prompt"]),
+            lambda number: asked_ids(tok, data.train[number]),
         ),
         held_back=lambda: evaluate(actor, data),
         metrics=METRICS,

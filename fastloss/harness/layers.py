@@ -57,7 +57,7 @@ def activations_kept(model: nn.Module) -> Iterator[None]:
 
 def build_device(config: TrainConfig) -> str:
     """Where a model is made: one that will be sharded never lies whole on a GPU."""
-    return "cpu" if shards(config) else str(parallel.device_of(config))
+    return "cpu" if shards(config) else str(parallel.device_of(config.device))
 
 
 def shards(config: TrainConfig) -> bool:
@@ -95,7 +95,7 @@ def mesh_of(device_type: str) -> Any:
 def shard_module(module: Any, config: TrainConfig) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = mesh_of(parallel.device_of(config).type)
+    mesh = mesh_of(parallel.device_of(config.device).type)
     # a root stays whole after a forward by default, and would be read again after an update or a load
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     # each loss is divided by the whole step's count: gradients are summed, not averaged (gloo has no average)

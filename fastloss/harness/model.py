@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +158,27 @@ def check_packing(model: Any, vocab_size: int) -> None:
     if not torch.allclose(together, apart, rtol=1e-3, atol=1e-4 * float(apart.abs().max())):
         raise ValueError(
             f"packing: {type(model).__name__} looks from one document into another; use --no-packing"
+        )
+
+
+@torch.no_grad()
+def check_positions(model: Any, seq_len: int) -> None:
+    """The model has a position for every token of a row, or training would end in an index out of range."""
+    inner, words = body(model), model.get_input_embeddings()
+    known = None
+    for name, module in inner.named_modules():
+        if isinstance(module, nn.Embedding) and module is not words and re.search(r"wpe|pos", name):
+            known = module.num_embeddings - int(getattr(module, "offset", 0))  # OPT keeps the first two apart
+    if known is None and next(inner.parameters()).device.type == "cpu":
+        # a table that is no module, as the sines of GPT-J; on a GPU an index out of range would end the process
+        if "position_ids" in inspect.signature(inner.forward).parameters:
+            try:
+                hidden_states(model, torch.zeros(1, 1, dtype=torch.long), torch.tensor([[seq_len - 1]]))
+            except (IndexError, RuntimeError):
+                known = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
+    if known is not None and known < seq_len:
+        raise ValueError(
+            f"seq_len: expected at most {known}, the positions of {type(model).__name__}, got {seq_len}"
         )
 
 

@@ -49,6 +49,7 @@ def prepare(config: TrainConfig, tok: Any, console: Console) -> Data:
     if not kept:
         raise ValueError(f"data: expected a pair within seq_len={config.seq_len} tokens, got none")
     source += f", {len(kept):,} pairs, {len(val):,} held back"
+    source += ", with margins" if any(pair.margin for pair in kept) else ""
     source += f", {len(skipped)} rows skipped" if skipped else ""
     source += f", {len(train) - len(kept)} dropped: longer than seq_len" if len(kept) < len(train) else ""
     console.print(source)

@@ -11,25 +11,22 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .config import TrainConfig
 
 T = TypeVar("T")
 R = TypeVar("R")
 BUCKET = 32 << 20  # bytes of gradients in one all-reduce; not tuned
 
 
-def start(config: TrainConfig) -> None:
-    """The process group of a torchrun launch with more than one process; nothing without one."""
+def start(name: str) -> None:
+    """The process group of a torchrun launch with more than one process, on the device of that name; nothing without one."""
+    device = device_of(name)
     if launched() == 1 or dist.is_initialized():
         return
-    device = device_of(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # patient, since the others wait while the first reads the data; when one fails torchrun ends them all
@@ -48,12 +45,18 @@ def expect_one(what: str) -> None:
         raise ValueError(f"{what}: expected one process, got {launched()}")
 
 
-def device_of(config: TrainConfig) -> torch.device:
-    """On a machine with several GPUs each process takes its own."""
-    name = config.device
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+def device_of(name: str) -> torch.device:
+    """The device of ``--device``, if it is here. On a machine with several GPUs each process takes its own."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        float(torch.zeros((), device=device))  # of the meta device there is no value
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"device: expected auto, cpu, cuda, cuda:1 …, one that is here, got {name!r}: {why}"
+        ) from None
     return device
 
 
@@ -67,13 +70,6 @@ def rank() -> int:
 
 def is_first() -> bool:
     return rank() == 0
-
-
-def starts(config: TrainConfig, step: int) -> list[int]:
-    """Where in the data this process's passes of a step begin. A pass of all processes reads rows that lie together,
-    so N processes with batches of b read what one reads with batches of N·b."""
-    first = step * config.rows_per_step + rank() * config.batch_size
-    return [first + i * world() * config.batch_size for i in range(config.accumulate)]
 
 
 def summed(*numbers: float | Tensor) -> list[float]:

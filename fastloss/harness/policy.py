@@ -107,7 +107,7 @@ TORCH_KNOWS = ("dapo", "ppo", "bnpo")  # clipped, averaged over tokens
 
 def averages_tokens(loss_type: str) -> bool:
     """Over tokens, else over sequences: what the normalizer counts."""
-    from fastloss.ops.policy_options import VARIANTS
+    from fastloss.losses.policy_options import VARIANTS
 
     if loss_type not in VARIANTS:
         raise ValueError(f"loss_type: expected one of {', '.join(map(repr, VARIANTS))}, got {loss_type!r}")

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from . import chat, layers, measure, parallel, rewards
+from . import layers, measure, parallel, rewards
 from .config import PpoConfig
 from .data import IGNORE, Batch, fingerprint
 from .export import export
@@ -17,9 +17,22 @@ from .loop import Metrics, StepFn
 from .losses import named
 from .model import head_of
 from .policy import LOGPROBS, POLICIES, Objective, Out, Tokens, described
-from .rollout import METRICS, Actor, Carry, Data, check_carried, evaluate, parts, prepare, roll_out
-from .run import Result, Stage, begin, open_folder, train
+from .rollout import (
+    METRICS,
+    Actor,
+    Carry,
+    Data,
+    asked_ids,
+    check_carried,
+    drawn_with,
+    evaluate,
+    parts,
+    prepare,
+    roll_out,
+)
+from .run import Result, begun, open_folder, train
 from .sampler import check_sampler
+from .stage import Stage
 from .start import language_model, reference, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, offsets, targets
 
@@ -151,10 +164,8 @@ def explained_variance(returns: float, squared_returns: float, errors: float, sq
     return 1 - (squared_errors - errors**2) / variance if variance > 1e-12 * squared_returns else 0.0
 
 
-def run(
-    config: PpoConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
-) -> Result:
-    console = begin(config, console)
+@begun
+def run(config: PpoConfig, *, resume: bool, overwrite: bool, console: Console) -> Result:
     named(POLICIES, config.loss)
     functions = rewards.load(config.reward)
     folder = open_folder(config, resume, overwrite, console)
@@ -187,7 +198,7 @@ def run(
         model=both,
         source=data.source,
         fingerprint=fingerprint(
-            data.train, config.seed, config.rows_per_step, config.updates, config.temperature
+            data.train, config.seed, config.rows_per_step, config.updates, *drawn_with(config)
         ),
         step=step,
         loss_alone=one_loss,
@@ -197,7 +208,7 @@ def run(
         examples=lambda step: begins(
             tok,
             data.order.step(step // config.updates, config.rows_per_step),
-            lambda number: chat.prompt(tok, data.train[number]["prompt"]),
+            lambda number: asked_ids(tok, data.train[number]),
         ),
         held_back=lambda: evaluate(actor, data),
         metrics=METRICS,

@@ -19,8 +19,19 @@ from .data import IGNORE, Batch, Rows
 from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named, torch_loss
-from .model import Head, build_model, check_head, folder_of, head_of, hidden_states, load_model, model_config
-from .run import Result, Stage, begin, open_folder, train
+from .model import (
+    Head,
+    build_model,
+    check_head,
+    check_positions,
+    folder_of,
+    head_of,
+    hidden_states,
+    load_model,
+    model_config,
+)
+from .run import Result, begun, open_folder, train
+from .stage import Stage
 from .step import autocast, begins, cut_backward, loss_and_grad
 
 
@@ -46,14 +57,21 @@ def prepare(config: TrainConfig, folder: Path, console: Console) -> Data:
     vocab_size = int(model_config(config).get_text_config().vocab_size)
     ready = [folder_of(config.model) / "tokenizer.json"] if config.model else []
     saved = next((path for path in [*ready, folder / "tokenizer.json"] if path.is_file()), None)
-    bpe = tokenizer.load(saved) if saved else tokenizer.train_bpe(train_texts, vocab_size)
+    end = None
+    if (
+        saved and saved.with_name("tokenizer_config.json").is_file()
+    ):  # it knows its own end and beginning of texts
+        known = chat.load(saved.parent, config.date)
+        bpe, end = known.backend_tokenizer, known.eos_token_id
+    else:
+        bpe = tokenizer.load(saved) if saved else tokenizer.train_bpe(train_texts, vocab_size)
     if bpe.get_vocab_size() > vocab_size:
         raise ValueError(
             f"model: expected a vocabulary of at least {bpe.get_vocab_size()} for its tokenizer, "
             f"got {vocab_size}"
         )
-    train_rows = Rows(tokenizer.encode(bpe, train_texts), config.seq_len, config.seed)
-    val = Rows(tokenizer.encode(bpe, val_texts), config.seq_len) if val_texts else None
+    train_rows = Rows(tokenizer.encode(bpe, train_texts, end), config.seq_len, config.seed)
+    val = Rows(tokenizer.encode(bpe, val_texts, end), config.seq_len) if val_texts else None
     source += f", {len(texts)} documents, {len(train_rows.tokens):,} training tokens"
     source += f", {len(skipped)} rows skipped" if skipped else ""
     held_back = f"{len(val.tokens) if val else 0:,} held back, vocabulary {bpe.get_vocab_size():,}"
@@ -66,7 +84,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
     device = head.weight.device
 
     def step_fn(step: int) -> Metrics:
-        batches = [rows.batch(start, config.batch_size) for start in parallel.starts(config, step)]
+        batches = [rows.batch(start, config.batch_size) for start in config.starts(step)]
         # of all passes of all processes: the mean is global
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
@@ -124,8 +142,8 @@ def tokenizer_to_export(config: PretrainConfig, data: Data) -> Any:
     """The model folder's with its own names of special tokens, or what was trained here."""
     folder = folder_of(config.model) if config.model else None
     if folder and (folder / "tokenizer.json").is_file():
-        return chat.load(folder)
-    return chat.wrap(data.tokenizer)
+        return chat.load(folder, config.date)
+    return chat.wrap(data.tokenizer, config.date)
 
 
 def loss_alone(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: PretrainConfig) -> Any:
@@ -135,11 +153,11 @@ def loss_alone(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretra
     return partial(loss_and_grad, hidden, loss_of(loss_fn, head, targets, targets.numel(), config))
 
 
+@begun
 def run(
-    config: PretrainConfig, *, resume: bool = False, overwrite: bool = False,
-    data: Data | None = None, console: Console | None = None, title: str = "pretrain",
+    config: PretrainConfig, *, resume: bool, overwrite: bool, console: Console,
+    data: Data | None = None, title: str = "pretrain",
 ) -> Result:  # fmt: skip
-    console = begin(config, console)
     loss_fn = loss_named(config.loss)
     folder = open_folder(config, resume, overwrite, console)
     with parallel.first_alone():  # the others find its tokenizer
@@ -151,6 +169,7 @@ def run(
         model: Any = load_model(config.model, device).train()
     else:
         model = build_model(model_config(config), config.seed, device)
+    check_positions(model, config.seq_len)
     check_head(model, data.train.row(0)[0][None, :16].to(device))
     lora.add(model, config, model.get_output_embeddings())
     head = head_of(layers.prepare(model, config))

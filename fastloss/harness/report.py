@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markdown import Markdown
+
+
+class Terminal(Console):
+    """Where nobody reads any more (`| head`) a run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError, ValueError):  # not a file of the system
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.file.fileno())  # what is still in its buffer
+            os.close(nowhere)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

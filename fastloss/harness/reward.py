@@ -19,23 +19,24 @@ from .loop import Metrics, StepFn
 from .losses import explained, named
 from .model import hidden_states
 from .pairs import Data, examples, prepare
-from .run import Result, Stage, begin, open_folder, train
+from .run import Result, begun, open_folder, train
+from .stage import Stage
 from .start import scoring_model, tokenizer_of
 from .step import autocast, begins, cut_backward, loss_and_grad
 
-Loss = Callable[[Tensor, Tensor, RewardConfig], Tensor]  # scores of the chosen, of the rejected [B] -> sum
+Loss = Callable[[Tensor, Tensor, Tensor, RewardConfig], Tensor]  # chosen, rejected scores, margins [B] -> sum
 
 
-def fastloss_loss(chosen: Tensor, rejected: Tensor, config: RewardConfig) -> Tensor:
+def fastloss_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, config: RewardConfig) -> Tensor:
     import fastloss
 
     return fastloss.reward_model_loss(
-        chosen, rejected, center_coefficient=config.center, reduction="sum"
+        chosen, rejected, margin=margins, center_coefficient=config.center, reduction="sum"
     ).loss
 
 
-def torch_loss(chosen: Tensor, rejected: Tensor, config: RewardConfig) -> Tensor:
-    loss = -nn.functional.logsigmoid(chosen.float() - rejected.float())
+def torch_loss(chosen: Tensor, rejected: Tensor, margins: Tensor, config: RewardConfig) -> Tensor:
+    loss = -nn.functional.logsigmoid(chosen.float() - rejected.float() - margins)
     if config.center:
         loss = loss + config.center * (chosen.float() + rejected.float()) ** 2
     return loss.sum()
@@ -57,14 +58,19 @@ def ends(model: Any, pairs: Sequence[Pair], pad: int, config: RewardConfig) -> T
     return hidden[torch.arange(len(ids), device=device), last]
 
 
+def margins_of(pairs: Sequence[Pair], config: RewardConfig, device: torch.device) -> Tensor:
+    """By how much each pair's chosen answer has to win.  # [B]"""
+    return torch.tensor([config.margin * p.margin for p in pairs], dtype=torch.float32, device=device)
+
+
 def make_step(model: Any, score: nn.Linear, loss_fn: Loss, data: Data, config: RewardConfig) -> StepFn:
     def step_fn(step: int) -> Metrics:
         total, hits, tokens, loss_s = 0.0, 0.0, 0, 0.0
-        for start in parallel.starts(config, step):
+        for start in config.starts(step):
             pairs = data.batch(start, config.batch_size)
             seen: list[Tensor] = []
             hidden = ends(model, pairs, model.config.pad_token_id, config)
-            loss, seconds = cut_backward(hidden, loss_of(score, loss_fn, config, seen))
+            loss, seconds = cut_backward(hidden, loss_of(score, loss_fn, pairs, config, seen))
             total, loss_s = total + float(loss), loss_s + seconds
             hits += _hits(seen[0])
             tokens += sum(len(example.ids) for example in examples(pairs))
@@ -75,7 +81,9 @@ def make_step(model: Any, score: nn.Linear, loss_fn: Loss, data: Data, config: R
     return step_fn
 
 
-def loss_of(score: nn.Linear, loss_fn: Loss, config: RewardConfig, seen: list[Tensor]) -> Any:
+def loss_of(
+    score: nn.Linear, loss_fn: Loss, pairs: Sequence[Pair], config: RewardConfig, seen: list[Tensor]
+) -> Any:
     """The pass's share of the step's mean over pairs; the scores go to ``seen``."""
 
     def of(hidden: Tensor) -> Tensor:
@@ -83,7 +91,8 @@ def loss_of(score: nn.Linear, loss_fn: Loss, config: RewardConfig, seen: list[Te
             scores = score(hidden)[:, 0]  # [2B]
         seen.append(scores.detach())
         chosen, rejected = scores.chunk(2)
-        return loss_fn(chosen, rejected, config) / config.rows_per_step
+        margins = margins_of(pairs, config, scores.device)
+        return loss_fn(chosen, rejected, margins, config) / config.rows_per_step
 
     return of
 
@@ -107,7 +116,8 @@ def evaluate(
         with autocast(config, hidden.device):
             scores = score(hidden)[:, 0].float()
         chosen, rejected = scores.chunk(2)
-        return _hits(scores), float(loss_fn(chosen, rejected, config)), float((chosen - rejected).sum())
+        loss = loss_fn(chosen, rejected, margins_of(pairs, config, scores.device), config)
+        return _hits(scores), float(loss), float((chosen - rejected).sum())
 
     totals = parallel.spread(of, list(data.held_back(32)))
     hits, loss, margin = map(sum, zip(*totals, strict=True))
@@ -116,10 +126,8 @@ def evaluate(
     return {"accuracy": hits / count, "loss": loss / count, "margin": margin / count}
 
 
-def run(
-    config: RewardConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
-) -> Result:
-    console = begin(config, console)
+@begun
+def run(config: RewardConfig, *, resume: bool, overwrite: bool, console: Console) -> Result:
     loss_fn = named(LOSSES, config.loss)
     folder = open_folder(config, resume, overwrite, console)
     tok = tokenizer_of(config, folder, console)
@@ -127,9 +135,10 @@ def run(
     model, score = scoring_model(config, tok)
 
     def one_loss(name: str) -> Any:
+        pairs = data.batch(0, config.batch_size)
         with torch.no_grad():
-            hidden = ends(model, data.batch(0, config.batch_size), model.config.pad_token_id, config)
-        return partial(loss_and_grad, hidden, loss_of(score, named(LOSSES, name), config, []))
+            hidden = ends(model, pairs, model.config.pad_token_id, config)
+        return partial(loss_and_grad, hidden, loss_of(score, named(LOSSES, name), pairs, config, []))
 
     def loss_by(name: str) -> str:
         import fastloss
@@ -141,7 +150,7 @@ def run(
         title="reward",
         model=model,
         source=data.source,
-        fingerprint=fingerprint(data.train, config.seq_len, config.seed, config.rows_per_step),
+        fingerprint=fingerprint(data.train, config.seed, config.rows_per_step),
         step=lambda name, _: make_step(model, score, named(LOSSES, name), data, config),
         loss_alone=one_loss,
         loss_by=loss_by,

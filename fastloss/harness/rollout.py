@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,13 +48,14 @@ class Actor:
         self, asked: Sequence[rows.Row], temperature: float, noise: Tensor
     ) -> tuple[list[list[int]], list[float]]:
         """Tokens and reward of an answer to each row."""
+        stop = chat.ends(self.tok, self.model.generation_config.eos_token_id)
         with autocast(self.config, self.head.weight.device):
             ids = sample(
-                self.model, self.head, [chat.prompt(self.tok, row["prompt"]) for row in asked],
-                max_new_tokens=self.config.max_new_tokens, end=self.tok.eos_token_id,
+                self.model, self.head, [asked_ids(self.tok, row) for row in asked],
+                max_new_tokens=self.config.max_new_tokens, end=stop,
                 temperature=temperature, noise=noise,
             )  # fmt: skip
-        texts = [chat.decode(self.tok, tokens) for tokens in ids]
+        texts = [chat.decode(self.tok, chat.without_end(tokens, stop)) for tokens in ids]
         return ids, rewards.score(self.rewards, asked, texts, ids)
 
     def noise(self, place: int, rows: int) -> Tensor:
@@ -64,12 +66,24 @@ class Actor:
         return torch.rand(rows, self.config.max_new_tokens, dtype=torch.float64, generator=generator)
 
 
+def asked_ids(tok: Any, row: rows.Row) -> list[int]:
+    """A row's prompt."""
+    return chat.prompt(tok, row["prompt"], chat.options(row))
+
+
+def _asked(tok: Any, row: rows.Row) -> rows.Row:
+    row = chat.taken(tok, rows.prompt_row(row))
+    if not asked_ids(tok, row):
+        raise ValueError("prompt: expected at least one token, got none")
+    return row
+
+
 def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
     skipped: list[str] = []
     if config.data:
         found, skipped = rows.read(
             config.data,
-            lambda row: chat.taken(tok, rows.prompt_row(row)),
+            partial(_asked, tok),
             columns=config.column,
             skip=config.skip_bad_rows,
         )
@@ -78,7 +92,7 @@ def prepare(config: RolloutConfig, tok: Any, console: Console) -> Data:
         found, source = builtin.arithmetic(config.numbers), f"a+b and a-b below {config.numbers}"
     train, val = builtin.split(found, config.val_fraction, most=500)
     room = config.seq_len - config.max_new_tokens
-    kept, val = ([r for r in part if len(chat.prompt(tok, r["prompt"])) <= room] for part in (train, val))
+    kept, val = ([r for r in part if len(asked_ids(tok, r)) <= room] for part in (train, val))
     if not kept:
         raise ValueError(f"data: expected a prompt within {room} tokens (seq_len - max_new_tokens), got none")
     val = val[:: max(1, len(val) // config.evaluate)][: config.evaluate]
@@ -100,13 +114,13 @@ def roll_out(
     examples: list[Example] = []
     scores: list[float] = []
     noise = actor.noise(index, config.rows_per_step * group)  # of all processes
-    for at in parallel.starts(config, index):
+    for at in config.starts(index):
         asked = [data.train[i] for i in data.order.take(at, config.batch_size) for _ in range(group)]
         first = (at - index * config.rows_per_step) * group
         ids, gained = actor.answer(asked, config.temperature, noise[first : first + len(asked)])
         scores += gained
         for row, tokens, reward in zip(asked, ids, gained, strict=True):
-            before = chat.prompt(actor.tok, row["prompt"])
+            before = asked_ids(actor.tok, row)
             scored = not math.isnan(reward)
             examples.append(Example(before + tokens, [False] * len(before) + [scored] * len(tokens)))
     samples, unscored = parallel.summed(len(scores), sum(map(math.isnan, scores)))
@@ -138,6 +152,11 @@ def token_logprobs(
             values = logprobs(hidden, head.gathered(), targets(part), config.temperature)
         out[start : start + len(part.inputs)][part.targets != IGNORE] = values
     return out
+
+
+def drawn_with(config: RolloutConfig, *more: object) -> tuple[object, ...]:
+    """What samples depend on, where a checkpoint may lie between two updates of one batch of them; else nothing."""
+    return (config.temperature, config.max_new_tokens, *more) if config.updates > 1 else ()
 
 
 def check_carried(carry: Carry, update: int) -> None:

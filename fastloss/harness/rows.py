@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
-from . import sources
+from . import shapes, sources
 
 Row = sources.Row
 Check = Callable[[Row], Row]  # the row as the stage wants it, or a ValueError that says what is wrong
 RENAME = "; a column of another name: --column prompt=ITS_NAME"
-CONVERSATIONS = ("prompt", "completion", "chosen", "rejected", "messages")
 
 
 def read(
@@ -27,7 +26,9 @@ def read(
         try:
             if isinstance(row, ValueError):
                 raise row
-            rows.append(check(_as_trl(row, renamed)))
+            row = _named(row, renamed)
+            shapes.check_text(row)
+            rows.append(check(row))
         except ValueError as error:
             if not skip:
                 raise ValueError(f"{place}: {error}") from None
@@ -47,26 +48,13 @@ def _renamed(columns: Sequence[str]) -> dict[str, str]:
     return {theirs: ours for ours, _, theirs in pairs}
 
 
-def _as_trl(row: Row, renamed: dict[str, str]) -> Row:
-    """Columns under our names; `conversations` and messages of `from` and `value`, as TRL takes them too."""
+def _named(row: Row, renamed: dict[str, str]) -> Row:
+    """Columns under our names."""
     for theirs in renamed:
         if theirs not in row:
             raise ValueError(f"column: expected `{theirs}`, got {sorted(row)}")
     kept = {key: value for key, value in row.items() if key not in renamed.values()}
-    row = {renamed.get(key, key): value for key, value in kept.items()}
-    if "conversations" in row and "messages" not in row:
-        row["messages"] = row.pop("conversations")
-    for key in CONVERSATIONS:
-        if isinstance(row.get(key), list):
-            row[key] = [_message(message) for message in row[key]]
-    return row
-
-
-def _message(message: Any) -> Any:
-    if not isinstance(message, dict) or not {"from", "value"} & set(message):
-        return message
-    names = {"from": "role", "value": "content"}
-    return {names.get(key, key): value for key, value in message.items()}
+    return {renamed.get(key, key): value for key, value in kept.items()}
 
 
 def text_row(row: Row) -> Row:
@@ -75,16 +63,16 @@ def text_row(row: Row) -> Row:
 
 
 def supervised_row(row: Row) -> Row:
-    """{"prompt", "completion"}, {"messages"} or {"text"}"""
+    """{"messages"}, {"prompt", "completion"} or {"text"}"""
+    row = shapes.as_trl(row)
     if "messages" in row:
-        messages = _messages(row, "messages")
-        if all(message["role"] != "assistant" for message in messages):
-            roles = sorted({message["role"] for message in messages})
-            raise ValueError(f"messages: expected at least one of role assistant, got {', '.join(roles)}")
-    elif "text" in row:
-        _string(row, "text")
+        _answered("messages", _messages(row, "messages"))
     elif "prompt" in row and "completion" in row:
         _same_kind(row, "prompt", "completion")
+        if not isinstance(row["completion"], str):
+            _answered("completion", row["completion"])
+    elif "text" in row:
+        _string(row, "text")
     else:
         raise ValueError(
             f"expected `prompt` and `completion`, `messages` or `text`, got {sorted(row)}{RENAME}"
@@ -92,8 +80,18 @@ def supervised_row(row: Row) -> Row:
     return row
 
 
+def _answered(key: str, messages: list[Row]) -> None:
+    if all(message["role"] != "assistant" for message in messages):
+        roles = sorted({message["role"] for message in messages})
+        raise ValueError(f"{key}: expected at least one of role assistant, got {', '.join(roles)}")
+
+
 def preference_row(row: Row) -> Row:
-    """{"prompt", "chosen", "rejected"}; without a prompt, what both answers begin with is the prompt."""
+    """{"prompt", "chosen", "rejected"}; without a prompt, what both answers begin with is the prompt.
+
+    `margin`, or the difference of `score_chosen` and `score_rejected`, says by how much the chosen one is better.
+    """
+    row = shapes.as_trl(row)
     if not {"chosen", "rejected"} <= set(row):
         raise ValueError(f"expected `chosen` and `rejected`, got {sorted(row)}{RENAME}")
     if "prompt" not in row:
@@ -110,11 +108,16 @@ def preference_row(row: Row) -> Row:
         raise ValueError("prompt: expected at least one message, got none (chosen and rejected share none)")
     if row["chosen"] == row["rejected"]:
         raise ValueError("chosen and rejected: expected two answers, got one and the same")
+    if "margin" not in row and {"score_chosen", "score_rejected"} <= set(row):
+        row = row | {"margin": _number(row, "score_chosen") - _number(row, "score_rejected")}
+    if row.get("margin") is not None:
+        row = row | {"margin": _number(row, "margin")}
     return row
 
 
 def prompt_row(row: Row) -> Row:
     """{"prompt", …}: the other fields go to the reward function."""
+    row = shapes.as_trl(row)
     if "prompt" not in row:
         raise ValueError(f"expected `prompt`, got {sorted(row)}{RENAME}")
     _same_kind(row, "prompt")
@@ -130,6 +133,16 @@ def _string(row: Row, key: str) -> str:
         got = type(row[key]).__name__
         raise ValueError(f"expected an object with a string in `{key}`, got {key} of type {got}")
     return row[key]
+
+
+def _number(row: Row, key: str) -> float:
+    try:
+        value = float(row[key])  # of a CSV file it is a string
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{key}: expected a finite number, got {row[key]!r:.60}")
+    return value
 
 
 def _messages(row: Row, key: str) -> list[Row]:

@@ -4,51 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import functools
 import shutil
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import checkpoint, layers, logging, measure, parallel, plots, report
 from . import config as configs
 from .badsteps import Watch
 from .config import TrainConfig
 from .cost import Cost, measure_costs
-from .loop import StepFn, cosine, make_optimizer, run_steps
+from .loop import cosine, make_optimizer, run_steps
 from .model import parameters
+from .report import Terminal
+from .stage import Stage
 
 CHECKPOINT = "checkpoint"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage hands to :func:`train`. Nothing is inherited; each field is one thing that stages differ in."""
-
-    title: str
-    model: nn.Module  # all that is optimised and saved
-    source: str  # what the data is, for the report
-    fingerprint: str  # of the data and its order
-    # name of a loss, tensors carried from step to step -> the step; what is carried is in the checkpoint
-    step: Callable[[str, dict[str, Tensor]], StepFn]
-    loss_alone: Callable[[str], Callable[[], object]] | None  # forward and backward of the loss on one batch
-    loss_by: Callable[[str], str]  # who computes the loss of that name here
-    model_flops: Callable[[], int]  # of the first step, counted with PyTorch's plain loss
-    same_shape: bool  # every step has the FLOPs of the first
-    examples: Callable[[int], dict[int, str]]  # of a step: number in the training data, how it begins
-    held_back: Callable[[], dict[str, float]]
-    metrics: dict[
-        str, str
-    ]  # held-back metric -> its words in the report; the first one heads the chain's table
-    export: Callable[[Path], None]  # the folder that the next stage starts from
-    curves: dict[str, str] = field(default_factory=lambda: {"loss": "loss (nats per token)"})
 
 
 @dataclass(frozen=True)
@@ -70,10 +53,55 @@ class Result:
         return next(iter(self.costs.values()))
 
 
-def begin(config: TrainConfig, console: Console | None) -> Console:
-    """The processes of the run know each other; what only the first one says."""
-    parallel.start(config)
-    return console or Console() if parallel.is_first() else Console(quiet=True)
+def begun(run: Callable[..., Result]) -> Callable[..., Result]:
+    """Around a stage's ``run``: its processes know each other, only the first one speaks, no other run writes into its
+    folder meanwhile, and a resumed run has the date of its beginning."""
+
+    @functools.wraps(run)
+    def alone(
+        config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
+        console: Console | None = None, **more: Any,
+    ) -> Result:  # fmt: skip
+        parallel.start(config.device)
+        console = console or Terminal() if parallel.is_first() else Console(quiet=True)
+        folder = Path(config.out)
+        with only_one(folder):
+            date = config.date or parallel.from_first(lambda: _date(folder, resume))
+            config = dataclasses.replace(config, date=date)
+            return run(config, resume=resume, overwrite=overwrite, console=console, **more)
+
+    return alone
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Nobody else writes into the folder: two runs there would destroy each other's checkpoints."""
+    held: list[FileLock] = []
+    parallel.from_first(lambda: held.append(_lock(folder)))
+    try:
+        yield
+    finally:
+        for lock in held:
+            lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"out: another run is writing into {folder}; give this one another folder") from None
+    except OSError as error:
+        raise ValueError(f"out: cannot write into {folder}: {error.strerror}") from None
+    return lock
+
+
+def _date(folder: Path, resume: bool) -> str:
+    """Today, or of a run that goes on the day on which it began: a chat template may write it into the data."""
+    saved = folder / "config.yaml"
+    options: Any = OmegaConf.load(saved) if resume and saved.is_file() else {}
+    return str(options.get("date") or datetime.date.today().isoformat())
 
 
 def open_folder(config: TrainConfig, resume: bool, overwrite: bool, console: Console) -> Path:
@@ -116,11 +144,12 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
     path, carry = parallel.from_first(lambda: checkpoint.latest(folder / CHECKPOINT)), dict[str, Tensor]()
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "train_s": 0.0, "data": stage.fingerprint}
     if not parallel.is_first():  # dropout of its own
-        torch.manual_seed(config.seed + 1_000_003 * parallel.rank())
+        torch.manual_seed((config.seed + 1_000_003 * parallel.rank()) % 2**63)
     if resume and path:
+        parallel.from_first(partial(checkpoint.check, path))
         if checkpoint.read_progress(path)["data"] != progress["data"]:
             raise ValueError(
-                f"{path}: made from other data, seq_len or seed: it cannot go on from its position here"
+                f"{path}: made from other data, another seq_len, seed or number of rows in a step: it cannot go on from its position here"
             )
         progress = checkpoint.load(path, stage.model, optimizer, carry)
         progress.setdefault("before", {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -19,17 +20,21 @@ def sample(
     prompts: list[list[int]],
     *,
     max_new_tokens: int,
-    end: int,
+    end: int | Collection[int],
     temperature: float,
     noise: Tensor | None = None,
 ) -> list[list[int]]:
-    """A completion of each prompt, up to and with ``end``. Temperature 0 takes the likeliest token.
+    """A completion of each prompt, up to and with a token of ``end``. Temperature 0 takes the likeliest token.
 
     noise: float64 [prompts, max_new_tokens], uniform in [0, 1): a row's own, so that its sample does not depend on
     which others share its batch.
     """
     from transformers import DynamicCache
 
+    if not all(prompts):
+        raise ValueError("prompts: expected at least one token in each, got none in one")
+    stop = {end} if isinstance(end, int) else set(end)
+    stop_ids = torch.tensor(sorted(stop), device=head.weight.device)
     device, sharded = head.weight.device, parallel.is_sharded(head.weight)
     head = head.gathered()
     longest = max(map(len, prompts))
@@ -62,7 +67,7 @@ def sample(
             drawn_at = noise[:, len(drawn), None] * upto[:, -1:]
             token = torch.searchsorted(upto, drawn_at, right=True)[:, 0].clamp(max=upto.shape[1] - 1)
         drawn.append(token)
-        finished |= token == end
+        finished |= torch.isin(token, stop_ids)
         done = bool(finished.all())
         # in shards the others' forwards need this process's weights
         if not parallel.any_of(not done) if sharded else done:
@@ -71,7 +76,7 @@ def sample(
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
     model.train(training)
     rows = torch.stack(drawn, 1).tolist()
-    return [ids[: ids.index(end) + 1] if end in ids else ids for ids in rows]
+    return [ids[: next((i + 1 for i, id in enumerate(ids) if id in stop), None)] for ids in rows]
 
 
 @torch.no_grad()

@@ -23,8 +23,9 @@ from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named
 from .model import Head, check_packing, head_of
-from .run import Result, Stage, begin, open_folder, train
+from .run import Result, begun, open_folder, train
 from .sampler import check_sampler, sample
+from .stage import Stage
 from .start import language_model, tokenizer_of
 from .step import autocast, begins, cut_backward, learned, loss_and_grad, targets
 
@@ -49,31 +50,37 @@ class Data:
 
 def prepare(config: SftConfig, tok: Any, console: Console) -> Data:
     if config.data:
-        found, skipped = rows.read(
+        given, skipped = rows.read(
             config.data,
             lambda row: chat.taken(tok, rows.supervised_row(row)),
             columns=config.column,
             skip=config.skip_bad_rows,
         )
         source = sources.named(config.data) + (f", {len(skipped)} rows skipped" if skipped else "")
-        train_rows, val_rows = builtin.split(found, config.val_fraction, most=1000)
+        train_rows, val_rows = builtin.split(given, config.val_fraction, most=1000)
     else:
         source = "Python's own functions and arithmetic" if config.task == "both" else config.task
         train_rows, val_rows = [], []
         if config.task != "arithmetic":
             train_rows, val_rows = builtin.split(builtin.descriptions(), config.val_fraction, most=500)
         if config.task != "describe":
-            more, held = builtin.split(builtin.arithmetic(config.numbers), config.val_fraction, most=500)
+            more, some = builtin.split(builtin.arithmetic(config.numbers), config.val_fraction, most=500)
             train_rows += builtin.demonstrations(more, config.repeat, config.wrong)
-            val_rows += held
-    examples, cut, dropped = fit([chat.example(tok, row) for row in train_rows], config.seq_len)
-    val, _, _ = fit([chat.example(tok, row) for row in val_rows], config.seq_len)
+            val_rows += some
+    found, held = ([e for row in part for e in chat.examples(tok, row)] for part in (train_rows, val_rows))
+    examples, cut, dropped = fit(found, config.seq_len)
+    val, _, _ = fit(held, config.seq_len)
     if not examples:
         raise ValueError(f"data: expected an answer within seq_len={config.seq_len} tokens, got none")
     shuffled = Order(len(examples), config.seed).take(0, len(examples))
     examples = [examples[i] for i in shuffled]
     groups = pack(examples, config.seq_len, most=0 if config.packing else 1)
-    asked = [row for row in val_rows if "completion" in row]
+    asked = [row for row in val_rows if "messages" not in row and "completion" in row]
+    room = config.seq_len - config.max_new_tokens
+    answerable = [row for row in asked if 0 < len(_asked(tok, row)) <= room]
+    if config.exact and len(answerable) < len(asked):
+        source += f", {len(asked) - len(answerable)} questions without room for an answer"
+    asked = answerable
     step = max(1, len(asked) // config.exact) if config.exact else 1
     questions = asked[::step][: config.exact]
     source += f", {len(examples):,} examples in {len(groups):,} rows, {len(val):,} held back"
@@ -83,11 +90,15 @@ def prepare(config: SftConfig, tok: Any, console: Console) -> Data:
     return Data(examples, groups, val, questions, source, Order(len(groups), config.seed))
 
 
+def _asked(tok: Any, row: rows.Row) -> list[int]:
+    return chat.prompt(tok, row["prompt"], chat.options(row))
+
+
 def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConfig) -> StepFn:
     device = head.weight.device
 
     def step_fn(step: int) -> Metrics:
-        batches = [data.batch(start, config).to(device) for start in parallel.starts(config, step)]
+        batches = [data.batch(start, config).to(device) for start in config.starts(step)]
         # of all passes of all processes
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
@@ -138,18 +149,18 @@ def exact_match(
 ) -> dict[str, float]:
     """Over all questions, and for each task that the rows name."""
     hits: dict[str, list[float]] = defaultdict(list)
+    stop = chat.ends(tok, model.generation_config.eos_token_id)
 
     def answered(start: int) -> list[bool]:
         asked = questions[start : start + 64]
-        prompts = [chat.prompt(tok, row["prompt"]) for row in asked]
-        answers = sample(
-            model, head, prompts, max_new_tokens=max_new_tokens, end=tok.eos_token_id, temperature=0
-        )
+        prompts = [_asked(tok, row) for row in asked]
+        answers = sample(model, head, prompts, max_new_tokens=max_new_tokens, end=stop, temperature=0)
         return [right(row, ids) for row, ids in zip(asked, answers, strict=True)]
 
     def right(row: rows.Row, ids: list[int]) -> bool:
-        wanted = chat.decode(tok, chat.completion(tok, row["prompt"], row["completion"])).strip()
-        return chat.decode(tok, ids).strip() == wanted
+        wanted = chat.completion(tok, row["prompt"], row["completion"], chat.options(row))
+        said, meant = (chat.decode(tok, chat.without_end(of, stop)).strip() for of in (ids, wanted))
+        return said == meant
 
     found = chain.from_iterable(parallel.spread(answered, range(0, len(questions), 64)))
     for row, hit in zip(questions, found, strict=True):
@@ -159,10 +170,8 @@ def exact_match(
     return {key: sum(values) / len(values) for key, values in hits.items()}
 
 
-def run(
-    config: SftConfig, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
-) -> Result:
-    console = begin(config, console)
+@begun
+def run(config: SftConfig, *, resume: bool, overwrite: bool, console: Console) -> Result:
     loss_fn = loss_named(config.loss)
     folder: Path = open_folder(config, resume, overwrite, console)
     tok = tokenizer_of(config, folder, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import glob
 import io
@@ -16,6 +17,11 @@ Item = tuple[str, Row | ValueError]  # place, the row there or what is wrong wit
 
 JSONL = (".jsonl", ".ndjson")
 TABLES = (".parquet", ".arrow")  # read by `datasets`
+# UTF-32 first: its mark begins with that of UTF-16; each codec takes its mark away
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 IN_A_FOLDER = {
     *JSONL,
@@ -69,13 +75,18 @@ def _files(name: str) -> list[Path]:
 
 
 def read_text(path: Path) -> str:
+    """UTF-8, or what a byte-order mark says; the mark is not text. Line ends are \\n, whoever wrote the file."""
     try:
-        return path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise ValueError(f"data: cannot read {path}: {error.strerror}") from None
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
+    try:
+        return data.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         byte, where = error.object[error.start], error.start
-        raise ValueError(f"{path}: expected UTF-8 text, got byte {byte:#04x} at position {where}") from None
+        named = {"utf-8-sig": "UTF-8"}.get(encoding, encoding.upper())
+        raise ValueError(f"{path}: expected {named} text, got byte {byte:#04x} at position {where}") from None
 
 
 def _lines(path: Path, text: str) -> Iterator[Item]:
@@ -102,6 +113,7 @@ def _json(path: Path, text: str) -> Iterator[Item]:
 
 def _csv(path: Path, text: str) -> Iterator[Item]:
     """Every value is a string, as it stands there: a guess at numbers would make 007 of it 7."""
+    limit = csv.field_size_limit(2**31 - 1)  # Python's own is 131072 characters; documents are longer
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=SEPARATORS[path.suffix], strict=True)
     try:
         for row in reader:
@@ -111,6 +123,8 @@ def _csv(path: Path, text: str) -> Iterator[Item]:
             yield place, row if fits else ValueError(f"expected {len(names)} fields, got {got}")
     except csv.Error as error:
         raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _object(row: Any) -> Row | ValueError:

@@ -9,23 +9,23 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModelForSequenceClassification
 
 from . import chat, corpus, layers, lora, parallel, tokenizer
+from .classifier import classifier, score_of
 from .config import TrainConfig
-from .model import build_model, check_head, folder_of, head_of, load_model, model_config
+from .model import build_model, check_head, check_positions, folder_of, head_of, load_model, model_config
 
 
 def tokenizer_of(config: TrainConfig, folder: Path, console: Console) -> Any:
     """The model folder's; without one this run's own, trained on what Python carries."""
     if config.model:
-        return chat.load(folder_of(config.model))
+        return chat.load(folder_of(config.model), config.date)
     saved = folder / "tokenizer.json"
     with parallel.first_alone():
         if not saved.is_file():
             console.print("no --model: random weights, and a tokenizer trained on Python's documentation")
             tokenizer.train_bpe(corpus.python_corpus(), config.vocab_size).save(str(saved))
-    return chat.wrap(Tokenizer.from_file(str(saved)))
+    return chat.wrap(Tokenizer.from_file(str(saved)), config.date)
 
 
 def language_model(config: TrainConfig, tok: Any) -> Any:
@@ -38,6 +38,7 @@ def language_model(config: TrainConfig, tok: Any) -> Any:
         raise ValueError(
             f"model: expected a vocabulary of at least {len(tok)} for its tokenizer, got {head.weight.shape[0]}"
         )
+    check_positions(model, config.seq_len)
     check_head(model, torch.arange(1, 9, device=head.weight.device)[None] % len(tok))
     return layers.prepare(lora.add(model, config, model.get_output_embeddings()), config).train()
 
@@ -55,17 +56,17 @@ def scoring_model(config: TrainConfig, tok: Any) -> tuple[Any, nn.Linear]:
     """The body with one score in place of the vocabulary head, and that head. The scores begin near 0."""
     device = layers.build_device(config)
     torch.manual_seed(config.seed)
+    shape = model_config(config)
+    auto = classifier(shape)
     if config.model:
-        model = load_model(config.model, device, AutoModelForSequenceClassification, num_labels=1)
+        model = load_model(config.model, device, auto, num_labels=1)
     else:
-        shape = model_config(config)
         shape.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(shape, dtype=torch.float32).to(device)
+        model = auto.from_config(shape, dtype=torch.float32).to(device)
         model.config.use_cache = False
     model.config.pad_token_id = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
-    head = getattr(model, "score", None)
-    if not isinstance(head, nn.Linear) or head.out_features != 1:
-        raise ValueError(f"model: expected a linear `score` head, got {type(model).__name__} without one")
+    check_positions(model, config.seq_len)
+    head = score_of(model)
     return layers.prepare(lora.add(model, config, head), config).train(), head
 
 

@@ -37,7 +37,10 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    return Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()  # some are published with a length
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def end_id(tokenizer: Tokenizer) -> int | None:
@@ -48,13 +51,14 @@ def end_id(tokenizer: Tokenizer) -> int | None:
     return None
 
 
-def encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """All documents as one stream of ids, each followed by the end token.  # [tokens] int32"""
+def encode(tokenizer: Tokenizer, documents: list[str], end: int | None = None) -> Tensor:
+    """All documents as one stream of ids: each begun as the tokenizer begins a text (BOS, or nothing), and followed by
+    ``end``, or what by its name is an end token.  # [tokens] int32"""
     tokenizer.encode_special_tokens = True  # the end token's name, written in a text, is text
-    end = end_id(tokenizer)
+    end = end_id(tokenizer) if end is None else end
     ids: list[int] = []
-    for encoding in tokenizer.encode_batch(documents, add_special_tokens=False):
+    for encoding in tokenizer.encode_batch(documents):
         ids += encoding.ids
-        if end is not None:
+        if end is not None and encoding.ids[-1:] != [end]:  # some add it themselves
             ids.append(end)
     return torch.tensor(ids, dtype=torch.int32)

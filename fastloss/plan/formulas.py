@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastloss import head
+from fastloss.bench import internals
 from fastloss.plan.hardware import NODE, Device
 from fastloss.plan.model import Model
 
@@ -37,8 +37,15 @@ def stage_flops(model: Model, stage: str, tokens: float, sequence: int) -> dict[
     """Model FLOPs (nothing that is recomputed counts), the vocabulary head apart."""
     forward = model.forward_flops(sequence)
     passes, head_flops, scores = STAGES[stage], forward.pop("head"), forward.pop("scores")
+    matrices = sum(forward.values())
+    if stage == "pretrain":  # the other stages train without multi-token prediction
+        further = model.mtp_flops(sequence)
+        matrices, scores, head_flops = (
+            own + further[part]
+            for own, part in ((matrices, "matrices"), (scores, "scores"), (head_flops, "head"))
+        )
     return {
-        "matrices": tokens * passes.backbone * sum(forward.values()),
+        "matrices": tokens * passes.backbone * matrices,
         "scores": tokens * passes.backbone * scores,
         "head": tokens * passes.head * head_flops,
     }
@@ -64,7 +71,7 @@ def memory(
     """Bytes per device: weights in bfloat16, gradients, AdamW's master weights and moments in float32, all sharded; and
     the activations of ``micro_batch`` tokens. Where weights are sharded, a layer's and their gradients are whole in
     bfloat16 while it runs; experts stay where they are (expert parallelism)."""
-    share, parts = model.total / shards, model.parameters()
+    share, parts = (model.total + model.mtp_parameters()) / shards, model.parameters()
     experts = parts["mlp"] - model.active_matrices()["mlp"] if model.experts else 0
     layer = (parts["attention"] + parts["mlp"] - experts) / model.layers
     return {
@@ -86,7 +93,7 @@ def layer_activations(model: Model) -> float:
         kept = query + a.kv_heads * (a.head_dim + a.value_dim)
     e = model.experts
     dense = model.width * (model.layers - model.moe_layers)
-    routed = model.moe_layers * e.width * (e.per_token + e.shared) if e else 0
+    routed = model.moe_layers * (e.width * e.per_token + e.shared) if e else 0
     mlp = (3 if model.gated else 2) * (dense + routed) / model.layers
     return 4 * h + kept + value + mlp  # two norms: input and output of each
 
@@ -94,7 +101,8 @@ def layer_activations(model: Model) -> float:
 def activations(model: Model, tokens: int, recompute: bool) -> float:
     """Bytes. With ``recompute`` only the input of each layer is kept, and one layer is whole at a time."""
     layer = layer_activations(model)
-    numbers = model.layers * model.hidden + layer if recompute else model.layers * layer
+    layers = model.layers + model.mtp
+    numbers = layers * model.hidden + layer if recompute else layers * layer
     return BF16 * tokens * numbers
 
 
@@ -118,17 +126,22 @@ TORCH_TRAFFIC = 42
 FASTLOSS_TRAFFIC = 10
 
 
-def loss_layer(model: Model, rows: int) -> LossLayer:
-    chunk = head.default_chunk(rows, model.vocab, torch.bfloat16, torch.device("cuda"))
+# Held for the backward by each loss that waits for it beside the one at the peak: its log-softmax.
+TORCH_WAITING = 4
+
+
+def loss_layer(model: Model, rows: int, losses: int = 1) -> LossLayer:
+    """``losses`` over the same vocabulary in one step: multi-token prediction has one per token predicted."""
+    chunk = internals.gpu_chunk(rows, model.vocab, torch.bfloat16)
     logits = rows * model.vocab
     # The weight's gradient is added up in float32 and leaves in bfloat16.
     accumulator = (F32 - BF16) * model.vocab * model.hidden
     return LossLayer(
-        float(TORCH_PEAK * logits),
+        float((TORCH_PEAK + TORCH_WAITING * (losses - 1)) * logits),
         float(BF16 * chunk * model.vocab + accumulator),
         chunk,
-        float(TORCH_TRAFFIC * logits),
-        float(FASTLOSS_TRAFFIC * logits),
+        float(losses * TORCH_TRAFFIC * logits),
+        float(losses * FASTLOSS_TRAFFIC * logits),
     )
 
 

@@ -65,7 +65,13 @@ def _model(request: Request) -> dict[str, Any]:
         "hidden": model.hidden,
         "layers": model.layers,
         "tied": model.tied,
+        "window": {"keys": model.window, "layers": model.window_layers},
         "parameters": {**model.parameters(), "total": model.total, "active": model.active},
+        "multi_token_prediction": {
+            "tokens": model.mtp,
+            "parameters": model.mtp_parameters(),
+            "forward_flops_per_token": sum(model.mtp_flops(request.sequence).values()),
+        },
         "sequence": request.sequence,
         "forward_flops_per_token": {**forward, "total": sum(forward.values())},
     }
@@ -93,14 +99,18 @@ def _stage(request: Request, name: str, tokens: float) -> dict[str, Any]:
 def _loss_layer(request: Request) -> dict[str, Any]:
     """Of one micro-batch; seconds at the device's full bandwidth, and the step they are a part of at the MFU given."""
     model, device = request.model, DEVICES[request.hardware]
-    layer = formulas.loss_layer(model, request.micro_batch)
-    forward = model.forward_flops(request.sequence)
-    step = 3 * request.micro_batch * sum(forward.values()) / (device.flops * request.mfu)
+    losses = 1 + (model.mtp if "pretrain" in request.stages else 0)
+    layer = formulas.loss_layer(model, request.micro_batch, losses)
+    forward = sum(model.forward_flops(request.sequence).values())
+    if losses > 1:
+        forward += sum(model.mtp_flops(request.sequence).values())
+    speed = device.flops * request.mfu
     return {
         "rows": request.micro_batch,
         "logits_bytes": formulas.BF16 * request.micro_batch * model.vocab,
-        "step_seconds": step,
-        "head_gemm_seconds": 3 * request.micro_batch * forward["head"] / (device.flops * request.mfu),
+        "losses": losses,
+        "step_seconds": 3 * request.micro_batch * forward / speed,
+        "head_gemm_seconds": 6 * losses * request.micro_batch * model.vocab * model.hidden / speed,
         "chunk_rows": layer.chunk_rows,
         "torch": {"bytes": layer.torch_bytes, "traffic_seconds": layer.torch_traffic / device.bandwidth},
         "fastloss": {
@@ -131,8 +141,17 @@ def _model_table(found: dict[str, Any]) -> Table:
     rows.append(("scores and values", "–", count(flops["scores"])))
     rows.append(("total", count(model["parameters"]["total"]), count(flops["total"])))
     rows.append(("active", count(model["parameters"]["active"]), ""))
-    title = f"{model['name']}: vocabulary {model['vocab']}, sequences of {model['sequence']}" + (
-        ", tied head" if model["tied"] else ""
+    if (further := model["multi_token_prediction"])["tokens"]:
+        name = f"prediction of {further['tokens']} further token{'s' * (further['tokens'] > 1)} (pretrain)"
+        rows.append((name, count(further["parameters"]), count(further["forward_flops_per_token"])))
+    window = model["window"]
+    title = (
+        f"{model['name']}: vocabulary {model['vocab']}, sequences of {model['sequence']}"
+        + (
+            f", windows of {window['keys']} in {window['layers']} of {model['layers']} layers"
+            * bool(window["layers"])
+        )
+        + ", tied head" * model["tied"]
     )
     return title, ("part", "parameters", "FLOPs per token, forward"), rows
 
@@ -179,8 +198,9 @@ def _loss_table(found: dict[str, Any]) -> Table:
         )
         for name in ("torch", "fastloss")
     ]
+    many = f", {loss['losses']} losses a step" if loss["losses"] > 1 else ""
     title = (
-        f"loss layer: bfloat16 logits would be {gigabytes(loss['logits_bytes'])} GB, chunks of {loss['chunk_rows']} rows; "
+        f"loss layer{many}: bfloat16 logits would be {gigabytes(loss['logits_bytes'])} GB, chunks of {loss['chunk_rows']} rows; "
         f"the head's GEMMs {milliseconds(loss['head_gemm_seconds'])} of a step's {milliseconds(step)} ms"
     )
     return title, ("loss", "extra GB", "of the logits", "memory traffic, ms", "of the step"), rows

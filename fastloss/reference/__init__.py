@@ -2,6 +2,7 @@
 
 from fastloss.reference.advantages import discounted_returns, gae
 from fastloss.reference.cross_entropy import cross_entropy, linear_cross_entropy
+from fastloss.reference.logits import row_gradient
 from fastloss.reference.policy_gradient import (
     Sequences,
     correction,
@@ -24,6 +25,7 @@ __all__ = [
     "linear_token_stats",
     "pair_loss",
     "policy_loss",
+    "row_gradient",
     "segment_sum",
     "shares",
     "token_stats",

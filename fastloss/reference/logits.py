@@ -21,3 +21,44 @@ def effective_logits(
 def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """``input @ linear_weight.T + linear_bias``: the head that fastloss never materialises."""
     return torch.nn.functional.linear(input, linear_weight, linear_bias)
+
+
+def row_gradient(
+    logits: Tensor,
+    target: Tensor | None,
+    logsumexp: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    c: Tensor | None,
+    d: Tensor | None,
+    *,
+    w: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """``dz_v = a·[v = target] + b·p_v + c·p_v·log p_v + d·w_v`` of ``logits [rows, V]``, through soft-cap and scale."""
+    x = logits.detach().requires_grad_()
+    with torch.enable_grad():
+        z = effective_logits(x, bias=bias, scale=scale, softcap=softcap)
+    logp = z.detach() - logsumexp.unsqueeze(-1)
+    p = logp.exp()
+    dz = torch.zeros_like(p)
+    if b is not None:
+        dz = dz + b.unsqueeze(-1) * p
+    if c is not None:
+        dz = dz + c.unsqueeze(-1) * torch.where(p == 0, 0, p * logp)
+    if d is not None:
+        dz = dz + d.unsqueeze(-1) * (torch.ones_like(p) if w is None else w)
+    if target is not None:
+        bad = ((target < 0) | (target >= logits.shape[1])) & (target != ignore_index)
+        if a is not None:
+            safe = torch.where((target == ignore_index) | bad, torch.zeros_like(target), target)
+            dz = dz.scatter_add(1, safe.unsqueeze(1), a.unsqueeze(1))
+        dz = torch.where((target == ignore_index).unsqueeze(1), 0, dz)
+    (out,) = torch.autograd.grad(z, x, dz.to(z.dtype))
+    if target is not None:
+        out = out.masked_fill(bad.unsqueeze(1), float("nan"))
+        out = out.masked_fill((target == ignore_index).unsqueeze(1), 0)
+    return out

@@ -11,9 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastloss import checks
-from fastloss.ops.policy_options import LEVELS, MAX_LOG_RATIO, SURROGATES, PolicyOptions
+from fastloss.reference.codes import name_of
+from fastloss.tables import AGGREGATIONS, CORRECTIONS, KL_KINDS, LEVELS, SURROGATES, PolicyOptions
 
+MAX_LOG_RATIO = 20.0  # e^20 is finite in float32, and so are its square and the sum of 2^64 of them
 LOG_SMALL = math.log(1e-8)
 
 
@@ -105,18 +106,22 @@ def kl_estimate(logprobs: Tensor, ref: Tensor, kind: str) -> Tensor:
     if kind == "abs":
         return t.abs()
     k3 = torch.expm1(t) - t
-    return k3 if kind == "k3" else k3.clamp(-10, 10)
+    if kind == "k3":
+        return k3
+    if kind == "low_var_kl":
+        return k3.clamp(-10, 10)
+    raise ValueError(f"kind: expected one of {', '.join(map(repr, KL_KINDS))}, got {kind!r}")
 
 
 def log_weight(lr: Tensor, adv: Tensor, mask: Tensor, n: Tensor, seq: Sequences, o: PolicyOptions) -> Tensor:
     """Log importance weight of each token at the level of ``o``."""
-    level = LEVELS[o.level]
+    level = name_of("level", o.level, LEVELS)
     if level == "token":
         return lr
     if level == "sequence_sum":
         return seq.expand(seq.sum(lr).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     if level == "geometric":
-        bounded = lr.clamp(-o.log_low, o.log_high)
+        bounded = lr.clamp(-o.clip_low, o.clip_high)
         lr = torch.where(adv > 0, torch.minimum(lr, bounded), torch.maximum(lr, bounded)) * mask
     return seq.expand(seq.sum(lr) / n)
 
@@ -125,12 +130,13 @@ def correction(
     old: Tensor, sampler: Tensor | None, mask: Tensor, seq: Sequences, o: PolicyOptions
 ) -> tuple[Tensor | None, Tensor]:
     """The weight for the sampler's mismatch, per token, and which tokens it cuts."""
-    if o.correction == 0 or sampler is None:
+    how = name_of("correction", o.correction, CORRECTIONS)
+    if how == "none" or sampler is None:
         return None, torch.zeros_like(mask)
     d = torch.where(mask, torch.nan_to_num(old - sampler, nan=0.0, posinf=math.inf, neginf=-math.inf), 0)
-    weight = (seq.expand(seq.sum(d)) if o.correction > 2 else d).exp()
+    weight = (seq.expand(seq.sum(d)) if how.startswith("sequence") else d).exp()
     outside = (weight < o.floor) | (weight > o.cap)
-    if o.correction in (1, 3):
+    if how.endswith("truncate"):
         return weight.clamp(o.floor, o.cap), outside
     return torch.where(outside, 0, weight), outside
 
@@ -140,7 +146,7 @@ def gamma_weight(lr: Tensor, adv: Tensor, c: Tensor | None, seq: Sequences, o: P
     total = seq.sum(lr)
     if c is not None:
         log_c = c.log().clamp(LOG_SMALL, MAX_LOG_RATIO)
-        if o.correction > 2:  # one weight for the sequence
+        if CORRECTIONS[o.correction].startswith("sequence"):  # one weight for the sequence
             total = total + seq.first(log_c, torch.ones_like(log_c, dtype=torch.bool))
         else:
             total = total + seq.sum(log_c)
@@ -160,16 +166,17 @@ def shares(
     normalizer: float | Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Each token's share of the aggregate, and the scale of their sum. ``n``: tokens per sequence, at least 1."""
+    how = name_of("aggregation", aggregation, AGGREGATIONS)
     share = mask.to(n.dtype)
-    if aggregation == 2:
+    if how == "seq-mean-token-mean":
         share = share / seq.expand(n)
     if normalizer is not None:
         total = torch.as_tensor(normalizer, dtype=n.dtype, device=n.device).reshape(())
-    elif aggregation == 0:
+    elif how == "token-mean":
         total = mask.sum().to(n.dtype).clamp(min=1)
     else:
         total = n.new_full((), max(seq.count, 1))
-    return share, 1 / (total * max_length if aggregation == 3 else total)
+    return share, 1 / (total * max_length if how == "seq-mean-token-sum-norm" else total)
 
 
 def policy_loss(
@@ -183,7 +190,7 @@ def policy_loss(
     sampler: Tensor | None = None,
     token_weight: Tensor | None = None,
     select: Tensor | None = None,
-    agg: Tensor | None = None,
+    share: Tensor | None = None,
     offsets: Tensor | None = None,
     length: int,
     count: int,
@@ -206,8 +213,9 @@ def policy_loss(
 
     sampler = None if sampler is None else clean(sampler).detach()
     c, cut = correction(old, sampler, mask, seq, o)
-    phi = gamma_weight(lr.detach(), adv, c, seq, o) if SURROGATES[o.surrogate] == "vespo" else None
-    policy = SURROGATE[SURROGATES[o.surrogate]](rho, adv, logprobs, phi, o)
+    surrogate = name_of("surrogate", o.surrogate, SURROGATES)
+    phi = gamma_weight(lr.detach(), adv, c, seq, o) if surrogate == "vespo" else None
+    policy = SURROGATE[surrogate](rho, adv, logprobs, phi, o)
     if o.kl_cov_coef and select is not None:
         policy = policy + o.kl_cov_coef * lr.abs() * select.bool()
     if token_weight is not None:
@@ -221,18 +229,18 @@ def policy_loss(
 
     loss = policy
     kl = torch.zeros_like(logprobs)
+    kl_kind = name_of("kl_kind", o.kl_kind, KL_KINDS)
     if ref is not None:
-        kl = kl_estimate(logprobs, clean(ref).detach(), ("k1", "k2", "k3", "abs", "low_var_kl")[o.kl_kind])
+        kl = kl_estimate(logprobs, clean(ref).detach(), kl_kind)
         if o.beta:
             loss = loss + o.beta * (kl * rho if o.kl_unbiased else kl)
     if o.entropy_coef:
         loss = loss - o.entropy_coef * h
 
-    if agg is None:
+    if share is None:
         share, scale = shares(mask, n, seq, o.aggregation, o.max_length, normalizer)
     else:
         _, scale = shares(mask, n, seq, 0, 1.0, normalizer)
-        share = agg
     loss = scale * (share * torch.where(mask, loss, 0)).sum()
     with torch.no_grad():
         out = statistics(
@@ -258,11 +266,12 @@ def statistics(
     high = o.cispo_high if SURROGATES[o.surrogate] == "cispo" else 1 + o.clip_high
     below, above = (rho < 1 - o.clip_low), (rho > high)
     if LEVELS[o.level] == "geometric":
-        below, above = (lr < -o.log_low), (lr > o.log_high)
+        below, above = (lr < -o.clip_low), (lr > o.clip_high)
     dual = torch.zeros_like(mask)
     if SURROGATES[o.surrogate] == "clip" and o.dual_clip != math.inf:
         dual = (adv < 0) & (
-            clip(rho, adv, lr, None, checks.replaced(o, dual_clip=math.inf)) > -o.dual_clip * adv
+            -torch.minimum(rho.clamp(max=o.delta) * adv, rho.clamp(1 - o.clip_low, 1 + o.clip_high) * adv)
+            > -o.dual_clip * adv
         )
 
     def total(x: Tensor) -> Tensor:
@@ -302,33 +311,40 @@ def value_loss(
     returns: Tensor,
     mask: Tensor,
     *,
-    clip_range: float | None,
-    share: Tensor,
-    scale: Tensor,
+    clip_range: float | None = None,
+    aggregation: int = 0,
+    max_length: float = 1.0,
+    normalizer: float | Tensor | None = None,
+    offsets: Tensor | None = None,
+    length: int,
+    count: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``scale · Σ share · ½ max((V - R)², (clip(V, V_old ± ε) - R)²)`` and its metrics, over unmasked tokens."""
+    """``½ max((V - R)², (clip(V, V_old ± ε) - R)²)`` of flat values ``[N]``, aggregated as a policy loss, and its metrics."""
+    mask = mask.bool()
+    seq = Sequences(offsets, length, count, values.numel(), values.device)
+    n = seq.sum(mask.to(values.dtype)).clamp(min=1)
+    share, scale = shares(mask, n, seq, aggregation, max_length, normalizer)
     values, returns = torch.where(mask, values, 0), torch.where(mask, returns, 0).detach()
-    error = (values - returns).square()
+    error = (values - returns) ** 2
     clipped = torch.zeros_like(mask)
     if clip_range is not None and old_values is not None:
-        old_values = torch.where(mask, old_values, 0).detach()
-        near = torch.clamp(values, old_values - clip_range, old_values + clip_range)
-        clipped_error = (near - returns).square()
-        clipped = (clipped_error > error) & mask
-        error = torch.maximum(error, clipped_error)
-    loss = scale * (share * 0.5 * error).sum()
+        old = torch.where(mask, old_values, 0).detach()
+        further = (old + (values - old).clamp(-clip_range, clip_range) - returns) ** 2
+        clipped = mask & (further > error)
+        error = torch.where(further > error, further, error)
+    loss = scale * (share * error / 2).sum()
     with torch.no_grad():
         tokens = mask.sum().to(values.dtype).clamp(min=1)
 
         def variance(x: Tensor) -> Tensor:
-            centered = torch.where(mask, x - (x * mask).sum() / tokens, 0)
-            return centered.square().sum() / tokens
+            mean = (x * mask).sum() / tokens
+            return ((x - mean) ** 2 * mask).sum() / tokens
 
         spread = variance(returns)
-        explained = torch.where(spread > 0, 1 - variance(returns - values) / spread.clamp(min=1e-30), 0)
+        explained = 1 - variance(returns - values) / torch.where(spread > 0, spread, 1)
         metrics = {
-            "value/clip_ratio": clipped.sum().to(values.dtype) / tokens,
-            "value/explained_variance": explained,
+            "value/clip_ratio": clipped.sum() / tokens,
+            "value/explained_variance": torch.where(spread > 0, explained, 0),
             "value/mean": (values * mask).sum() / tokens,
         }
     return loss, metrics

@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.ops.pair_call import Number, PairCall
+from fastloss.reference.codes import name_of
+from fastloss.tables import (
+    DIVERGENCES,
+    PAIR_TERMS,
+    UNPAIRED_TERMS,
+    Number,
+    PairConstants,
+    PairOptions,
+    UnpairedConstants,
+    UnpairedOptions,
+)
 
 MAX_EXPONENT = 80.0  # e^80 is finite in float32
 MAX_MARGIN = 1e16  # its square, summed over a batch, is finite in float32
@@ -148,103 +158,103 @@ def center(p: Pair) -> Tensor:
     return (p.c + p.r) ** 2
 
 
-# A term's code is its position here.
-PAIR_TERMS = (
-    sigmoid,
-    hinge,
-    ipo,
-    exo_pair,
-    nca_pair,
-    robust,
-    bco_pair,
-    sppo_hard,
-    apo_zero,
-    apo_down,
-    discopop,
-    sft,
-    sigmoid_norm,
-    simpo,
-    orpo,
-    center,
-)
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+PAIR_TERM = {
+    term.__name__: term
+    for term in (
+        sigmoid,
+        hinge,
+        ipo,
+        exo_pair,
+        nca_pair,
+        robust,
+        bco_pair,
+        sppo_hard,
+        apo_zero,
+        apo_down,
+        discopop,
+        sft,
+        sigmoid_norm,
+        simpo,
+        orpo,
+        center,
+    )
+}
 
 
 def f_divergence(x: Tensor, divergence: int, alpha: float) -> Tensor:
     """f'(e^x) up to a constant: the score that replaces the log-ratio (arXiv:2309.16240)."""
-    if divergence == 1:
+    name = name_of("divergence", divergence, DIVERGENCES)
+    if name == "reverse_kl":
+        return x
+    if name == "forward_kl":
         return 1 - (-x).clamp(max=MAX_EXPONENT).exp()
-    if divergence == 2:
+    if name == "js_divergence":
         return math.log(2) + F.logsigmoid(x)
-    if divergence == 3:
-        return (((alpha - 1) * x).clamp(max=MAX_EXPONENT).exp() - 1) / (alpha - 1)
-    return x
+    if alpha == 1:  # the limit
+        return x
+    return (((alpha - 1) * x).clamp(max=MAX_EXPONENT).exp() - 1) / (alpha - 1)
 
 
-def pair_loss(c: Tensor, r: Tensor, nll: Tensor | None, call: PairCall) -> dict[str, Tensor]:
+def alpha_reward(logprobs: Tensor, alpha: float) -> Tensor:
+    """AlphaPO's ``(1 - p^-α) / α`` (arXiv:2501.03884), which is log p as α goes to 0."""
+    return (1 - (-alpha * logprobs).clamp(max=MAX_EXPONENT).exp()) / alpha
+
+
+def pair_loss(
+    c: Tensor, r: Tensor, nll: Tensor | None, constants: PairConstants, options: PairOptions
+) -> dict[str, Tensor]:
     """``weight · Σ_k term_weight_k · term_k`` per pair ``[B]``, the rewards, and the seven sums of docs/sequences.md."""
-    lc, lr = call.lc, call.lr
-    xc, xr = c if call.rc is None else c - call.rc, r if call.rr is None else r - call.rr
+    rc, rr = constants.ref_chosen, constants.ref_rejected
+    lc, lr = constants.chosen_lengths, constants.rejected_lengths
+    xc, xr = c if rc is None else c - rc, r if rr is None else r - rr
     pair = Pair(
         c,
         r,
         xc,
         xr,
-        f_divergence(xc, call.divergence, call.alpha),
-        f_divergence(xr, call.divergence, call.alpha),
+        f_divergence(xc, options.divergence, options.alpha),
+        f_divergence(xr, options.divergence, options.alpha),
         1.0 if lc is None else lc.clamp(min=1),
         1.0 if lr is None else lr.clamp(min=1),
         c if nll is None else nll,
         1.0 if lc is None else lc.mean(),
-        call.beta,
-        call.smoothing,
-        call.margin,
-        call.delta,
-        call.tau,
+        options.beta,
+        options.smoothing,
+        options.margin,
+        options.delta,
+        options.tau,
     )
     loss = torch.zeros_like(c)
-    for code, term_weight in call.terms:
-        loss = loss + term_weight * PAIR_TERMS[code](pair)
-    if call.weight is not None:
-        loss = loss * call.weight
+    for code, term_weight in options.terms:
+        loss = loss + term_weight * PAIR_TERM[name_of("terms", code, PAIR_TERMS)](pair)
+    if constants.weight is not None:
+        loss = loss * constants.weight
     with torch.no_grad():
-        won, lost = call.beta * xc, call.beta * xr
-        if call.average_rewards:
+        won, lost = options.beta * xc, options.beta * xr
+        if options.average_rewards:
             won, lost = won / pair.lc, lost / pair.lr
         each = (loss, won, lost, (won > lost).to(c.dtype), won - lost, c, r)
         sums = torch.stack([x.sum() for x in each])
     return {"loss": loss, "chosen_reward": won, "rejected_reward": lost, "sums": sums}
 
 
-UNPAIRED_TERMS = ("kto", "apo_zero_unpaired", "bco")
-
-
-def unpaired_loss(
-    logps: Tensor,
-    *,
-    ref: Tensor | None = None,
-    desirable: Tensor,
-    weight: Tensor | None = None,
-    kl: Tensor | None = None,
-    code: int = 0,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> dict[str, Tensor]:
+def unpaired_loss(logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions) -> dict[str, Tensor]:
     """KTO, APO-zero and BCO of sequences that are good or bad on their own, ``[B]`` (docs/sequences.md, 6)."""
-    x = logps if ref is None else logps - ref
-    good = desirable.bool()
+    beta, kl = options.beta, constants.kl
+    term = name_of("term", options.term, UNPAIRED_TERMS)
+    x = logps if constants.ref is None else logps - constants.ref
+    good = constants.desirable.bool()
     sign = torch.where(good, 1.0, -1.0).to(x.dtype)
     kl_value = torch.zeros((), dtype=x.dtype, device=x.device) if kl is None else kl.reshape(())
-    if UNPAIRED_TERMS[code] == "kto":
+    if term == "kto":
         loss = torch.sigmoid(-sign * beta * (x - kl_value))
-    elif UNPAIRED_TERMS[code] == "apo_zero_unpaired":
+    elif term == "apo_zero_unpaired":
         loss = torch.sigmoid(-sign * beta * x)
     else:
         loss = -F.logsigmoid(sign * (beta * x - kl_value))
-    loss = loss * torch.where(good, torch.full_like(x, desirable_weight), undesirable_weight)
-    if weight is not None:
-        loss = loss * weight
+    loss = loss * torch.where(good, torch.full_like(x, options.desirable_weight), options.undesirable_weight)
+    if constants.weight is not None:
+        loss = loss * constants.weight
     with torch.no_grad():
         reward, g = beta * x, good.to(x.dtype)
         each = (loss, g, reward * g, reward * (1 - g), logps * g, logps * (1 - g), torch.zeros_like(g))

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from fastloss.bench import clock, memory
+from fastloss.bench import clock, contention, memory
 
 MIB = 1 << 20
 
@@ -56,15 +56,16 @@ def test_turns_budget_and_what_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
 
     times = clock.round_robin({"fast": fast, "slow": slow}, "cpu", 4, 0.12, before, False, order.append)
     assert order[:4] == ["fast", "slow", "fast", "slow"]
-    assert len(times["fast"]) == 4 and len(times["slow"]) == 2 and slow.calls == 2
+    seconds = {name: taken.seconds for name, taken in times.items()}
+    assert len(seconds["fast"]) == 4 and len(seconds["slow"]) == 2 and slow.calls == 2
     assert len(flushed) == 6 and fast.prepared == 8
-    assert times["fast"] == pytest.approx([0.001] * 4) and times["slow"] == pytest.approx([0.05] * 2)
+    assert seconds["fast"] == pytest.approx([0.001] * 4) and seconds["slow"] == pytest.approx([0.05] * 2)
 
 
 def test_back_to_back_discards_the_call_that_warms() -> None:
     step = Sleep(0.0)
     times = clock.round_robin({"step": step}, "cpu", 3, 1.0, lambda: None, True)
-    assert len(times["step"]) == 3 and step.calls == 6
+    assert len(times["step"].seconds) == 3 and step.calls == 6
 
 
 def test_one_that_raises_later_is_left_out() -> None:
@@ -77,7 +78,9 @@ def test_one_that_raises_later_is_left_out() -> None:
     failed: dict[str, Exception] = {}
     steps = {"good": Sleep(0.0), "bad": Second(0.0)}
     times = clock.round_robin(steps, "cpu", 3, 1.0, lambda: None, False, fail=failed.__setitem__)
-    assert len(times["good"]) == 3 and set(times) == {"good"} and str(failed["bad"]) == "out of memory"
+    assert (
+        len(times["good"].seconds) == 3 and set(times) == {"good"} and str(failed["bad"]) == "out of memory"
+    )
     assert steps["bad"].calls == 2
 
 
@@ -85,3 +88,57 @@ def test_summary() -> None:
     found = clock.summary([4.0, 1.0, 2.0, 3.0, 5.0])
     assert found == {"median": 3.0, "min": 1.0, "iqr": 2.0, "n": 5}
     assert clock.summary([2.0])["iqr"] == 0
+
+
+class Looks:
+    """A machine that is free as told, then always."""
+
+    def __init__(self, *answers: bool):
+        self.answers, self.count = list(answers), 0
+
+    def __call__(self) -> bool:
+        self.count += 1
+        return self.answers.pop(0) if self.answers else True
+
+
+def _rounds(monkeypatch: pytest.MonkeyPatch, free: Looks, repeats: int = 4) -> tuple[clock.Taken, Sleep]:
+    monkeypatch.setattr(clock, "SPAN", 0.0)  # looks after each call
+    step = Sleep(0.0)
+    times = clock.round_robin({"step": step}, "cpu", repeats, 1.0, lambda: None, False, free=free)
+    return times["step"], step
+
+
+def test_a_call_beside_somebody_else_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, step = _rounds(monkeypatch, Looks(True, True, False, True))
+    assert len(taken.clean) == 4 and len(taken.doubtful) == 2 and step.calls == 6
+    assert not taken.contended and taken.seconds == taken.clean
+
+
+def test_a_machine_that_is_never_free_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, step = _rounds(monkeypatch, Looks(*[False] * 100))
+    assert taken.contended and step.calls == clock.TRIES * 4 == len(taken.seconds) and not taken.clean
+
+
+def test_one_look_covers_the_calls_of_a_span() -> None:
+    looks = Looks()
+    clock.round_robin({"step": Sleep(0.0)}, "cpu", 50, 1.0, lambda: None, False, free=looks)
+    assert looks.count <= 3
+
+
+def test_spins_notice_a_thread_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told times: a free machine, a core that is shared, a machine that slowed down under threads that run all the time."""
+    answers = [(0.02, 0.02)] * 10
+    monkeypatch.setattr(contention, "_spin", lambda: answers.pop())
+    monkeypatch.setattr(contention.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    spins = contention.Spins(2)
+    answers[:] = [(0.02, 0.02), (0.021, 0.021)]
+    assert spins.free() and spins.worst == pytest.approx(1.05)
+    answers[:] = [(0.02, 0.02), (0.04, 0.02)]
+    assert not spins.free() and spins.worst == pytest.approx(2.0)
+    answers[:] = [(0.03, 0.03), (0.03, 0.03)]
+    assert not spins.free()
+
+
+def test_spins_measure_work_of_their_own() -> None:
+    wall, own = contention._spin()
+    assert own > 0 and wall > 1e-3  # some milliseconds of work on any machine

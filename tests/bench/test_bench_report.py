@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
-from fastloss.bench import clock, goals, machine, report
+from fastloss.bench import clock, contention, goals, machine, report, store
 from fastloss.bench.cases import cases
 from fastloss.bench.run import run_case
-from fastloss.cli_bench import bench
+from fastloss.cli.bench import bench
 
 APP = typer.Typer()
 APP.command()(bench)
@@ -24,18 +25,28 @@ CASE = "row-f32-16x2000-new-warm"
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "FLUSH_BYTES", 1 << 20)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(contention.Spins, "free", lambda self: True)
     monkeypatch.setenv("COLUMNS", "200")
 
 
 @pytest.fixture
 def results() -> dict:
     found = [run_case(case, repeats=2) for case in cases(quick=True) if case.name in ("tiny", CASE)]
-    return {"machine": machine.machine("cpu"), "quick": True, "cases": found}
+    return {**store.begin("cpu", quick=True), "cases": found}
 
 
-def test_json_round_trip(results: dict, tmp_path) -> None:
+def test_the_file_has_what_was_measured_and_the_rest_follows(results: dict, tmp_path) -> None:
     report.save(results, tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    read = store.load(tmp_path)
+    text = (tmp_path / "results.json").read_text()
+    assert store.dumps(read) == text and len(text) < 8000
+    assert "over_limit" not in text and "times" not in text
+    for case, again in zip(results["cases"], read["cases"]):
+        for p, q in zip(case["providers"], again["providers"]):
+            assert p.keys() == q.keys()
+            assert all(
+                q[key] == pytest.approx(p[key], rel=2e-3) for key in p if key in ("median", "over_limit")
+            )
     text = (tmp_path / "results.md").read_text()
     assert f"## {CASE}" in text and "fastloss[cpu]" in text and results["machine"]["cpu"] in text
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -57,16 +68,82 @@ def test_compare_sees_a_slower_run(results: dict, tmp_path) -> None:
     assert run.exit_code == 0 and "2.000" in run.output and "1.000" in run.output
 
 
+def test_a_case_measured_again_replaces_the_one_before_and_no_other(results: dict, tmp_path) -> None:
+    again = {**store.begin("cpu", quick=True), "cases": copy.deepcopy(results["cases"][1:])}
+    again["cases"][0]["load"] = [7.0]
+    alone = copy.deepcopy(results["cases"][1])
+    alone["only"] = "torch*"
+    again["cases"].append(alone)
+    merged = store.merge(results, again)
+    assert {(c["name"], c.get("only"), c["run"]) for c in merged["cases"]} == {
+        ("tiny", None, 0),
+        (CASE, None, 1),
+        (CASE, "torch*", 1),
+    }
+    assert next(c["load"] for c in merged["cases"] if c["name"] == CASE) == [7.0]
+    everything = store.merge(merged, {**again, "cases": copy.deepcopy(merged["cases"])})
+    assert len(everything["runs"]) == 1 and len(everything["cases"]) == 3  # a run without a case is gone
+
+
+def test_the_index_lists_the_machines(results: dict, tmp_path) -> None:
+    (tmp_path / "README.md").write_text("")
+    report.save({**results, "quick": False}, tmp_path / "a-machine")
+    report.save(results, tmp_path / "quick")
+    text = (tmp_path / "README.md").read_text()
+    assert "[a-machine](a-machine/results.md)" in text and "quick" not in text and "| 2 |" in text
+
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+
+
+def test_the_results_of_the_repository_are_one_folder_per_machine_and_their_tables_are_of_the_json() -> None:
+    folders = [path for path in RESULTS.iterdir() if path.is_dir()]
+    assert folders and (RESULTS / "README.md").read_text() == report.index(RESULTS)
+    for folder in folders:
+        found = store.load(folder)
+        assert folder.name == machine.slug(found["machine"])
+        assert (folder / "results.md").read_text() == report.markdown(found)
+        assert (folder / "results.json").read_text().count("\n") < 1500
+
+
+def test_what_is_no_result_is_named(tmp_path) -> None:
+    (tmp_path / "results.json").write_text('{"cases": [{}]}')
+    with pytest.raises(ValueError, match=r"results\.json: expected results"):
+        store.load(tmp_path)
+    run = CliRunner().invoke(APP, ["--quick", "--cases", "tiny", "--out", str(tmp_path)])
+    assert run.exit_code == 2 and "expected results" in run.output
+
+
 def test_the_command_measures_and_writes(tmp_path) -> None:
     arguments = ["--quick", "--cases", "row-*-new-*", "--providers", "torch eager", "--repeats", "1"]
     run = CliRunner().invoke(APP, [*arguments, "--out", str(tmp_path)])
     assert run.exit_code == 0, run.output
     found = json.loads((tmp_path / "results.json").read_text())
     assert {c["name"].split("-")[1] for c in found["cases"]} == {"f32", "bf16"}
+    assert {c["only"] for c in found["cases"]} == {"torch eager"}
     assert all(p["name"] != "torch.compile" for c in found["cases"] for p in c["providers"])
 
 
-@pytest.mark.parametrize("arguments", [["--cases", "nothing"], ["--device", "tpu"], ["--compare", "a", "b"]])
+def test_patterns_add_up_and_a_folder_keeps_its_other_cases(tmp_path) -> None:
+    first = ["--quick", "--repeats", "1", "--out", str(tmp_path), "--cases", "gae-*"]
+    assert CliRunner().invoke(APP, first).exit_code == 0
+    both = [*first[:-2], "--cases", "tiny", "--cases", "preference-sigmoid-64", "--list"]
+    assert CliRunner().invoke(APP, both).output.split() == ["tiny", "preference-sigmoid-64"]
+    run = CliRunner().invoke(APP, both[:-1])
+    assert run.exit_code == 0, run.output
+    names = {c["name"] for c in json.loads((tmp_path / "results.json").read_text())["cases"]}
+    assert names == {"gae-4x64", "tiny", "preference-sigmoid-64"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--cases", "tiny", "--cases", "nothing"],
+        ["--cases", "nothing"],
+        ["--device", "tpu"],
+        ["--compare", "a", "b"],
+    ],
+)
 def test_the_command_refuses(arguments: list[str]) -> None:
     assert CliRunner().invoke(APP, arguments).exit_code != 0
 
@@ -109,6 +186,32 @@ def test_goals() -> None:
     assert not outcome["linear head: faster than every peer", "linear-bf16-1024x512x32000"]
     assert outcome["linear head: extra memory, of the logits", "linear-bf16-1024x512x32000"]
     assert outcome["cost per token: spread over lengths", "tokens 1024 … 4096"]
+
+
+def _tiny_of(**marks: bool) -> dict:
+    providers = [
+        {"name": "fastloss[cpu]", "median": 1.0, "over_limit": 0.5, "extra_bytes": 1},
+        {"name": "torch eager", "median": 131.0, "over_limit": 1.0, "fastloss_speedup": 131.0},
+        {"name": "torch.compile", "median": 2.0, "over_limit": 1.0, "fastloss_speedup": 2.0},
+    ]
+    for p in providers:
+        p.update({"contended": True} if marks.get(p["name"].split(" ")[0].split("[")[0]) else {})
+    name = "row-f32-1024x32000-inplace-cold"
+    return {
+        "cases": [
+            {"name": name, "shape": [1024, 0, 9], "logits_bytes": 100, "providers": providers, "load": [1.0]}
+        ]
+    }
+
+
+def test_what_was_measured_while_somebody_else_was_running_is_never_reached() -> None:
+    against = "in place, cold: against eager"
+    (free,) = [o for o in goals.met(_tiny_of()) if o.what == against]
+    assert free.reached and free.verdict == "reached"
+    for who in ("fastloss", "torch"):
+        (found,) = [o for o in goals.met(_tiny_of(**{who: True})) if o.what == against]
+        assert not found.reached and found.contended and "contended" in found.verdict
+    assert report.contended(_tiny_of()) == [] and len(report.contended(_tiny_of(torch=True))) == 1
 
 
 def test_machine_says_where() -> None:

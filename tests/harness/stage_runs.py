@@ -221,7 +221,7 @@ def collectives(folder: Path) -> Outcome:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    parallel.start(PretrainConfig())
+    parallel.start("auto")
     for case in json.loads((folder / "cases.json").read_text()):
         outcome = run_case(**case) if "stage" in case else collectives(folder)
         torch.save(outcome, folder / f"{case['name']}-{parallel.rank()}.pt")

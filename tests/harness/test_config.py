@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from fastloss.cli_train import app
+from fastloss.cli.train import app
 from fastloss.harness import config as configs
 from fastloss.harness import grpo, sft
 from fastloss.harness.config import (
@@ -75,6 +76,7 @@ def test_what_is_saved_comes_back(name: str, tmp_path: Path) -> None:
             other[field.name] = ("yes", "1e-3", "ä: b #c", "")
         else:
             other[field.name] = choices[-1] if choices else "no"
+    other["date"] = "2026-11-05"
     config = kind(**other)
     configs.save(config, tmp_path / "config.yaml")
     assert configs.load(kind, tmp_path / "config.yaml") == config
@@ -157,9 +159,9 @@ def test_the_saved_file_gives_the_same_run(tiny: PretrainConfig, tmp_path: Path)
         rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         logs.append([(row["loss"], row["grad_norm"], row["lr"]) for row in rows])
     assert logs[0] == logs[1] and len(logs[0]) == 3
-    assert configs.load(PretrainConfig, tmp_path / "1" / "config.yaml") == replace(
-        tiny, steps=3, lr=3e-3, out=str(tmp_path / "1")
-    )
+    saved = configs.load(PretrainConfig, tmp_path / "1" / "config.yaml")
+    assert date.fromisoformat(saved.date)  # of the first run
+    assert saved == replace(tiny, steps=3, lr=3e-3, out=str(tmp_path / "1"), date=saved.date)
 
 
 def test_resume_reads_what_the_run_saved(tmp_path: Path, caught: dict[str, Any]) -> None:

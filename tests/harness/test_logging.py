@@ -20,7 +20,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
-from fastloss.cli_train import app
+from fastloss.cli.train import app
 from fastloss.harness import config as configs
 from fastloss.harness import logging, pretrain
 from fastloss.harness.config import PretrainConfig
@@ -135,7 +135,8 @@ def test_wandb_gets_options_and_rows_and_goes_on(
     rest = CliRunner().invoke(app, ["pretrain", "--resume", "--out", tiny.out, "--stop-after", "0"])
     assert rest.exit_code == 0, rest.output
     one, two = runs
-    config = dataclasses.asdict(replace(tiny, wandb="losses", stop_after=4))
+    today = one.options["config"]["date"]
+    config = dataclasses.asdict(replace(tiny, wandb="losses", stop_after=4, date=today))
     assert one.options == {
         "project": "losses", "dir": tiny.out, "name": "pretrain", "config": config, "id": None, "resume": "allow"
     }  # fmt: skip

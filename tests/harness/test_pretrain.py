@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from fastloss.cli_train import app
+from fastloss.cli.train import app
 from fastloss.harness import chat, logging, measure, pretrain
 from fastloss.harness import config as configs
 from fastloss.harness.config import PretrainConfig

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from typer.testing import CliRunner
 
 import fastloss
-from fastloss.cli_train import app
+from fastloss.cli.train import app
 from fastloss.harness import chain, chat, dpo, grpo, pairs, ppo, pretrain, reward, rollout, sft
 from fastloss.harness.config import (
     DpoConfig,

@@ -66,7 +66,12 @@ def test_split_is_the_same_in_every_stage() -> None:
     ("check", "row", "complaint"),
     [
         (rows.supervised_row, {"prompt": "a"}, r"expected `prompt` and `completion`.*got \['prompt'\]"),
-        (rows.supervised_row, {"prompt": "a", "completion": [USER]}, "strings, or lists of messages"),
+        (rows.supervised_row, {"prompt": "a", "completion": 3}, "strings, or lists of messages"),
+        (
+            rows.supervised_row,
+            {"prompt": "a", "completion": [USER]},
+            "completion: .*of role assistant, got user",
+        ),
         (rows.supervised_row, {"messages": [USER]}, "at least one of role assistant"),
         (rows.supervised_row, {"messages": [{"role": "user"}]}, "a role and a content"),
         (rows.supervised_row, {"messages": "hello"}, "expected a list of messages"),

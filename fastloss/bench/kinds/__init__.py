@@ -1,5 +1,26 @@
 """What is measured, a file per family: its cases, their tensors, fastloss's and PyTorch's loss, the loss in float64."""
 
-from fastloss.bench.kinds import cross_entropy, policy, preference, token_stats
+from fastloss.bench.kinds import (
+    advantages,
+    corrections,
+    cross_entropy,
+    distillation,
+    policy,
+    preference,
+    rewards,
+    token_stats,
+    unpaired,
+)
 
-KINDS = {**cross_entropy.KINDS, **token_stats.KINDS, **preference.KINDS, **policy.KINDS}
+FAMILIES = (
+    cross_entropy,
+    token_stats,
+    preference,
+    unpaired,
+    rewards,
+    policy,
+    corrections,
+    advantages,
+    distillation,
+)
+KINDS = {name: kind for family in FAMILIES for name, kind in family.KINDS.items()}

@@ -24,6 +24,7 @@ class Kind:
     limit: tuple[str, Callable[[Case, Data], Callable[[], object]]] | None = None  # None: the GEMMs
     eager_metrics: Callable[[Case], Loss] | None = None  # eager, with what a trainer logs of each step
     kept: Callable[[dict[str, Tensor]], int] = lambda tensors: int((tensors["target"] != IGNORE).sum())
+    needs: str = ""  # a function that not every fastloss has
 
 
 def head_tensors(case: Case, generator: torch.Generator, target: Tensor) -> dict[str, Tensor]:
@@ -54,3 +55,27 @@ def eager_logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     logits = F.linear(hidden, weight).flatten(0, -2).float()
     loss = F.cross_entropy(logits, target.flatten(), reduction="none", ignore_index=IGNORE)
     return -loss.view(target.shape)
+
+
+def with_reference(case: Case, generator: torch.Generator, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A reference model beside the policy: the policy and a little noise, as after some steps of training; the first tokens
+    of each answer are its prompt."""
+    tensors["target"][:, : round(case.length * case.ignored)] = IGNORE
+    noise = 0.02 * torch.randn(tensors["weight"].shape, generator=generator)
+    ref_hidden = tensors["hidden"] + 0.02 * torch.randn(tensors["hidden"].shape, generator=generator)
+    return {**tensors, "ref_hidden": ref_hidden, "ref_weight": tensors["weight"] + noise / case.dim**0.5}
+
+
+def read_all_write_one(case: Case, data: Data) -> Callable[[], object]:
+    """Every floating-point number per token read once, as many written as the largest tensor has."""
+    tensors = [t.detach().float() for t in data.tensors.values() if t.is_floating_point()]
+    largest = max(tensors, key=Tensor.numel)
+    sources = [t for t in tensors if t is not largest and t.shape == largest.shape]
+    into = largest.clone()
+
+    def run() -> None:
+        into.copy_(largest)
+        for source in sources:
+            source.sum()
+
+    return run

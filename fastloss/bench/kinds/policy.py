@@ -11,7 +11,14 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import Case, Data, Loss, short
 from fastloss.bench.exact import Exact, no_gradient_tokens, over_numbers, over_vocabulary
-from fastloss.bench.kinds.base import Kind, eager_logprobs, head_leaves, head_tensors, random_targets
+from fastloss.bench.kinds.base import (
+    Kind,
+    eager_logprobs,
+    head_leaves,
+    head_tensors,
+    random_targets,
+    read_all_write_one,
+)
 
 GAMMA, LAMBDA = 0.99, 0.95
 # Drawn from, so that every branch of the clip is taken and none hangs on a rounding: log 0.8 and log 1.2 are far.
@@ -52,23 +59,24 @@ def gae_cases(quick: bool) -> Iterator[Case]:
     yield Case(name, "gae", sequences * length, 0, 0, torch.float32, nograd=True, length=length, only=only)
 
 
-def _mask(case: Case) -> Tensor:
+def padding(case: Case) -> Tensor:
     """Padding at the end of each sequence."""
     mask = torch.ones(case.rows // case.length, case.length, dtype=torch.bool)
     mask[:, round(case.length * (1 - case.ignored)) :] = False
     return mask
 
 
-def _log_ratios(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    return LOG_RATIOS[torch.randint(0, len(LOG_RATIOS), tuple(shape), generator=generator)]
+def log_ratios(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    drawn = torch.randint(0, len(LOG_RATIOS), tuple(shape), generator=generator)
+    return LOG_RATIOS.to(drawn.device)[drawn]
 
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    mask = _mask(case)
+    mask = padding(case)
     logprobs = -2.0 * torch.rand(mask.shape, generator=generator)
     return {
         "logprobs": logprobs,
-        "old": logprobs - _log_ratios(mask.shape, generator),
+        "old": logprobs - log_ratios(mask.shape, generator),
         "advantages": torch.randn(len(mask), generator=generator),
         "mask": mask,
         "ref": logprobs + 0.1 * torch.randn(mask.shape, generator=generator),
@@ -76,18 +84,18 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def _linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    tensors, mask = head_tensors(case, generator, random_targets(case, generator)), _mask(case)
+    tensors, mask = head_tensors(case, generator, random_targets(case, generator)), padding(case)
     now = no_gradient_tokens(tensors["hidden"], tensors["weight"], tensors["target"]).float()
     return {
         **tensors,
-        "old": now - _log_ratios(mask.shape, generator),
+        "old": now - log_ratios(mask.shape, generator),
         "advantages": torch.randn(len(mask), generator=generator),
         "mask": mask,
     }
 
 
 def _gae_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    mask = _mask(case)
+    mask = padding(case)
     rewards, values = torch.randn(2, *mask.shape, generator=generator) * mask
     return {"rewards": rewards, "values": values, "mask": mask}
 
@@ -208,19 +216,6 @@ def _linear_truth(case: Case, data: Data) -> Exact:
     return over_vocabulary(data, data["target"], lambda logprobs: loss(logprobs, *rest))
 
 
-def _read_all_write_one(case: Case, data: Data) -> Callable[[], object]:
-    """Every number per token read once, one written."""
-    sources = [t.detach().float() for t in data.tensors.values() if t.shape == data["mask"].shape]
-    into = sources[0].clone()
-
-    def run() -> None:
-        into.copy_(sources[0])
-        for source in sources[1:]:
-            source.sum()
-
-    return run
-
-
 def _kept(tensors: dict[str, Tensor]) -> int:
     return int(tensors["mask"].sum())
 
@@ -229,7 +224,7 @@ def _leaves(case: Case) -> tuple[str, ...]:
     return ("logprobs",)
 
 
-TRAFFIC = ("read all, write one", _read_all_write_one)
+TRAFFIC = ("read all, write one", read_all_write_one)
 KINDS = {
     "policy": Kind(cases, _tensors, _leaves, _ours, surrogate, _truth, TRAFFIC, _eager_metrics, _kept),
     "policy-linear": Kind(

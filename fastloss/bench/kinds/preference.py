@@ -10,9 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import IGNORE, Case, Data, Loss, short
+from fastloss.bench.case import Case, Data, Loss, short
 from fastloss.bench.exact import Exact, no_gradient_tokens, over_numbers, over_vocabulary
-from fastloss.bench.kinds.base import Kind, eager_logprobs, head_leaves, head_tensors, random_targets
+from fastloss.bench.kinds.base import (
+    Kind,
+    eager_logprobs,
+    head_leaves,
+    head_tensors,
+    random_targets,
+    with_reference,
+)
 
 BETA = 0.1
 MIXTURE = {"sigmoid": 0.8, "hinge": 0.2, "apo_zero": 1.0}
@@ -20,8 +27,13 @@ MIXTURE = {"sigmoid": 0.8, "hinge": 0.2, "apo_zero": 1.0}
 
 def cases(quick: bool) -> Iterator[Case]:
     calls = 20 if quick else 300
-    for name, terms in (("sigmoid", {"sigmoid": 1.0}), ("mixture", MIXTURE)):
-        options = (("terms", tuple(terms.items())),)
+    plain = {"sigmoid": 1.0}
+    for name, terms, weighted in (
+        ("sigmoid", plain, False),
+        ("mixture", MIXTURE, False),
+        ("weights", plain, True),
+    ):
+        options = (("terms", tuple(terms.items())), ("weighted", weighted))
         yield Case(
             f"preference-{name}-64", "preference", 64, 0, 0, torch.float32, calls=calls, options=options
         )
@@ -40,16 +52,15 @@ def linear_cases(quick: bool) -> Iterator[Case]:
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
     values = -20.0 + torch.randn(4, case.rows, generator=generator)
-    return dict(zip(names, values))
+    tensors = dict(zip(names, values))
+    if dict(case.options)["weighted"]:
+        tensors["weights"] = torch.rand(case.rows, generator=generator)
+    return tensors
 
 
 def _linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    """The reference is the policy and a little noise, as after some steps of training."""
     tensors = head_tensors(case, generator, random_targets(case, generator))
-    tensors["target"][:, : round(case.length * case.ignored)] = IGNORE  # the prompt
-    noise = 0.02 * torch.randn(tensors["weight"].shape, generator=generator)
-    ref_hidden = tensors["hidden"] + 0.02 * torch.randn(tensors["hidden"].shape, generator=generator)
-    return {**tensors, "ref_hidden": ref_hidden, "ref_weight": tensors["weight"] + noise / case.dim**0.5}
+    return with_reference(case, generator, tensors)
 
 
 TERMS = {
@@ -64,6 +75,7 @@ def contrast(
     rejected: Tensor,
     ref_chosen: Tensor,
     ref_rejected: Tensor,
+    pair_weights: Tensor | float = 1.0,
     *,
     terms: Mapping[str, float] | None = None,
     log: Callable[[Mapping[str, Tensor]], object] | None = None,
@@ -71,7 +83,9 @@ def contrast(
     """As TRL 1.16's DPOTrainer writes its losses; ``log`` gets what it then logs of each step."""
     c, r = chosen - ref_chosen, rejected - ref_rejected
     weights = terms or {"sigmoid": 1.0}
-    loss = torch.stack([(weight * TERMS[name](c, r)).mean() for name, weight in weights.items()]).sum()
+    loss = torch.stack(
+        [(weight * TERMS[name](c, r) * pair_weights).mean() for name, weight in weights.items()]
+    ).sum()
     if log is not None:
         won, lost = BETA * c.detach(), BETA * r.detach()
         log(
@@ -97,6 +111,8 @@ def _ours(case: Case, backend: str) -> Loss:
     options: dict[str, Any] = {"loss_type": next(iter(terms)), "beta": BETA, "backend": backend}
     if len(terms) > 1:
         options.update(loss_type=list(terms), loss_weights=list(terms.values()))
+    if dict(case.options)["weighted"]:
+        return lambda *logps: fastloss.preference_loss(*logps[:4], weights=logps[4], **options).loss
     return lambda *logps: fastloss.preference_loss(*logps, **options).loss
 
 

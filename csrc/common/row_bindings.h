@@ -1,0 +1,114 @@
+// The row functions of docs/engine.md from Python, once for both modules. A backend brings its types, its
+// dtypes and its launchers; `context` is the number of threads (CPU) or the stream's address (CUDA).
+// Reads and writes nothing itself.
+#pragma once
+
+#include "common/bindings.h"
+#include "common/row_arguments.h"
+
+namespace fastloss {
+
+// Cross-entropy as Python gives it; a backend makes its own struct of it.
+struct GivenCrossEntropy {
+  Address w;
+  int64_t w_row_stride;
+  double label_smoothing, z_loss, factor;
+  Address factor_tensor;  // acc [1], multiplies factor; or 0
+  Address grad;           // or 0
+  int64_t grad_row_stride;
+};
+
+// Backend::Value and Backend::Number are those of row_arguments.h; Backend::dtype_of(code) is an error where
+// there is no kernel; Backend::run(arguments..., context) runs.
+template <class Backend>
+struct RowBindings {
+  using Value = typename Backend::Value;
+  using Logits = LogitsOf<Value, typename Backend::Number>;
+  using Stats = StatsOf<Value>;
+
+  static Logits logits_of(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                          Address target, Address bias, const Record& options) {
+    using Number = typename Backend::Number;
+    return {required("logits", logits),
+            Backend::dtype_of(dtype),
+            rows,
+            vocab,
+            row_stride,
+            at<int64_t>(target),
+            options.integer("ignore_index"),
+            at<Value>(bias),
+            Number(options.number("scale")),
+            Number(options.number("softcap"))};
+  }
+
+  static void row_stats(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                        Address target, const pybind11::object& options, Address bias, Address logsumexp,
+                        Address logprobs, Address entropy, Address log_sum_sq_probs, Address mean_logits,
+                        Address is_top1, int64_t context) {
+    const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, Record(options));
+    if (!target && (logprobs || is_top1))
+      throw std::invalid_argument("target: logprobs and is_top1 need one, got 0");
+    const Stats stats = {nullptr,
+                         at<Value>(logsumexp),
+                         at<Value>(logprobs),
+                         at<Value>(entropy),
+                         at<Value>(log_sum_sq_probs),
+                         at<Value>(mean_logits),
+                         at<uint8_t>(is_top1)};
+    Backend::run(in, stats, context);
+  }
+
+  static void row_grad(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                       Address target, const pybind11::object& options, Address bias, Address logsumexp,
+                       Address a, Address b, Address c, Address d, Address w, int64_t w_row_stride,
+                       Address out, int64_t out_row_stride, int64_t context) {
+    const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, Record(options));
+    const CoefficientsOf<Value> k = {required<Value>("logsumexp", logsumexp),
+                                     at<Value>(a),
+                                     at<Value>(b),
+                                     at<Value>(c),
+                                     at<Value>(d),
+                                     at<Value>(w),
+                                     w_row_stride,
+                                     required("out", out),
+                                     out_row_stride};
+    Backend::run(in, k, context);
+  }
+
+  static void row_cross_entropy(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
+                                Address target, const pybind11::object& options, Address bias, Address w,
+                                int64_t w_row_stride, double factor, Address factor_tensor, Address grad,
+                                int64_t grad_row_stride, Address loss, Address logsumexp, Address logprobs,
+                                Address entropy, Address log_sum_sq_probs, Address mean_logits,
+                                Address is_top1, int64_t context) {
+    const Record record(options);
+    const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, record);
+    if (!target && !w) throw std::invalid_argument("target: expected it or w, got neither");
+    const GivenCrossEntropy given = {w,
+                                     w_row_stride,
+                                     record.number("label_smoothing"),
+                                     record.number("z_loss"),
+                                     factor,
+                                     factor_tensor,
+                                     grad,
+                                     grad_row_stride};
+    const Stats stats = {
+        required<Value>("loss", loss), at<Value>(logsumexp),   at<Value>(logprobs), at<Value>(entropy),
+        at<Value>(log_sum_sq_probs),   at<Value>(mean_logits), at<uint8_t>(is_top1)};
+    Backend::run(in, given, stats, context);
+  }
+
+  static void bind(pybind11::module_& m) {
+    define(m, "row_stats", &row_stats, "logits", "dtype", "rows", "vocab", "row_stride", "target", "options",
+           "bias", "logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1",
+           "context");
+    define(m, "row_grad", &row_grad, "logits", "dtype", "rows", "vocab", "row_stride", "target", "options",
+           "bias", "logsumexp", "a", "b", "c", "d", "w", "w_row_stride", "out", "out_row_stride", "context");
+    define(m, "row_cross_entropy", &row_cross_entropy, "logits", "dtype", "rows", "vocab", "row_stride",
+           "target", "options", "bias", "w", "w_row_stride", "factor", "factor_tensor", "grad",
+           "grad_row_stride", "loss", "logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits",
+           "is_top1", "context");
+  }
+};
+
+}  // namespace fastloss

@@ -1,0 +1,24 @@
+"""What the tools (bench, plan, command line) ask of the core below its public names: all of it, in one place."""
+
+from __future__ import annotations
+
+import torch
+
+from fastloss.engine import head_rows
+from fastloss.engine.native import cpu_backend
+
+
+def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where GEMMs in ``dtype`` are emulated, so that the heads take float32 ones."""
+    return head_rows.upcasts(device, dtype)
+
+
+def gpu_chunk(rows: int, vocab: int, dtype: torch.dtype) -> int:
+    """Rows of logits that a linear head on a GPU holds at a time."""
+    return head_rows.default_chunk(rows, vocab, dtype, torch.device("cuda"))
+
+
+def cpu_instruction_sets() -> tuple[str, list[str]] | None:
+    """The one that the CPU kernels use, and all that run here; None where the native module is not there."""
+    cpu = cpu_backend()
+    return None if cpu.why_not() else (cpu.module.isa(), list(cpu.module.supported_isas()))

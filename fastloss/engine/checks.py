@@ -1,0 +1,131 @@
+"""Argument checks, in one voice: ``name: expected …, got …``. All of them run before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class ShapeError(ValueError, RuntimeError):
+    """A shape or dtype that does not fit. PyTorch raises RuntimeError here, so both ``except``s catch it."""
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def is_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+
+
+def is_floating(name: str, value: Tensor) -> None:
+    is_tensor(name, value)
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {_dtype(value)}")
+
+
+def is_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def number(
+    name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
+) -> float:
+    """A finite Python number in [low, high] (or (low, high] with ``open_low``)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    value = float(value)
+    if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
+        bracket = "(" if open_low or low == -math.inf else "["
+        close = ")" if high == math.inf else "]"
+        raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}{close}, got {value}")
+    return value
+
+
+def softcap_value(softcap: float | None) -> float:
+    return 0.0 if softcap is None else number("softcap", softcap, low=0.0, open_low=True)
+
+
+def same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def has_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != tuple(shape):
+        raise ShapeError(f"{name}: expected shape {list(shape)}, got {list(value.shape)}")
+
+
+def index_target(name: str, target: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    """int64 class indices of exactly ``shape``."""
+    is_tensor(name, target)
+    if target.dtype != torch.int64 or tuple(target.shape) != tuple(shape):
+        raise ShapeError(
+            f"{name}: expected int64 of shape {list(shape)}, got {_dtype(target)} of shape {list(target.shape)}"
+        )
+    same_device(name, target, device)
+
+
+def normalizer_value(normalizer: Any, reduction: str, device: torch.device) -> float | Tensor | None:
+    """A number, a 0-d tensor, or one value per device (what the transformers Trainer passes): its first."""
+    if normalizer is None:
+        return None
+    if reduction == "none":
+        raise ValueError("normalizer: expected reduction='mean' or 'sum', got reduction='none'")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ShapeError(
+                f"normalizer: expected a number or a 0-d tensor, got shape {list(normalizer.shape)}"
+            )
+        return normalizer.detach().reshape(()).to(device)
+    return number("normalizer", normalizer, low=0.0)
+
+
+def chunk_size_value(chunk_size: Any) -> None:
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+    ):
+        raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
+
+
+def reject_bad_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
+    """IndexError that names the first target outside [0, vocab) which is not ignore_index."""
+    bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)
+    if bool(bad.any()):
+        raise bad_target(target, int(bad.reshape(-1).nonzero()[0]), vocab)
+
+
+def bad_target(target: Tensor, flat_position: int, vocab: int) -> IndexError:
+    position: list[int] = []
+    for size in reversed(target.shape):
+        position.insert(0, flat_position % size)
+        flat_position //= size
+    value = int(target[tuple(position)])
+    where = f" at position {position}" if position else ""
+    return IndexError(f"Target {value} is out of bounds{where}: expected a class in [0, {vocab})")
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def replaced(value: Any, **fields: Any) -> Any:
+    """``value._replace(**fields)`` of a NamedTuple, in a form that torch.compile of torch 2.8 traces."""
+    kind = type(value)
+    return kind(*[fields.get(name, old) for name, old in zip(kind._fields, value, strict=True)])
+
+
+def host_reads(tensor: Tensor) -> bool:
+    """Whether a value of ``tensor`` may be looked at: it is on the CPU, and nothing traces or transforms the call."""
+    return (
+        tensor.device.type == "cpu"
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+    )

@@ -1,0 +1,548 @@
+"""The torch.library operators through which torch.compile, export and fake tensors reach the kernels.
+
+An operator takes tensors by position and the fields of an option record by name: its schema is made of the record, so that a
+new option needs no line here. Outputs come in one order: the loss, the statistics of fastloss.tables.STATS (empty where not
+wanted), then gradients. FLOP formulas stand beside the head's operators: an opaque operator would count 0 and lower a
+user's MFU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastloss.engine import backend as backends
+from fastloss.engine import checks
+from fastloss.engine import head as heads
+from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
+from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.head import Head, Needs, Saved, Schedule
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS, CrossEntropyOptions, RowOptions
+
+_SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
+
+
+def _fields(record: type, prefix: str = "") -> str:
+    """The fields of an option record as keyword-only arguments of a schema."""
+    return ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in dataclasses.fields(record))
+
+
+def _operator(name: str, tensors: str, record: type, more: str, returns: str) -> Callable[..., Any]:
+    """``torch.library.custom_op`` with the record's fields, and ``more``, as keyword-only arguments."""
+    schema = f"({tensors}, *, {_fields(record)}, {more}) -> {returns}"
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        return torch.library.custom_op(f"fastloss::{name}", function, mutates_args=(), schema=schema)
+
+    return decorate
+
+
+def _record(kind: type, arguments: dict[str, Any]) -> Any:
+    """The option record among an operator's keyword arguments."""
+    return kind(**{field.name: arguments[field.name] for field in dataclasses.fields(kind)})
+
+
+def _names(want: str) -> tuple[str, ...]:
+    return tuple(want.split(",")) if want else ()
+
+
+def _stats_type(name: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if name == "is_top1" else ACC_DTYPES[dtype]
+
+
+def _pack(out: dict[str, Tensor], want: tuple[str, ...], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """logsumexp always comes: the backward needs it."""
+    return [
+        out[name]
+        if name in want or name == "logsumexp"
+        else like.new_empty(0, dtype=_stats_type(name, dtype))
+        for name in STATS
+    ]
+
+
+def _fake_stats(like: Tensor, rows: Any, want: tuple[str, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [
+        like.new_empty(rows if n in want or n == "logsumexp" else 0, dtype=_stats_type(n, dtype))
+        for n in STATS
+    ]
+
+
+def _check_targets(target: Tensor | None, vocab: int, ignore_index: int) -> None:
+    if target is not None and (target.device.type == "cpu" or backends.targets_are_validated()):
+        checks.reject_bad_targets(target, vocab, ignore_index)
+
+
+def _sum(backend: str, loss: Tensor, reduction: str, factor: Factor) -> Tensor:
+    return loss if reduction == "none" else backends.runnable(backend).sum_rows(loss, factor)
+
+
+def _late(dtype: torch.dtype, factor: float, factor_tensor: Tensor | None) -> Tensor | float:
+    if dtype not in LATE_DTYPES:
+        return 1.0
+    return factor if factor_tensor is None else factor_tensor * factor
+
+
+def _times_factor(g: Tensor, factor: float, factor_tensor: Tensor | None, rows: int) -> Tensor:
+    return (g * factor if factor_tensor is None else g * factor * factor_tensor).expand(rows)
+
+
+def _stats_coefficients(
+    want: tuple[str, ...], upstream: list[Tensor], entropy: Tensor, dtype: torch.dtype
+) -> Coefficients:
+    by_name = dict(zip(STATS, upstream, strict=True))
+    return of_upstream(want, [by_name[name] for name in want], entropy, dtype)
+
+
+def _contiguous(k: Coefficients) -> Coefficients:
+    return Coefficients(*[None if x is None else x.contiguous() for x in k])
+
+
+# --- rows of logits ------------------------------------------------------------------------------------------------
+
+_GIVEN = "Tensor? target, Tensor logsumexp, Tensor? a, Tensor? b, Tensor? c, Tensor? d, Tensor? w"
+
+
+@_operator("row_grad", f"Tensor logits, {_GIVEN}", RowOptions, "str backend", "Tensor")
+def _row_grad(logits, target, logsumexp, a, b, c, d, w, *, backend, **fields):  # type: ignore[no-untyped-def]
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backends.runnable(backend).row_grad(
+        logits,
+        target,
+        _record(RowOptions, fields),
+        logsumexp=logsumexp,
+        coefficients=Coefficients(a, b, c, d),
+        out=out,
+        w=w,
+    )
+    return out
+
+
+@_row_grad.register_fake
+def _(logits, *tensors, **fields):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+def row_grad(
+    logits: Tensor,
+    target: Tensor | None,
+    logsumexp: Tensor,
+    k: Coefficients,
+    w: Tensor | None,
+    options: RowOptions,
+    backend: str,
+) -> Tensor:
+    return _row_grad(logits, target, logsumexp, *k, w, **_row_fields(options), backend=backend)
+
+
+def _row_fields(options: RowOptions) -> dict[str, Any]:
+    """A CrossEntropyOptions is given to row_grad too, which takes what is of the row alone."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(RowOptions)}
+
+
+def _all_fields(options: RowOptions) -> dict[str, Any]:
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+_LOSS = "float factor, str reduction, str want"
+
+
+@_operator(
+    "cross_entropy",
+    "Tensor logits, Tensor? target, Tensor? w, Tensor? factor_tensor",
+    CrossEntropyOptions,
+    f"{_LOSS}, bool with_grad, str backend",
+    "Tensor[]",
+)
+def _cross_entropy(  # type: ignore[no-untyped-def]
+    logits, target, w, factor_tensor, *, factor, reduction, want, with_grad, backend, **fields
+):
+    options = _record(CrossEntropyOptions, fields)
+    _check_targets(target, logits.shape[1], options.ignore_index)
+    f = Factor(factor, factor_tensor)
+    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if with_grad else None
+    out = backends.runnable(backend).row_cross_entropy(
+        logits,
+        target,
+        options,
+        factor=WHOLE if grad is None or logits.dtype in LATE_DTYPES else f,
+        grad=grad,
+        want=_names(want),
+        w=w,
+    )
+    stats = _pack(out, _names(want), logits, logits.dtype)
+    return [_sum(backend, out["loss"], reduction, f), *stats, logits.new_empty(0) if grad is None else grad]
+
+
+@_cross_entropy.register_fake
+def _(logits, target, w, factor_tensor, *, reduction, want, with_grad, **fields):  # type: ignore[no-untyped-def]
+    rows = logits.shape[0]
+    loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[logits.dtype])
+    stats = _fake_stats(logits, rows, _names(want), logits.dtype)
+    return [loss, *stats, logits.new_empty(logits.shape if with_grad else (0,))]
+
+
+def _save_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    logits, target, w, factor_tensor = inputs
+    ctx.given = keyword_only_inputs
+    made = ctx.given["with_grad"]
+    saved = (output[-1], None, None) if made else (None, logits, output[1])
+    ctx.dtype = logits.dtype
+    ctx.save_for_backward(*saved, target, w, factor_tensor)
+
+
+def _backward_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
+    grad, logits, lse, target, w, factor_tensor = ctx.saved_tensors
+    given, g = ctx.given, upstream[0]
+    if given["with_grad"]:
+        out = (grad * (g * _late(ctx.dtype, given["factor"], factor_tensor))).to(ctx.dtype)
+    else:
+        options = _record(CrossEntropyOptions, given)
+        if given["reduction"] != "none":
+            g = _times_factor(g, given["factor"], factor_tensor, logits.shape[0])
+        k = _contiguous(of_cross_entropy(g, lse, target, w, logits.shape[1], options))
+        out = row_grad(logits, target, lse, k, w, options, given["backend"])
+    return out, None, None, None
+
+
+_cross_entropy.register_autograd(_backward_cross_entropy, setup_context=_save_cross_entropy)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor | None,
+    w: Tensor | None,
+    factor: Factor,
+    options: CrossEntropyOptions,
+    reduction: str,
+    want: tuple[str, ...],
+    with_grad: bool,
+    backend: str,
+) -> list[Tensor]:
+    """[loss, statistics …, gradient or nothing]."""
+    return _cross_entropy(
+        logits,
+        target,
+        w,
+        factor.tensor,
+        **_all_fields(options),
+        factor=factor.value,
+        reduction=reduction,
+        want=",".join(want),
+        with_grad=with_grad,
+        backend=backend,
+    )
+
+
+@_operator("token_stats", "Tensor logits, Tensor? target", RowOptions, "str want, str backend", "Tensor[]")
+def _token_stats(logits, target, *, want, backend, **fields):  # type: ignore[no-untyped-def]
+    options, names = _record(RowOptions, fields), _names(want)
+    _check_targets(target, logits.shape[1], options.ignore_index)
+    wanted = names if "logsumexp" in names else (*names, "logsumexp")
+    out = backends.runnable(backend).row_stats(logits, target, options, want=wanted)
+    return _pack(out, names, logits, logits.dtype)
+
+
+@_token_stats.register_fake
+def _(logits, target, *, want, **fields):  # type: ignore[no-untyped-def]
+    return _fake_stats(logits, logits.shape[0], _names(want), logits.dtype)
+
+
+def _save_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    ctx.given = keyword_only_inputs
+    by_name = dict(zip(STATS, output, strict=True))
+    ctx.save_for_backward(*inputs, by_name["logsumexp"], by_name["entropy"])
+
+
+def _backward_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
+    logits, target, lse, entropy = ctx.saved_tensors
+    k = _stats_coefficients(_names(ctx.given["want"]), upstream, entropy, lse.dtype)
+    options = _record(RowOptions, ctx.given)
+    return row_grad(logits, target, lse, k, None, options, ctx.given["backend"]), None
+
+
+_token_stats.register_autograd(_backward_token_stats, setup_context=_save_token_stats)
+
+
+def token_stats(
+    logits: Tensor, target: Tensor | None, options: RowOptions, want: tuple[str, ...], backend: str
+) -> list[Tensor]:
+    return _token_stats(logits, target, **_row_fields(options), want=",".join(want), backend=backend)
+
+
+# --- the linear head -----------------------------------------------------------------------------------------------
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
+_HOW = "bool[] needs, ScalarType dtype, int chunk, str backend"
+
+
+def _schedule(head: Head, target: Tensor | None, ignore_index: int, needs: Needs, chunk: int) -> Schedule:
+    rows = heads.count_kept(head.hidden.shape[0], target, ignore_index)
+    return heads.schedule_of(head, rows, needs, chunk or None)
+
+
+def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
+    return [like.new_empty(0) if g is None else g for g in grads]
+
+
+def _fake_grads(hidden, weight, bias, needs, dtypes):  # type: ignore[no-untyped-def]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return [
+        hidden.new_empty(shape, dtype=t) if need else hidden.new_empty(0)
+        for need, shape, t in zip(needs, shapes, dtypes, strict=True)
+    ]
+
+
+@_operator("linear_row_grad", f"{_HEAD}, {_GIVEN}", RowOptions, _HOW, "Tensor[]")
+def _linear_row_grad(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, logsumexp, a, b, c, d, w, *, needs, dtype, chunk, backend, **fields
+):
+    options = _record(RowOptions, fields)
+    needed = Needs(*needs)
+    head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
+    schedule = _schedule(head, target, options.ignore_index, needed, chunk)
+    saved = Saved(target, logsumexp, Coefficients(a, b, c, d), options, w)
+    grads = heads.recompute(head, needed, schedule, saved)
+    dtypes = heads.leaf_dtypes(hidden, weight, bias)
+    return _or_nothing(hidden, heads.finish(grads, dtypes, head.backend))
+
+
+@_linear_row_grad.register_fake
+def _(hidden, weight, bias, *given, needs, **fields):  # type: ignore[no-untyped-def]
+    return _fake_grads(hidden, weight, bias, needs, heads.leaf_dtypes(hidden, weight, bias))
+
+
+def linear_row_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    saved: Saved,
+    needs: list[bool],
+    dtype: torch.dtype,
+    chunk: int,
+    backend: str,
+) -> list[Tensor | None]:
+    grads = _linear_row_grad(
+        hidden,
+        weight,
+        bias,
+        saved.target,
+        saved.logsumexp,
+        *saved.coefficients,
+        saved.w,
+        **_row_fields(saved.options),
+        needs=needs,
+        dtype=dtype,
+        chunk=chunk,
+        backend=backend,
+    )
+    return [x if need else None for x, need in zip(grads, needs, strict=True)]
+
+
+@_operator(
+    "linear_cross_entropy",
+    f"{_HEAD}, Tensor? target, Tensor? w, Tensor? factor_tensor",
+    CrossEntropyOptions,
+    f"{_LOSS}, {_HOW}",
+    "Tensor[]",
+)
+def _linear_cross_entropy(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, w, factor_tensor, *,
+    factor, reduction, want, needs, dtype, chunk, backend, **fields,
+):  # fmt: skip
+    options, needed, names = _record(CrossEntropyOptions, fields), Needs(*needs), _names(want)
+    _check_targets(target, weight.shape[0], options.ignore_index)
+    head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
+    per_row = reduction == "none"
+    rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
+    smooth = target is None or options.label_smoothing > 0
+    schedule = heads.schedule_of_cross_entropy(head, rows, needed, chunk or None, per_row, smooth)
+    f = Factor(factor, factor_tensor)
+    out, grads = heads.cross_entropy(
+        head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule
+    )
+    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
+    return [
+        _sum(backend, out["loss"], reduction, f),
+        *_pack(out, names, out["loss"], dtype),
+        *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend)),
+    ]
+
+
+def _grad_dtypes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[torch.dtype, ...]:
+    """float16 gradients wait, unscaled, in float32 for the upstream gradient."""
+    if dtype in LATE_DTYPES:
+        return hidden.dtype, torch.float32, torch.float32
+    return heads.leaf_dtypes(hidden, weight, bias)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden, weight, bias, target, w, factor_tensor, *, reduction, want, needs, dtype, **fields):  # type: ignore[no-untyped-def]
+    rows = hidden.shape[0]
+    loss = hidden.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[dtype])
+    grads = _fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))
+    return [loss, *_fake_stats(loss, rows, _names(want), dtype), *grads]
+
+
+def _save_linear_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, w, factor_tensor = inputs
+    ctx.given = keyword_only_inputs
+    ctx.needs = list(ctx.needs_input_grad[:3])
+    ctx.dtypes = heads.leaf_dtypes(hidden, weight, bias)
+    made = any(ctx.given["needs"])
+    operands = (None,) * 5 if made else (hidden, weight, bias, target, w)
+    grads = output[-3:] if made else (None,) * 3
+    ctx.save_for_backward(*operands, *grads, None if made else output[1], factor_tensor)
+
+
+def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, w, *made, lse, factor_tensor = ctx.saved_tensors
+    given, g = ctx.given, upstream[0]
+    factor, dtype, per_row = given["factor"], given["dtype"], given["reduction"] == "none"
+    if any(given["needs"]):
+        scale = g[:, None] if per_row else g * _late(dtype, factor, factor_tensor)
+        needs = zip(made, given["needs"], ctx.dtypes, strict=True)
+        grads = [(x * scale).to(t) if need else None for x, need, t in needs]
+    else:
+        options = _record(CrossEntropyOptions, given)
+        if not per_row:
+            g = _times_factor(g, factor, factor_tensor, hidden.shape[0])
+        k = _contiguous(of_cross_entropy(g, lse, target, w, weight.shape[0], options))
+        saved = Saved(target, lse, k, options, w)
+        how = ctx.needs, dtype, given["chunk"], given["backend"]
+        grads = linear_row_grad(hidden, weight, bias, saved, *how)
+    return (*grads, *[None] * 3)
+
+
+_linear_cross_entropy.register_autograd(
+    _backward_linear_cross_entropy, setup_context=_save_linear_cross_entropy
+)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    w: Tensor | None,
+    factor: Factor,
+    options: CrossEntropyOptions,
+    reduction: str,
+    want: tuple[str, ...],
+    needs: Needs,
+    dtype: torch.dtype,
+    chunk_size: int | None,
+    backend: str,
+) -> list[Tensor]:
+    """[loss, statistics …, d hidden, d weight, d bias]."""
+    return _linear_cross_entropy(
+        hidden,
+        weight,
+        bias,
+        target,
+        w,
+        factor.tensor,
+        **_all_fields(options),
+        factor=factor.value,
+        reduction=reduction,
+        want=",".join(want),
+        needs=list(needs),
+        dtype=dtype,
+        chunk=chunk_size or 0,
+        backend=backend,
+    )
+
+
+@_operator(
+    "linear_token_stats",
+    f"{_HEAD}, Tensor? target",
+    RowOptions,
+    "str want, ScalarType dtype, int chunk, str backend",
+    "Tensor[]",
+)
+def _linear_token_stats(hidden, weight, bias, target, *, want, dtype, chunk, backend, **fields):  # type: ignore[no-untyped-def]
+    options, names = _record(RowOptions, fields), _names(want)
+    _check_targets(target, weight.shape[0], options.ignore_index)
+    head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
+    rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
+    schedule = heads.chunked(rows, weight.shape[0], dtype, hidden.device, chunk or None)
+    out, _ = heads.stats(head, target, options, names, schedule)
+    return _pack(out, names, out["logsumexp"], dtype)
+
+
+@_linear_token_stats.register_fake
+def _(hidden, weight, bias, target, *, want, dtype, **fields):  # type: ignore[no-untyped-def]
+    like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
+    return _fake_stats(like, hidden.shape[0], _names(want), dtype)
+
+
+def _save_linear_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    ctx.given = keyword_only_inputs
+    ctx.needs = list(ctx.needs_input_grad[:3])
+    by_name = dict(zip(STATS, output, strict=True))
+    ctx.save_for_backward(*inputs, by_name["logsumexp"], by_name["entropy"])
+
+
+def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
+    hidden, weight, bias, target, lse, entropy = ctx.saved_tensors
+    given = ctx.given
+    k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse.dtype)
+    saved = Saved(target, lse, k, _record(RowOptions, given))
+    how = ctx.needs, given["dtype"], given["chunk"], given["backend"]
+    return (*linear_row_grad(hidden, weight, bias, saved, *how), None)
+
+
+_linear_token_stats.register_autograd(_backward_linear_token_stats, setup_context=_save_linear_token_stats)
+
+
+def linear_token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    options: RowOptions,
+    want: tuple[str, ...],
+    dtype: torch.dtype,
+    chunk_size: int | None,
+    backend: str,
+) -> list[Tensor]:
+    return _linear_token_stats(
+        hidden,
+        weight,
+        bias,
+        target,
+        **_row_fields(options),
+        want=",".join(want),
+        dtype=dtype,
+        chunk=chunk_size or 0,
+        backend=backend,
+    )
+
+
+# --- FLOPs ---------------------------------------------------------------------------------------------------------
+
+
+def _gemm_flops(hidden_shape: Any, weight_shape: Any, count: int) -> int:
+    rows, dim = hidden_shape
+    return 2 * rows * dim * weight_shape[0] * count
+
+
+@register_flop_formula(torch.ops.fastloss.linear_cross_entropy)
+def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+
+
+@register_flop_formula(torch.ops.fastloss.linear_token_stats)
+def _(hidden_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _gemm_flops(hidden_shape, weight_shape, 1)
+
+
+@register_flop_formula(torch.ops.fastloss.linear_row_grad)
+def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))

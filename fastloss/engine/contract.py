@@ -1,0 +1,199 @@
+"""What a backend must implement, once: every loss reaches its kernels through these methods and no other way.
+
+Implemented by :class:`fastloss.engine.definition.ReferenceBackend` (plain PyTorch), :class:`fastloss.engine.native.NativeBackend`
+(the CPU's C++, CUDA, and CUDA emulated in the tests) and :class:`fastloss.engine.triton.TritonBackend`.
+
+Conventions. ``acc`` is float32, float64 for float64 input. Per-row and per-token tensors are contiguous; logits have unit
+stride along the vocabulary, rows may be any distance apart. Codes are positions in fastloss/tables.py; one that does not
+exist raises ValueError, on every backend. What the kernels compute: docs/engine.md and docs/sequences.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.sequences import Sequences
+from fastloss.tables import (
+    CrossEntropyOptions,
+    PairConstants,
+    PairOptions,
+    PolicyOptions,
+    RowOptions,
+    UnpairedConstants,
+    UnpairedOptions,
+)
+
+
+class Factor(NamedTuple):
+    """What the sum of the rows' losses is multiplied by: ``value``, times ``tensor`` (acc, 0-d) where that is on a device."""
+
+    value: float = 1.0
+    tensor: Tensor | None = None
+
+
+WHOLE = Factor()
+
+
+class PairResult(NamedTuple):
+    """Of a contrast of pairs, acc ``[B]``. A differentiable backend makes no gradients: they are None."""
+
+    loss: Tensor
+    chosen_reward: Tensor
+    rejected_reward: Tensor
+    sums: Tensor  # acc [7], fastloss.tables.PAIR_SUMS
+    d_chosen: Tensor | None = None
+    d_rejected: Tensor | None = None
+    d_nll: Tensor | None = None
+
+
+class UnpairedResult(NamedTuple):
+    """Of single responses, acc ``[B]``."""
+
+    loss: Tensor
+    reward: Tensor
+    sums: Tensor  # acc [7], fastloss.tables.UNPAIRED_SUMS
+    d_logps: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PolicyInputs:
+    """What a policy loss reads without a gradient: acc ``[N]`` unless said otherwise, None where not given."""
+
+    layout: Sequences
+    advantages: Tensor  # [N] or [count]
+    mask: Tensor  # uint8 [N]
+    old: Tensor | None = None
+    ref: Tensor | None = None
+    sampler: Tensor | None = None
+    token_weight: Tensor | None = None
+    select: Tensor | None = None  # uint8 [N], kl_cov's tokens
+    share: Tensor | None = None  # each token's share of the aggregate, in place of the options' aggregation
+    normalizer: float | Tensor | None = None  # acc [1]
+
+
+class PolicyResult(NamedTuple):
+    """``out`` acc [16] (fastloss.tables.POLICY_OUT); gradients of the unscaled loss, to be multiplied by out's "scale"."""
+
+    loss: Tensor  # 0-d
+    out: Tensor
+    d_logprobs: Tensor | None = None
+    d_entropy: Tensor | None = None
+
+
+class Backend(Protocol):
+    """The kernels of one kind of device."""
+
+    name: str
+    # True where the methods are plain PyTorch, which autograd differentiates (and differentiates twice).
+    differentiable: bool
+    # True where the host may read a tensor's value without waiting for a device.
+    host_reads: bool
+
+    def why_not(self) -> str:
+        """Why it cannot run in this process; empty if it can."""
+        ...
+
+    def why_not_for(self, tensor: Tensor) -> str:
+        """Why it cannot take this tensor (device, dtype); empty if it can."""
+        ...
+
+    def row_stats(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        options: RowOptions,
+        *,
+        want: Sequence[str],
+        bias: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The statistics named in ``want`` (of fastloss.tables.STATS) of each row of ``logits [rows, V]``, acc ``[rows]``;
+        is_top1 is uint8. ``target`` int64 ``[rows]`` may be None where neither logprobs nor is_top1 is wanted; then no row
+        is ignored. ``bias`` acc ``[V]``."""
+        ...
+
+    def row_grad(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        options: RowOptions,
+        *,
+        logsumexp: Tensor,
+        coefficients: Coefficients,
+        out: Tensor,
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> None:
+        """Writes ``dz_v = a·[v = target] + b·p_v + c·p_v·log p_v + d·w_v``, through softcap and scale, to ``out [rows, V]``,
+        which may be ``logits`` itself. ``w`` acc ``[V]`` or ``[rows, V]``."""
+        ...
+
+    def row_cross_entropy(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        *,
+        factor: Factor = WHOLE,
+        grad: Tensor | None = None,
+        want: Sequence[str] = (),
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """ "loss" and "logsumexp" of each row, the statistics in ``want``, and into ``grad`` (may be ``logits``), where given,
+        the gradient times ``factor``, in one pass. ``w``: class weights ``[V]``; with ``target=None`` the weighted class
+        probabilities ``[rows, V]``."""
+        ...
+
+    def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
+        """factor · Σ values, 0-d; the same bits run after run, on a CPU with any number of threads."""
+        ...
+
+    def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
+        """``x *= scale``, one acc number on the device, in float32; nothing is read or written where it is 1."""
+        ...
+
+    def segment_sum(self, values: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
+        """Σ w·v over each sequence, acc ``[count]``. A position of weight 0 adds nothing, NaN or not."""
+        ...
+
+    def segment_expand(self, upstream: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
+        """The gradient of :meth:`segment_sum`, acc ``[N]``."""
+        ...
+
+    def pair_loss(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        nll: Tensor | None,
+        constants: PairConstants,
+        options: PairOptions,
+    ) -> PairResult:
+        """The contrast of pairs of Σ log p (or of rewards), ``[B]``; ``nll`` is what the sft term takes (None: chosen)."""
+        ...
+
+    def unpaired_loss(
+        self, logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions
+    ) -> UnpairedResult:
+        """The term of single responses of Σ log p ``[B]``."""
+        ...
+
+    def policy_loss(
+        self, logprobs: Tensor, entropy: Tensor | None, inputs: PolicyInputs, options: PolicyOptions
+    ) -> PolicyResult:
+        """The policy-gradient loss of flat log-probs ``[N]``."""
+        ...
+
+    def gae(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, layout: Sequences, gamma: float, lam: float
+    ) -> tuple[Tensor, Tensor]:
+        """(advantages, returns) ``[N]``."""
+        ...
+
+    def discounted_returns(self, rewards: Tensor, mask: Tensor, layout: Sequences, gamma: float) -> Tensor:
+        """Returns ``[N]``."""
+        ...

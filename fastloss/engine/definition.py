@@ -1,0 +1,169 @@
+"""The ``reference`` backend: the contract by the definitions of fastloss/reference, in plain PyTorch on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import WHOLE, Factor, PairResult, PolicyInputs, PolicyResult, UnpairedResult
+from fastloss.engine.sequences import Sequences
+from fastloss.tables import (
+    CrossEntropyOptions,
+    PairConstants,
+    PairOptions,
+    PolicyOptions,
+    RowOptions,
+    UnpairedConstants,
+    UnpairedOptions,
+)
+
+
+class ReferenceBackend:
+    """Every method is differentiable, twice, by autograd."""
+
+    name = "reference"
+    differentiable = True
+    host_reads = False
+
+    def why_not(self) -> str:
+        return ""
+
+    def why_not_for(self, tensor: Tensor) -> str:
+        return ""
+
+    def row_stats(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        options: RowOptions,
+        *,
+        want: Sequence[str],
+        bias: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        out = reference.token_stats(logits, target, bias=bias, **_transform(options))
+        return {name: out[name] for name in want}
+
+    def row_grad(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        options: RowOptions,
+        *,
+        logsumexp: Tensor,
+        coefficients: Coefficients,
+        out: Tensor,
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> None:
+        out.copy_(
+            reference.row_gradient(
+                logits, target, logsumexp, *coefficients, w=w, bias=bias, **_transform(options)
+            )
+        )
+
+    def row_cross_entropy(
+        self,
+        logits: Tensor,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        *,
+        factor: Factor = WHOLE,
+        grad: Tensor | None = None,
+        want: Sequence[str] = (),
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        x = logits if grad is None else logits.detach().requires_grad_()
+        with torch.set_grad_enabled(torch.is_grad_enabled() or grad is not None):
+            loss = reference.cross_entropy(
+                x,
+                w if target is None else target,  # type: ignore[arg-type]
+                weight=None if target is None else w,
+                reduction="none",
+                label_smoothing=0.0 if target is None else options.label_smoothing,
+                z_loss=options.z_loss,
+                bias=bias,
+                **_transform(options),
+            )
+        stats = self.row_stats(logits, target, options, want=("logsumexp", *want), bias=bias)
+        if grad is not None:
+            scale = factor.value if factor.tensor is None else factor.value * factor.tensor
+            grad.copy_(torch.autograd.grad(loss.sum() * scale, x)[0])
+            loss = loss.detach()
+        return {**stats, "loss": loss}
+
+    def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
+        total = values.sum() * factor.value
+        return total if factor.tensor is None else total * factor.tensor
+
+    def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
+        x.mul_(scale)
+
+    def segment_sum(self, values: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
+        return reference.segment_sum(values, weights, layout.offsets, layout.length, layout.count)
+
+    def segment_expand(self, upstream: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
+        each = torch.cat([upstream, upstream.new_zeros(1)])
+        if layout.offsets is None:
+            each = upstream.unsqueeze(-1).expand(layout.count, layout.length).reshape(-1)
+        else:
+            each = each[layout.ids]
+        return each if weights is None else torch.where(weights == 0, 0, each * weights)
+
+    def pair_loss(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        nll: Tensor | None,
+        constants: PairConstants,
+        options: PairOptions,
+    ) -> PairResult:
+        return PairResult(**reference.pair_loss(chosen, rejected, nll, constants, options))
+
+    def unpaired_loss(
+        self, logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions
+    ) -> UnpairedResult:
+        return UnpairedResult(**reference.unpaired_loss(logps, constants, options))
+
+    def policy_loss(
+        self, logprobs: Tensor, entropy: Tensor | None, inputs: PolicyInputs, options: PolicyOptions
+    ) -> PolicyResult:
+        loss, out = reference.policy_loss(
+            logprobs,
+            old=inputs.old,
+            advantages=inputs.advantages,
+            mask=inputs.mask,
+            ref=inputs.ref,
+            entropy=entropy,
+            sampler=inputs.sampler,
+            token_weight=inputs.token_weight,
+            select=inputs.select,
+            share=inputs.share,
+            offsets=inputs.layout.offsets,
+            length=inputs.layout.length,
+            count=inputs.layout.count,
+            options=options,
+            normalizer=inputs.normalizer,
+        )
+        return PolicyResult(loss, out)
+
+    def gae(
+        self, rewards: Tensor, values: Tensor, mask: Tensor, layout: Sequences, gamma: float, lam: float
+    ) -> tuple[Tensor, Tensor]:
+        return reference.gae(rewards, values, mask, layout.offsets, layout.length, layout.count, gamma, lam)
+
+    def discounted_returns(self, rewards: Tensor, mask: Tensor, layout: Sequences, gamma: float) -> Tensor:
+        return reference.discounted_returns(rewards, mask, layout.offsets, layout.length, layout.count, gamma)
+
+
+def _transform(options: RowOptions) -> dict[str, Any]:
+    return {
+        "ignore_index": options.ignore_index,
+        "scale": options.scale,
+        "softcap": options.softcap or None,
+    }

@@ -1,0 +1,92 @@
+"""The one gate to native code, which believes every address it is given: what is not plain, dense memory is refused here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_PARAMETER = torch.nn.Parameter
+
+
+def address(tensor: Tensor | None, *, just_made: bool = False) -> int:
+    """Where ``tensor`` lies in memory; 0 for None. No other place of the package calls ``data_ptr()``.
+
+    Args:
+        just_made: the caller has it from torch.empty or its like, and nobody else has seen it: there is nothing to ask.
+
+    Raises:
+        ValueError: it is not what its elements are in memory (a subclass, a wrapper of torch.func, a fake, meta, sparse, nested or
+            zero tensor, a negative or conjugate view), or its storage was freed or is smaller than the tensor.
+    """
+    if tensor is None:
+        return 0
+    kind = type(tensor)
+    if kind is Tensor or kind is _PARAMETER:
+        try:
+            place: int = tensor.data_ptr()
+            if just_made:
+                return place
+            # The common case with the fewest questions; check() asks all of them.
+            if place and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
+                storage = tensor.untyped_storage()
+                if place + tensor.nbytes <= storage.data_ptr() + storage.nbytes():
+                    return place
+        except (RuntimeError, NotImplementedError):  # it has no storage: check() says why
+            place = 0
+        check(tensor)
+        return place
+    check(tensor)
+    raise AssertionError("check() lets no other type through")
+
+
+def addresses(given: dict[str, Tensor | None], made: dict[str, Tensor | None]) -> dict[str, int]:
+    """:func:`address` of the arguments of one native call, by name; nobody else has seen those that were just ``made``."""
+    out = {}
+    for name, tensor in given.items():
+        out[name] = address(tensor)
+    for name, tensor in made.items():
+        out[name] = address(tensor, just_made=True)
+    return out
+
+
+def check(tensor: Tensor) -> Tensor:
+    """``tensor``, whose elements lie in memory as its strides say; ValueError as in :func:`address` where they do not."""
+    kind = type(tensor)
+    if kind is not Tensor and kind is not _PARAMETER:
+        raise ValueError(
+            f"tensor: expected a plain torch.Tensor, got {kind.__name__}; give the one it holds, or use backend='reference'"
+        )
+    if reason := _why_not(tensor):
+        raise ValueError(f"tensor: expected {reason}")
+    return tensor
+
+
+def _why_not(tensor: Tensor) -> str:
+    """What was expected, what was got and the way out; empty if the tensor is dense and in memory."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "a plain tensor, got one that torch.func transforms; use backend='reference'"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout)
+        return f"a dense one, got layout {layout}; use .to_dense() or .to_padded_tensor()"
+    if tensor.is_meta:
+        return "one with memory, got a meta tensor; make it with .to_empty(device=...)"
+    if tensor._is_zerotensor():
+        return "one with memory, got a zero tensor of autograd; use .clone()"
+    if tensor.is_neg():
+        return "its elements in memory, got a negative view; use .resolve_neg()"
+    if tensor.is_conj():
+        return "its elements in memory, got a conjugate view; use .resolve_conj()"
+    if not tensor.numel():
+        return ""
+    steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + steps + 1) * tensor.element_size()
+    try:
+        there = tensor.untyped_storage().nbytes()
+    except (RuntimeError, NotImplementedError):
+        return "one with memory, got one without storage; use backend='reference'"
+    if needed > there:
+        return (
+            f"{needed} bytes of storage, got {there}: it was freed or resized, as FSDP does with parameters between uses;"
+            " use the tensor while its memory is there"
+        )
+    return ""

@@ -1,0 +1,363 @@
+"""The linear head ``hidden @ weight.T + bias`` for every loss: its operands, the schedule of a call, and the two phases.
+
+A loss runs through the parts of a pass over the rows: it asks a part for statistics, makes its own coefficients of them, and
+hands these back for the gradients::
+
+    with begin(head, needs, keep, schedule) as run:
+        for part in run.parts():
+            stats = part.stats(part.of(target), options, want)      # 1 GEMM
+            part.gradients(options, part.of(target), stats["logsumexp"], coefficients(stats))   # 1 GEMM each for d hidden, d weight
+    grads = run.grads()
+
+Two schedules have this interface, and a loss does not know which one runs: chunks of rows (engine/head_rows.py), whose
+logits are in a buffer between the two phases, and blocks of the vocabulary (engine/head_blocks.py), where one part holds all
+rows and their logits are never there at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastloss.engine import checks, head_blocks
+from fastloss.engine.autograd import scale_in_place
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import Backend, Factor
+from fastloss.engine.head_blocks import VocabularyBlocks
+from fastloss.engine.head_rows import RowChunks, buffer_dtype, default_chunk
+from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
+from fastloss.engine.native import NativeBackend
+from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
+
+
+class Part(Protocol):
+    """Some rows of a pass. Tensors handed to it have one entry for each of its rows (:meth:`of`)."""
+
+    def of(self, per_row: Tensor | None) -> Tensor | None:
+        """This part's entries of a tensor that has one for each computed row."""
+        ...
+
+    def cross_entropy(
+        self,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        *,
+        w: Tensor | None,
+        factor: Factor,
+        want: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Losses and statistics; the gradients of their sum times ``factor`` are made on the way, if any is needed."""
+        ...
+
+    def gradients(
+        self,
+        target: Tensor | None,
+        options: RowOptions,
+        logsumexp: Tensor,
+        coefficients: Coefficients,
+        w: Tensor | None = None,
+    ) -> None:
+        """Adds these rows' gradients to the head's."""
+        ...
+
+
+class Schedule(NamedTuple):
+    """How a call goes through its rows. ``chunk``: rows whose logits are in memory at once; 0: blocks of the vocabulary."""
+
+    chunk: int
+
+    @property
+    def by_vocabulary(self) -> bool:
+        return self.chunk == 0
+
+    def details(self, head: Head, rows: int, needs: Needs, recompute: bool) -> dict[str, Any]:
+        """What ``explain`` tells. ``recompute``: the backward makes the logits again."""
+        gemms = 1 + recompute + needs.hidden + needs.weight
+        vocab, dim = head.weight.shape
+        if not self.by_vocabulary:
+            chunk = min(self.chunk, rows)
+            return {
+                "gemms": gemms,
+                "rows": rows,
+                "chunk_rows": chunk,
+                "buffer_bytes": buffer_bytes(head, chunk),
+            }
+        assert isinstance(head.backend, NativeBackend)
+        width = head_blocks.block_width(head.backend, vocab, head.weight.shape[1])
+        return {
+            "gemms": gemms if recompute else head_blocks.gemms(needs, rows, dim),
+            "rows": rows,
+            "chunk_rows": rows,
+            "chunk_columns": min(width, vocab),
+            "buffer_bytes": head_blocks.buffer_bytes(head.backend, rows, head.weight, needs),
+        }
+
+
+def buffer_bytes(head: Head, rows: int) -> int:
+    """Of the logits of ``rows``."""
+    return rows * head.weight.shape[0] * buffer_dtype(head).itemsize
+
+
+def chunked(
+    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_size: int | None
+) -> Schedule:
+    """Chunks of rows, of the size asked for or the usual one."""
+    return Schedule(min(chunk_size or default_chunk(rows, vocab, dtype, device), max(rows, 1)))
+
+
+def schedule_of(head: Head, rows: int, needs: Needs, chunk_size: int | None) -> Schedule:
+    """Of a backward whose coefficients are given, over ``rows`` computed rows."""
+    if head_blocks.why_not(head.backend, head.dtype, head.weight, rows, needs, chunk_size) == "":
+        return Schedule(0)
+    return chunked(rows, head.weight.shape[0], head.dtype, head.weight.device, chunk_size)
+
+
+def schedule_of_cross_entropy(
+    head: Head, rows: int, needs: Needs, chunk_size: int | None, per_row: bool, smooth: bool
+) -> Schedule:
+    """Of cross-entropy. ``per_row``: the loss of each row is returned; ``smooth``: every token is a target."""
+    if head_blocks.why_not_cross_entropy(rows, head.weight.shape[1], needs, per_row, smooth):
+        return chunked(rows, head.weight.shape[0], head.dtype, head.weight.device, chunk_size)
+    return schedule_of(head, rows, needs, chunk_size)
+
+
+def make_head(
+    backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Head:
+    """The operands, detached. ``dtype`` is that of the GEMMs."""
+    acc = ACC_DTYPES[dtype]
+    dense = None if bias is None else bias.detach().to(acc).contiguous()
+    return Head(backend, hidden.detach(), weight.detach(), dense, dtype)
+
+
+class _Pass:
+    """One pass over the rows; what it computes has no gradient of its own, and autocast changes none of its dtypes."""
+
+    def __init__(self, run: RowChunks | VocabularyBlocks):
+        self._run = run
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> _Pass:
+        device = self._run.head.hidden.device.type
+        self._stack.enter_context(torch.autocast(device, enabled=False))
+        self._stack.enter_context(torch.no_grad())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def parts(self) -> Iterator[Any]:
+        return iter(self._run.parts())
+
+    def collect(self, outs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The parts' statistics as those of all rows, 0 for the rows that were left out."""
+        run = self._run
+        out = outs[0]
+        if len(outs) > 1:
+            out = {name: torch.cat([part[name] for part in outs]) for name in out}
+        if run.keep is None:
+            return out
+        return {
+            name: x.new_zeros((run.all_rows, *x.shape[1:])).index_copy_(0, run.keep, x)
+            for name, x in out.items()
+        }
+
+    def grads(self) -> Grads:
+        return self._run.grads()
+
+
+def begin(
+    head: Head,
+    needs: Needs,
+    keep: Tensor | None,
+    schedule: Schedule,
+    bounds: Iterable[tuple[int, int]] | None = None,
+) -> _Pass:
+    """A pass over the rows ``keep`` (from :func:`kept_rows`; None: all). 1 GEMM, and one for each of d hidden and d weight
+    that is needed. The other rows' statistics and d hidden are 0, and nothing of their hidden states, NaN included,
+    reaches anything. ``bounds`` are the chunks, of at most ``schedule.chunk`` rows; None is equal ones."""
+    if schedule.by_vocabulary:
+        return _Pass(VocabularyBlocks(head, needs, keep))
+    return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
+
+
+def with_logsumexp(want: tuple[str, ...]) -> tuple[str, ...]:
+    """The backward needs it, whether or not it is returned."""
+    return want if "logsumexp" in want else (*want, "logsumexp")
+
+
+def cross_entropy(
+    head: Head,
+    needs: Needs,
+    classes: Tensor | None,
+    w: Tensor | None,
+    options: CrossEntropyOptions,
+    want: tuple[str, ...],
+    factor: Factor,
+    schedule: Schedule,
+) -> tuple[dict[str, Tensor], Grads]:
+    """Losses and statistics of all rows, and the gradients of their sum times ``factor``."""
+    keep = kept_rows(classes, options.ignore_index)
+    classes = pick(classes, keep)
+    with begin(head, needs, keep, schedule) as run:
+        outs = [
+            part.cross_entropy(part.of(classes), options, w=w, factor=factor, want=want)
+            for part in run.parts()
+        ]
+        return run.collect(outs), run.grads()
+
+
+def stats(
+    head: Head,
+    target: Tensor | None,
+    options: RowOptions,
+    want: tuple[str, ...],
+    schedule: Schedule,
+    with_gradient: bool = False,
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Statistics of all rows, and d hidden of the sum of their log-probabilities where asked for.
+
+    Always in chunks of rows, as the preference and policy losses: a token's log-probability has the same bits in all of
+    them, so that the first ratio of new to old is exactly 1."""
+    keep = kept_rows(target, options.ignore_index)
+    target = pick(target, keep)
+    outs: list[dict[str, Tensor]] = []
+    with begin(head, Needs(with_gradient, False, False), keep, schedule) as run:
+        for part in run.parts():
+            own = part.of(target)
+            out = part.stats(own, options, with_logsumexp(want))
+            if with_gradient:
+                one = torch.ones_like(out["logsumexp"])
+                part.gradients(own, options, out["logsumexp"], Coefficients(a=one, b=-one))
+            outs.append(out)
+        return run.collect(outs), run.grads().hidden
+
+
+class Saved(NamedTuple):
+    """Per-row state saved for a backward that makes the logits again."""
+
+    target: Tensor | None
+    logsumexp: Tensor
+    coefficients: Coefficients
+    options: RowOptions
+    w: Tensor | None = None
+
+
+def recompute(head: Head, needs: Needs, schedule: Schedule, saved: Saved) -> Grads:
+    """The gradients of rows whose coefficients became known after their forward: 1 GEMM for the logits, and one for each
+    of d hidden and d weight."""
+    keep = kept_rows(saved.target, saved.options.ignore_index)
+    target, lse = pick(saved.target, keep), pick(saved.logsumexp, keep)
+    k = Coefficients(*(pick(x, keep) for x in saved.coefficients))
+    with begin(head, needs, keep, schedule) as run:
+        for part in run.parts():
+            own = Coefficients(*(part.of(x) for x in k))
+            part.gradients(part.of(target), saved.options, part.of(lse), own, saved.w)
+        return run.grads()
+
+
+def kept_rows(target: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The rows that carry a target, int64 and ascending; None where all do, or where counting them would make a GPU
+    wait for the CPU."""
+    if target is None or target.device.type != "cpu":
+        return None
+    keep = (target != ignore_index).nonzero().view(-1)
+    return None if keep.numel() == target.numel() else keep
+
+
+def count_kept(rows: int, target: Tensor | None, ignore_index: int) -> int:
+    """How many of ``rows`` are computed: all of them where :func:`kept_rows` is None."""
+    if target is None or target.device.type != "cpu":
+        return rows
+    return int((target != ignore_index).sum())
+
+
+def pick(per_row: Tensor | None, keep: Tensor | None) -> Tensor | None:
+    """``per_row`` of the kept rows."""
+    return per_row if per_row is None or keep is None else per_row.index_select(0, keep)
+
+
+def finish(
+    grads: Grads, dtypes: tuple[torch.dtype, ...], backend: Backend, scale: float | Tensor | None = None
+) -> Grads:
+    """Gradients (exclusively ours) times a scalar, in their leaves' dtypes."""
+    out = []
+    for grad, dtype in zip(grads, dtypes, strict=True):
+        if grad is not None and scale is not None:
+            grad = scale_in_place(backend, grad, scale)
+        out.append(grad if grad is None else grad.to(dtype))
+    return Grads(*out)
+
+
+def leaf_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[torch.dtype, ...]:
+    return hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+
+
+def needs_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Needs:
+    """Which gradients a call must be ready for."""
+    if not torch.is_grad_enabled():
+        return NOTHING
+    bias = linear_bias is not None and linear_bias.requires_grad
+    return Needs(input.requires_grad, linear_weight.requires_grad, bias)
+
+
+def autocasts(device: str) -> bool:
+    return torch.is_autocast_enabled(device)
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype of the head's GEMMs."""
+    device = input.device.type
+    if autocasts(device) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return input.dtype
+
+
+def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """PyTorch's errors, in its words."""
+    if input.dim() < 1 or input.dim() > 2:
+        raise ShapeError(f"input: expected input with dimensionality 1 or 2, got {input.dim()}")
+    if linear_weight.dim() < 2:
+        raise ShapeError(
+            f"linear_weight: expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
+        )
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise ShapeError(
+            "input: expected equal input and linear_weight last dimensions (in_features), got "
+            f"{input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    checks.same_device("linear_weight", linear_weight, input.device)
+    if linear_bias is not None:
+        checks.is_floating("linear_bias", linear_bias)
+        checks.same_device("linear_bias", linear_bias, input.device)
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            raise ShapeError(
+                f"linear_bias: expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+            )
+    if input.dim() == 1 and linear_weight.dim() > 2:
+        raise ShapeError(
+            f"input: K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched "
+            f"input, (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+        )
+    if not autocasts(input.device.type) and input.dtype != linear_weight.dtype:
+        raise ShapeError(
+            f"linear_weight: expected {input.dtype} as input, got {linear_weight.dtype} (autocast would cast them)"
+        )
+
+
+def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
+    """The checks of a loss over tokens ``[..., D]`` and one matrix ``[V, D]``; returns the rows ``[N, D]``."""
+    checks.is_floating("input", input)
+    checks.is_floating("linear_weight", linear_weight)
+    if input.dim() < 1 or linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
+        raise ShapeError(
+            f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}"
+        )
+    rows = input.reshape(-1, input.shape[-1])
+    check_linear(rows, linear_weight, linear_bias)
+    return rows

@@ -1,0 +1,281 @@
+"""The linear head in chunks of rows: a GEMM into a small buffer of logits, a row kernel in place, two GEMMs out.
+
+The logits of all rows are never held (32 rows or fewer are one chunk). The weight's gradient is accumulated over the chunks
+in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.flop_counter import register_flop_formula
+
+from fastloss.engine.autograd import new_gradient
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.contract import Factor
+from fastloss.engine.head_types import Grads, Head, Needs
+from fastloss.engine.native import multiply_bf16, supports_gemm_bf16
+from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
+
+# Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
+UPCAST_BLOCK = 2048
+
+
+def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
+    """True where low-precision GEMMs are slow scalar code: a CPU whose oneDNN lacks them. float32 GEMMs then
+    read blocks of the weight converted on the way (AMD Zen 3, AVX2, 2 threads, torch 2.13: 170 against 0.3-21 GFLOP/s)."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return False
+    supported = (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported
+        if dtype == torch.bfloat16
+        else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    )
+    return not supported()
+
+
+def buffer_dtype(head: Head) -> torch.dtype:
+    """Of the logits between the two phases."""
+    return torch.float32 if upcasts(head.hidden.device, head.dtype) else head.dtype
+
+
+def default_chunk(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows per chunk: enough for GEMMs at full speed, small beside the weight and its gradient."""
+    if device.type == "cpu":
+        best = 256
+    else:
+        # Not yet tuned on a GPU: 1024 rows fill one wave of 128x256 tiles at V >= 32k.
+        best = max(256, min(2048, (512 << 20) // max(1, vocab * dtype.itemsize)))
+    # At least four chunks, so that a short batch does not hold its whole logits either.
+    quarter = -(-rows // 4)
+    return max(1, min(rows, best, max(quarter, 32)))
+
+
+def equal_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, rows, chunk):
+        yield start, min(start + chunk, rows)
+
+
+class _Gemms:
+    """The three products of a chunk, in the head's dtype, weight gradient accumulated in float32 (acc)."""
+
+    def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int):
+        vocab, dim = head.weight.shape
+        rows = head.hidden.shape[0]
+        device = head.hidden.device
+        self.keep = keep
+        self.hidden = head.hidden.to(head.dtype)
+        self.weight = head.weight.to(head.dtype)
+        self.acc = ACC_DTYPES[head.dtype]
+        self.buffer = torch.empty((min(chunk, rows), vocab), dtype=buffer_dtype(head), device=device)
+        new = torch.empty if keep is None else torch.zeros
+        self.d_hidden = new((rows, dim), dtype=head.dtype, device=device) if needs.hidden else None
+        # Its first chunk writes it: no zeros to make and read.
+        self.d_weight = new_gradient((vocab, dim), self.acc, device) if needs.weight else None
+        self.weight_begun = False
+        self.d_bias = torch.zeros(vocab, dtype=self.acc, device=device) if needs.bias else None
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """The chunk's hidden states, in the GEMMs' dtype."""
+        if self.keep is None:
+            return self.hidden[start:stop]
+        return self.hidden.index_select(0, self.keep[start:stop])
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        z = self.buffer[: stop - start]
+        torch.mm(self.rows(start, stop), self.weight.t(), out=z)
+        return z
+
+    def gradients(self, z: Tensor, start: int, stop: int) -> None:
+        """From the chunk's d logits."""
+        if self.d_hidden is not None:
+            if self.keep is None:
+                torch.mm(z, self.weight, out=self.d_hidden[start:stop])
+            else:
+                self.d_hidden.index_copy_(0, self.keep[start:stop], torch.mm(z, self.weight))
+        if self.d_weight is not None:
+            self._add_weight(z, self.rows(start, stop))
+        self._add_bias(z)
+
+    def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
+        assert self.d_weight is not None
+        beta, self.weight_begun = int(self.weight_begun), True
+        if z.dtype == self.acc:
+            torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out=self.d_weight)
+        elif z.is_cuda:
+            torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out_dtype=self.acc, out=self.d_weight)
+        elif z.dtype == torch.bfloat16 and supports_gemm_bf16() and hidden.stride(1) == 1:
+            gemm_bf16(self.d_weight, z, hidden, accumulate=bool(beta))
+        else:
+            torch.addmm(self.d_weight, z.t().to(self.acc), hidden.to(self.acc), beta=beta, out=self.d_weight)
+
+    def finish(self) -> Grads:
+        if self.d_weight is not None and not self.weight_begun:  # no rows
+            self.d_weight.zero_()
+        return Grads(self.d_hidden, self.d_weight, self.d_bias)
+
+    def _add_bias(self, z: Tensor) -> None:
+        if self.d_bias is not None:
+            self.d_bias += z.sum(0, dtype=self.acc)
+
+
+class _UpcastGemms(_Gemms):
+    """The same with float32 GEMMs over blocks of the vocabulary, for CPUs without low-precision GEMMs."""
+
+    def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int):
+        nothing = Needs(False, False, False)
+        super().__init__(
+            head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None), nothing, keep, chunk
+        )
+        vocab, dim = head.weight.shape
+        rows, device = head.hidden.shape[0], head.hidden.device
+        self.weight = head.weight
+        self.buffer = torch.empty((min(chunk, rows), vocab), dtype=torch.float32, device=device)
+        new = torch.empty if keep is None else torch.zeros
+        self.d_hidden = new((rows, dim), dtype=head.hidden.dtype, device=device) if needs.hidden else None
+        self.d_weight = new_gradient((vocab, dim), self.acc, device) if needs.weight else None
+        self.d_bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None
+        self.block = torch.empty((min(UPCAST_BLOCK, vocab), dim), dtype=torch.float32, device=device)
+
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        for start, stop in equal_chunks(self.weight.shape[0], UPCAST_BLOCK):
+            block = self.weight[start:stop]
+            if block.dtype != torch.float32:
+                block = self.block[: stop - start].copy_(block)
+            yield slice(start, stop), block
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        z = self.buffer[: stop - start]
+        hidden = self.rows(start, stop)
+        for vocab_block, weight in self._blocks():
+            torch.mm(hidden, weight.t(), out=z[:, vocab_block])
+        return z
+
+    def gradients(self, z: Tensor, start: int, stop: int) -> None:
+        hidden = self.rows(start, stop)
+        d_hidden = torch.zeros_like(hidden) if self.d_hidden is not None else None
+        if d_hidden is not None:
+            for vocab_block, weight in self._blocks():
+                torch.addmm(d_hidden, z[:, vocab_block], weight, out=d_hidden)
+            assert self.d_hidden is not None
+            if self.keep is None:
+                self.d_hidden[start:stop] = d_hidden
+            else:
+                self.d_hidden.index_copy_(0, self.keep[start:stop], d_hidden.to(self.d_hidden.dtype))
+        if self.d_weight is not None:
+            self._add_weight(z, hidden)
+        self._add_bias(z)
+
+
+class RowChunks:
+    """One pass over the rows, a chunk at a time (the interface of engine/head.py)."""
+
+    def __init__(
+        self,
+        head: Head,
+        needs: Needs,
+        keep: Tensor | None,
+        chunk: int,
+        bounds: Iterable[tuple[int, int]] | None,
+    ):
+        self.head, self.needs, self.keep = head, needs, keep
+        self.all_rows = head.hidden.shape[0]
+        rows = self.all_rows if keep is None else keep.numel()
+        kind = _UpcastGemms if upcasts(head.hidden.device, head.dtype) else _Gemms
+        self.gemms = kind(head, needs, keep, chunk)
+        self.bounds = list(equal_chunks(rows, chunk) if bounds is None else bounds) or [(0, 0)]
+
+    def parts(self) -> Iterator[Chunk]:
+        for start, stop in self.bounds:
+            yield Chunk(self, start, stop)
+
+    def grads(self) -> Grads:
+        return self.gemms.finish()
+
+
+class Chunk:
+    """Some rows: their logits are in the buffer from the first question asked to the gradients."""
+
+    def __init__(self, run: RowChunks, start: int, stop: int):
+        self.run, self.start, self.stop = run, start, stop
+        self._logits: Tensor | None = None
+
+    def of(self, per_row: Tensor | None) -> Tensor | None:
+        """This chunk's entries of a tensor that has one for each computed row."""
+        return None if per_row is None else per_row[self.start : self.stop]
+
+    @property
+    def logits(self) -> Tensor:
+        if self._logits is None:
+            gemms = self.run.gemms
+            empty = self.start == self.stop
+            self._logits = gemms.buffer[:0] if empty else gemms.logits(self.start, self.stop)
+        return self._logits
+
+    def stats(self, target: Tensor | None, options: RowOptions, want: Sequence[str]) -> dict[str, Tensor]:
+        head = self.run.head
+        return head.backend.row_stats(self.logits, target, options, want=want, bias=head.bias)
+
+    def cross_entropy(
+        self,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        *,
+        w: Tensor | None,
+        factor: Factor,
+        want: Sequence[str],
+    ) -> dict[str, Tensor]:
+        """Losses and statistics; the gradients of their sum times ``factor`` are made on the way, if any is needed."""
+        head, z = self.run.head, self.logits
+        grad = z if self.run.needs and z.shape[0] else None
+        if w is not None and w.dim() == 2:
+            w = w[self.start : self.stop]
+        out = head.backend.row_cross_entropy(
+            z, target, options, factor=factor, grad=grad, want=want, bias=head.bias, w=w
+        )
+        if grad is not None:
+            self.run.gemms.gradients(z, self.start, self.stop)
+        return out
+
+    def gradients(
+        self,
+        target: Tensor | None,
+        options: RowOptions,
+        logsumexp: Tensor,
+        coefficients: Coefficients,
+        w: Tensor | None = None,
+    ) -> None:
+        """Overwrites the logits with their gradient, and adds to the head's."""
+        z = self.logits
+        if not self.run.needs or not z.shape[0]:
+            return
+        if w is not None and w.dim() == 2:
+            w = w[self.start : self.stop]
+        head = self.run.head
+        head.backend.row_grad(
+            z, target, options, logsumexp=logsumexp, coefficients=coefficients, out=z, bias=head.bias, w=w
+        )
+        self.run.gemms.gradients(z, self.start, self.stop)
+
+
+def gemm_bf16(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """``out = a.t() @ b``, or ``out += a.t() @ b``, float32 from bfloat16, which PyTorch has no CPU GEMM for:
+    a ``[k, m]`` and b ``[k, n]``, each dense in the last dimension."""
+    if _get_current_dispatch_mode() is None:
+        multiply_bf16(out, a, b, accumulate)
+    else:  # FlopCounterMode and its like see operators only
+        _gemm_bf16_operator(out, a, b, accumulate)
+
+
+@torch.library.custom_op("fastloss::gemm_bf16", mutates_args=("out",))
+def _gemm_bf16_operator(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    multiply_bf16(out, a, b, accumulate)
+
+
+@register_flop_formula(torch.ops.fastloss.gemm_bf16)
+def _(out_shape_: list[int], a_shape: list[int], b_shape: list[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * a_shape[0] * a_shape[1] * b_shape[1]

@@ -1,0 +1,40 @@
+"""The operands and results of the linear head, which both of its schedules read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastloss.engine.contract import Backend
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+NOTHING = Needs(False, False, False)
+
+
+class Grads(NamedTuple):
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Head(NamedTuple):
+    """The operands of a call, detached. ``dtype`` is that of the GEMMs' operands."""
+
+    backend: Backend
+    hidden: Tensor  # [rows, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # acc [V]
+    dtype: torch.dtype

@@ -1,0 +1,1 @@
+"""The losses: one file per family, read from the public function downwards."""

@@ -1,0 +1,484 @@
+"""cross_entropy: PyTorch's signature, and what language models need on top."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss.engine import autograd, checks, compile_ops
+from fastloss.engine import backend as backends
+from fastloss.engine.autograd import new_gradient, once_differentiable
+from fastloss.engine.backend import Call, resolve_call
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.coefficients import of_cross_entropy
+from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.native import DIRECT_CODES, cpu_backend
+from fastloss.losses.token_stats import TokenStats, stats_from
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS, STATS_WITHOUT_TARGET, CrossEntropyOptions
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    normalizer: int | float | Tensor | None = None,
+    inplace: bool = False,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Any:
+    r"""Drop-in for :func:`torch.nn.functional.cross_entropy`: the logits are read once, their gradient written once.
+
+    With ``z = logit_scale · softcap · tanh(input / softcap)`` and class weights ``w``, a row's loss is
+
+    .. math:: (1-\epsilon)\,w_t(\mathrm{lse}(z) - z_t) + \tfrac{\epsilon}{V}\sum_v w_v(\mathrm{lse}(z) - z_v)
+              + \zeta\,\mathrm{lse}(z)^2
+
+    Label smoothing (``ε``): arXiv:1512.00567. z-loss (``ζ``): arXiv:2204.02311. Soft-cap: arXiv:2408.00118.
+
+    Args:
+        input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, …]`` in float32, bfloat16, float16 or float64.
+        target: int64 classes, of ``input``'s shape without C; or class probabilities of ``input``'s shape.
+        weight: ``[C]``, a weight per class.
+        size_average, reduce: deprecated in PyTorch; honoured as there.
+        ignore_index: targets of this value add nothing to the loss and get no gradient.
+        reduction: "mean" (over targets not ignored, weighted by ``weight``), "sum" or "none".
+        label_smoothing: in [0, 1].
+        z_loss: coefficient of ``logsumexp²``, in the same reduction.
+        logit_scale: a factor on the (capped) logits.
+        softcap: cap the logits smoothly to ``(-softcap, softcap)``.
+        normalizer: the sum is divided by this in place of the mean's count (transformers' num_items_in_batch).
+        inplace: the gradient overwrites ``input``. Refused for a leaf, or a tensor that autograd still needs.
+        return_stats: also a :class:`TokenStats`, detached, from the same pass.
+        backend: "auto", "reference", "cpu", "cuda" or "triton".
+
+    Returns:
+        The loss in ``input``'s dtype (float32 under autocast), as PyTorch; or ``(loss, TokenStats)``.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit (also a RuntimeError, as in PyTorch).
+        IndexError: on CPU, a target outside ``[0, C)`` that is not ``ignore_index``. On a GPU that row's loss is NaN,
+            and with ``fastloss.validate_targets(True)`` the IndexError.
+
+    >>> import torch, fastloss
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> loss = fastloss.cross_entropy(logits, torch.tensor([1, -100]))
+    >>> round(loss.item(), 4)
+    1.3863
+    """
+    if (
+        reduction in ("mean", "sum")
+        and weight is None
+        and size_average is None
+        and reduce is None
+        and label_smoothing == 0.0
+        and z_loss == 0.0
+        and logit_scale == 1.0
+        and softcap is None
+        and normalizer is None
+        and not inplace
+        and not return_stats
+        and _is_direct(input, target, backend)
+    ):
+        return _direct(input, target, ignore_index, reduction == "mean")
+    if size_average is not None or reduce is not None:
+        reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    probabilities = _check(input, target, weight, ignore_index, reduction)
+    loss = loss_options(
+        reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats,
+        input.device, probabilities,
+    )  # fmt: skip
+    shape = target.shape
+    logits = input
+    if probabilities:
+        shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    if input.dim() != 2:
+        logits, target = _as_rows(input, target, probabilities)
+    call = resolve_call(
+        "cross_entropy",
+        backend,
+        logits,
+        target,
+        weight,
+        unsupported=constants_with_gradients(target, weight),
+    )
+    rows, vocab = logits.shape
+    if vocab == 0 and not call.by_definition:
+        raise ShapeError("input: expected at least one class, got 0")
+    call.announce(inplace=inplace)
+    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    dtype = torch.float32 if autocast else input.dtype
+    if call.by_definition:
+        return loss.shaped(_by_definition(call, logits, target, weight, loss, dtype), shape)
+    if logits.stride(1) != 1 and vocab > 1:
+        logits = logits.contiguous()
+    elif inplace and not call.traced:
+        autograd.refuse_inplace(logits)
+    acc = ACC_DTYPES[logits.dtype]
+    classes, w = weights_of(target, weight, loss, acc)
+    factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if call.traced:
+        out = compile_ops.cross_entropy(
+            logits, classes, w, factor, loss.row, loss.reduction, loss.want,
+            needs_grad and loss.reduction != "none", call.backend.name,
+        )  # fmt: skip
+        return loss.shaped(loss.with_stats(out[0].to(dtype), out[1:7], STATS), shape)
+    run = _Run(call.backend, loss, factor, inplace, dtype, needs_grad)
+    out = CrossEntropy.apply(logits, classes, w, run)
+    return loss.shaped(loss.with_stats(out[0], out[1:], loss.want) if loss.want else out, shape)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The checked options of a cross-entropy, from logits or from a head."""
+
+    row: CrossEntropyOptions
+    reduction: str
+    normalizer: float | Tensor | None
+    want: tuple[str, ...]  # statistics that are returned too
+    probabilities: bool  # the target holds class probabilities
+    return_stats: bool
+
+    def with_stats(self, loss: Tensor, stats: Any, names: tuple[str, ...]) -> Any:
+        """The loss, or ``(loss, TokenStats)``."""
+        if not self.return_stats:
+            return loss
+        return loss, stats_from({n: x.detach() for n, x in zip(names, stats, strict=True)}, self.want)
+
+    def shaped(self, result: Any, shape: torch.Size) -> Any:
+        """Rows back to the caller's shape."""
+        if not self.return_stats:
+            return result if self.reduction != "none" or len(shape) == 1 else result.reshape(shape)
+        loss, stats = result
+        stats = TokenStats(*(None if s is None else s.reshape(shape) for s in stats))
+        return (loss.reshape(shape) if self.reduction == "none" else loss), stats
+
+
+def loss_options(
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float | None,
+    normalizer: Any,
+    return_stats: bool,
+    device: torch.device,
+    probabilities: bool,
+) -> LossOptions:
+    """Every option checked by name."""
+    if reduction not in checks.REDUCTIONS:
+        raise ValueError(f"{reduction} is not a valid value for reduction")  # PyTorch's words
+    make = _row_options.__wrapped__ if torch.compiler.is_compiling() else _row_options
+    row = make(ignore_index, label_smoothing, z_loss, logit_scale, softcap)
+    norm = None if normalizer is None else checks.normalizer_value(normalizer, reduction, device)
+    want: tuple[str, ...] = ()
+    if return_stats:
+        want = STATS_WITHOUT_TARGET if probabilities else STATS
+    return LossOptions(row, reduction, norm, want, probabilities, return_stats)
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _row_options(
+    ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float, softcap: float | None
+) -> CrossEntropyOptions:
+    if label_smoothing < 0.0 or label_smoothing > 1.0:
+        raise ShapeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    return CrossEntropyOptions(
+        ignore_index=int(ignore_index),
+        scale=1.0 if logit_scale == 1.0 else checks.number("logit_scale", logit_scale),
+        softcap=checks.softcap_value(softcap),
+        label_smoothing=float(label_smoothing),
+        z_loss=0.0 if z_loss == 0.0 else checks.number("z_loss", z_loss, low=0.0),
+    )
+
+
+def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
+    """PyTorch's errors; True if the target holds class probabilities."""
+    checks.is_floating("input", input)
+    checks.is_tensor("target", target)
+    dim = input.dim()
+    if dim < 1:
+        raise ShapeError("input: expected at least 1 dimension, got a 0-d tensor")
+    if target.device != input.device:
+        checks.same_device("target", target, input.device)
+    vocab = input.shape[1] if dim > 1 else input.shape[0]
+    probabilities = target.shape == input.shape
+    if probabilities:
+        if not target.is_floating_point():
+            raise ShapeError(
+                f"target: Expected floating point type for target with class probabilities, got {target.dtype}"
+            )
+        if ignore_index >= 0:
+            raise ShapeError("ignore_index: ignore_index is not supported for floating point target")
+    else:
+        if dim > 1 and (target.dim() < 1 or target.shape[0] != input.shape[0]):
+            raise ShapeError(
+                f"target: Expected input batch_size ({input.shape[0]}) to match target batch_size "
+                f"({target.shape[0] if target.dim() else 1})"
+            )
+        expected = input.shape[:1] + input.shape[2:] if dim > 1 else input.shape[:0]
+        if target.dtype != torch.int64 or target.shape != expected:
+            checks.index_target("target", target, tuple(expected), input.device)
+    if weight is not None:
+        checks.is_floating("weight", weight)
+        if weight.shape != (vocab,):
+            raise ShapeError(
+                f"weight: weight tensor should be defined either for all {vocab} classes or no classes but got weight "
+                f"tensor of shape: {list(weight.shape)}"
+            )
+        checks.same_device("weight", weight, input.device)
+    return probabilities
+
+
+def _as_rows(input: Tensor, target: Tensor, probabilities: bool) -> tuple[Tensor, Tensor]:
+    """``[N, C, d1, …]`` (or ``[C]``) as rows ``[N·d1·…, C]``."""
+    vocab = input.shape[1] if input.dim() > 1 else input.shape[0]
+    logits = input.movedim(1, -1).reshape(-1, vocab) if input.dim() > 1 else input.reshape(1, vocab)
+    if probabilities:
+        return logits, target.movedim(1, -1).reshape(-1, vocab) if target.dim() > 1 else target.reshape(
+            1, vocab
+        )
+    return logits, target.reshape(-1)
+
+
+def constants_with_gradients(target: Tensor, weight: Tensor | None) -> str:
+    """Why no kernel can compute a call whose target or class weights want a gradient; empty if none does."""
+    if target.requires_grad and torch.is_grad_enabled():
+        return "the target's own gradient is computed by the definition"
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        return "the class weights' own gradient is computed by the definition"
+    return ""
+
+
+def _by_definition(
+    call: Call, logits: Tensor, target: Tensor, weight: Tensor | None, loss: LossOptions, dtype: torch.dtype
+) -> Any:
+    if not loss.probabilities:
+        backends.check_targets(target, logits.shape[-1], loss.row.ignore_index)
+    row = loss.row
+    shared: dict[str, Any] = {
+        "ignore_index": row.ignore_index,
+        "scale": row.scale,
+        "softcap": row.softcap or None,
+    }
+    value = reference.cross_entropy(
+        logits,
+        target,
+        weight=weight,
+        reduction=loss.reduction,
+        label_smoothing=row.label_smoothing,
+        z_loss=row.z_loss,
+        normalizer=loss.normalizer,
+        **shared,
+    ).to(dtype)
+    if not loss.return_stats:
+        return value
+    with torch.no_grad():
+        stats = reference.token_stats(logits, None if loss.probabilities else target, **shared)
+    return value, TokenStats(**stats)
+
+
+def weights_of(
+    target: Tensor, weight: Tensor | None, loss: LossOptions, acc: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """(classes or None, the row function's ``w`` of docs/engine.md): smoothed and weighted probabilities, or class weights."""
+    if not loss.probabilities:
+        return (
+            target if target.is_contiguous() else target.contiguous(),
+            None if weight is None else weight.detach().to(acc).contiguous(),
+        )
+    w = target.detach().to(acc)
+    smoothing = loss.row.label_smoothing
+    if smoothing:
+        w = w * (1 - smoothing) + smoothing / target.shape[-1]
+    if weight is not None:
+        w = w * weight.detach().to(acc)
+    return None, w.contiguous()
+
+
+def loss_factor(
+    call: Call,
+    classes: Tensor | None,
+    w: Tensor | None,
+    loss: LossOptions,
+    rows: int,
+    vocab: int,
+    acc: torch.dtype,
+) -> Factor:
+    """The reduction's factor; on the way, targets are checked (on a GPU only with ``validate_targets(True)``)."""
+    on_cpu = not call.traced and (classes is None or classes.device.type == "cpu")
+    valid, ignore_index, normalizer = rows, loss.row.ignore_index, loss.normalizer
+    if classes is not None and not call.traced and (on_cpu or backends.targets_are_validated()):
+        valid = backends.count_targets(classes, vocab, ignore_index)
+    if normalizer is not None:
+        if isinstance(normalizer, Tensor) and (call.traced or normalizer.device.type != "cpu"):
+            return Factor(tensor=normalizer.to(acc).reciprocal())
+        return Factor(_reciprocal(float(normalizer)))
+    if loss.reduction != "mean":
+        return WHOLE
+    if classes is None:
+        return Factor(_reciprocal(rows))
+    if w is None:
+        if on_cpu:
+            return Factor(_reciprocal(valid))
+        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal())
+    kept = classes != ignore_index
+    total = (w[classes.clamp(0, vocab - 1)] * kept).sum()
+    return Factor(_reciprocal(float(total))) if on_cpu else Factor(tensor=total.reciprocal())
+
+
+def _reciprocal(value: float) -> float:
+    # A mean over nothing is 0 · inf = NaN, as PyTorch's; its gradient stays 0 because ignored rows are written as 0.
+    return 1.0 / value if value else float("inf")
+
+
+def kernel_options(loss: LossOptions) -> CrossEntropyOptions:
+    """What a row kernel is given: the smoothing of class probabilities is in their ``w`` already."""
+    smooth = loss.probabilities and loss.row.label_smoothing
+    return replace(loss.row, label_smoothing=0.0) if smooth else loss.row
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything about a call but its tensors."""
+
+    backend: Any
+    loss: LossOptions
+    factor: Factor
+    inplace: bool
+    dtype: torch.dtype  # of the loss
+    needs_grad: bool
+
+
+class CrossEntropy(torch.autograd.Function):
+    """(logits, classes, w) -> loss and the wanted statistics, which are detached. The gradient is made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, classes: Tensor | None, w: Tensor | None, run: _Run) -> Any:
+        ctx.run, ctx.grad = run, None
+        per_row = run.loss.reduction == "none"
+        if run.needs_grad and not per_row:
+            ctx.grad = logits if run.inplace else new_gradient(logits.shape, logits.dtype, logits.device)
+        out = _one_pass(run, logits, classes, w, ctx.grad)
+        if ctx.grad is not None and run.inplace:
+            torch.autograd.graph.increment_version(logits)
+            ctx.save_for_backward(classes, w)
+            ctx.grad = ctx.grad.detach()
+        else:
+            ctx.save_for_backward(classes, w, logits, out["logsumexp"] if per_row else None)
+        loss = (out["loss"] if per_row else run.backend.sum_rows(out["loss"], run.factor)).to(run.dtype)
+        if not run.loss.want:
+            return loss
+        stats = [out[name] for name in run.loss.want]
+        ctx.mark_non_differentiable(*stats)
+        return (loss, *stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        run: _Run = ctx.run
+        none = (None,) * 3
+        if run.loss.reduction == "none":
+            classes, w, logits, lse = ctx.saved_tensors
+            options = kernel_options(run.loss)
+            k = of_cross_entropy(upstream, lse, classes, w, logits.shape[1], options)
+            out = logits.detach() if run.inplace else new_gradient(logits.shape, logits.dtype, logits.device)
+            run.backend.row_grad(logits, classes, options, logsumexp=lse, coefficients=k, out=out, w=w)
+            if run.inplace:
+                torch.autograd.graph.increment_version(logits)
+            return (out, *none)
+        grad, ctx.grad = ctx.grad, None
+        if grad is None:  # retain_graph: the first backward gave the buffer away
+            if run.inplace:
+                raise RuntimeError(
+                    "inplace: a second backward through cross_entropy(inplace=True) is impossible, its logits were "
+                    "overwritten by the gradient; use inplace=False with retain_graph=True"
+                )
+            classes, w, logits, _ = ctx.saved_tensors
+            grad = new_gradient(logits.shape, logits.dtype, logits.device)
+            _one_pass(run, logits, classes, w, grad)
+        late = run.factor if grad.dtype in LATE_DTYPES else None
+        scale = autograd.upstream_scale(run.backend, upstream, late)
+        return (autograd.scale_in_place(run.backend, grad, scale), *none)
+
+
+def _one_pass(
+    run: _Run, logits: Tensor, classes: Tensor | None, w: Tensor | None, grad: Tensor | None
+) -> dict[str, Tensor]:
+    factor = WHOLE if grad is None or logits.dtype in LATE_DTYPES else run.factor
+    return run.backend.row_cross_entropy(
+        logits, classes, kernel_options(run.loss), factor=factor, grad=grad, want=run.loss.want, w=w
+    )
+
+
+# --- the commonest call with the fewest Python calls around the kernel: mean or sum over int64 targets, on the CPU, no option.
+# On a tensor of a few hundred logits those calls are the whole cost. The numbers are those of the way above.
+
+_cpu = cpu_backend()
+_is_compiling = torch.compiler.is_compiling
+_autocast = torch.is_autocast_enabled
+_INT64 = torch.int64
+_CPU = torch.device("cpu")
+
+
+def _is_direct(logits: Any, target: Any, backend: str) -> bool:
+    """Whether :func:`_direct` takes the call; if not, the long way checks it and says what is wrong."""
+    return (
+        _cpu.direct is not None
+        and not _is_compiling()
+        and type(logits) in backends.PLAIN
+        and type(target) is Tensor
+        and logits.is_cpu
+        and target.is_cpu
+        and logits.dtype in DIRECT_CODES
+        and target.dtype is _INT64
+        and len(size := logits.shape) == 2
+        and target.shape == size[:1]
+        and 0 not in size
+        and logits.is_contiguous()
+        and target.is_contiguous()
+        and not _autocast("cpu")
+        and backends.is_direct(backend)
+    )
+
+
+def _direct(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> Tensor:
+    if logits.requires_grad and torch.is_grad_enabled():
+        given = ignore_index, mean
+        return autograd.made_in_forward(logits, None, _direct_with_gradient, given, (target,))
+    return _direct_loss(logits, target, ignore_index, mean, None)
+
+
+def _direct_loss(
+    logits: Tensor, target: Tensor, ignore_index: int, mean: bool, grad: Tensor | None
+) -> Tensor:
+    assert _cpu.direct is not None
+    loss, bad = _cpu.direct.reduced_cross_entropy(logits, target, ignore_index, mean, grad)
+    if bad >= 0:
+        raise checks.bad_target(target, bad, logits.size(1))
+    return loss.to(torch.bfloat16) if logits.dtype is torch.bfloat16 else loss
+
+
+def _direct_with_gradient(
+    given: tuple[int, bool], logits: Tensor, _: None, target: Tensor
+) -> tuple[Tensor, tuple[Tensor, None]]:
+    if logits.nbytes >= autograd.LARGE:
+        grad = new_gradient(logits.shape, logits.dtype, _CPU)
+    else:
+        grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return _direct_loss(logits, target, *given, grad), (grad, None)

@@ -1,0 +1,354 @@
+"""linear_cross_entropy: cross-entropy of the logits of a linear head that are never all there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss.engine import checks, compile_ops
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import once_differentiable, upstream_scale
+from fastloss.engine.backend import Call, check_targets, resolve_call
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.coefficients import of_cross_entropy
+from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.head import NOTHING, Grads, Head, Needs, Saved, Schedule
+from fastloss.losses.cross_entropy import (
+    LossOptions,
+    constants_with_gradients,
+    kernel_options,
+    loss_factor,
+    loss_options,
+    weights_of,
+)
+from fastloss.losses.token_stats import TokenStats
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    normalizer: int | float | Tensor | None = None,
+    chunk_size: int | None = None,
+    return_stats: bool = False,
+    backend: str = "auto",
+) -> Any:
+    """Drop-in for ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) that never holds the whole logits.
+
+    Equal to ``cross_entropy(input @ linear_weight.T + linear_bias, target, …)``, in 3 GEMMs (2 with a frozen weight,
+    1 without gradient); the weight's gradient is accumulated in float32. Follows autocast.
+
+    Args:
+        input: hidden states ``[D]``, ``[N, D]``, or ``[…, D]`` with an int64 target of shape ``[…]``.
+        linear_weight: ``[C, D]``; ``[C, d1, …, D]`` for a K-dimensional loss, as in PyTorch.
+        target: int64 classes ``[N]`` (``[N, d1, …]``), or class probabilities ``[N, C]``.
+        linear_bias: ``[C]`` (``[C, d1, …]``).
+        weight, reduction, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats, backend: as in
+            :func:`cross_entropy`.
+        ignore_index: None is -100 for classes; it must be None for class probabilities.
+        options: torch's LinearCrossEntropyOptions; its ``batch_chunk_size``, where set, is honoured.
+        chunk_size: rows of logits in memory at once; None chooses. ``fastloss.explain`` shows the choice.
+
+    Raises:
+        ValueError, IndexError: as :func:`cross_entropy`.
+
+    >>> import torch, fastloss
+    >>> hidden, weight = torch.zeros(3, 8), torch.zeros(5, 8, requires_grad=True)
+    >>> round(fastloss.linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2])).item(), 4)
+    1.6094
+    """
+    checks.is_floating("input", input)
+    checks.is_floating("linear_weight", linear_weight)
+    checks.is_tensor("target", target)
+    lead = input.shape[:-1]
+    rows = input
+    if input.dim() > 2 and target.dtype == torch.int64 and target.shape == lead and linear_weight.dim() == 2:
+        rows, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)  # tokens of any shape
+    heads.check_linear(rows, linear_weight, linear_bias)
+    vocab, places = linear_weight.shape[0], linear_weight.shape[1:-1]
+    probabilities = target.shape == (*rows.shape[:-1], vocab, *places)
+    if probabilities and ignore_index is not None:
+        raise ShapeError("ignore_index cannot be specified when target contains probabilities")
+    if chunk_size is None and options is not None:
+        chunk_size = getattr(options, "batch_chunk_size", None)
+    checks.chunk_size_value(chunk_size)
+    loss = loss_options(
+        reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,
+        normalizer, return_stats, input.device, probabilities,
+    )  # fmt: skip
+    _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input)
+    if places:
+        return _k_dimensional(rows, linear_weight, target, linear_bias, weight, loss, chunk_size, backend)
+    if rows.dim() == 1:
+        rows, target = rows.unsqueeze(0), target.unsqueeze(0)
+    return loss.shaped(
+        _of_rows(rows, linear_weight, target, linear_bias, weight, loss, chunk_size, backend), lead
+    )
+
+
+def _check_target(
+    logits_shape: tuple[int, ...],
+    target: Tensor,
+    weight: Tensor | None,
+    probabilities: bool,
+    input: Tensor,
+) -> None:
+    checks.same_device("target", target, input.device)
+    batched = len(logits_shape) > 1
+    if probabilities:
+        if not target.is_floating_point():
+            raise ShapeError(
+                f"target: Expected floating point type for target with class probabilities, got {target.dtype}"
+            )
+    else:
+        expected = (*logits_shape[:1], *logits_shape[2:]) if batched else ()
+        checks.index_target("target", target, expected, input.device)
+    if weight is not None:
+        checks.is_floating("weight", weight)
+        checks.same_device("weight", weight, input.device)
+        checks.has_shape("weight", weight, (logits_shape[1] if batched else logits_shape[0],))
+
+
+def _of_rows(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    loss: LossOptions,
+    chunk_size: int | None,
+    backend: str,
+) -> Any:
+    """Of ``input [N, D]``: the loss, or ``(loss, TokenStats)``."""
+    dtype = heads.compute_dtype(input)
+    autocast = heads.autocasts(input.device.type) and dtype != torch.float64
+    loss_dtype = torch.float32 if autocast else dtype
+    call = resolve_call(
+        "linear_cross_entropy",
+        backend,
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        weight,
+        unsupported=constants_with_gradients(target, weight),
+        dtype=dtype,
+    )
+    if call.by_definition:
+        call.announce()
+        return _by_definition(call, input, linear_weight, target, linear_bias, weight, loss, loss_dtype)
+    rows, vocab, acc = input.shape[0], linear_weight.shape[0], ACC_DTYPES[dtype]
+    needs = heads.needs_of(input, linear_weight, linear_bias)
+    per_row = loss.reduction == "none"
+    # A loss per row with d weight: its coefficients are known in the backward, which makes the logits again.
+    again = per_row and (needs.weight or needs.bias)
+    if call.traced:
+        classes, w = weights_of(target, weight, loss, acc)
+        factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+        out = compile_ops.linear_cross_entropy(
+            input, linear_weight, linear_bias, classes, w, factor, kernel_options(loss), loss.reduction, loss.want,
+            NOTHING if again else needs, dtype, chunk_size, call.backend.name,
+        )  # fmt: skip
+        return loss.with_stats(out[0].to(loss_dtype), out[1:7], STATS)
+    head = heads.make_head(call.backend, input, linear_weight, linear_bias, dtype)
+    computed = rows if loss.probabilities else heads.count_kept(rows, target, loss.row.ignore_index)
+    smooth = loss.probabilities or loss.row.label_smoothing > 0
+    schedule = heads.schedule_of_cross_entropy(head, computed, needs, chunk_size, per_row, smooth)
+    call.announce(**schedule.details(head, computed, needs, again))
+    classes, w = weights_of(target, weight, loss, acc)
+    factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+    run = _Run(loss, factor, loss_dtype, dtype, schedule, needs)
+    out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, call.backend, run)
+    return loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
+
+
+def _by_definition(
+    call: Call,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    loss: LossOptions,
+    dtype: torch.dtype,
+) -> Any:
+    row = loss.row
+    if not loss.probabilities:
+        check_targets(target, linear_weight.shape[0], row.ignore_index)
+    shared: dict[str, Any] = {
+        "linear_bias": linear_bias,
+        "ignore_index": row.ignore_index,
+        "scale": row.scale,
+        "softcap": row.softcap or None,
+    }
+    value = reference.linear_cross_entropy(
+        input,
+        linear_weight,
+        target,
+        weight=weight,
+        reduction=loss.reduction,
+        label_smoothing=row.label_smoothing,
+        z_loss=row.z_loss,
+        normalizer=loss.normalizer,
+        **shared,
+    ).to(dtype)
+    if not loss.return_stats:
+        return value
+    with torch.no_grad():
+        classes = None if loss.probabilities else target
+        stats = reference.linear_token_stats(input, linear_weight, classes, **shared)
+    return value, TokenStats(**stats)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything about a call but its tensors."""
+
+    loss: LossOptions
+    factor: Factor
+    loss_dtype: torch.dtype
+    dtype: torch.dtype  # of the GEMMs
+    schedule: Schedule
+    needs: Needs
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, bias, classes, w) -> loss and detached statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        classes: Tensor | None,
+        w: Tensor | None,
+        backend: Any,
+        run: _Run,
+    ) -> Any:
+        ctx.backend, ctx.run = backend, run
+        head = heads.make_head(backend, hidden, weight, bias, run.dtype)
+        per_row = run.loss.reduction == "none"
+        # With a frozen weight a row's d hidden is its upstream gradient times a vector that can be made now.
+        ctx.ahead = not per_row or not (run.needs.weight or run.needs.bias)
+        needs = run.needs if ctx.ahead else NOTHING
+        out, grads = _forward(head, run, needs, classes, w)
+        ctx.late = run.dtype in LATE_DTYPES and not per_row
+        ctx.grads = (
+            grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend)
+        )
+        ctx.save_for_backward(hidden, weight, bias, classes, w, None if ctx.ahead else out["logsumexp"])
+        loss = (out["loss"] if per_row else backend.sum_rows(out["loss"], run.factor)).to(run.loss_dtype)
+        if not run.loss.want:
+            return loss
+        stats = [out[name] for name in run.loss.want]
+        ctx.mark_non_differentiable(*stats)
+        return (loss, *stats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
+        run: _Run = ctx.run
+        hidden, weight, bias, classes, w, lse = ctx.saved_tensors
+        head = heads.make_head(ctx.backend, hidden, weight, bias, run.dtype)
+        dtypes = heads.leaf_dtypes(hidden, weight, bias)
+        rest = (None,) * 4
+        per_row = run.loss.reduction == "none"
+        if not ctx.ahead:
+            options = kernel_options(run.loss)
+            k = of_cross_entropy(upstream, lse, classes, w, weight.shape[0], options)
+            saved = Saved(classes, lse, k, options, w)
+            grads = heads.recompute(head, run.needs, run.schedule, saved)
+            return (*heads.finish(grads, dtypes, ctx.backend), *rest)
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # retain_graph: the first backward gave the buffers away
+            grads = _forward(head, run, run.needs, classes, w)[1]
+        if per_row:
+            column = upstream.to(torch.promote_types(run.dtype, upstream.dtype))[:, None]
+            return (*heads.finish(grads, dtypes, ctx.backend, column), *rest)
+        scale = upstream_scale(ctx.backend, upstream, run.factor if ctx.late else None)
+        return (*heads.finish(grads, dtypes, ctx.backend, scale), *rest)
+
+
+def _forward(
+    head: Head, run: _Run, needs: Needs, classes: Tensor | None, w: Tensor | None
+) -> tuple[dict[str, Tensor], Grads]:
+    """Losses and statistics of all rows, and the gradients of their sum times the factor (late for float16)."""
+    early = run.loss.reduction != "none" and head.dtype not in LATE_DTYPES
+    factor = run.factor if early else WHOLE
+    options = kernel_options(run.loss)
+    return heads.cross_entropy(head, needs, classes, w, options, run.loss.want, factor, run.schedule)
+
+
+def _k_dimensional(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    loss: LossOptions,
+    chunk_size: int | None,
+    backend: str,
+) -> Any:
+    """PyTorch's K-dimensional loss: ``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities
+    ``[N, C, d1, …]``), one head per place, one count for all."""
+    vocab, *places, dim = linear_weight.shape
+    weights = linear_weight.reshape(vocab, -1, dim)
+    biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)
+    targets = target.reshape(*target.shape[: 2 if loss.probabilities else 1], -1)
+    each = replace(loss, reduction="none" if loss.reduction == "none" else "sum", normalizer=None)
+    parts = [
+        _of_rows(
+            input,
+            weights[:, k],
+            targets[..., k],
+            None if biases is None else biases[:, k],
+            weight,
+            each,
+            chunk_size,
+            backend,
+        )
+        for k in range(weights.shape[1])
+    ]
+    losses = [part[0] for part in parts] if loss.return_stats else parts
+    shape = (input.shape[0], *places)
+    value = (
+        torch.stack(losses, dim=-1).reshape(shape) if loss.reduction == "none" else torch.stack(losses).sum()
+    )
+    if loss.normalizer is not None:
+        value = value / loss.normalizer
+    elif loss.reduction == "mean":
+        value = value / _count(target, weight, loss, vocab, weights.shape[1])
+    if not loss.return_stats:
+        return value
+    stats = [part[1] for part in parts]
+    return value, TokenStats(
+        *(
+            None if field[0] is None else torch.stack(field, dim=-1).reshape(shape)
+            for field in zip(*stats, strict=True)
+        )
+    )
+
+
+def _count(target: Tensor, weight: Tensor | None, loss: LossOptions, vocab: int, places: int) -> Any:
+    if loss.probabilities:
+        return target.shape[0] * places
+    kept = target != loss.row.ignore_index
+    if weight is None:
+        return kept.sum()
+    return (weight.detach()[target.clamp(0, vocab - 1)] * kept).sum()

@@ -1,0 +1,344 @@
+"""linear_policy_loss: the policy-gradient loss from hidden states, without the logits of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss.engine import checks
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import once_differentiable, upstream_scale
+from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.coefficients import of_token_stats
+from fastloss.engine.contract import Backend, Factor, PolicyInputs
+from fastloss.engine.head import Grads, Head, Needs, Schedule
+from fastloss.engine.sequences import Sequences
+from fastloss.losses.policy import PolicyOutput, empty_out, entropy_share, metrics_from, policy_loss
+from fastloss.losses.policy_inputs import (
+    advantage_per_token,
+    lay_flat,
+    sampler_weight,
+    shares,
+    weighted,
+)
+from fastloss.losses.policy_options import PolicySpec, options_of
+from fastloss.losses.token_stats import linear_token_stats, row_options
+from fastloss.tables import (
+    ACC_DTYPES,
+    CORRECTIONS,
+    LATE_DTYPES,
+    POLICY_PLACE,
+    PolicyOptions,
+    RowOptions,
+    is_token_level,
+)
+
+# The target of a masked row: no class, and none that a user can mean.
+IGNORED = -(2**63)
+_SCALE, _POLICY, _CUT = (POLICY_PLACE[name] for name in ("scale", "policy", "cut"))
+
+
+def linear_policy_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampler_logprobs: Tensor | None = None,
+    weights: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    with_entropy: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+    **options: Any,
+) -> PolicyOutput:
+    """:func:`policy_loss` of the tokens ``target`` under the logits of a linear head, which are never held.
+
+    Where a token's term needs no other token of its sequence the gradient is made in the forward: 3 GEMMs, 2 with a frozen
+    ``linear_weight``. Sequence-level ratios, ``off_policy_threshold``, ``top_entropy_quantile``, vespo, clip_cov, kl_cov and dppo
+    take :func:`linear_token_stats` and recompute in the backward: 4. On CPU masked rows cost no GEMM at all.
+
+    Args:
+        input: hidden states ``[B, T, D]``, or packed ``[N, D]`` with ``cu_seqlens``; the state that predicts the token.
+        linear_weight: ``[V, D]``. linear_bias: ``[V]``.
+        target: int64 ``[B, T]`` or ``[N]``, the sampled tokens; any value where masked.
+        old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, weights, normalizer, cu_seqlens: as in
+            :func:`policy_loss`.
+        temperature, logit_scale, softcap: as in :func:`linear_token_stats`; entropy is that of the tempered logits.
+        chunk_size: rows of logits in memory at once; None chooses.
+        with_entropy: also the metric "entropy" where the loss does not need it.
+        **options: the other keywords of :func:`policy_loss` (``loss_type``, ``clip_low``, ``beta``, …).
+
+    Raises:
+        TypeError: an unknown option. ValueError: a shape, dtype, device or option that does not fit, by name.
+        IndexError: on CPU, an unmasked target outside [0, V).
+
+    >>> import torch, fastloss
+    >>> hidden, weight = torch.zeros(1, 2, 8, requires_grad=True), torch.zeros(4, 8)
+    >>> target, mask = torch.tensor([[1, 3]]), torch.tensor([[True, True]])
+    >>> fastloss.linear_policy_loss(hidden, weight, target, None, torch.ones(1), mask).loss.item()
+    -1.0
+    """
+    spec = PolicySpec(**options)
+    if input.dim() < 2:
+        raise ShapeError(
+            f"input: expected shape [B, T, D], or [N, D] with cu_seqlens, got {list(input.shape)}"
+        )
+    hidden = heads.check_head(input, linear_weight, linear_bias)
+    checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
+    checks.chunk_size_value(chunk_size)
+    row = row_options(temperature, logit_scale, softcap, IGNORED)
+    inputs = lay_flat(
+        "target",
+        target,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        dtype=input.dtype,
+        advantages=advantages,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampler_logprobs=sampler_logprobs,
+        weights=weights,
+        normalizer=normalizer,
+    )
+    resolved = options_of(
+        spec,
+        with_sampler=inputs.sampler is not None,
+        with_ref=inputs.ref is not None,
+        default_length=None if cu_seqlens is not None else inputs.layout.length,
+    )
+    entropy = bool(spec.entropy_coef) or spec.top_entropy_quantile < 1 or with_entropy
+    classes = target.reshape(-1).masked_fill(inputs.mask == 0, IGNORED)
+    with_correction = resolved.correction > 0
+    resolved, corrected, cut = _correction_ahead(resolved, inputs)
+    token_level = is_token_level(resolved) and spec.top_entropy_quantile == 1 and not spec.variant.selects
+    dtype = heads.compute_dtype(input)
+    call = resolve_call(
+        "linear_policy_loss",
+        backend,
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        has_operators=False,
+        dtype=dtype,
+    )
+    needs = heads.needs_of(input, linear_weight, linear_bias)
+    rows = heads.count_kept(hidden.shape[0], classes, IGNORED) if not call.traced else 0
+    schedule = heads.chunked(rows, linear_weight.shape[0], dtype, input.device, chunk_size)
+    if call.by_definition:
+        call.announce()
+    else:
+        ahead = token_level or (needs == Needs(True, False, False) and not entropy)
+        head = Head(call.backend, hidden, linear_weight, None, dtype)
+        call.announce(**schedule.details(head, rows, needs, bool(needs) and not ahead))
+    if call.by_definition or input.device.type != "cpu":
+        # Rows that are not taken out reach the weight's gradient as 0 · hidden, which a NaN survives.
+        hidden = hidden.masked_fill((inputs.mask == 0).unsqueeze(-1), 0)
+        input = hidden.view(input.shape)
+    if call.by_definition or not token_level:
+        name = "auto" if call.traced else call.backend.name
+        stats = linear_token_stats(
+            input,
+            linear_weight,
+            classes.view(target.shape),
+            linear_bias=linear_bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            ignore_index=IGNORED,
+            outputs=("logprobs", "entropy") if entropy else ("logprobs",),
+            chunk_size=chunk_size,
+            backend=name,
+        )
+        assert stats.logprobs is not None
+        return policy_loss(
+            stats.logprobs,
+            old_logprobs,
+            advantages,
+            mask,
+            ref_logprobs=ref_logprobs,
+            sampler_logprobs=sampler_logprobs,
+            weights=weights,
+            normalizer=normalizer,
+            entropy=stats.entropy,
+            cu_seqlens=cu_seqlens,
+            backend=name,
+            **options,
+        )
+    check_targets(classes.view(target.shape), linear_weight.shape[0], IGNORED)
+    share, scale = shares(
+        inputs.mask.bool(),
+        inputs.layout,
+        resolved.aggregation,
+        resolved.max_length,
+        inputs.normalizer,
+        ACC_DTYPES[input.dtype],
+    )
+    bonus_share, bonus_coef = None, 0.0
+    if resolved.entropy_coef and spec.entropy_aggregation is not None:
+        bonus_share = entropy_share(spec, resolved, inputs, None)
+        bonus_coef, resolved = resolved.entropy_coef, replace(resolved, entropy_coef=0.0)
+    per_token = replace(
+        weighted(inputs, corrected), advantages=advantage_per_token(inputs).contiguous(), normalizer=1.0
+    )
+    run = _Run(
+        backend=call.backend,
+        options=resolved,
+        row=row,
+        target=classes,
+        inputs=per_token,
+        share=share,
+        scale=scale,
+        bonus_share=bonus_share,
+        bonus_coef=bonus_coef,
+        with_entropy=entropy,
+        dtype=dtype,
+        schedule=schedule,
+        needs=needs,
+    )
+    loss, out = _LinearPolicyLoss.apply(hidden, linear_weight, linear_bias, run)
+    if cut is not None:
+        out = torch.cat([out[:_CUT], cut.sum().to(out.dtype).reshape(1), out[_CUT + 1 :]])
+    metrics = metrics_from(
+        out, with_ref=ref_logprobs is not None, with_entropy=entropy, with_correction=with_correction
+    )
+    return PolicyOutput(loss, metrics)
+
+
+def _correction_ahead(
+    options: PolicyOptions, inputs: PolicyInputs
+) -> tuple[PolicyOptions, Tensor | None, Tensor | None]:
+    """A sequence-level sampler correction needs old and sampler log-probs alone: made before the head, a token weight."""
+    sequence_level = CORRECTIONS[options.correction].startswith("sequence")
+    without = replace(options, correction=0)
+    if not sequence_level or inputs.old is None or not is_token_level(without):
+        return options, None, None
+    weight, cut = sampler_weight(inputs, options)
+    return without, weight, cut & inputs.mask.bool()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything about a call but what carries gradients; per-token tensors are acc ``[N]``."""
+
+    backend: Backend
+    options: PolicyOptions
+    row: RowOptions
+    target: Tensor  # IGNORED where masked
+    inputs: PolicyInputs
+    share: Tensor  # unscaled
+    scale: Tensor  # 0-d
+    bonus_share: Tensor | None  # scaled; an entropy bonus with an aggregation of its own
+    bonus_coef: float
+    with_entropy: bool
+    dtype: torch.dtype
+    schedule: Schedule
+    needs: Needs
+
+
+class _LinearPolicyLoss(torch.autograd.Function):
+    """(hidden, weight, bias) -> (loss, out [16]); the gradients are made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: _Run) -> Any:
+        ctx.run = run
+        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
+        loss, out, grads = _one_pass(head, run)
+        ctx.late = run.dtype in LATE_DTYPES
+        dtypes = heads.leaf_dtypes(hidden, weight, bias)
+        ctx.grads = grads if ctx.late else heads.finish(grads, dtypes, run.backend)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.mark_non_differentiable(out)
+        return loss, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        hidden, weight, bias = ctx.saved_tensors
+        run: _Run = ctx.run
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # retain_graph: the first backward gave the buffers away
+            grads = _one_pass(heads.make_head(run.backend, hidden, weight, bias, run.dtype), run)[2]
+        late = Factor(1.0, run.scale) if ctx.late else None
+        scale = upstream_scale(run.backend, upstream.to(ACC_DTYPES[run.dtype]), late)
+        return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend, scale), None)
+
+
+def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
+    """Loss, ``out [16]`` and the gradients of the loss (without the scale where that is late: float16). A token's share of
+    the aggregate is known from the mask, so its coefficients are made as soon as its logits are."""
+    keep = heads.kept_rows(run.target, IGNORED)
+    late = head.dtype in LATE_DTYPES
+    target, share = heads.pick(run.target, keep), heads.pick(run.share, keep)
+    assert share is not None
+    share = share if late else share * run.scale
+    bonus_share, d_bonus = heads.pick(run.bonus_share, keep), None
+    if bonus_share is not None:
+        d_bonus = -run.bonus_coef * (bonus_share / run.scale if late else bonus_share)
+    inputs = run.inputs
+    constants = {
+        name: heads.pick(getattr(inputs, name), keep)
+        for name in ("advantages", "mask", "old", "ref", "sampler", "token_weight")
+    }
+    want = ("logsumexp", "logprobs", "entropy") if run.with_entropy else ("logsumexp", "logprobs")
+    outs: list[Tensor] = []
+    bonuses: list[Tensor] = []
+    with heads.begin(head, run.needs, keep, run.schedule) as pass_:
+        for part in pass_.parts():
+            own = part.of(target)
+            if not own.shape[0]:
+                continue
+            stats = part.stats(own, run.row, want)
+            entropy = stats.get("entropy")
+            layout = Sequences(None, own.shape[0], 1, own.shape[0], own.device)
+            given = PolicyInputs(
+                layout=layout,
+                share=part.of(share),
+                normalizer=1.0,
+                **{name: part.of(x) for name, x in constants.items()},
+            )
+            result = run.backend.policy_loss(stats["logprobs"], entropy, given, run.options)
+            outs.append(result.out)
+            d_entropy = result.d_entropy if run.options.entropy_coef else None
+            if bonus_share is not None:
+                bonuses.append((part.of(bonus_share) * entropy).sum())
+                d_entropy = part.of(d_bonus)
+            k = of_token_stats(result.d_logprobs, d_entropy, None, entropy)
+            part.gradients(own, run.row, stats["logsumexp"], k)
+        grads = pass_.grads()
+    out = _added(torch.stack(outs)) if outs else empty_out(run.share)
+    loss = out[0] * run.scale if late else out[0].clone()
+    # The launches summed scaled shares: put the scale where metrics look for it.
+    policy_term = out[_POLICY] if late else out[_POLICY] / run.scale
+    out = torch.cat(
+        [loss.reshape(1), run.scale.reshape(1), out[_SCALE + 1 : _POLICY], policy_term.reshape(1)]
+    )
+    if bonuses:
+        loss = loss - run.bonus_coef * torch.stack(bonuses).sum()
+    return loss, out, grads
+
+
+def _added(parts: Tensor) -> Tensor:
+    """``out [chunks, 16]`` of chunks whose scale is the same -> ``[16]``."""
+    low, high = POLICY_PLACE["min_ratio"], POLICY_PLACE["max_ratio"]
+    out = parts.sum(0)
+    seen = parts[:, POLICY_PLACE["tokens"]] > 0  # a chunk without tokens says 1 for its extremes
+    one = torch.ones((), dtype=parts.dtype, device=parts.device)
+    inf = one * torch.inf
+    out[_SCALE] = parts[0, _SCALE]
+    out[low] = torch.where(seen.any(), torch.where(seen, parts[:, low], inf).amin(), one)
+    out[high] = torch.where(seen.any(), torch.where(seen, parts[:, high], -inf).amax(), one)
+    return out

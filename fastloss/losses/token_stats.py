@@ -1,0 +1,279 @@
+"""token_stats and its kin: numbers per token from logits or from hidden states, in one pass over the vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss.engine import checks, compile_ops
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import new_gradient, once_differentiable, refuse_inplace
+from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.coefficients import of_upstream
+from fastloss.engine.contract import Backend
+from fastloss.engine.head import Needs
+from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
+from fastloss.tables import DIFFERENTIABLE_STATS, STATS, STATS_WITHOUT_TARGET, RowOptions
+
+
+class TokenStats(NamedTuple):
+    """Statistics per token, float32 (float64 for float64 input) of shape ``[...]``; None where not asked for."""
+
+    logprobs: Tensor | None = None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
+    """Of what a kernel wrote: those that are wanted, is_top1 as bool."""
+    return TokenStats(
+        *[
+            None if name not in want else out[name].bool() if name == "is_top1" else out[name]
+            for name in TokenStats._fields
+        ]
+    )
+
+
+def token_stats(
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logprobs",),
+    inplace: bool = False,
+    backend: str = "auto",
+) -> TokenStats:
+    """Statistics of each token's distribution, with gradients through logprobs, entropy and logsumexp.
+
+    They are those of ``z = logit_scale · softcap · tanh(logits / softcap) / temperature``.
+
+    Args:
+        logits: ``[..., V]`` in float32, bfloat16, float16 or float64.
+        target: int64 ``[...]``; None if no output needs it.
+        temperature: > 0.
+        ignore_index: tokens with this target give 0 and no gradient.
+        outputs: of "logprobs" (log p of the target, nats), "entropy" (nats), "logsumexp", "log_sum_sq_probs"
+            (log Σ p²), "mean_logits" (Σ z / V), "is_top1" (no logit is larger than the target's).
+        inplace: the backward writes its gradient over ``logits``.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit.
+        IndexError: on CPU, a bad target; see :func:`cross_entropy`.
+
+    >>> import torch, fastloss
+    >>> fastloss.token_stats(torch.zeros(1, 4), torch.tensor([2])).logprobs
+    tensor([-1.3863])
+    """
+    checks.is_floating("logits", logits)
+    if logits.dim() < 1:
+        raise ShapeError("logits: expected at least 1 dimension, got a 0-d tensor")
+    lead, vocab = logits.shape[:-1], logits.shape[-1]
+    want = _wanted(outputs, target)
+    if target is not None:
+        checks.index_target("target", target, tuple(lead), logits.device)
+    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    rows = logits.reshape(-1, vocab)
+    flat = None if target is None else target.reshape(-1).contiguous()
+    call = resolve_call("token_stats", backend, logits, target)
+    call.announce(inplace=inplace)
+    check_targets(flat, vocab, ignore_index)
+    if call.by_definition:
+        out = reference.token_stats(rows, flat, **_transform(options))
+        return _shaped({name: out[name] for name in want}, want, lead)
+    if vocab == 0:
+        raise ShapeError("logits: expected at least one class, got 0")
+    if rows.stride(1) != 1 and vocab > 1:
+        rows = rows.contiguous()
+    elif inplace and not call.traced:
+        refuse_inplace(rows)
+    if call.traced:
+        values = compile_ops.token_stats(rows, flat, options, want, call.backend.name)
+        return _shaped(dict(zip(STATS, values, strict=True)), want, lead)
+    values = TokenStatistics.apply(rows, flat, call.backend, options, want, inplace)
+    return _shaped(dict(zip(want, values, strict=True)), want, lead)
+
+
+def linear_token_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logprobs",),
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> TokenStats:
+    """:func:`token_stats` of ``input @ linear_weight.T + linear_bias``, without holding those logits.
+
+    1 GEMM without gradient; 2 with a frozen weight and logprobs alone; else the backward recomputes (4 GEMMs).
+
+    Args:
+        input: hidden states ``[..., D]``.
+        linear_weight: ``[V, D]``. linear_bias: ``[V]``.
+        target: int64 ``[...]``.
+        chunk_size: rows of logits in memory at once; None chooses.
+
+    >>> import torch, fastloss
+    >>> fastloss.linear_token_stats(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([2])).logprobs
+    tensor([-1.3863])
+    """
+    hidden = heads.check_head(input, linear_weight, linear_bias)
+    lead, vocab = input.shape[:-1], linear_weight.shape[0]
+    want = _wanted(outputs, target)
+    if target is not None:
+        checks.index_target("target", target, tuple(lead), input.device)
+    checks.chunk_size_value(chunk_size)
+    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    flat = None if target is None else target.reshape(-1).contiguous()
+    dtype = heads.compute_dtype(input)
+    call = resolve_call("linear_token_stats", backend, input, linear_weight, linear_bias, target, dtype=dtype)
+    if call.traced and not call.by_definition:
+        values = compile_ops.linear_token_stats(
+            hidden, linear_weight, linear_bias, flat, options, want, dtype, chunk_size, call.backend.name
+        )
+        return _shaped(dict(zip(STATS, values, strict=True)), want, lead)
+    if call.by_definition:
+        call.announce()
+        check_targets(flat, vocab, ignore_index)
+        out = reference.linear_token_stats(
+            hidden, linear_weight, flat, linear_bias=linear_bias, **_transform(options)
+        )
+        return _shaped({name: out[name] for name in want}, want, lead)
+    head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype)
+    needs = heads.needs_of(input, linear_weight, linear_bias)
+    rows = heads.count_kept(hidden.shape[0], flat, ignore_index)
+    schedule = heads.chunked(rows, vocab, dtype, input.device, chunk_size)
+    backward = heads.schedule_of(head, rows, needs, chunk_size)
+    ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
+    call.announce(**schedule.details(head, rows, needs, bool(needs) and not ahead))
+    check_targets(flat, vocab, ignore_index)
+    run = StatsRun(call.backend, options, want, dtype, schedule, backward, needs)
+    values = LinearTokenStatistics.apply(hidden, linear_weight, linear_bias, flat, run)
+    return _shaped(dict(zip(want, values, strict=True)), want, lead)
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, *, backend: str = "auto"
+) -> Tensor:
+    """``log_softmax(logits / temperature)`` gathered at ``index``: TRL's name and meaning, without the softmax.
+
+    Args:
+        logits: ``[..., V]``. index: int64 ``[...]``, or ``[..., K]`` for K log-probabilities a position.
+
+    Returns:
+        float32 (float64 for float64 logits) of ``index``'s shape.
+
+    >>> import torch, fastloss
+    >>> fastloss.selective_log_softmax(torch.zeros(2, 4), torch.tensor([0, 3]))
+    tensor([-1.3863, -1.3863])
+    """
+    checks.is_floating("logits", logits)
+    checks.is_tensor("index", index)
+    if index.dim() == logits.dim() and index.shape[:-1] == logits.shape[:-1]:
+        scale = row_options(temperature, 1.0, None, 0).scale
+        checks.index_target("index", index, tuple(index.shape), logits.device)
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
+            checks.reject_bad_targets(index, logits.shape[-1], 0)
+        lse = token_stats(
+            logits, None, temperature=temperature, outputs=("logsumexp",), backend=backend
+        ).logsumexp
+        assert lse is not None
+        return logits.gather(-1, index).to(lse.dtype) * scale - lse.unsqueeze(-1)
+    # No index is ignored here: one below every class can be none of them.
+    out = token_stats(logits, index, temperature=temperature, ignore_index=-(2**63), backend=backend).logprobs
+    assert out is not None
+    return out
+
+
+def entropy_from_logits(logits: Tensor, *, backend: str = "auto") -> Tensor:
+    """Shannon entropy (nats) of ``softmax(logits [..., V])``, ``[...]``, with gradient; one pass, no softmax held.
+
+    >>> import torch, fastloss
+    >>> fastloss.entropy_from_logits(torch.zeros(1, 4))
+    tensor([1.3863])
+    """
+    out = token_stats(logits, None, outputs=("entropy",), backend=backend).entropy
+    assert out is not None
+    return out
+
+
+def row_options(
+    temperature: float, logit_scale: float, softcap: float | None, ignore_index: int
+) -> RowOptions:
+    """From raw logits to those of the statistics, checked."""
+    scale = checks.number("logit_scale", logit_scale) / checks.number(
+        "temperature", temperature, low=0.0, open_low=True
+    )
+    return RowOptions(ignore_index=ignore_index, scale=scale, softcap=checks.softcap_value(softcap))
+
+
+def _transform(options: RowOptions) -> dict[str, Any]:
+    return {
+        "scale": options.scale,
+        "softcap": options.softcap or None,
+        "ignore_index": options.ignore_index,
+    }
+
+
+def _wanted(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
+    if isinstance(outputs, str) or not outputs:
+        raise ValueError(f"outputs: expected a tuple of names, got {outputs!r}")
+    for name in outputs:
+        checks.is_one_of("outputs", name, TokenStats._fields)
+        if target is None and name not in STATS_WITHOUT_TARGET:
+            raise ValueError(f"target: expected a tensor for outputs={name!r}, got None")
+    return tuple(dict.fromkeys(outputs))
+
+
+def _shaped(out: dict[str, Tensor], want: tuple[str, ...], lead: torch.Size) -> TokenStats:
+    return TokenStats(*(None if s is None else s.reshape(lead) for s in stats_from(out, want)))
+
+
+class TokenStatistics(torch.autograd.Function):
+    """(logits, target) -> the wanted statistics; logprobs, entropy and logsumexp carry gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor | None,
+        backend: Backend,
+        options: RowOptions,
+        want: tuple[str, ...],
+        inplace: bool,
+    ) -> Any:
+        out = backend.row_stats(logits, target, options, want=heads.with_logsumexp(want))
+        ctx.call = backend, options, want, inplace
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, out["logsumexp"], out.get("entropy"))
+        ctx.mark_non_differentiable(*[out[n] for n in want if n not in DIFFERENTIABLE_STATS])
+        return tuple(out[name] for name in want)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        backend, options, want, inplace = ctx.call
+        logits, target, lse, entropy = ctx.saved_tensors
+        none = (None,) * 5
+        if all(g is None for g in upstream):
+            return (None, *none)
+        k = of_upstream(want, upstream, entropy, lse.dtype)
+        out = logits.detach() if inplace else new_gradient(logits.shape, logits.dtype, logits.device)
+        backend.row_grad(logits, target, options, logsumexp=lse, coefficients=k, out=out)
+        if inplace:
+            torch.autograd.graph.increment_version(logits)
+        return (out, *none)

@@ -1,0 +1,438 @@
+"""kto_loss and bco_loss: responses that are good or bad on their own, from log-probs or from the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastloss.engine import checks
+from fastloss.engine import head_groups as groups
+from fastloss.engine.autograd import once_differentiable, segment_sum
+from fastloss.engine.backend import resolve_call
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.contract import Backend
+from fastloss.engine.sequences import tokens_of
+from fastloss.losses.pair_terms import constant
+from fastloss.losses.token_stats import row_options
+from fastloss.tables import ACC_DTYPES, UNPAIRED_TERMS, UnpairedConstants, UnpairedOptions
+
+
+class UnpairedOutput(NamedTuple):
+    """``loss`` alone carries a gradient; the rest is detached.
+
+    Attributes:
+        loss: 0-d, or ``[B]`` with ``reduction="none"``.
+        rewards: ``beta · (log p - log p_ref)``, ``[B]``.
+        logps: Σ log p of the responses, ``[B]``.
+        metrics: 0-d tensors under TRL's names; "chosen" are the desirable responses. A mean over none is 0.
+    """
+
+    loss: Tensor
+    rewards: Tensor
+    logps: Tensor
+    metrics: dict[str, Tensor]
+
+
+def kto_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    desirable: Tensor,
+    *,
+    kl_logps: Tensor | None = None,
+    ref_kl_logps: Tensor | None = None,
+    kl: float | Tensor | None = None,
+    loss_type: str = "kto",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> UnpairedOutput:
+    r"""KTO (arXiv:2402.01306) from log-ratios ``x = log π(y|x) - log π_ref(y|x)``, and APO-zero without pairs.
+
+    .. math:: \lambda_D (1 - \sigma(\beta(x - kl))) \;\text{(desirable)}, \qquad
+              \lambda_U (1 - \sigma(\beta(kl - x))) \;\text{(undesirable)}
+
+    Args:
+        logps: Σ log p of each response, ``[B]``; or token log-probs ``[B, T]`` with ``mask``, or packed ``[N]`` with
+            ``cu_seqlens`` ``[B + 1]``.
+        ref_logps: the reference model's, ``[B]`` or of ``logps``'s shape; None is a uniform reference.
+        desirable: bool ``[B]``.
+        kl_logps, ref_kl_logps: Σ log p of mismatched responses under both models, any one length: their mean difference, at least
+            0, is ``kl``.
+        kl: the estimate itself, a number or a 0-d tensor (a mean over all ranks). It's a constant.
+        loss_type: "kto", or "apo_zero_unpaired" (arXiv:2408.06266), which has no ``kl``.
+        desirable_weight, undesirable_weight: λ_D, λ_U.
+        weights: a constant factor of each response's loss, ``[B]``.
+
+    Returns:
+        :class:`UnpairedOutput`, in float32 (float64 for float64 log-probs). No responses: loss 0.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit; the message names the argument.
+
+    >>> import torch, fastloss
+    >>> logps, ref = torch.tensor([-10.0, -20.0]), torch.tensor([-10.0, -20.0])
+    >>> fastloss.kto_loss(logps, ref, torch.tensor([True, False]), kl=0.0).loss
+    tensor(0.5000)
+    """
+    checks.is_one_of("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
+    options = _checked(loss_type, beta, desirable_weight, undesirable_weight, reduction)
+    return _unpaired(
+        "kto_loss",
+        options,
+        logps,
+        ref_logps,
+        desirable,
+        lambda acc, device: _kto_kl(loss_type, kl, kl_logps, ref_kl_logps, acc, device),
+        weights,
+        mask,
+        cu_seqlens,
+        backend,
+    )
+
+
+def bco_loss(
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    desirable: Tensor,
+    *,
+    delta: float | Tensor | None = None,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> UnpairedOutput:
+    r"""BCO (arXiv:2404.04656): a classifier of good and bad responses whose logit is the reward, less a shift.
+
+    .. math:: -\log\sigma(\beta x - \delta) \;\text{(desirable)}, \qquad -\log\sigma(-(\beta x - \delta)) \;\text{(undesirable)}
+
+    Args:
+        delta: the shift δ; None is the mean reward of the batch, a constant. ``metrics["delta"]`` has it, for a running
+            mean over steps or ranks.
+        weights: a constant factor of each response's loss, ``[B]``: the density ratio of the paper's underlying
+            distribution matching.
+
+    The other arguments are those of :func:`kto_loss`.
+
+    >>> import torch, fastloss
+    >>> logps = torch.tensor([-10.0, -20.0])
+    >>> round(fastloss.bco_loss(logps, logps, torch.tensor([True, False])).loss.item(), 4)
+    0.6931
+    """
+    options = _checked("bco", beta, desirable_weight, undesirable_weight, reduction)
+    return _unpaired(
+        "bco_loss",
+        options,
+        logps,
+        ref_logps,
+        desirable,
+        lambda acc, device: _constant_scalar("delta", delta, acc, device),
+        weights,
+        mask,
+        cu_seqlens,
+        backend,
+    )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The checked options of a call."""
+
+    name: str  # of UNPAIRED_TERMS
+    beta: float
+    desirable_weight: float
+    undesirable_weight: float
+    reduction: str
+
+    def of_batch(self, total: int) -> UnpairedOptions:
+        """What the kernels are given: the mean's divisor is in the weights."""
+        scale = 1.0 / max(total, 1) if self.reduction == "mean" else 1.0
+        return UnpairedOptions(
+            term=UNPAIRED_TERMS.index(self.name),
+            beta=self.beta,
+            desirable_weight=self.desirable_weight * scale,
+            undesirable_weight=self.undesirable_weight * scale,
+        )
+
+
+def _checked(
+    name: str, beta: float, desirable_weight: float, undesirable_weight: float, reduction: str
+) -> _Options:
+    checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
+    return _Options(
+        name=name,
+        beta=checks.number("beta", beta, low=0.0, open_low=True),
+        desirable_weight=checks.number("desirable_weight", desirable_weight, low=0.0),
+        undesirable_weight=checks.number("undesirable_weight", undesirable_weight, low=0.0),
+        reduction=reduction,
+    )
+
+
+def _unpaired(
+    function: str,
+    o: _Options,
+    logps: Tensor,
+    ref_logps: Tensor | None,
+    desirable: Tensor,
+    shift: Any,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+) -> UnpairedOutput:
+    checks.is_floating("logps", logps)
+    acc = ACC_DTYPES[logps.dtype]
+    x = logps.to(acc)
+    tokens = None
+    if logps.dim() != 1 or cu_seqlens is not None:
+        tokens = tokens_of("", x, mask, cu_seqlens, acc)
+    elif mask is not None:
+        raise ShapeError(f"mask: expected token log-probs [B, T], got logps of shape {list(logps.shape)}")
+    count = x.shape[0] if tokens is None else tokens.layout.count
+    good = _labels(desirable, count, x.device)
+    weight = constant("weights", weights, count, acc, x.device)
+    kl = shift(acc, x.device)
+    call = resolve_call(function, backend, x, ref_logps, has_operators=False)
+    call.announce()
+    if tokens is not None:
+        x = groups.sum_tokens(call.backend, tokens, x)
+    if ref_logps is None or tokens is None or ref_logps.shape != logps.shape:
+        ref = constant("ref_logps", ref_logps, count, acc, x.device)
+    else:
+        ref = groups.sum_tokens(call.backend, tokens, ref_logps.detach().to(acc))
+    if kl is None and o.name == "bco":
+        ratio = x.detach() if ref is None else x.detach() - ref
+        kl = (o.beta * ratio.sum() / max(count, 1)).reshape(1)
+    constants = UnpairedConstants(desirable=good, ref=ref, weight=weight, kl=kl)
+    loss, rewards, sums = _launch(call.backend, x, constants, o.of_batch(count), o.reduction == "none")
+    return UnpairedOutput(loss, rewards, x.detach(), _metrics(o, sums, count, kl))
+
+
+class _UnpairedLoss(torch.autograd.Function):
+    """(logps) -> loss of each response, or their sum; the gradient is made in the forward, in one launch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logps: Tensor, launch: Callable[[Tensor], Any], per_response: bool, rest: list[Tensor]
+    ) -> Tensor:
+        out = launch(logps)
+        rest.extend((out.reward, out.sums))  # without a gradient
+        ctx.save_for_backward(out.d_logps)
+        return out.loss if per_response else out.sums[0].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return ctx.saved_tensors[0] * upstream, None, None, None
+
+
+def _launch(
+    backend: Backend,
+    logps: Tensor,
+    constants: UnpairedConstants,
+    options: UnpairedOptions,
+    per_response: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch: (loss of each response, or their sum; rewards; sums)."""
+    if backend.differentiable:
+        out = backend.unpaired_loss(logps, constants, options)
+        return out.loss if per_response else out.loss.sum(), out.reward, out.sums
+    rest: list[Tensor] = []
+    loss = _UnpairedLoss.apply(
+        logps, lambda x: backend.unpaired_loss(x, constants, options), per_response, rest
+    )
+    return loss, rest[0], rest[1]
+
+
+def _metrics(o: _Options, sums: Tensor, count: int, kl: Tensor | None) -> dict[str, Tensor]:
+    _, good, good_reward, bad_reward, good_logps, bad_logps, _ = sums.unbind()
+    bad = count - good
+    good_mean, bad_mean = good_reward / good.clamp(min=1), bad_reward / bad.clamp(min=1)
+    out = {
+        "rewards/chosen": good_mean,
+        "rewards/rejected": bad_mean,
+        "rewards/margins": torch.where((good > 0) & (bad > 0), good_mean - bad_mean, 0.0),
+        "logps/chosen": good_logps / good.clamp(min=1),
+        "logps/rejected": bad_logps / bad.clamp(min=1),
+        "count/chosen": good,
+        "count/rejected": bad,
+    }
+    if o.name == "bco":
+        assert kl is not None
+        out["delta"] = kl.reshape(())
+    else:
+        out["kl"] = sums.new_zeros(()) if kl is None else kl.reshape(())
+    return out
+
+
+def _labels(desirable: Tensor, count: int, device: torch.device) -> Tensor:
+    checks.is_tensor("desirable", desirable)
+    if desirable.dtype != torch.bool or tuple(desirable.shape) != (count,):
+        raise ShapeError(
+            f"desirable: expected bool of shape [{count}], got {desirable.dtype} of shape {list(desirable.shape)}"
+        )
+    checks.same_device("desirable", desirable, device)
+    return desirable.to(torch.uint8).contiguous()
+
+
+def _constant_scalar(
+    name: str, value: float | Tensor | None, acc: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """acc [1] on the device, detached."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        return torch.full((1,), checks.number(name, value), dtype=acc, device=device)
+    if value.numel() != 1:
+        raise ShapeError(f"{name}: expected a number or a 0-d tensor, got shape {list(value.shape)}")
+    return value.detach().to(device=device, dtype=acc).reshape(1)
+
+
+def _kto_kl(
+    loss_type: str,
+    kl: float | Tensor | None,
+    kl_logps: Tensor | None,
+    ref_kl_logps: Tensor | None,
+    acc: torch.dtype,
+    device: torch.device,
+) -> Tensor | None:
+    pair = kl_logps, ref_kl_logps
+    if loss_type == "apo_zero_unpaired":
+        for name, value in zip(("kl", "kl_logps", "ref_kl_logps"), (kl, *pair), strict=True):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: expected None for loss_type 'apo_zero_unpaired', which has no KL term"
+                )
+        return None
+    if (pair[0] is None) != (pair[1] is None) or (kl is None) == (pair[0] is None):
+        raise ValueError("kl: expected either kl, or both kl_logps and ref_kl_logps, for loss_type 'kto'")
+    if kl is not None:
+        return _constant_scalar("kl", kl, acc, device)
+    assert kl_logps is not None and ref_kl_logps is not None
+    checks.is_floating("kl_logps", kl_logps)
+    checks.is_floating("ref_kl_logps", ref_kl_logps)
+    checks.has_shape("ref_kl_logps", ref_kl_logps, tuple(kl_logps.shape))
+    if kl_logps.dim() != 1:
+        raise ShapeError(f"kl_logps: expected shape [B], got {list(kl_logps.shape)}")
+    difference = kl_logps.detach().to(acc) - ref_kl_logps.detach().to(acc)
+    return (difference.sum() / max(difference.numel(), 1)).clamp(min=0).reshape(1)
+
+
+def linear_kto_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    desirable: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ref_input: Tensor | None = None,
+    ref_weight: Tensor | None = None,
+    ref_bias: Tensor | None = None,
+    ref_logps: Tensor | None = None,
+    kl_logps: Tensor | None = None,
+    ref_kl_logps: Tensor | None = None,
+    kl: float | Tensor | None = None,
+    loss_type: str = "kto",
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    token_metrics: bool = True,
+    chunk_size: int | None = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> UnpairedOutput:
+    """:func:`kto_loss` of ``input @ linear_weight.T + linear_bias``, without ever holding those logits.
+
+    GEMMs as in :func:`linear_preference_loss`, chunked by whole sequences.
+
+    Args:
+        input: hidden states ``[B, T, D]``, or packed ``[N, D]`` with ``cu_seqlens`` ``[B + 1]``.
+        target: int64 ``[B, T]`` or ``[N]``; ``ignore_index`` on prompts and padding.
+        desirable: bool ``[B]``.
+        ref_input, ref_weight, ref_bias: the reference model's; or its log-probs ``ref_logps`` ``[B]``; neither: uniform.
+        kl_logps, ref_kl_logps, kl: as in :func:`kto_loss`; :func:`linear_token_stats` gives the log-probs at 1 GEMM.
+
+    >>> import torch, fastloss
+    >>> hidden, weight, target = torch.zeros(2, 3, 8), torch.zeros(4, 8), torch.zeros(2, 3, dtype=torch.long)
+    >>> out = fastloss.linear_kto_loss(hidden, weight, target, torch.tensor([True, False]), kl=0.0)
+    >>> out.logps
+    tensor([-4.1589, -4.1589])
+    """
+    checks.is_one_of("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
+    o = _checked(loss_type, beta, desirable_weight, undesirable_weight, reduction)
+    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    x = groups.check_grouped_head(
+        input, linear_weight, target, linear_bias, cu_seqlens, options, chunk_size, width=1
+    )
+    groups.check_reference(input, ref_input, ref_weight, ref_bias)
+    if ref_input is not None and ref_logps is not None:
+        raise ValueError("ref_logps: expected None beside ref_input, got a tensor")
+    count, acc = x.rows.groups, x.rows.tokens.lengths.dtype
+    good = _labels(desirable, count, input.device)
+    weight = constant("weights", weights, count, acc, input.device)
+    ref = constant("ref_logps", ref_logps, count, acc, input.device)
+    shift = _kto_kl(loss_type, kl, kl_logps, ref_kl_logps, acc, input.device)
+    plan = groups.plan_groups(
+        "linear_kto_loss", x, backend, coupled=reduction == "none", ref=ref_input is not None
+    )
+    if ref_input is not None:
+        assert ref_weight is not None
+        ref = groups.reference_sums(plan.call, x, ref_input, ref_weight, ref_bias, None)
+    constants = UnpairedConstants(desirable=good, ref=ref, weight=weight, kl=shift)
+    loss = _ResponsesOfHead(x, constants, o, count)
+    want = ("logprobs", *(groups.METRIC_STATS if token_metrics else ()))
+    total = max(count, 1) if reduction == "mean" else 1
+    value, out = groups.evaluate(x, plan, loss, want, ("rewards", "logps", "sums"), total)
+    metrics = _metrics(o, out["sums"].sum(0), count, shift)
+    if token_metrics:
+        metrics.update(groups.token_metrics(out, x, plan.call.backend, good.to(acc)))
+    return UnpairedOutput(value, out["rewards"], out["logps"], metrics)
+
+
+@dataclass(frozen=True)
+class _ResponsesOfHead:
+    """The terms of some responses, from the log-probs of their tokens."""
+
+    x: groups.GroupedHead
+    constants: UnpairedConstants
+    options: _Options
+    total: int
+
+    def of_groups(
+        self,
+        backend: Backend,
+        logprobs: Tensor,
+        stats: dict[str, Tensor],
+        rows: tuple[int, int],
+        groups: tuple[int, int],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        first, last = groups
+        logps = segment_sum(backend, logprobs, None, self.x.rows.part(first, last, *rows))
+        k = self.constants
+        constants = UnpairedConstants(
+            desirable=k.desirable[first:last],
+            ref=None if k.ref is None else k.ref[first:last],
+            weight=None if k.weight is None else k.weight[first:last],
+            kl=k.kl,
+        )
+        options, per_response = self.options.of_batch(self.total), self.options.reduction == "none"
+        loss, rewards, sums = _launch(backend, logps, constants, options, per_response)
+        return loss, {"rewards": rewards, "logps": logps.detach(), "sums": sums.reshape(1, -1)}

@@ -1,0 +1,245 @@
+"""Every code, flag and output place that Python, C++ and Triton share, and the option records that a backend is given.
+
+It imports nothing of fastloss, so that losses/, engine/, reference/ and kernels/ can all read it. Python hands a code to a
+kernel as the position of its name here; each native module carries the same names in the same order and is compared with
+them when it is loaded (engine/native.py), the Triton kernels build their constants from them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor  # one for all pairs, or one per pair [B]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPE_CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+# The dtype of statistics and coefficients (acc).
+ACC_DTYPES = {dtype: torch.float64 if dtype == torch.float64 else torch.float32 for dtype in DTYPES}
+# Gradients of these are kept unscaled until the upstream gradient (GradScaler) is known: p/n underflows in them.
+LATE_DTYPES = (torch.float16,)
+
+# --- rows of logits (docs/engine.md) -------------------------------------------------------------------------------
+
+STATS = ("logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+STATS_WITHOUT_TARGET = ("logsumexp", "entropy", "log_sum_sq_probs", "mean_logits")
+DIFFERENTIABLE_STATS = ("logprobs", "entropy", "logsumexp")
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """From raw logits to the logits that a loss sees: ``scale · softcap · tanh((x + bias) / softcap)``."""
+
+    ignore_index: int = -100
+    scale: float = 1.0  # logit_scale / temperature
+    softcap: float = 0.0  # 0: none
+
+
+@dataclass(frozen=True)
+class CrossEntropyOptions(RowOptions):
+    """Cross-entropy of a row, without its reduction."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+# --- pairs and single responses (docs/sequences.md) ----------------------------------------------------------------
+
+PAIR_TERMS = (
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+    "simpo",
+    "orpo",
+    "center",
+)
+MAX_TERMS = 8
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+# Sums over the pairs, in the order in which a kernel writes them.
+PAIR_SUMS = (
+    "loss",
+    "chosen_reward",
+    "rejected_reward",
+    "accuracy",
+    "margin",
+    "chosen_logps",
+    "rejected_logps",
+)
+UNPAIRED_TERMS = ("kto", "apo_zero_unpaired", "bco")
+UNPAIRED_SUMS = (
+    "loss",
+    "desirable",
+    "desirable_reward",
+    "undesirable_reward",
+    "desirable_logps",
+    "undesirable_logps",
+    "unused",
+)
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """A weighted sum of terms per pair; ``Number`` fields may be a tensor ``[B]`` in the accumulation dtype."""
+
+    terms: tuple[tuple[int, float], ...]  # (code of PAIR_TERMS, weight), at most MAX_TERMS
+    divergence: int = 0  # code of DIVERGENCES
+    alpha: float = 0.5
+    beta: Number = 0.1
+    smoothing: Number = 0.0
+    margin: Number = 0.0
+    delta: float = 0.0
+    tau: float = 0.05
+    average_rewards: bool = False
+
+
+@dataclass(frozen=True)
+class PairConstants:
+    """What a pair's terms read without a gradient, each ``[B]`` in the accumulation dtype, or None."""
+
+    ref_chosen: Tensor | None = None
+    ref_rejected: Tensor | None = None
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UnpairedOptions:
+    """A term per response that is good or bad on its own."""
+
+    term: int = 0  # code of UNPAIRED_TERMS
+    beta: float = 0.1
+    desirable_weight: float = 1.0
+    undesirable_weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class UnpairedConstants:
+    """What a response's term reads without a gradient."""
+
+    desirable: Tensor  # uint8 [B]
+    ref: Tensor | None = None  # [B]
+    weight: Tensor | None = None  # [B]
+    kl: Tensor | None = None  # [1]
+
+
+# --- policy-gradient losses (docs/sequences.md) --------------------------------------------------------------------
+
+SURROGATES = ("clip", "logprob", "cispo", "sapo", "vespo", "ratio")
+LEVELS = ("token", "sequence", "sequence_sum", "geometric")
+AGGREGATIONS = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+KL_KINDS = ("k1", "k2", "k3", "abs", "low_var_kl")
+IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+CORRECTIONS = ("none", *IMPORTANCE_MODES)
+# The places of ``out [16]``: sums over the unmasked tokens, beside the loss, its scale and the extremes of the ratio.
+POLICY_OUT = (
+    "loss",
+    "scale",
+    "tokens",
+    "low_clipped",
+    "high_clipped",
+    "dual_clipped",
+    "k1",
+    "k3",
+    "kl",
+    "entropy",
+    "min_ratio",
+    "max_ratio",
+    "ratio",
+    "ratio_squared",
+    "cut",
+    "policy",
+)
+# The public metrics in the order in which they are made from those; the last three where their inputs are given.
+POLICY_METRICS = (
+    "policy_loss",
+    "clip_ratio/low",
+    "clip_ratio/high",
+    "clip_ratio/region",
+    "clip_ratio/dual",
+    "approx_kl",
+    "approx_kl_k3",
+    "ratio/mean",
+    "ratio/min",
+    "ratio/max",
+    "ess",
+    "kl",
+    "entropy",
+    "importance/cut_fraction",
+)
+POLICY_PLACE = {name: place for place, name in enumerate(POLICY_OUT)}
+# Log-ratios are clamped here: e^20 is finite in float32, and so are its square and the sum of 2^64 of them.
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What a kernel needs to know beside its tensors; infinity is "none"."""
+
+    surrogate: int = 0  # code of SURROGATES
+    level: int = 0  # of LEVELS
+    aggregation: int = 0  # of AGGREGATIONS
+    kl_kind: int = 2  # of KL_KINDS
+    correction: int = 0  # of CORRECTIONS
+    kl_unbiased: bool = False
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    delta: float = math.inf
+    dual_clip: float = math.inf
+    cispo_low: float = 0.0
+    cispo_high: float = 1.2
+    sapo_pos: float = 1.0
+    sapo_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    kl_cov_coef: float = 0.0
+    beta: float = 0.0
+    entropy_coef: float = 0.0
+    cap: float = math.exp(MAX_LOG_RATIO)
+    floor: float = 0.0
+    off_policy_threshold: float = math.inf
+    max_length: float = 1.0
+
+
+def is_token_level(options: PolicyOptions) -> bool:
+    """Whether a token's term can be made without having seen the rest of its sequence."""
+    return (
+        LEVELS[options.level] == "token"
+        and SURROGATES[options.surrogate] != "vespo"
+        and options.off_policy_threshold == math.inf
+        and not CORRECTIONS[options.correction].startswith("sequence")
+    )
+
+
+# What a native module's ``tables()`` must return: name -> the names of its codes, in order.
+NATIVE_TABLES: dict[str, tuple[str, ...]] = {
+    "dtypes": ("float32", "bfloat16", "float16", "float64"),
+    "stats": STATS,
+    "pair_terms": PAIR_TERMS,
+    "divergences": DIVERGENCES,
+    "pair_sums": PAIR_SUMS,
+    "unpaired_terms": UNPAIRED_TERMS,
+    "unpaired_sums": UNPAIRED_SUMS,
+    "surrogates": SURROGATES,
+    "levels": LEVELS,
+    "aggregations": AGGREGATIONS,
+    "kl_kinds": KL_KINDS,
+    "corrections": CORRECTIONS,
+    "policy_out": POLICY_OUT,
+    "policy_metrics": POLICY_METRICS,
+}

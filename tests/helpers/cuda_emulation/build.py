@@ -1,0 +1,99 @@
+"""Builds csrc/cuda for the CPU with g++: `_cuda_emulated`, and the race check. Cached in build/ by mtime."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+SOURCES = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "cuda_emulation"
+# -ffp-contract=off as nvcc's -fmad=false: the only fused multiply-adds are the ones that are written.
+FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Werror=switch",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    "-DFASTLOSS_EMULATE",
+    "-pthread",
+    f"-I{HERE}",
+    f"-I{SOURCES}",
+    f"-I{SOURCES.parent}",
+]
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++")
+
+
+def _compile(out: Path, arguments: list[str]) -> Path:
+    inputs = [
+        *SOURCES.iterdir(),
+        *SOURCES.parent.glob("*.h"),
+        *SOURCES.parent.glob("common/*.h"),
+        *HERE.glob("*.h"),
+        *HERE.glob("*.cpp"),
+        Path(__file__),
+    ]
+    if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_suffix(f".{os.getpid()}")  # two test processes may build at once
+        command = [compiler() or "g++", *FLAGS, *arguments, "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        partial.replace(out)
+    return out
+
+
+@functools.cache
+def build_emulated() -> ModuleType:
+    """The module with the interface of ``fastloss._cuda`` whose pointers are the CPU's."""
+    import pybind11
+
+    out = _compile(
+        BUILD / ("_cuda_emulated" + str(sysconfig.get_config_var("EXT_SUFFIX"))),
+        [
+            "-shared",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-DFASTLOSS_MODULE=_cuda_emulated",
+            f"-I{pybind11.get_include()}",
+            f"-I{sysconfig.get_paths()['include']}",
+            "-x",
+            "c++",
+            *map(str, sorted(SOURCES.glob("*.cu"))),
+            *map(str, sorted(SOURCES.glob("*.cpp"))),
+        ],
+    )
+    spec = importlib.util.spec_from_file_location("_cuda_emulated", out)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def build_race_check() -> Path:
+    """The kernels under ThreadSanitizer, with warps of 32 as on a GPU."""
+    return _compile(
+        BUILD / "tsan_main",
+        [
+            "-fsanitize=thread",
+            "-DFASTLOSS_EMULATED_WARP=32",
+            "-x",
+            "c++",
+            *map(str, sorted(SOURCES.glob("*.cu"))),
+            str(HERE / "tsan_main.cpp"),
+        ],
+    )

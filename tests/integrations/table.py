@@ -1,0 +1,81 @@
+"""The compatibility table: what the tests compared, written down by the tests that ran.
+
+FASTLOSS_COMPATIBILITY=path.json makes each comparison of a run add its row there; ``python tests/integrations/table.py
+path.json`` makes the page of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HEADER = """# Compatibility
+
+Made by the tests (`make integrations`): every row is a comparison that ran, stock against fastloss, in one process, on a
+CPU. "Difference" is the largest one, relative to the largest value of what was compared: of the loss, and of all
+gradients (or of all parameters after the steps, where a trainer ran). "interface" says what the test ran: the package itself, or
+a small copy of its interface written in the test, where the package does not install beside fastloss.
+
+"""
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def record(trainer: str, model: str, loss: str, loss_difference: float, gradient_difference: float | None,
+           interface: str = "package") -> None:  # fmt: skip
+    path = os.environ.get("FASTLOSS_COMPATIBILITY")
+    if not path:
+        return
+    row = {
+        "trainer": trainer,
+        "version": installed(trainer.split()[0]) if interface == "package" else "–",
+        "interface": interface,
+        "model": model,
+        "loss": loss,
+        "loss difference": loss_difference,
+        "gradient difference": gradient_difference,
+    }
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def page(rows: list[dict]) -> str:
+    last = {
+        (r["trainer"], r["model"], r["loss"]): r for r in rows
+    }  # a comparison that ran twice: the later one
+    rows = [last[k] for k in sorted(last, key=lambda k: (k[0].lower(), k[2], k[1].lower()))]
+    grouped: dict[tuple, list[dict]] = {}
+    for row in rows:
+        grouped.setdefault((row["trainer"], row["version"], row["interface"], row["loss"]), []).append(row)
+    lines = [
+        "| trainer | version | interface | loss | models | loss difference | gradient difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    long = []
+    for (trainer, number, interface, loss), group in grouped.items():
+        worst = max(r["loss difference"] for r in group)
+        gradients = [r["gradient difference"] for r in group if r["gradient difference"] is not None]
+        gradient = f"{max(gradients):.1e}" if gradients else "–"
+        models = ", ".join(r["model"] for r in group) if len(group) <= 4 else f"{len(group)} classes, below"
+        if len(group) > 4:
+            long.append((f"{trainer}, {loss}", group))
+        lines.append(f"| {trainer} | {number} | {interface} | {loss} | {models} | {worst:.1e} | {gradient} |")
+    text = HEADER + "\n".join(lines) + "\n"
+    for title, group in long:
+        text += f"\n## {title}\n\n| model | loss difference | gradient difference |\n|---|---|---|\n"
+        for r in group:
+            text += f"| {r['model']} | {r['loss difference']:.1e} | {r['gradient difference']:.1e} |\n"
+    return text
+
+
+if __name__ == "__main__":
+    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()]
+    sys.stdout.write(page(rows))

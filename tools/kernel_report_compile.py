@@ -1,0 +1,71 @@
+"""One Triton kernel to the numbers of its machine code: what kernel_report_triton.py and kernel_report_pointwise.py share."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def compile_kernel(
+    kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], attributes: dict[Any, Any], shape: dict[str, Any],
+    target: str,
+) -> dict[str, int]:  # fmt: skip
+    """Shared memory, registers, stack and spills of one kernel compiled for ``target``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+    amd = target.startswith("gfx")
+    gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    compiled = triton.compile(source, target=gpu, options={k: v for k, v in shape.items() if not k.isupper()})
+    asm = compiled.asm
+    numbers = _amd_numbers(asm["amdgcn"]) if amd else _nvidia_numbers(asm["cubin"])
+    return {"shared": compiled.metadata.shared} | numbers
+
+
+def _tool(name: str) -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _run(*command: str | Path) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{Path(command[0]).name}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"expected {pattern!r} in {text[:2000]!r}")
+    return int(found.group(1))
+
+
+def _nvidia_numbers(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
+        code = _run(_tool("nvdisasm"), "-c", file.name)
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "stack": _number(r"STACK:(\d+)", usage),
+        "local": _number(r"LOCAL:(\d+)", usage),
+        "ldl": len(re.findall(r"\bLDL\b", code)),
+        "stl": len(re.findall(r"\bSTL\b", code)),
+    }
+
+
+def _amd_numbers(assembly: str) -> dict[str, int]:
+    return {
+        "registers": _number(r"\.vgpr_count:\s+(\d+)", assembly),
+        "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
+        "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+        + _number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
+    }
