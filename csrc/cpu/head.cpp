@@ -275,8 +275,7 @@ class Worker {
 
   void make_gradients() {
     const bool split = is_split(c_, stripes_, threads_);
-    int64_t task = columns_of_task<Op, T>();  // or less, that every thread has some
-    while (task > P && stripes_of(dim_, task) < 2 * threads_) task /= 2;
+    const int64_t task = columns_of_task<Op, T>(c_, threads_);
     const int64_t d_weight_tasks = c_.d_weight ? stripes_of(dim_, task) : 0;
     const int64_t column_tasks = sums_rows(c_) ? d_weight_tasks + (c_.d_bias != nullptr) : 0;
     start_ = 0, width_ = least(c_.width, vocab_);
@@ -389,7 +388,8 @@ class Worker {
 
   // dW of the columns [begin, end) of hidden: a sum over all rows.
   void make_d_weight(int64_t begin, int64_t end) {
-    constexpr int64_t chunk = rows_of_sum<Op>(), stride = columns_of_task<Op, T>();
+    constexpr int64_t chunk = rows_of_sum<Op>();
+    const int64_t stride = columns_of_task<Op, T>(c_, threads_);
     T* const out = static_cast<T*>(c_.d_weight) + start_ * dim_ + begin;
     float* const sum = mine<float>(a_.d_weight);
     Unit* const packed = mine<Unit>(a_.stripe);

@@ -47,10 +47,13 @@ inline bool is_split(const HeadCall& c, int64_t stripes, int64_t threads) {
   return threads > 1 && stripes < 4 * threads && !is_d_hidden_alone(c);
 }
 
-// Columns of hidden that one task of d weight takes.
+// Columns of hidden that one task of d weight takes: whole lines of its rows, and every thread has some.
 template <class Op, class T>
-constexpr int64_t columns_of_task() {
-  return Same<T, float>::value ? Op::kPanel : 4 * Op::kPanel;
+int64_t columns_of_task(const HeadCall& c, int64_t threads) {
+  if (Same<T, float>::value) return Op::kPanel;
+  int64_t columns = IsTiles<Op>::value ? 2 * Op::kPanel : 4 * Op::kPanel;
+  while (columns > Op::kPanel && stripes_of(c.dim, columns) < 2 * threads) columns /= 2;
+  return columns;
 }
 
 // Rows that d weight sums over in registers.
@@ -111,11 +114,11 @@ Areas areas_of(const HeadCall& c, int64_t threads) {
   const int64_t widest = width > kSegment || !gradients ? (gradients ? width : kSegment) : kSegment;
   a.columns = take(Op::kStripe * block_stride<float>(widest) * 4 + 64);
   const int64_t stripe =
-      least(rows_of_sum<Op>(), stripes * Op::kStripe) / Op::kElements * columns_of_task<Op, T>();
+      least(rows_of_sum<Op>(), stripes * Op::kStripe) / Op::kElements * columns_of_task<Op, T>(c, threads);
   const int64_t hidden = Op::kStripe * units_of<Op>(c.dim) * unit;
   a.stripe = take(columns && stripe * unit > hidden ? stripe * unit : hidden);
   const bool once = tiles && c.logits.rows <= rows_of_sum<Op>();
-  a.d_weight = take(columns && !floats ? (once ? 32 : width) * columns_of_task<Op, T>() * 4 : 0);
+  a.d_weight = take(columns && !floats ? (once ? 32 : width) * columns_of_task<Op, T>(c, threads) * 4 : 0);
   a.factors = take(Op::kStripe * 4);
   // d bias sums a block's columns in double there, a vector at a time.
   const int64_t sums = (width + W) * 8;

@@ -32,7 +32,7 @@ from fastloss.tables import DTYPE_CODES, CrossEntropyOptions, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
 # Columns of a block at most: the threads share a block of all rows' d logits.
-WIDTH = 512
+WIDTH = 256
 # Weights of a block at most.
 CACHED = 1 << 18
 # Below this many rows a GEMM waits for the weight's memory, and packing it costs more than the chunks' GEMMs (AMD Zen 3, one

@@ -390,7 +390,7 @@ def test_float_logits(kind):
     kinds = OPERANDS[kind]
     hidden, weight, target = operands(90, 64, 700, kinds)
     z = hidden.double() @ weight.double().t()
-    want = expect_stats(z, target)["logprob"]
+    want = expect_stats(z, target)["logprobs"]
     options = {"pairs": kinds[2], "stored": 0}
     exact = (call(hidden, weight, target, float_logits=True, **options)["logprob"] - want).abs().max()
     rounded = (call(hidden, weight, target, **options)["logprob"] - want).abs().max()
