@@ -58,7 +58,7 @@ def cross_entropy(
         ignore_index: targets of this value add nothing to the loss and get no gradient.
         reduction: "mean" (over targets not ignored, weighted by ``weight``), "sum" or "none".
         label_smoothing: in [0, 1].
-        z_loss: coefficient of ``logsumexp²``, in the same reduction.
+        z_loss: coefficient of ``logsumexp²``, in the same reduction; its mean is over tokens, whatever their class weights.
         logit_scale: a factor on the (capped) logits.
         softcap: cap the logits smoothly to ``(-softcap, softcap)``.
         normalizer: the sum is divided by this in place of the mean's count (transformers' num_items_in_batch).
@@ -114,7 +114,7 @@ def cross_entropy(
         logits,
         target,
         weight,
-        unsupported=constants_with_gradients(target, weight),
+        unsupported=constants_with_gradients(target, weight) or z_loss_of_weighted_mean(loss, weight, target),
     )
     rows, vocab = logits.shape
     if vocab == 0 and not call.by_definition:
@@ -130,7 +130,7 @@ def cross_entropy(
         autograd.refuse_inplace(logits)
     acc = ACC_DTYPES[logits.dtype]
     classes, w = weights_of(target, weight, loss, acc)
-    factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+    factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if call.traced:
         out = compile_ops.cross_entropy(
@@ -320,29 +320,46 @@ def loss_factor(
     rows: int,
     vocab: int,
     acc: torch.dtype,
-) -> Factor:
-    """What the sum of the losses is multiplied by. Counting checks the targets too (on a GPU only with ``validate_targets(True)``)."""
+) -> tuple[Factor, LossOptions]:
+    """The reduction's factor, and the options whose z-loss it reduces to a mean over tokens; on the way, targets are checked (on
+    a GPU only with ``validate_targets(True)``)."""
     on_cpu = not call.traced and (classes is None or classes.device.type == "cpu")
     valid, ignore_index, normalizer = rows, loss.row.ignore_index, loss.normalizer
     if classes is not None and not call.traced and (on_cpu or backends.targets_are_validated()):
         valid = backends.count_targets(classes, vocab, ignore_index)
     if normalizer is not None:
         if isinstance(normalizer, Tensor) and (call.traced or normalizer.device.type != "cpu"):
-            return Factor(tensor=normalizer.to(acc).reciprocal())
-        return Factor(_reciprocal(float(normalizer)))
+            return Factor(tensor=normalizer.to(acc).reciprocal()), loss
+        return Factor(_reciprocal(float(normalizer))), loss
     if loss.reduction != "mean":
-        return WHOLE
+        return WHOLE, loss
     if classes is None:
-        return Factor(_reciprocal(rows), of_count=True)
+        return Factor(_reciprocal(rows), of_count=True), loss
     if w is None:
         if on_cpu:
-            return Factor(_reciprocal(valid), of_count=True)
-        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal(), of_count=True)
+            return Factor(_reciprocal(valid), of_count=True), loss
+        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal(), of_count=True), loss
     kept = classes != ignore_index
     total = (w[classes.clamp(0, vocab - 1)] * kept).sum()
-    if on_cpu:
-        return Factor(_reciprocal(float(total)), of_count=True)
-    return Factor(tensor=total.reciprocal(), of_count=True)
+    if not on_cpu:
+        return Factor(tensor=total.reciprocal(), of_count=True), loss
+    return Factor(_reciprocal(float(total)), of_count=True), over_tokens(loss, float(total), valid)
+
+
+def over_tokens(loss: LossOptions, total: float, valid: int) -> LossOptions:
+    """A z-loss has no class: where the loss is divided by ``total``, the sum of class weights, its z-loss is made so much larger
+    that it is divided by ``valid``, the tokens that count."""
+    if not loss.row.z_loss or not valid:
+        return loss
+    return replace(loss, row=replace(loss.row, z_loss=loss.row.z_loss * total / valid))
+
+
+def z_loss_of_weighted_mean(loss: LossOptions, weight: Tensor | None, target: Tensor) -> str:
+    """Why no kernel can compute a mean whose z-loss and classes are divided by different counts that only a device knows."""
+    own_count = loss.reduction == "mean" and loss.normalizer is None and not loss.probabilities
+    if weight is None or not loss.row.z_loss or not own_count or checks.host_reads(target):
+        return ""
+    return "z-loss beside class weights is divided by a count of its own, which the host does not know"
 
 
 def _reciprocal(value: float) -> float:

@@ -24,7 +24,9 @@ from fastloss.losses.cross_entropy import (
     kernel_options,
     loss_factor,
     loss_options,
+    over_tokens,
     weights_of,
+    z_loss_of_weighted_mean,
 )
 from fastloss.losses.token_stats import TokenStats
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS
@@ -147,7 +149,7 @@ def _of_rows(
         linear_bias,
         target,
         weight,
-        unsupported=constants_with_gradients(target, weight),
+        unsupported=constants_with_gradients(target, weight) or z_loss_of_weighted_mean(loss, weight, target),
         dtype=dtype,
     )
     if call.by_definition:
@@ -160,7 +162,7 @@ def _of_rows(
     again = per_row and (needs.weight or needs.bias)
     if call.traced:
         classes, w = weights_of(target, weight, loss, acc)
-        factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+        factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
         out = compile_ops.linear_cross_entropy(
             input, linear_weight, linear_bias, classes, w, factor, kernel_options(loss), loss.reduction, loss.want,
             NOTHING if again else needs, dtype, chunk_size, call.backend.name,
@@ -172,7 +174,7 @@ def _of_rows(
     schedule = heads.schedule_of_cross_entropy(head, computed, needs, chunk_size, per_row, smooth)
     call.announce(**schedule.details(head, computed, needs, again))
     classes, w = weights_of(target, weight, loss, acc)
-    factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+    factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
     run = _Run(loss, factor, loss_dtype, dtype, schedule, needs)
     out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, call.backend, run)
     return loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
@@ -321,6 +323,11 @@ def _k_dimensional(
     weights = linear_weight.reshape(vocab, -1, dim)
     biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)
     targets = target.reshape(*target.shape[: 2 if loss.probabilities else 1], -1)
+    count = None
+    if loss.reduction == "mean" and loss.normalizer is None:
+        count, kept = _count(target, weight, loss, vocab, weights.shape[1])
+        if weight is not None and not loss.probabilities and loss.row.z_loss:
+            loss = over_tokens(loss, float(count), int(kept))
     each = replace(loss, reduction="none" if loss.reduction == "none" else "sum", normalizer=None)
     parts = [
         _of_rows(
@@ -342,8 +349,8 @@ def _k_dimensional(
     )
     if loss.normalizer is not None:
         value = value / loss.normalizer
-    elif loss.reduction == "mean":
-        value = value / _count(target, weight, loss, vocab, weights.shape[1])
+    elif count is not None:
+        value = value / count
     if not loss.return_stats:
         return value
     stats = [part[1] for part in parts]
@@ -355,10 +362,13 @@ def _k_dimensional(
     )
 
 
-def _count(target: Tensor, weight: Tensor | None, loss: LossOptions, vocab: int, places: int) -> Any:
+def _count(
+    target: Tensor, weight: Tensor | None, loss: LossOptions, vocab: int, places: int
+) -> tuple[Any, Any]:
+    """(what the loss's mean is divided by: the targets that count, or the sum of their class weights; how many count)."""
     if loss.probabilities:
-        return target.shape[0] * places
+        return target.shape[0] * places, target.shape[0] * places
     kept = target != loss.row.ignore_index
     if weight is None:
-        return kept.sum()
-    return (weight.detach()[target.clamp(0, vocab - 1)] * kept).sum()
+        return kept.sum(), kept.sum()
+    return (weight.detach()[target.clamp(0, vocab - 1)] * kept).sum(), kept.sum()
