@@ -1,7 +1,7 @@
 // C (+)= Aᵀ · B for bfloat16 A and B with C in float32: the product that PyTorch's CPU GEMMs do not have, and
 // that a weight's gradient over chunks of rows is. Reads A once for each panel of C's columns, B once
-// (packed), C once; writes C once. Pays where the processor has AVX512_BF16: elsewhere float32 GEMMs over
-// converted operands are as fast.
+// (packed), C once; writes C once. Pays where the processor has AVX512_BF16 or AMX: elsewhere float32 GEMMs
+// over converted operands are as fast.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +17,8 @@ struct Gemm {
   int64_t c_row;
   int64_t m, n, k;
   bool accumulate;  // false: C = Aᵀ · B
+  bool tiles;       // in AMX tiles, or (emulate) in tiles in memory
+  bool emulate;
 };
 
 struct GemmKernel {

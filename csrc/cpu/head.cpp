@@ -1,6 +1,8 @@
-// The blocks of head.h on one thread. forward: Z = H Wᵀ of a block, a stripe of rows at a time, its sums, and
-// the logits that are kept. backward: the block's dZ of all rows, then dW = dZᵀ H, finished at once, then dH
-// += dZ W. Logits and dZ are rounded to the weight's dtype, as PyTorch's would be; sums over K are float32.
+// The linear head of head.h, on every thread of a team. Statistics: a chapter of the vocabulary a thread, all
+// rows, Z = H Wᵀ of a stripe of rows at a time. Gradients: all threads share a block of the vocabulary. Its
+// weights are packed; every stripe's dZ is made, and dH += dZ W while it is hot; then dW = dZᵀ H of the
+// block, finished at once. Logits and dZ are rounded to the weight's dtype, as PyTorch's would be; sums over
+// K are float32.
 
 #ifndef FASTLOSS_ISA
 #error "head.cpp is compiled once per instruction set, with -DFASTLOSS_ISA=avx512, avx2 or generic"
@@ -12,23 +14,22 @@
 
 #include "block.h"
 #include "head_scratch.h"
-#include "tile.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
 namespace {
 
-template <class A, class B>
-struct Same {
-  static constexpr bool value = false;
-};
-template <class A>
-struct Same<A, A> {
-  static constexpr bool value = true;
-};
+struct NoTiles {};
 
-int64_t place(const HeadCall& c, int64_t row) { return c.keep ? c.keep[row] : row; }
+template <class Op>
+struct TilesOf {
+  typedef NoTiles type;
+};
+template <class T>
+struct TilesOf<AmxTiles<T>> {
+  typedef T type;
+};
 
 template <class T>
 void to_float(const T* x, int64_t n, float* out) {
@@ -39,118 +40,134 @@ void from_float(const float* x, int64_t n, T* out) {
   write_block(out, n, [=](int64_t i, int64_t count) { return load_upto(x + i, count); });
 }
 
+template <bool is_first, class A, class B>
+struct Choose {
+  typedef A type;
+};
+template <class A, class B>
+struct Choose<false, A, B> {
+  typedef B type;
+};
+
+template <class P>
+struct Element;
+template <class E>
+struct Element<const E*> {
+  typedef E type;
+};
+
 // T: of the weight, its gradient and the logits.
 template <class Op, class T>
-class Block {
+class Worker {
   typedef typename Op::Unit Unit;
-  static constexpr bool kIsUnit =
-      Op::kElements == 2 || Same<T, float>::value;  // T's rows can be A as they lie
+  static constexpr bool kTiles = IsTiles<Op>::value, kFloats = Same<T, float>::value;
+  static constexpr bool kNarrow = Op::kElements == 1 && !kFloats;  // bfloat16 that becomes floats
+  static constexpr int64_t P = Op::kPanel, kRows = Op::kStripe;
+  // A task of the packing, and of a stripe that is divided.
+  static constexpr int64_t kTaskColumns = P > 128 ? P : 128, kTaskUnits = 32;
 
   const HeadCall& c_;
-  const int64_t index_, start_, w_;  // of the block: its first column and its columns
-  const int64_t z_stride_, columns_stride_;
-  Unit *panels_, *second_, *stripe_, *columns_;
-  T* z_;
-  RowState* states_;
-  void* kernel_;
+  const Areas a_;
+  const int64_t thread_, threads_, rows_, dim_, vocab_, stripes_, units_of_dim_;
+  char *const shared_, *const mine_;
+  int64_t phase_ = 0;
+  int64_t start_ = 0, width_ = 0;  // the block's columns
+  typename TilesOf<Op>::type tiles_;
 
  public:
-  Block(const HeadCall& c, int64_t index, char* scratch)
+  Worker(const HeadCall& c, char* scratch, int64_t thread, int64_t threads)
       : c_(c),
-        index_(index),
-        start_(index * c.width),
-        w_(c.logits.vocab - start_ < c.width ? c.logits.vocab - start_ : c.width),
-        z_stride_(block_stride<T>(c.width)),
-        columns_stride_(block_stride<float>(c.width)) {
-    const Areas a = areas_of(c);
-    panels_ = reinterpret_cast<Unit*>(scratch + a.panels),
-    second_ = reinterpret_cast<Unit*>(scratch + a.second);
-    states_ = reinterpret_cast<RowState*>(scratch + a.states),
-    stripe_ = reinterpret_cast<Unit*>(scratch + a.stripe);
-    columns_ = reinterpret_cast<Unit*>(scratch + a.columns), z_ = reinterpret_cast<T*>(scratch + a.z);
-    kernel_ = scratch + a.kernel;
-  }
+        a_(areas_of<Op, T>(c, threads)),
+        thread_(thread),
+        threads_(threads),
+        rows_(c.logits.rows),
+        dim_(c.dim),
+        vocab_(c.logits.vocab),
+        stripes_(stripes_of(c.logits.rows, kRows)),
+        units_of_dim_(units_of<Op>(c.dim)),
+        shared_(scratch),
+        mine_(scratch + a_.threads + thread * a_.thread_bytes) {}
 
-  void forward(RowState* state, bool first) {
-    pack_transposed<Op>(weight(), c_.weight_stride, w_, c_.dim, panels_);
-    for (int64_t row = 0, end; row < c_.logits.rows; row = end) {
-      const bool stored = row < c_.stored;
-      end = stripe_end(row, stored ? c_.stored : c_.logits.rows);
-      T* const z = stored ? stored_logits() + row * w_ : z_;
-      const int64_t stride = stored ? w_ : z_stride_;
-      make_logits(row, end, z, stride);
-      vocab_kernels.forward(logits_at(z, row, stride), {start_, w_, first}, c_.ce, c_.stats, state, row, end,
-                            kernel_);
+  void run() {
+    if (is_d_hidden_alone(c_)) return make_d_hidden_alone();
+    if (is_backward(c_)) {
+      share_rows([&](int64_t begin, int64_t end) { vocab_kernels.set_coefficients(c_, begin, end); });
+    } else {
+      const int64_t chapters = stripes_of(vocab_, kChapter);
+      share(chapters, [&](int64_t chapter) { add_chapter(chapter); });
+      share_rows([&](int64_t begin, int64_t end) {
+        for (int64_t k = 0; k < chapters; ++k) vocab_kernels.merge(c_, sums_of(k), k == 0, begin, end);
+        vocab_kernels.finish(c_, begin, end);
+      });
     }
-  }
-
-  // For d hidden alone, of rows [begin, end).
-  void add_exponentials(int64_t begin, int64_t end) {
-    pack_transposed<Op>(weight(), c_.weight_stride, w_, c_.dim, panels_);
-    pack_weight(second_);
-    CrossEntropy ce = c_.ce;
-    ce.grad = z_, ce.grad_row_stride = z_stride_;
-    for (int64_t row = begin, stop; row < end; row = stop) {
-      stop = stripe_end(row, end);
-      make_logits(row, stop, z_, z_stride_);
-      const Logits l = logits_at(z_, row, z_stride_);
-      for (int64_t i = row; i < stop; ++i) states_[i - row] = c_.state[i];
-      vocab_kernels.forward(l, {start_, w_, index_ == 0}, c_.ce, c_.stats, c_.state, row, stop, kernel_);
-      for (int64_t i = row; i < stop; ++i) {
-        RowState& s = states_[i - row];
-        const double old = s.max;
-        s = RowState{};
-        s.kind = c_.logits.target[i] == c_.logits.ignore_index;
-        s.max = c_.state[i].max, s.b = 1;  // its gradient is exp(z - max)
-        if (index_ > 0 && old != s.max) scale_row(sum_row(i), float(__builtin_exp(old - s.max)));
-      }
-      ce.grad = reinterpret_cast<void*>(uintptr_t(z_) - row * z_stride_ * sizeof(T));
-      vocab_kernels.backward(l, {start_, w_, false}, ce, states_ - row, row, stop, kernel_);
-      zero_second_of_last_pair(z_, stop - row);
-      // The target's own term is small where p is near 1: it comes at the end.
-      for (int64_t i = row; i < stop; ++i) {
-        const int64_t t = c_.logits.target[i] - start_;
-        if (t >= 0 && t < w_) z_[(i - row) * z_stride_ + t] = T{};
-      }
-      add_product(row, stop, z_, second_);
-    }
-  }
-
-  void finish_d_hidden(int64_t begin, int64_t end) {
-    const T* const weight = static_cast<const T*>(c_.weight);
-    for (int64_t i = begin; i < end; ++i) {
-      const RowState& s = c_.state[i];
-      float* const row = sum_row(i);
-      const double k = s.kind == 0 ? s.b / s.sum : s.kind == 1 ? 0.0 : __builtin_nan("");
-      scale_row(row, float(k));
-      if (s.kind != 0) continue;
-      const double p = __builtin_exp((s.z_target - s.max) - s.log_sum);
-      add_row(row, weight + c_.logits.target[i] * c_.weight_stride, float((s.a + s.b * p) * s.slope_target));
-    }
-  }
-
-  void backward() {
-    make_gradient();
-    if (c_.d_bias) add_bias();
-    if (c_.d_weight) make_d_weight();
-    if (c_.d_hidden) add_d_hidden();
+    if (wants_gradients(c_)) make_gradients();
   }
 
  private:
-  const T* weight() const { return static_cast<const T*>(c_.weight) + start_ * c_.weight_stride; }
-  T* d_weight() const { return static_cast<T*>(c_.d_weight) + start_ * c_.dim; }
-  T* stored_logits() const { return d_weight(); }  // [stored, w_] in the memory of [w_, dim]
+  // --- threads
 
-  static int64_t stripe_end(int64_t row, int64_t limit) {
-    return limit - row < kStripe ? limit : row + kStripe;
+  // Of all threads. Not OpenMP's: that one spins for long where another process has the core that is waited
+  // for.
+  void barrier() {
+    int64_t* const arrived = shared<int64_t>(a_.counters + 3 * threads_ * 64);
+    __atomic_fetch_add(arrived, 1, __ATOMIC_ACQ_REL);
+    for (int spin = 0; __atomic_load_n(arrived, __ATOMIC_ACQUIRE) < phase_ * threads_; ++spin) {
+      if (spin < 4000) {
+        pause();
+      } else {
+        sched_yield();
+      }
+    }
+  }
+  static void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
   }
 
-  // z is where `row` has the block's first logit.
-  Logits logits_at(const T* z, int64_t row, int64_t stride) const {
-    Logits l = c_.logits;
-    l.x = reinterpret_cast<const void*>(uintptr_t(z) - row * stride * sizeof(T)), l.row_stride = stride;
-    return l;
+  // Tasks 0 to n - 1: a thread's own run of them first, then what others have left; then all wait. The
+  // counters of three phases take turns: those that nobody can still be using are set back.
+  template <class F>
+  void share(int64_t n, F&& task) {
+    const auto counter = [&](int64_t phase, int64_t thread) {
+      return reinterpret_cast<int64_t*>(shared_ + a_.counters) + (phase % 3 * threads_ + thread) * 8;
+    };
+    __atomic_store_n(counter(phase_ + 2, thread_), 0, __ATOMIC_RELAXED);
+    for (int64_t k = 0; k < threads_; ++k) {
+      const int64_t owner = (thread_ + k) % threads_;
+      const int64_t begin = n * owner / threads_, end = n * (owner + 1) / threads_;
+      int64_t* const next = counter(phase_, owner);
+      while (__atomic_load_n(next, __ATOMIC_RELAXED) < end - begin) {
+        const int64_t i = begin + __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+        if (i >= end) break;
+        task(i);
+      }
+    }
+    ++phase_;
+    barrier();
   }
+  template <class F>
+  void share_rows(F&& f) {
+    constexpr int64_t kTask = 64;
+    share(stripes_of(rows_, kTask), [&](int64_t i) { f(i * kTask, least(rows_, (i + 1) * kTask)); });
+  }
+
+  // --- memory
+
+  template <class E>
+  E* mine(int64_t area) const {
+    return reinterpret_cast<E*>(mine_ + area);
+  }
+  template <class E>
+  E* shared(int64_t area) const {
+    return reinterpret_cast<E*>(shared_ + area);
+  }
+  ChapterSums sums_of(int64_t chapter) const { return vocab_kernels.sums_of(c_, shared_ + a_.sums, chapter); }
+  const T* weight(int64_t column) const {
+    return static_cast<const T*>(c_.weight) + column * c_.weight_stride;
+  }
+  int64_t place(int64_t row) const { return c_.keep ? c_.keep[row] : row; }
+  int64_t stripe_end(int64_t stripe) const { return least(rows_, (stripe + 1) * kRows); }
 
   template <class F>
   void with_hidden(F&& f) const {
@@ -163,196 +180,397 @@ class Block {
     }
   }
 
-  // z = H Wᵀ of rows [row, end), from the packed block.
-  void make_logits(int64_t row, int64_t end, T* z, int64_t stride) {
-    const Unit* dense = nullptr;  // the rows' units, where they had to be converted
-    if (Op::kElements == 1 && c_.hidden_dtype != kFloat32) {
-      with_hidden([&](auto* x) {
-        float* const to = reinterpret_cast<float*>(stripe_);
-        for (int64_t i = row; i < end; ++i)
-          to_float(x + place(c_, i) * c_.hidden_stride, c_.dim, to + (i - row) * c_.dim);
-      });
-      dense = stripe_;
-    }
-    const char* const hidden = static_cast<const char*>(c_.hidden);
-    const int64_t bytes = c_.hidden_stride * (Op::kElements == 2 ? 2 : 4);
-    const auto a = [&](int64_t i) {
-      return dense ? dense + i * c_.dim : reinterpret_cast<const Unit*>(hidden + place(c_, row + i) * bytes);
-    };
-    constexpr bool kDirect = Same<T, float>::value;
-    float* const out = kDirect ? reinterpret_cast<float*>(z) : reinterpret_cast<float*>(columns_);
-    const int64_t out_stride = kDirect ? stride : columns_stride_, units = c_.dim / Op::kElements;
-    for (int64_t k = 0; k < units; k += kDepth) {
-      multiply<Op, false>(
-          end - row, w_, units - k < kDepth ? units - k : kDepth, [&](int64_t i) { return a(i) + k; }, 1,
-          panels_ + k * kPanel, units * kPanel, [&](int64_t i) { return out + i * out_stride; }, k > 0);
-    }
-    if constexpr (!kDirect) {
-      for (int64_t i = 0; i < end - row; ++i) from_float(out + i * out_stride, w_, z + i * stride);
+  // The row as dH has it.
+  float* d_hidden(int64_t row) const {
+    if (c_.spread) return c_.d_hidden + place(row) * dim_;
+    return row < c_.split ? c_.d_hidden + row * dim_ : c_.d_hidden_rest + (row - c_.split) * dim_;
+  }
+
+  // --- logits
+
+  // z = H Wᵀ of rows [row, end) and n columns, whose weights are packed.
+  void make_logits(int64_t row, int64_t end, const Unit* packed, int64_t n, float* z, int64_t stride) {
+    if constexpr (kTiles) {
+      const int64_t bytes = units_of_dim_ * 4;
+      const char* a = static_cast<const char*>(c_.hidden);
+      TileRows from{a + row * c_.hidden_stride * 2, c_.hidden_stride * 2, 64};
+      if (c_.keep || dim_ * 2 != bytes || (end - row) % 32 != 0) {
+        char* const dense = mine<char>(a_.stripe);
+        for (int64_t i = row; i < end; ++i) {
+          char* const to = dense + (i - row) * bytes;
+          memcpy(to, a + place(i) * c_.hidden_stride * 2, dim_ * 2);
+          memset(to + dim_ * 2, 0, bytes - dim_ * 2);
+        }
+        from = {dense, bytes, 64};
+      }
+      multiply_tiles(
+          tiles_, end - row, n, units_of_dim_ / Op::kStep, from, packed, units_of_dim_ * P,
+          [&](int64_t i) { return z + i * stride; }, true, false);
+    } else {
+      const Unit* dense = nullptr;  // the rows' units, where they had to be converted
+      if (Op::kElements == 1 && c_.hidden_dtype != kFloat32) {
+        with_hidden([&](auto* x) {
+          float* const to = mine<float>(a_.stripe);
+          for (int64_t i = row; i < end; ++i)
+            to_float(x + place(i) * c_.hidden_stride, dim_, to + (i - row) * dim_);
+        });
+        dense = mine<Unit>(a_.stripe);
+      }
+      const char* const hidden = static_cast<const char*>(c_.hidden);
+      const int64_t bytes = c_.hidden_stride * (Op::kElements == 2 ? 2 : 4);
+      const auto a = [&](int64_t i) {
+        return dense ? dense + i * dim_ : reinterpret_cast<const Unit*>(hidden + place(row + i) * bytes);
+      };
+      const int64_t units = units_of_dim_;
+      for (int64_t k = 0; k < units; k += kDepth) {
+        multiply<Op, false>(
+            end - row, n, least(kDepth, units - k), [&](int64_t i) { return a(i) + k; }, 1, packed + k * P,
+            units * P, [&](int64_t i) { return z + i * stride; }, k > 0);
+      }
     }
   }
 
-  void make_gradient() {
-    CrossEntropy ce = c_.ce;
-    ce.grad = z_, ce.grad_row_stride = z_stride_;
-    if (c_.stored < c_.logits.rows) pack_transposed<Op>(weight(), c_.weight_stride, w_, c_.dim, panels_);
-    for (int64_t row = 0, end; row < c_.logits.rows; row = end) {
-      const bool stored = row < c_.stored;
-      end = stripe_end(row, stored ? c_.stored : c_.logits.rows);
-      T* const z = stored ? stored_logits() + row * w_ : z_ + row * z_stride_;
-      const int64_t stride = stored ? w_ : z_stride_;
-      if (!stored) make_logits(row, end, z, stride);
-      vocab_kernels.backward(logits_at(z, row, stride), {start_, w_, false}, ce, c_.state, row, end, kernel_);
-      zero_second_of_last_pair(z_ + row * z_stride_, end - row);
+  void pack_for_logits(int64_t column, int64_t n, Unit* out) const {
+    for (int64_t j = 0; j < n; j += P, out += units_of_dim_ * P) {
+      pack_transposed<Op>(weight(column + j), c_.weight_stride, least(P, n - j), dim_, out);
+    }
+  }
+
+  void add_chapter(int64_t chapter) {
+    const ChapterSums sums = sums_of(chapter);
+    const int64_t end = least(vocab_, (chapter + 1) * kChapter), stride = block_stride<float>(kSegment);
+    Unit* const packed = shared<Unit>(a_.segment + thread_ * a_.segment_bytes);
+    float* const z = mine<float>(a_.columns);
+    for (int64_t start = chapter * kChapter; start < end; start += kSegment) {
+      const int64_t n = least(kSegment, end - start);
+      pack_for_logits(start, n, packed);
+      for (int64_t stripe = 0; stripe < stripes_; ++stripe) {
+        const StripeOfLogits l{z, stride, start, n, stripe * kRows, stripe_end(stripe)};
+        make_logits(l.begin, l.end, packed, n, z, stride);
+        vocab_kernels.add(c_, sums, l, mine<void>(a_.kernel));
+      }
+    }
+  }
+
+  // --- gradients
+
+  // dZ of a stripe as dH reads it, in elements of ZRow.
+  typedef typename Choose<Op::kElements == 1, float, T>::type ZRow;
+  int64_t z_stride() const { return block_stride<ZRow>(width_of(c_)); }
+  ZRow* z_rows(int64_t stripe, int64_t slot) const {
+    if (kFloats && sums_rows(c_)) return shared<ZRow>(a_.z_columns) + stripe * kRows * z_stride();
+    return reinterpret_cast<ZRow*>(shared_ + a_.z_rows + slot * a_.z_rows_bytes);
+  }
+  // And as dW does: floats and narrow ones in rows, pairs of rows, lines of 32 rows.
+  T* narrow_rows(int64_t row) const { return shared<T>(a_.z_columns) + row * block_stride<T>(width_of(c_)); }
+  int64_t pairs_stride() const { return block_stride<uint32_t>(width_of(c_)); }
+  uint32_t* pairs(int64_t stripe) const {
+    return shared<uint32_t>(a_.z_columns) + stripe * (kRows / 2) * pairs_stride();
+  }
+  uint16_t* lines(int64_t row) const {  // a multiple of 32
+    return shared<uint16_t>(a_.z_columns) + row * width_of(c_);
+  }
+
+  bool needs_logits() const { return c_.stored + c_.more < rows_; }
+
+  void make_gradients() {
+    const bool split = is_split(c_, stripes_, threads_);
+    const int64_t task = columns_of_task<Op, T>(c_, threads_);
+    const int64_t d_weight_tasks = c_.d_weight ? stripes_of(dim_, task) : 0;
+    const int64_t column_tasks = sums_rows(c_) ? d_weight_tasks + (c_.d_bias != nullptr) : 0;
+    start_ = 0, width_ = least(c_.width, vocab_);
+    share(pack_tasks(), [&](int64_t i) { pack(start_, width_, i); });
+    while (start_ < vocab_) {
+      if (split) {
+        const int64_t parts = stripes_of(width_, kTaskColumns), dims = stripes_of(dim_, kTaskColumns);
+        share(stripes_ * parts, [&](int64_t i) {
+          const int64_t begin = i % parts * kTaskColumns;
+          make_dz(i / parts, begin, least(width_, begin + kTaskColumns), i / parts);
+        });
+        if (c_.d_hidden) {
+          share(stripes_ * dims, [&](int64_t i) {
+            const int64_t begin = i % dims * kTaskColumns;
+            add_d_hidden(i / dims, begin, least(dim_, begin + kTaskColumns), i / dims, start_ > 0);
+          });
+        }
+      } else {
+        share(stripes_, [&](int64_t i) {
+          make_dz(i, 0, width_, thread_);
+          if (c_.d_hidden) add_d_hidden(i, 0, dim_, thread_, start_ > 0);
+        });
+      }
+      const int64_t next = start_ + width_, next_width = least(c_.width, vocab_ - next);
+      share(column_tasks + (next_width > 0 ? pack_tasks() : 0), [&](int64_t i) {
+        if (i >= column_tasks) return pack(next, next_width, i - column_tasks);
+        if (i == d_weight_tasks) return add_bias();
+        make_d_weight(i * task, least(dim_, (i + 1) * task));
+      });
+      start_ = next, width_ = next_width;
+    }
+  }
+
+  int64_t logits_pack_tasks() const {
+    return needs_logits() || is_d_hidden_alone(c_) ? stripes_of(width_of(c_), kTaskColumns) : 0;
+  }
+  int64_t pack_tasks() const {
+    return logits_pack_tasks() + (c_.d_hidden ? stripes_of(units_of<Op>(width_of(c_)), kTaskUnits) : 0);
+  }
+  // Part i of the block of n columns from `start` on.
+  void pack(int64_t start, int64_t n, int64_t i) {
+    if (i < logits_pack_tasks()) {
+      const int64_t from = i * kTaskColumns;
+      if (from >= n) return;
+      return pack_for_logits(start + from, least(kTaskColumns, n - from),
+                             shared<Unit>(a_.packed) + from * units_of_dim_);
+    }
+    const int64_t units = units_of<Op>(n), begin = (i - logits_pack_tasks()) * kTaskUnits;
+    if (begin >= units) return;
+    pack_matrix<Op, T>([&](int64_t k) { return weight(start + k); }, dim_, n, begin,
+                       least(units, begin + kTaskUnits), shared<Unit>(a_.packed_other),
+                       units_of<Op>(width_of(c_)) * P);
+  }
+
+  // The columns [begin, end) of the block.
+  void make_dz(int64_t stripe, int64_t begin, int64_t end, int64_t slot) {
+    ZRow* const rows = z_rows(stripe, slot) + begin;
+    float* z = mine<float>(a_.columns);
+    int64_t stride = block_stride<float>(width_of(c_));
+    if constexpr (kFloats) z = rows;
+    const StripeOfLogits l{z, stride, start_ + begin, end - begin, stripe * kRows, stripe_end(stripe)};
+    const bool kept = l.end <= c_.stored + c_.more;
+    if (!kept) {
+      make_logits(l.begin, l.end, shared<Unit>(a_.packed) + begin * units_of_dim_, l.width, z, stride);
+    }
+    void* const kernel = mine<void>(a_.kernel);
+    if constexpr (kNarrow) {
+      const bool sums = sums_rows(c_);
+      T* const out = sums ? narrow_rows(l.begin) + begin : reinterpret_cast<T*>(z);  // or over the logits
+      const int64_t out_stride = sums ? block_stride<T>(width_of(c_)) : 2 * stride;
+      vocab_kernels.gradient(c_, l, kept, out, out_stride, kernel);
+      for (int64_t i = 0; i < l.end - l.begin; ++i) {
+        to_float(out + i * out_stride, l.width, rows + i * z_stride());
+      }
+    } else {
+      vocab_kernels.gradient(c_, l, kept, rows, z_stride(), kernel);
+      if constexpr (Op::kElements == 2) {
+        if (!sums_rows(c_)) return;
+        const auto row = [&](int64_t i) { return rows + i * z_stride(); };
+        if constexpr (kTiles) {
+          for (int64_t i = 0; i < kRows; i += 32) {
+            pack_lines([&](int64_t r) { return row(i + r); }, l.width, l.end - l.begin - i,
+                       lines(l.begin + i) + begin * 32);
+          }
+        } else {
+          pack_rows<Op, T>(row, l.width, l.end - l.begin, pairs(stripe) + begin, round_up(l.width, W),
+                           pairs_stride());
+        }
+      }
+    }
+  }
+
+  // dH (+)= dZ W of the columns [begin, end) of dH; the first block of the vocabulary begins the sum.
+  void add_d_hidden(int64_t stripe, int64_t begin, int64_t end, int64_t slot, bool accumulate) {
+    const int64_t row = stripe * kRows, count = stripe_end(stripe) - row;
+    const int64_t panel = units_of<Op>(width_of(c_)) * P;
+    const Unit* const packed = shared<Unit>(a_.packed_other) + begin / P * panel;
+    const ZRow* const z = z_rows(stripe, slot);
+    const auto c = [&](int64_t i) { return d_hidden(row + i) + begin; };
+    if constexpr (kTiles) {
+      const TileRows a{reinterpret_cast<const char*>(z), z_stride() * 2, 64};
+      const bool even = !(c_.spread && c_.keep) && (row >= c_.split || row + count <= c_.split);
+      multiply_tiles(tiles_, count, end - begin, (width_ + 31) / 32, a, packed, panel, c, even, accumulate);
+    } else {
+      const int64_t stride = z_stride() / Op::kElements, units = units_of<Op>(width_);
+      const auto a = [&](int64_t i) { return reinterpret_cast<const Unit*>(z) + i * stride; };
+      multiply<Op, false>(count, end - begin, units, a, 1, packed, panel, c, accumulate);
+    }
+  }
+
+  // dW of the columns [begin, end) of hidden: a sum over all rows.
+  void make_d_weight(int64_t begin, int64_t end) {
+    constexpr int64_t chunk = rows_of_sum<Op>();
+    const int64_t stride = columns_of_task<Op, T>(c_, threads_);
+    T* const out = static_cast<T*>(c_.d_weight) + start_ * dim_ + begin;
+    float* const sum = mine<float>(a_.d_weight);
+    Unit* const packed = mine<Unit>(a_.stripe);
+    const int64_t n = end - begin;
+    for (int64_t row = 0; row < rows_; row += chunk) {
+      const int64_t count = least(chunk, rows_ - row), units = units_of<Op>(count);
+      with_hidden([&](auto* x) {
+        typedef typename Element<decltype(x)>::type E;
+        pack_matrix<Op, E>([&](int64_t i) { return x + place(row + i) * c_.hidden_stride + begin; }, n, count,
+                           0, units, packed, units * P);
+      });
+      if constexpr (kTiles) {
+        // A block of columns at a time. Its sums wait only where there are more rows.
+        const bool once = rows_ <= chunk, last = row + chunk >= rows_;
+        for (int64_t j = 0; j < width_; j += 32) {
+          float* const mine = sum + (once ? 0 : j * stride);
+          const int64_t m = least(32, width_ - j);
+          const TileRows a{reinterpret_cast<const char*>(lines(row) + j * 32), 64, width_of(c_) * 64};
+          multiply_tiles(
+              tiles_, m, n, units / Op::kStep, a, packed, units * P,
+              [&](int64_t i) { return mine + i * stride; }, true, row > 0);
+          for (int64_t i = 0; last && i < m; ++i) from_float(mine + i * stride, n, out + (j + i) * dim_);
+        }
+      } else {
+        const Unit* a = nullptr;
+        int64_t a_step = 0;
+        if constexpr (kNarrow) {
+          float* const floats = mine<float>(a_.columns);
+          a_step = block_stride<float>(width_of(c_)), a = floats;
+          for (int64_t i = 0; i < count; ++i) to_float(narrow_rows(row + i), width_, floats + i * a_step);
+        } else if constexpr (kFloats) {
+          a_step = z_stride(), a = z_rows(0, 0) + row * a_step;
+        } else {
+          a_step = pairs_stride(), a = pairs(row / kRows);
+        }
+        const auto c = [&](int64_t i) -> float* {
+          if constexpr (kFloats) return out + i * dim_;
+          return sum + i * stride;
+        };
+        multiply<Op, true>(
+            width_, n, units, [&](int64_t i) { return a + i; }, a_step, packed, units * P, c, row > 0);
+      }
+    }
+    if constexpr (!kFloats && !kTiles) {
+      for (int64_t i = 0; i < width_; ++i) from_float(sum + i * stride, n, out + i * dim_);
     }
   }
 
   void add_bias() {
-    double* const sum = static_cast<double*>(kernel_);
-    for (int64_t j = 0; j < w_; ++j) sum[j] = 0;
-    for (int64_t i = 0; i < c_.logits.rows; ++i) {
-      for (int64_t j = 0; j < w_; j += W) {
+    float* const out = c_.d_bias + start_;
+    if constexpr (kTiles) {
+      for (int64_t j = 0; j < width_; ++j) {
+        double sum = 0;
+        for (int64_t row = 0; row < rows_; row += 32) {
+          const BF16* const line = reinterpret_cast<const BF16*>(lines(row) + j * 32);
+          F32V part{};
+          for (int64_t i = 0; i < 32; i += W) part += load(line + i);
+          sum += sum_lanes(part);
+        }
+        out[j] = float(sum);
+      }
+    } else {
+      double* const sum = mine<double>(a_.kernel);
+      for (int64_t j = 0; j < width_; ++j) sum[j] = 0;
+      const auto add = [&](int64_t j, F32V v) {
         float z[W];
-        store(z, load_upto(z_ + i * z_stride_ + j, w_ - j));
+        store(z, v);
         store(sum + j, load(sum + j) + widen(z));
         store(sum + j + W / 2, load(sum + j + W / 2) + widen(z + W / 2));
+      };
+      for (int64_t i = 0; i < rows_; i += Op::kElements) {
+        for (int64_t j = 0; j < width_; j += W) {
+          const int64_t left = width_ - j;
+          if constexpr (kNarrow) {
+            add(j, load_upto(narrow_rows(i) + j, left));
+          } else if constexpr (kFloats) {
+            add(j, load_upto(z_rows(0, 0) + i * z_stride() + j, left));
+          } else {  // what follows the block's columns is added to what nobody reads
+            const U32V pair = load_raw<U32V>(pairs(i / kRows) + i % kRows / 2 * pairs_stride() + j);
+            add(j, bit_cast<F32V>(pair << 16));
+            add(j, bit_cast<F32V>(pair & 0xffff0000u));
+          }
+        }
       }
+      for (int64_t j = 0; j < width_; ++j) out[j] = float(sum[j]);
     }
-    for (int64_t j = 0; j < w_; ++j) c_.d_bias[start_ + j] = float(sum[j]);
   }
 
-  void make_d_weight() {
-    constexpr bool kDirect = Same<T, float>::value;
-    float* const out = kDirect ? reinterpret_cast<float*>(d_weight()) : reinterpret_cast<float*>(panels_);
-    for (int64_t row = 0; row < c_.logits.rows; row += kStripe) {
-      const int64_t count = stripe_end(row, c_.logits.rows) - row;
-      const int64_t units = (count + Op::kElements - 1) / Op::kElements;
-      with_hidden([&](auto* x) {
-        pack_rows<Op, typename Element<decltype(x)>::type>(
-            [&](int64_t i) { return x + place(c_, row + i) * c_.hidden_stride; }, c_.dim, count, stripe_,
-            kPanel, units * kPanel);
+  // --- d hidden alone: statistics and gradient in one pass, the sum relative to the largest logit so far
+
+  void make_d_hidden_alone() {
+    const ChapterSums sums = sums_of(0);
+    for (start_ = 0; start_ < vocab_; start_ += width_) {
+      width_ = least(width_of(c_), vocab_ - start_);
+      share(pack_tasks(), [&](int64_t i) { pack(start_, width_, i); });
+      share(stripes_, [&](int64_t stripe) {
+        const int64_t row = stripe * kRows, end = stripe_end(stripe);
+        float* const z = mine<float>(a_.columns);
+        const int64_t stride = block_stride<float>(width_of(c_));
+        void* const kernel = mine<void>(a_.kernel);
+        make_logits(row, end, shared<Unit>(a_.packed), width_, z, stride);
+        bool is_over = false;  // the chapter
+        for (int64_t j = 0; j < width_; j += kSegment) {
+          const int64_t n = least(kSegment, width_ - j), next = start_ + j + n;
+          vocab_kernels.add(c_, sums, {z + j, stride, start_ + j, n, row, end}, kernel);
+          is_over = next % kChapter == 0 || next == vocab_;
+          if (is_over) vocab_kernels.merge(c_, sums, next <= kChapter, row, end);
+        }
+        float* const factor = mine<float>(a_.factors);
+        ZRow* const rows = z_rows(stripe, thread_);
+        const StripeOfLogits l{z, stride, start_, width_, row, end};
+        const ChapterSums* const unfinished = is_over ? nullptr : &sums;
+        if constexpr (kNarrow) {
+          T* const out = reinterpret_cast<T*>(z);
+          vocab_kernels.exponentials(c_, unfinished, l, out, 2 * stride, factor, kernel);
+          for (int64_t i = 0; i < end - row; ++i)
+            to_float(out + i * 2 * stride, width_, rows + i * z_stride());
+        } else {
+          vocab_kernels.exponentials(c_, unfinished, l, rows, z_stride(), factor, kernel);
+        }
+        for (int64_t i = 0; i < end - row; ++i) {
+          if (factor[i] != 1) scale_row(d_hidden(row + i), factor[i]);
+        }
+        add_d_hidden(stripe, 0, dim_, thread_, start_ > 0);
       });
-      const Unit* a = reinterpret_cast<const Unit*>(z_ + row * z_stride_);
-      int64_t a_step = z_stride_;
-      if constexpr (!kDirect) {
-        pack_rows<Op, T>([&](int64_t i) { return z_ + (row + i) * z_stride_; }, w_, count, columns_,
-                         columns_stride_, 0);
-        a = columns_, a_step = columns_stride_;
-      }
-      multiply<Op, true>(
-          w_, c_.dim, units, [&](int64_t i) { return a + i; }, a_step, stripe_, units * kPanel,
-          [&](int64_t i) { return out + i * c_.dim; }, row > 0);
     }
-    if constexpr (!kDirect) from_float(out, w_ * c_.dim, d_weight());
+    share_rows([&](int64_t begin, int64_t end) {
+      vocab_kernels.finish(c_, begin, end);
+      for (int64_t i = begin; i < end; ++i) finish_d_hidden(i);
+    });
   }
 
-  void zero_second_of_last_pair(T* z, int64_t rows) {
-    if (Op::kElements == 1 || w_ % 2 == 0) return;
-    for (int64_t i = 0; i < rows; ++i) z[i * z_stride_ + w_] = T{};
-  }
-
-  // Of columns, as units of K of dH = dZ W.
-  int64_t units() const { return (w_ + Op::kElements - 1) / Op::kElements; }
-
-  void pack_weight(Unit* out) {
-    pack_rows<Op, T>([&](int64_t i) { return weight() + i * c_.weight_stride; }, c_.dim, w_, out, kPanel,
-                     units() * kPanel);
-  }
-
-  float* sum_row(int64_t row) const {
-    if (c_.spread) return c_.d_hidden + place(c_, row) * c_.dim;
-    return row < c_.split ? c_.d_hidden + row * c_.dim : c_.d_hidden_rest + (row - c_.split) * c_.dim;
+  void finish_d_hidden(int64_t i) const {
+    const RowState& s = c_.state[i];
+    float* const row = d_hidden(i);
+    const double k = s.kind == 0 ? s.b / s.sum : s.kind == 1 ? 0.0 : __builtin_nan("");
+    scale_row(row, float(k));
+    if (s.kind != 0) return;
+    const double p = __builtin_exp((s.z_target - s.max) - s.log_sum);
+    const T* const y = weight(c_.logits.target[i]);
+    const float factor = float((s.a + s.b * p) * s.slope_target);
+    write_block(row, dim_,
+                [=](int64_t j, int64_t n) { return load_upto(row + j, n) + factor * load_upto(y + j, n); });
   }
 
   void scale_row(float* x, float factor) const {
-    write_block(x, c_.dim, [=](int64_t i, int64_t n) { return load_upto(x + i, n) * factor; });
+    write_block(x, dim_, [=](int64_t i, int64_t n) { return load_upto(x + i, n) * factor; });
   }
-  void add_row(float* x, const T* y, float factor) const {
-    write_block(x, c_.dim,
-                [=](int64_t i, int64_t n) { return load_upto(x + i, n) + factor * load_upto(y + i, n); });
-  }
-
-  // dH (+)= Z W of rows [row, end), whose block is at z; the first block of the vocabulary begins the sum.
-  void add_product(int64_t row, int64_t end, const T* z, const Unit* packed) {
-    const Unit* a = reinterpret_cast<const Unit*>(z);
-    int64_t a_stride = z_stride_ / Op::kElements;
-    if constexpr (!kIsUnit) {
-      float* const to = reinterpret_cast<float*>(columns_);
-      for (int64_t i = 0; i < end - row; ++i) to_float(z + i * z_stride_, w_, to + i * columns_stride_);
-      a = columns_, a_stride = columns_stride_;
-    }
-    multiply<Op, false>(
-        end - row, c_.dim, units(), [&](int64_t i) { return a + i * a_stride; }, 1, packed, units() * kPanel,
-        [&](int64_t i) { return sum_row(row + i); }, index_ > 0);
-  }
-
-  void add_d_hidden() {
-    pack_weight(panels_);
-    for (int64_t row = 0, stripe = 0; row < c_.logits.rows; row += kStripe, ++stripe) {
-      while (__atomic_load_n(c_.finished + stripe, __ATOMIC_ACQUIRE) != index_) sched_yield();
-      add_product(row, stripe_end(row, c_.logits.rows), z_ + row * z_stride_, panels_);
-      __atomic_store_n(c_.finished + stripe, index_ + 1, __ATOMIC_RELEASE);
-    }
-  }
-
-  template <class P>
-  struct Element;
-  template <class E>
-  struct Element<const E*> {
-    typedef E type;
-  };
 };
 
 template <class F>
-void with_block(const HeadCall& c, int64_t index, void* scratch, F&& f) {
-  char* const memory = static_cast<char*>(scratch);
-  if (c.pairs) {
-    Block<BFloat16Pairs, BF16> block(c, index, memory);
-    f(block);
-  } else if (c.weight_dtype == kBFloat16) {
-    Block<FloatUnits, BF16> block(c, index, memory);
-    f(block);
-  } else {
-    Block<FloatUnits, float> block(c, index, memory);
-    f(block);
+auto with_worker(const HeadCall& c, F&& f) {
+  if (c.tiles) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+    if (!c.emulate) return f(AmxTiles<ProcessorTiles>{}, BF16{});
+#endif
+    return f(AmxTiles<EmulatedTiles>{}, BF16{});
   }
+  if (c.pairs) return f(BFloat16Pairs{}, BF16{});
+  if (c.weight_dtype == kBFloat16) return f(FloatUnits{}, BF16{});
+  return f(FloatUnits{}, float{});
 }
 
-int64_t scratch_bytes(const HeadCall& c) { return areas_of(c).bytes; }
-
-void forward(const HeadCall& c, RowState* state, int64_t begin, int64_t end, void* scratch) {
-  for (int64_t index = begin; index < end; ++index) {
-    with_block(c, index, scratch, [&](auto& block) { block.forward(state, index == begin); });
-  }
+int64_t scratch_bytes(const HeadCall& c, int64_t threads) {
+  return with_worker(
+      c, [&](auto op, auto type) { return areas_of<decltype(op), decltype(type)>(c, threads).bytes; });
 }
 
-void finish(const HeadCall& c, int64_t shares) {
-  for (int64_t share = 1; share < shares; ++share) {
-    vocab_kernels.merge(c.logits, c.ce, c.stats, c.state, c.state + share * c.logits.rows);
-  }
-  vocab_kernels.finish(c.logits, c.ce, c.stats, c.state, 0, c.logits.rows);
-}
+int64_t counter_bytes(int64_t threads) { return (3 * threads + 1) * 64; }
 
-void set_coefficients(const HeadCall& c) { vocab_kernels.set_coefficients(c.logits, c.ce, c.given, c.state); }
-
-void backward(const HeadCall& c, int64_t index, void* scratch) {
-  with_block(c, index, scratch, [](auto& block) { block.backward(); });
-}
-
-void d_hidden_alone(const HeadCall& c, int64_t begin, int64_t end, void* scratch) {
-  const int64_t blocks = (c.logits.vocab + c.width - 1) / c.width;
-  for (int64_t index = 0; index < blocks; ++index) {
-    with_block(c, index, scratch, [&](auto& block) { block.add_exponentials(begin, end); });
-  }
-  vocab_kernels.finish(c.logits, c.ce, c.stats, c.state, begin, end);
-  with_block(c, 0, scratch, [&](auto& block) { block.finish_d_hidden(begin, end); });
+void run(const HeadCall& c, void* scratch, int64_t thread, int64_t threads) {
+  with_worker(c, [&](auto op, auto type) {
+    Worker<decltype(op), decltype(type)>(c, static_cast<char*>(scratch), thread, threads).run();
+    return 0;
+  });
 }
 
 }  // namespace
 
 extern const HeadKernels head_kernels;
-const HeadKernels head_kernels = {kPanel,           scratch_bytes, forward,       finish,
-                                  set_coefficients, backward,      d_hidden_alone};
+const HeadKernels head_kernels = {scratch_bytes, counter_bytes, run};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

@@ -1,5 +1,6 @@
-// Cross-entropy of the linear head, forward and backward in one call, without the logits of all rows: the
-// vocabulary goes by in blocks of columns, every block with all rows (docs/engine.md says why).
+// The linear head without the logits of all rows: the vocabulary goes by in blocks of columns, every block
+// with all rows (docs/engine.md says why). One call is statistics and cross-entropy's loss, or those and the
+// gradients at once, or the gradients from coefficients that a loss made of an earlier call's statistics.
 #pragma once
 
 #include "vocab_blocks.h"
@@ -10,49 +11,68 @@ struct HeadCall {
   Logits logits;  // x is null; rows are those that carry a target
   CrossEntropy ce;
   Stats stats;
-  Coefficients given;   // lse not null: no forward, the backward alone from these; else unused
-  RowState* state;      // [shares, rows]
-  const int64_t* keep;  // [rows] where a row lies in hidden and d_hidden, or null: in its place
+  int64_t* argmax;            // [rows] or null: the first column of the largest logit
+  const float* token_weight;  // [rows] factors of loss and gradient, or null
+  const float* row_scale;     // [rows] factors of the scale (1 / temperature), or null
+  Coefficients given;         // lse not null: the backward alone, from these; else unused
+  RowState* state;            // [rows]
+  const int64_t* keep;        // [rows] where a row lies in hidden and d_hidden, or null: in its place
   int64_t dim;
   const void* hidden;  // rows hidden_stride apart
   int hidden_dtype;
   int64_t hidden_stride;
   const void* weight;  // [vocab, dim], rows weight_stride apart
-  int weight_dtype;    // the logits' too, where they are kept
+  int weight_dtype;    // the logits' too
   int64_t weight_stride;
+  bool float_logits;  // the logits are not rounded to the weight's dtype; none may be kept
   void* d_weight;  // [vocab, dim] of the weight's dtype, or null. Until a block of it is written, that memory
                    // holds the block's logits of the first `stored` rows
-  int64_t stored;  // at most dim
+  int64_t stored;  // at most dim; with `given`: those that an earlier call left there
+  void* more_logits;  // [vocab, more] of the weight's dtype, for those of the next `more` rows
+  int64_t more;
+  bool stats_only;       // no gradients: d_weight only keeps logits, for a later call
   float* d_hidden;       // float32 sums, or null
   float* d_hidden_rest;  // where rows from `split` on have theirs
   int64_t split;
-  bool spread;        // d_hidden's rows lie as hidden's, undivided; else densely
-  float* d_bias;      // [vocab] or null
-  int64_t width;      // columns of a block
-  int64_t* finished;  // [stripes] blocks that a stripe's d hidden has
-  bool pairs;         // multiply bfloat16 pairs, not floats
+  bool spread;           // d_hidden's rows lie as hidden's, undivided; else densely
+  float* d_bias;         // [vocab] or null
+  int64_t width;         // columns of a block of the gradients
+  int64_t* finished;     // unused
+  bool pairs;            // multiply bfloat16 pairs, not floats
+  bool tiles;            // in AMX tiles: pairs must be set, too
+  bool emulate;          // those in memory
+  bool rounds_natively;  // to bfloat16, with AVX512_BF16
 };
 
-inline bool is_d_hidden_alone(const HeadCall& c) { return c.d_hidden && !c.d_weight && !c.given.lse; }
+inline bool is_backward(const HeadCall& c) { return c.given.lse != nullptr; }
+inline bool wants_gradients(const HeadCall& c) { return is_backward(c) || (c.d_weight && !c.stats_only); }
+inline bool is_d_hidden_alone(const HeadCall& c) {
+  return c.d_hidden && !c.d_weight && !is_backward(c) && !c.stats_only;
+}
+// Whether a gradient sums over rows.
+inline bool sums_rows(const HeadCall& c) { return wants_gradients(c) && (c.d_weight || c.d_bias); }
 
-// Rows that are taken together: their hidden states and their part of a block stay in L2.
+// Kept logits of a few columns lie together, row after row, in the rows of d_weight that those columns have:
+// a block of any width is then free for its gradient when it has read its own logits.
+constexpr int64_t kKept = 64;
+
+// Of `row` and the kKept columns from `column` on, a multiple of kKept.
+template <class T>
+T* kept_logits(const HeadCall& c, int64_t row, int64_t column) {
+  const int64_t left = c.logits.vocab - column, width = left < kKept ? left : kKept;
+  if (row < c.stored) return static_cast<T*>(c.d_weight) + column * c.dim + row * width;
+  return static_cast<T*>(c.more_logits) + column * c.more + (row - c.stored) * width;
+}
+
+// The most rows that any kind of product takes together.
 constexpr int64_t kStripe = 96;
 
-// Three kinds of call: d_weight (and more) is wanted; d_hidden alone is; nothing but losses and statistics
-// is.
 struct HeadKernels {
-  int64_t panel;  // a block's width must be a multiple
-  int64_t (*scratch_bytes)(const HeadCall&);
-  // Blocks [begin, end) of the vocabulary: adds to the share's state, stores logits. Then, once, finish.
-  void (*forward)(const HeadCall&, RowState* state, int64_t begin, int64_t end, void* scratch);
-  void (*finish)(const HeadCall&, int64_t shares);
-  void (*set_coefficients)(const HeadCall&);
-  // One block; blocks are begun in their order. Waits for the block before to add to d hidden, so its bits
-  // depend on nothing.
-  void (*backward)(const HeadCall&, int64_t block, void* scratch);
-  // d hidden alone, of rows [begin, end): all of them, forward and backward. The gradient may have no term
-  // over the whole vocabulary other than b·p.
-  void (*d_hidden_alone)(const HeadCall&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*scratch_bytes)(const HeadCall&, int64_t threads);
+  // Bytes of scratch that must be zero at the start, from its beginning.
+  int64_t (*counter_bytes)(int64_t threads);
+  // What each thread of an OpenMP team does.
+  void (*run)(const HeadCall&, void* scratch, int64_t thread, int64_t threads);
 };
 
 }  // namespace fastloss

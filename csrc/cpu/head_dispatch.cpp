@@ -6,8 +6,17 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(_OPENMP)
+#include <omp.h>
 #endif
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
@@ -79,75 +88,110 @@ bool supports_gemm_bf16() {
 
 bool can_multiply_pairs() { return supports_gemm_bf16() || std::strcmp(kernels().name, "avx512"); }
 
-void gemm(Address a, int64_t a_row, Address b, int64_t b_row, Address c, int64_t c_row, int64_t m, int64_t n,
-          int64_t k, bool accumulate, int64_t threads) {
-  if (!can_multiply_pairs()) throw std::invalid_argument("gemm_bf16: this processor has no AVX512_BF16");
-  if (m <= 0 || n <= 0) return;
+#if defined(__x86_64__)
+// Whether the processor has AMX tiles of bfloat16, the system keeps them over a change of threads, and lets
+// this process use them (Linux wants to be asked).
+bool ask_for_tiles() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (!(d & amx_bf16) || !(d & amx_tile)) return false;
+  if (!__get_cpuid_count(1, 0, &a, &b, &c, &d) || !(c & (1u << 27))) return false;  // OSXSAVE
+  unsigned low = 0, high = 0;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr unsigned tile_state = 3u << 17;
+  if ((low & tile_state) != tile_state) return false;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Whether bfloat16 is multiplied in the processor's AMX tiles: with the AVX-512 kernels, which pack for them.
+bool supports_tiles() {
+#if defined(__x86_64__)
+  static const bool has_tiles = ask_for_tiles();  // once in a process
+  return !std::strcmp(kernels().name, "avx512") && has_tiles;
+#else
+  return false;
+#endif
+}
+
+void run_gemm(Gemm g, int64_t threads) {
+  if (g.m <= 0 || g.n <= 0) return;
   py::gil_scoped_release release;
   if (threads < 1) threads = 1;
-  const Gemm g{at<uint16_t>(a), a_row, at<uint16_t>(b), b_row, at<float>(c), c_row, m, n, k, accumulate};
   const GemmKernel& kernel = chosen().gemm;
   kernel.run(g, threads, thread_buffer().at_least(kernel.scratch_bytes(g, threads)));
 }
 
-// d hidden alone: every thread has rows of its own, and all of the vocabulary.
-void run_rows(const HeadCall& c, const HeadKernels& k, int64_t shares, char* scratch) {
-  const int64_t rows = c.logits.rows, stride = k.scratch_bytes(c);
-#pragma omp parallel for num_threads(static_cast<int>(shares)) schedule(static, 1)
-  for (int64_t share = 0; share < shares; ++share) {
-    FlushDenormals flush;
-    k.d_hidden_alone(c, rows * share / shares, rows * (share + 1) / shares, scratch + stride * share);
+void gemm(Address a, int64_t a_row, Address b, int64_t b_row, Address c, int64_t c_row, int64_t m, int64_t n,
+          int64_t k, bool accumulate, int64_t threads) {
+  const bool tiles = supports_tiles();
+  if (!tiles && !can_multiply_pairs()) {
+    throw std::invalid_argument("gemm_bf16: this processor has no AVX512_BF16");
   }
+  run_gemm({at<uint16_t>(a), a_row, at<uint16_t>(b), b_row, at<float>(c), c_row, m, n, k, accumulate, tiles,
+            false},
+           threads);
 }
 
-// The forward gives every thread one run of blocks, with sums of its own; the backward hands out block by
-// block.
-void run(const HeadCall& c, const HeadKernels& k, int64_t shares, char* scratch) {
-  const int64_t blocks = (c.logits.vocab + c.width - 1) / c.width, stride = k.scratch_bytes(c);
-  std::atomic<int64_t> next{0}, slot{0};
-#pragma omp parallel num_threads(static_cast<int>(shares))
+// The same in tiles on any processor: where it has none, in memory.
+void gemm_in_tiles(Address a, int64_t a_row, Address b, int64_t b_row, Address c, int64_t c_row, int64_t m,
+                   int64_t n, int64_t k, bool accumulate, int64_t threads) {
+  run_gemm({at<uint16_t>(a), a_row, at<uint16_t>(b), b_row, at<float>(c), c_row, m, n, k, accumulate, true,
+            !supports_tiles()},
+           threads);
+}
+
+void run(const HeadCall& c, char* scratch, int64_t threads) {
+  const HeadKernels& k = chosen().head;
+  std::memset(scratch, 0, k.counter_bytes(threads));
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(static_cast<int>(threads))
   {
     FlushDenormals flush;
-    char* const mine = scratch + stride * slot.fetch_add(1, std::memory_order_relaxed);
-    if (c.given.lse) {
-#pragma omp single
-      k.set_coefficients(c);
-    } else {
-#pragma omp for schedule(static, 1)
-      for (int64_t share = 0; share < shares; ++share) {
-        k.forward(c, c.state + share * c.logits.rows, blocks * share / shares, blocks * (share + 1) / shares,
-                  mine);
-      }
-#pragma omp single
-      k.finish(c, shares);
-    }
-    if (c.d_weight || c.given.lse) {
-      for (int64_t block; (block = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
-        k.backward(c, block, mine);
-      }
-    }
+    k.run(c, scratch, omp_get_thread_num(), omp_get_num_threads());
   }
+#else
+  FlushDenormals flush;
+  k.run(c, scratch, 0, 1);
+#endif
 }
 
-void check(const HeadCall& c, const HeadKernels& k) {
+// Of all threads together.
+int64_t scratch_bytes(const HeadCall& c, int64_t threads) {
+  return chosen().head.scratch_bytes(c, threads < 1 ? 1 : threads);
+}
+
+void check(const HeadCall& c) {
   const auto expect = [](bool is_so, const char* what) {
     if (!is_so) throw std::invalid_argument(what);
   };
   expect(c.logits.rows > 0 && c.dim > 0 && c.logits.vocab > 0, "expected rows, dim and vocab of at least 1");
-  expect(c.width > 0 && c.width <= kBlock && c.width % k.panel == 0,
+  expect(c.width > 0 && c.width <= kBlock && c.width % kKept == 0,
          "width: expected a multiple of HEAD_PANEL, at most 2048");
   expect(c.stored >= 0 && c.stored <= c.dim && c.stored <= c.logits.rows,
          "stored: expected at most dim rows");
-  expect(!c.stored || (c.d_weight && !c.given.lse), "stored: expected with d_weight, and a forward");
+  expect(!c.stored || c.d_weight, "stored: expected with d_weight");
+  expect(c.more >= 0 && c.stored + c.more <= c.logits.rows, "more: expected at most the other rows");
+  expect(!c.more || c.more_logits, "more: expected with more_logits");
+  expect(!c.float_logits || c.weight_dtype == kFloat32 || !(c.stored + c.more),
+         "float_logits: expected no kept logits");
+  expect(!c.stats_only || !c.given.lse, "stats_only: expected without lse");
   expect(!c.d_bias || c.d_weight || c.given.lse, "d_bias: expected with d_weight or a backward alone");
   expect(!is_d_hidden_alone(c) || (c.logits.target && c.ce.label_smoothing == 0),
          "d_hidden without d_weight: expected index targets without label smoothing");
   for (const int dtype : {c.hidden_dtype, c.weight_dtype}) {
     expect(dtype == kFloat32 || dtype == kBFloat16, "dtype: expected float32 or bfloat16");
   }
-  expect(!c.pairs || can_multiply_pairs(), "pairs: this processor has no AVX512_BF16");
+  expect(!c.pairs || c.tiles || can_multiply_pairs(), "pairs: this processor has no AVX512_BF16");
   expect(!c.pairs || (c.hidden_dtype == kBFloat16 && c.weight_dtype == kBFloat16 && c.dim % 2 == 0),
          "pairs: expected bfloat16 operands of an even dim");
+  expect(!c.tiles || c.pairs, "tiles: expected with pairs");
 }
 
 // A field of the call that Python reads and writes: a number, or an address as one.
@@ -224,27 +268,45 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("width", width);
   FASTLOSS_FIELD("finished", finished);
   FASTLOSS_FIELD("pairs", pairs);
-  type.def("scratch_bytes", [](const HeadCall& c) {  // of a thread
-    const HeadKernels& k = chosen().head;
-    check(c, k);
-    return k.scratch_bytes(c);
+  FASTLOSS_FIELD("tiles", tiles);
+  FASTLOSS_FIELD("argmax", argmax);
+  FASTLOSS_FIELD("token_weight", token_weight);
+  FASTLOSS_FIELD("row_scale", row_scale);
+  FASTLOSS_FIELD("float_logits", float_logits);
+  FASTLOSS_FIELD("more_logits", more_logits);
+  FASTLOSS_FIELD("more", more);
+  FASTLOSS_FIELD("stats_only", stats_only);
+  type.def("workspace_bytes", [](HeadCall& c, int64_t threads) {  // of a run on that many threads
+    check(c);
+    c.emulate = !supports_tiles();
+    return scratch_bytes(c, threads);
   });
-  // threads: at most one for each block, or for each row where d_hidden alone is wanted; scratch holds
-  // theirs, and state where it is not.
+  type.def("scratch_bytes", [](HeadCall& c) {  // enough for each of any number of threads
+    check(c);
+    c.emulate = !supports_tiles();
+    int64_t most = 0;
+    for (int64_t threads = 1; threads <= 64; ++threads) {
+      most = std::max(most, (scratch_bytes(c, threads) + threads - 1) / threads);
+    }
+    return most;
+  });
+  // Scratch is what workspace_bytes says, 64-byte aligned.
   type.def("run", [](HeadCall& c, Address scratch, int64_t threads) {
-    const HeadKernels& k = chosen().head;
-    check(c, k);
+    check(c);
+    c.emulate = !supports_tiles(), c.rounds_natively = supports_gemm_bf16();
     c.logits.dtype = c.weight_dtype;
     py::gil_scoped_release release;
-    (is_d_hidden_alone(c) ? run_rows : run)(c, k, threads, at<char>(scratch));
+    run(c, at<char>(scratch), threads < 1 ? 1 : threads);
   });
   m.def("can_multiply_pairs", &can_multiply_pairs);
   m.attr("ROW_STATE_DOUBLES") = int(sizeof(RowState) / sizeof(double));
   m.attr("HEAD_STRIPE") = kStripe;
-  m.def("head_panel", [] { return chosen().head.panel; });
+  m.def("head_panel", [] { return kKept; });
+  m.def("supports_tiles", &supports_tiles);
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("supports_gemm_bf16", &supports_gemm_bf16);
   m.def("gemm_bf16", &gemm);
+  m.def("gemm_bf16_in_tiles", &gemm_in_tiles);
 }
 
 #undef FASTLOSS_FIELD

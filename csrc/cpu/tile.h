@@ -1,7 +1,7 @@
 // The matrix product inside the linear head: C (+)= A · B, C and all sums float32. A tile of C stays in
 // registers over the whole of K; B is packed into panels as wide as the tile, A is read where it lies. K goes
-// in units of 32 bits: one float, or two neighbouring bfloat16 (vdpbf16ps). Whatever is not a multiple of the
-// tile is computed in full and stored in part: a packed panel is padded with zeros.
+// in units of 32 bits: one float, or two neighbouring bfloat16 (vdpbf16ps, and the tiles of amx.h). Whatever
+// is not a multiple of the tile is computed in full and stored in part: a packed panel is padded with zeros.
 #pragma once
 
 #include "vec.h"
@@ -16,9 +16,12 @@ constexpr int64_t kPanel = kTileVectors * W;  // columns of a tile
 // pile up (with 512 the error of a logit was above that of PyTorch's GEMM).
 constexpr int64_t kDepth = 128;
 
+// kElements: of a unit. kPanel: columns of a packed panel. kStep: units by which K grows; a panel is padded
+// with zeros to a multiple. kStripe: rows of the head that are taken together, so that they and what becomes
+// of them stay in L2.
 struct FloatUnits {
   typedef float Unit;
-  static constexpr int64_t kElements = 1;
+  static constexpr int64_t kElements = 1, kPanel = FASTLOSS_ISA::kPanel, kStep = 1, kStripe = 96;
   static FASTLOSS_INLINE void multiply_add(F32V& sum, const Unit* a, F32V b) {
     sum += (*a - F32V{}) * b;  // x - 0 is x for every x: a broadcast alone
   }
@@ -26,7 +29,7 @@ struct FloatUnits {
 
 struct BFloat16Pairs {
   typedef uint32_t Unit;
-  static constexpr int64_t kElements = 2;
+  static constexpr int64_t kElements = 2, kPanel = FASTLOSS_ISA::kPanel, kStep = 1, kStripe = 96;
   static FASTLOSS_INLINE void multiply_add(F32V& sum, const Unit* a, F32V b) {
 #if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
     // An intrinsic would need AVX512_BF16 in the flags of everything that it is inlined into.
@@ -126,6 +129,12 @@ FASTLOSS_INLINE void multiply(int64_t m, int64_t n, int64_t units, A&& a, int64_
 
 inline constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Of K = k elements in a packed panel.
+template <class Op>
+constexpr int64_t units_of(int64_t k) {
+  return round_up((k + Op::kElements - 1) / Op::kElements, Op::kStep);
+}
+
 // W units of a row, and one, from elements of type T (bfloat16 alone makes pairs).
 template <class Op, class T>
 FASTLOSS_INLINE F32V load_units(const T* x) {
@@ -144,76 +153,178 @@ FASTLOSS_INLINE typename Op::Unit load_unit(const T* x) {
   }
 }
 
-// Panels of B = Xᵀ: the n rows of X, `row` elements apart, become columns. K is a multiple of Op::kElements.
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+// 16 rows of 16 numbers of 32 bits become columns, in registers.
+FASTLOSS_INLINE void transpose(F32V (&r)[16]) {
+  __m512 a[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_ps(__m512(r[2 * i]), __m512(r[2 * i + 1]));
+    a[2 * i + 1] = _mm512_unpackhi_ps(__m512(r[2 * i]), __m512(r[2 * i + 1]));
+  }
+  __m512d b[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const __m512d low = _mm512_castps_pd(a[4 * i + half]), high = _mm512_castps_pd(a[4 * i + 2 + half]);
+      b[4 * i + 2 * half] = _mm512_unpacklo_pd(low, high);
+      b[4 * i + 2 * half + 1] = _mm512_unpackhi_pd(low, high);
+    }
+  }
+  // b[4 i + j] holds, in its four quarters, columns j, 4 + j, 8 + j and 12 + j of rows 4 i to 4 i + 3.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 x0 = _mm512_castpd_ps(b[j]), x1 = _mm512_castpd_ps(b[4 + j]);
+    const __m512 x2 = _mm512_castpd_ps(b[8 + j]), x3 = _mm512_castpd_ps(b[12 + j]);
+    const __m512 even01 = _mm512_shuffle_f32x4(x0, x1, 0x88), odd01 = _mm512_shuffle_f32x4(x0, x1, 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(x2, x3, 0x88), odd23 = _mm512_shuffle_f32x4(x2, x3, 0xdd);
+    r[j] = F32V(_mm512_shuffle_f32x4(even01, even23, 0x88));
+    r[8 + j] = F32V(_mm512_shuffle_f32x4(even01, even23, 0xdd));
+    r[4 + j] = F32V(_mm512_shuffle_f32x4(odd01, odd23, 0x88));
+    r[12 + j] = F32V(_mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+  }
+}
+#endif
+
+// One panel of B = Xᵀ: `width` rows of X, `row` elements apart, become columns; K is k elements (a multiple
+// of Op::kElements).
 template <class Op, class T>
-void pack_transposed(const T* x, int64_t row, int64_t n, int64_t k, typename Op::Unit* out) {
+void pack_transposed(const T* x, int64_t row, int64_t width, int64_t k, typename Op::Unit* out) {
   typedef typename Op::Unit Unit;
-  constexpr int64_t kChunk =
-      64;  // units whose lines of a panel stay in L1 until every column has written them
+  constexpr int64_t P = Op::kPanel;
   const int64_t units = k / Op::kElements;
-  for (int64_t j = 0; j < n; j += kPanel, out += units * kPanel) {
-    const int64_t width = n - j < kPanel ? n - j : kPanel;
-    for (int64_t p = 0; p < units; p += kChunk) {
-      const int64_t end = units - p < kChunk ? units : p + kChunk;
-      for (int64_t column = 0; column < width; ++column) {
-        const T* const from = x + (j + column) * row;
-        Unit* const to = out + column;
-        int64_t q = p;
-        for (; q + W <= end; q += W) {
-          const F32V v = load_units<Op>(from + q * Op::kElements);
-          Unit lanes[W];
-          memcpy(lanes, &v, sizeof lanes);
+  int64_t packed = 0;  // columns that are done
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  for (; packed + 16 <= width; packed += 16) {
+    const T* const from = x + packed * row;
+    int64_t q = 0;
+    for (; q + 16 <= units; q += 16) {
+      F32V r[16];
 #pragma GCC unroll 16
-          for (int lane = 0; lane < W; ++lane) to[(q + lane) * kPanel] = lanes[lane];
-        }
-        for (; q < end; ++q) to[q * kPanel] = load_unit<Op>(from + q * Op::kElements);
+      for (int i = 0; i < 16; ++i) {
+        const T* const at = from + i * row + q * Op::kElements;
+        r[i] = load_units<Op>(at);
+        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(at) + 16 * row * sizeof(T)), 0, 2);
       }
-      for (int64_t column = width; column < kPanel; ++column) {
-        for (int64_t q = p; q < end; ++q) out[q * kPanel + column] = Unit(0);
+      transpose(r);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) memcpy(out + (q + i) * P + packed, &r[i], sizeof r[i]);
+    }
+    for (; q < units; ++q) {
+      for (int i = 0; i < 16; ++i) {
+        out[q * P + packed + i] = load_unit<Op>(from + i * row + q * Op::kElements);
       }
     }
   }
+#endif
+  constexpr int64_t kChunk = 64;  // units whose lines of a panel stay in L1 until every column wrote them
+  for (int64_t p = 0; packed < P && p < units; p += kChunk) {
+    const int64_t end = units - p < kChunk ? units : p + kChunk;
+    int64_t column = packed;
+    for (; column < width; ++column) {
+      const T* const from = x + column * row;
+      Unit* const to = out + column;
+      int64_t q = p;
+      for (; q + W <= end; q += W) {
+        const F32V v = load_units<Op>(from + q * Op::kElements);
+        Unit lanes[W];
+        memcpy(lanes, &v, sizeof lanes);
+#pragma GCC unroll 16
+        for (int lane = 0; lane < W; ++lane) to[(q + lane) * P] = lanes[lane];
+      }
+      for (; q < end; ++q) to[q * P] = load_unit<Op>(from + q * Op::kElements);
+    }
+    for (; column < P; ++column) {
+      for (int64_t q = p; q < end; ++q) out[q * P + column] = Unit(0);
+    }
+  }
+  memset(static_cast<void*>(out + units * P), 0, (units_of<Op>(k) - units) * P * sizeof(Unit));
 }
 
 // W columns of a unit of K: one row's, or two rows' interleaved (`second` may be null: zeros).
 template <class Op, class T>
 FASTLOSS_INLINE F32V interleave(const T* first, const T* second) {
   if constexpr (Op::kElements == 2) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+    // GCC 12 widens a vector of 16 in two halves.
+    __m512i pair = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(first)));
+    if (second) {
+      const __m512i high =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(second)));
+      pair = _mm512_or_si512(pair, _mm512_slli_epi32(high, 16));
+    }
+    return F32V(_mm512_castsi512_ps(pair));
+#else
     U32V bits = __builtin_convertvector(load_raw<U16V>(first), U32V);
     if (second) bits |= __builtin_convertvector(load_raw<U16V>(second), U32V) << 16;
     return bit_cast<F32V>(bits);
+#endif
   } else {
     return load(first);
   }
 }
 
-// Panels, `wide` columns each (a multiple of W), of the k rows x(0), x(1) …: B as it lies, or with one wide
-// panel a column-major A. Panels are `panel` units apart.
+// Units [begin, end) of K of all panels of B = X, of the k rows x(0), x(1) … of n columns. Takes the rows one
+// after the other: a panel at a time would be a line of every row.
 template <class Op, class T, class X>
-FASTLOSS_INLINE void pack_rows(X&& x, int64_t n, int64_t k, typename Op::Unit* out, int64_t wide,
-                               int64_t panel) {
-  const int64_t units = (k + Op::kElements - 1) / Op::kElements;
-  for (int64_t p = 0; p < units; ++p) {
-    const T* const first = x(p * Op::kElements);
-    const T* const second =
-        Op::kElements == 2 && p * Op::kElements + 1 < k ? x(p * Op::kElements + 1) : nullptr;
-    for (int64_t j = 0; j < n; j += wide) {
-      typename Op::Unit* const to = out + j / wide * panel + p * wide;
-      for (int64_t i = 0; i < wide; i += W) {
-        const int64_t left = n - j - i;
+FASTLOSS_INLINE void pack_matrix(X&& x, int64_t n, int64_t k, int64_t begin, int64_t end,
+                                 typename Op::Unit* out, int64_t panel) {
+  constexpr int64_t P = Op::kPanel;
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t left = k - p * Op::kElements;
+    const T* const first = left > 0 ? x(p * Op::kElements) : nullptr;
+    const T* const second = Op::kElements == 2 && left > 1 ? x(p * Op::kElements + 1) : nullptr;
+    for (int64_t j = 0; j < n; j += P) {
+      typename Op::Unit* const to = out + j / P * panel + p * P;
+      if (left <= 0) {
+        memset(to, 0, P * sizeof *to);
+        continue;
+      }
+      for (int64_t i = 0; i < P; i += W) {
+        const int64_t columns = n - j - i;
         F32V v{};
-        if (left >= W) {
+        if (columns >= W) {
           v = interleave<Op>(first + j + i, second ? second + j + i : nullptr);
-        } else if (left > 0) {
+        } else if (columns > 0) {
           T some[2][W] = {};
-          memcpy(some[0], first + j + i, left * sizeof(T));
-          if (second) memcpy(some[1], second + j + i, left * sizeof(T));
+          memcpy(some[0], first + j + i, columns * sizeof(T));
+          if (second) memcpy(some[1], second + j + i, columns * sizeof(T));
           v = interleave<Op>(some[0], some[1]);
         }
         memcpy(to + i, &v, sizeof v);
       }
     }
   }
+}
+
+// One panel, `wide` columns (a multiple of W), of the first n columns of the k rows x(0), x(1) …: B as it
+// lies, or, its units of K further apart, a column-major A.
+template <class Op, class T, class X>
+FASTLOSS_INLINE void pack_rows(X&& x, int64_t n, int64_t k, typename Op::Unit* out, int64_t wide,
+                               int64_t apart = 0) {
+  if (!apart) apart = wide;
+  const int64_t units = (k + Op::kElements - 1) / Op::kElements;
+  for (int64_t p = 0; p < units; ++p) {
+    const T* const first = x(p * Op::kElements);
+    const T* const second =
+        Op::kElements == 2 && p * Op::kElements + 1 < k ? x(p * Op::kElements + 1) : nullptr;
+    typename Op::Unit* const to = out + p * apart;
+    for (int64_t i = 0; i < wide; i += W) {
+      const int64_t left = n - i;
+      F32V v{};
+      if (left >= W) {
+        v = interleave<Op>(first + i, second ? second + i : nullptr);
+      } else if (left > 0) {
+        T some[2][W] = {};
+        memcpy(some[0], first + i, left * sizeof(T));
+        if (second) memcpy(some[1], second + i, left * sizeof(T));
+        v = interleave<Op>(some[0], some[1]);
+      }
+      memcpy(to + i, &v, sizeof v);
+    }
+  }
+  for (int64_t p = units; p < units_of<Op>(k); ++p) memset(out + p * apart, 0, wide * sizeof *out);
 }
 
 }  // namespace FASTLOSS_ISA

@@ -1,7 +1,7 @@
-// The loss of docs/engine.md, statistics and gradient of all rows, from logits that come a block of the
-// vocabulary at a time. forward: reads the block, adds to the row's running sums (rescaled where the maximum
-// rises). finish: loss, statistics, coefficients. backward: dz = a·[v = target] + b·p + c·p·log p + d·w over
-// the block's logits, p from the final sums.
+// The loss of docs/engine.md, statistics and gradient of rows, from logits that come a block of the
+// vocabulary at a time. add, merge: running sums, rescaled where the maximum rises. finish: loss, statistics,
+// coefficients. gradient: dz = a·[v = target] + b·p + c·p·log p + d·w over the block's logits, p from the
+// final sums.
 
 #ifndef FASTLOSS_ISA
 #error "vocab_blocks.cpp is compiled once per instruction set, with -DFASTLOSS_ISA=avx512, avx2 or generic"
@@ -9,190 +9,590 @@
 
 #include "vocab_blocks.h"
 
+#include "head.h"
 #include "row_math.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
 namespace {
 
-template <class S>
 struct BlockScratch {
-  S *z, *e, *slope;
+  float *z, *e, *slope;
   explicit BlockScratch(void* memory)
-      : z(static_cast<S*>(memory)), e(z + kBlock + W), slope(e + kBlock + W) {}
+      : z(static_cast<float*>(memory)), e(z + kBlock + W), slope(e + kBlock + W) {}
 };
 constexpr int64_t kScratch = 3 * (kBlock + W) * sizeof(float);
 
-template <class S>
-const S* weights_of(const CrossEntropy& c, int64_t row) {
-  return c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
+const float* weights_of(const CrossEntropy& c, int64_t row) {
+  return c.w ? static_cast<const float*>(c.w) + row * c.w_row_stride : nullptr;
 }
+
+Transform<float> transform_of(const HeadCall& c, const Transform<float>& f, int64_t row) {
+  Transform<float> mine = f;
+  if (c.row_scale && c.row_scale[row] != 1.0f) {
+    mine.plain = false, mine.scale *= c.row_scale[row], mine.outer *= c.row_scale[row];
+  }
+  return mine;
+}
+
+Wanted wanted(const HeadCall& c) { return wanted(c.stats, c.logits, c.ce); }
+
+// --- sums of chapters
+// ----------------------------------------------------------------------------------------------------
+
+int64_t sums_bytes(const HeadCall& c, int64_t chapters) {
+  const Wanted want = wanted(c);
+  const int64_t fields = 2 + want.entropy + want.square + want.sum_z + 2 * want.sum_w + (c.argmax != nullptr);
+  return fields * chapters * c.logits.rows * int64_t(sizeof(double));
+}
+
+ChapterSums sums_of(const HeadCall& c, void* memory, int64_t chapter) {
+  const Wanted want = wanted(c);
+  const int64_t rows = c.logits.rows;
+  double* at = static_cast<double*>(memory) + sums_bytes(c, chapter) / int64_t(sizeof(double));
+  const auto take = [&](bool is_wanted) {
+    double* const mine = is_wanted ? at : nullptr;
+    at += is_wanted ? rows : 0;
+    return mine;
+  };
+  ChapterSums s;
+  s.max = take(true), s.sum = take(true), s.entropy = take(want.entropy), s.square = take(want.square);
+  s.sum_z = take(want.sum_z), s.sum_w = take(want.sum_w), s.sum_wz = take(want.sum_w);
+  s.best = take(c.argmax != nullptr);
+  return s;
+}
+
+struct Running {
+  double max, sum, entropy, square;
+};
 
 // Sums relative to their own maximum, added to those so far: one of the two factors is 1.
-inline void add_sums(Wanted want, double block_max, double sum, double entropy, double square, RowState* to) {
-  RowState& so_far = *to;
-  const double max = block_max > so_far.max ? block_max : so_far.max;
-  const double below = so_far.max - max, block_below = block_max - max;
+inline Running together(Wanted want, Running so_far, const Running& more) {
+  const double max = more.max > so_far.max ? more.max : so_far.max;
+  const double below = so_far.max - max, more_below = more.max - max;
   const double keep = below == 0 ? 1.0 : __builtin_exp(below);
-  const double add = block_below == 0 ? 1.0 : __builtin_exp(block_below);
+  const double add = more_below == 0 ? 1.0 : __builtin_exp(more_below);
   if (want.entropy) {  // Σ e (z - max), before the sums it needs change
     const double old = keep != 0 ? keep * (so_far.entropy + so_far.sum * below) : 0.0;
-    so_far.entropy = old + (add != 0 ? add * (entropy + sum * block_below) : 0.0);
+    so_far.entropy = old + (add != 0 ? add * (more.entropy + more.sum * more_below) : 0.0);
   }
-  if (want.square) so_far.square = keep * keep * so_far.square + add * add * square;
-  so_far.sum = keep * so_far.sum + add * sum;
+  if (want.square) so_far.square = keep * keep * so_far.square + add * add * more.square;
+  so_far.sum = keep * so_far.sum + add * more.sum;
   so_far.max = max;
+  return so_far;
 }
 
-template <class T>
-void forward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const Stats& s, RowState* state,
-             int64_t begin, int64_t end, void* memory) {
-  using S = typename Acc<T>::S;
-  const BlockScratch<S> scratch(memory);
-  const Transform<T> f(l);
-  const Wanted want = wanted(s, l, c);
-  for (int64_t row = begin; row < end; ++row) {
-    RowState& so_far = state[row];
-    if (block.first) {
-      so_far = RowState{};
-      so_far.max = lowest_finite<S>();
-      so_far.slope_target = 1;
+// --- a segment
+// -----------------------------------------------------------------------------------------------------------
+
+// How floats become logits of type T again, and where they are kept or are a gradient, T. With AVX512_BF16
+// (kNative) that is an instruction; there subnormal numbers become 0.
+template <class T, bool kNative>
+struct Rounding;
+
+template <>
+struct Rounding<float, false> {
+  static FASTLOSS_INLINE F32V rounded(F32V v) { return v; }
+  static FASTLOSS_INLINE void store_rounded(float* p, F32V v) { store(p, v); }
+  static FASTLOSS_INLINE void round_two(float* p, F32V v0, F32V v1) { store_two(p, v0, v1); }
+};
+
+template <>
+struct Rounding<BF16, false> {
+  static FASTLOSS_INLINE F32V rounded(F32V v) { return bit_cast<F32V>(bf16_bits(v) << 16); }
+  static FASTLOSS_INLINE void store_rounded(BF16* p, F32V v) {
+    const U16V bits = __builtin_convertvector(bit_cast<U32V>(v) >> 16, U16V);
+    memcpy(p, &bits, sizeof bits);
+  }
+  static FASTLOSS_INLINE void round_two(BF16* p, F32V v0, F32V v1) { store_two(p, v0, v1); }
+};
+
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+template <>
+struct Rounding<BF16, true> : Rounding<BF16, false> {
+  static FASTLOSS_INLINE F32V rounded(F32V v) {
+    __m256i bits;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(bits) : "v"(v));
+    return F32V(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)));
+  }
+  static FASTLOSS_INLINE void round_two(BF16* p, F32V v0, F32V v1) {
+    __m512i bits;
+    __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(bits) : "v"(v0), "v"(v1));
+    _mm512_storeu_si512(p, bits);
+  }
+};
+#endif
+
+FASTLOSS_INLINE F32V load_logits(const float* p) { return load(p); }
+FASTLOSS_INLINE F32V load_logits(const BF16* p) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  // GCC 12 widens a vector of 16 in two halves.
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return F32V(_mm512_castsi512_ps(_mm512_slli_epi32(bits, 16)));
+#else
+  return load(p);
+#endif
+}
+
+FASTLOSS_INLINE float largest(F32V v) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  return _mm512_reduce_max_ps(__m512(v));
+#else
+  return max_lanes(v);
+#endif
+}
+
+// The two halves in double, added.
+FASTLOSS_INLINE F64V halves(F32V v) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  const __m512 x = __m512(v);
+  return F64V(_mm512_cvtps_pd(_mm512_castps512_ps256(x)) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)));
+#else
+  float lanes[W];
+  store(lanes, v);
+  return widen(lanes) + widen(lanes + W / 2);
+#endif
+}
+
+FASTLOSS_INLINE double total(F64V v) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  return _mm512_reduce_add_pd(__m512d(v));
+#else
+  return sum_lanes(v);
+#endif
+}
+
+// Rounds the row's n logits in place, keeps them if they are to be kept, fills the last vector with -inf.
+template <class T, class R>
+FASTLOSS_INLINE float round_row(const HeadCall& c, float* x, int64_t row, int64_t start, int64_t n) {
+  const int64_t whole = (n + W - 1) / W * W;
+  for (int64_t i = n; i < whole; ++i) x[i] = -__builtin_inff();
+  F32V m0 = F32V{} + lowest_finite<float>(), m1 = m0;
+  const auto piece = [&](int64_t from, int64_t to, auto&& keep) __attribute__((always_inline)) {
+    int64_t i = from;
+    for (; i + 2 * W <= to; i += 2 * W) {
+      const F32V v0 = R::rounded(load(x + i)), v1 = R::rounded(load(x + i + W));
+      store(x + i, v0), store(x + i + W, v1);
+      keep(i, v0), keep(i + W, v1);
+      m0 = max_or_second(v0, m0), m1 = max_or_second(v1, m1);
     }
-    const RowKind kind = kind_of(l, row);
-    if (kind == RowKind::ignored) continue;
-    const int64_t t = kind == RowKind::normal && l.target ? l.target[row] : -1;
-    const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
-    const S* const w = want.sum_w ? weights_of<S>(c, row) : nullptr;
-    RowSums r;
-    r.z_target = so_far.z_target, r.slope_target = so_far.slope_target;
-    BlockSums sums;
-    block_pass<T>(f, x, block.start, block.width, t, w ? w + block.start : nullptr, want, scratch.z,
-                  l.softcap > 0 ? scratch.slope : nullptr, scratch.e,
-                  reinterpret_cast<uintptr_t>(x + l.row_stride), 0, &sums, &r);
-    so_far.z_target = r.z_target, so_far.slope_target = r.slope_target;
-    so_far.sum_z += r.sum_z, so_far.sum_w += r.sum_w, so_far.sum_wz += r.sum_wz;
-    add_sums(want, sums.max, sums.sum, sums.entropy, sums.square, &so_far);
+    for (; i < to; i += W) {
+      const F32V v = R::rounded(load(x + i));
+      store(x + i, v);
+      keep(i, v);
+      m0 = max_or_second(v, m0);
+    }
+  };
+  if (row < c.stored + c.more) {
+    for (int64_t at = 0; at < n; at += kKept) {
+      T* const out = kept_logits<T>(c, row, start + at);
+      const int64_t end = n - at < kKept ? n - at : kKept;
+      if (end % W == 0) {
+        piece(at, at + end, [=](int64_t i, F32V v) { R::store_rounded(out + (i - at), v); });
+      } else {
+        piece(at, at + (end + W - 1) / W * W, [](int64_t, F32V) {});
+        for (int64_t i = 0; i < end; ++i) store_one(out + i, x[at + i]);
+      }
+    }
+  } else if (sizeof(T) == 2 && !c.float_logits) {
+    piece(0, whole, [](int64_t, F32V) {});
+  } else {
+    for (int64_t i = 0; i < whole; i += W) m0 = max_or_second(load(x + i), m0);
+  }
+  return largest(max_or_second(m0, m1));
+}
+
+// What a segment adds to its chapter, of a few rows side by side.
+constexpr int64_t kGroup = 8;
+struct Group {
+  double max[kGroup], sum[kGroup], entropy[kGroup], square[kGroup];
+};
+
+// Σ e, Σ e (z - max) and Σ e² with e = exp(z - max), of whole vectors. The largest logits are counted, not
+// added: where one dominates, its 1 would swallow the low bits of its float lane, and they are 1 - p.
+template <bool kEntropy, bool kSquare>
+FASTLOSS_INLINE void add_exponentials(const float* z, int64_t whole, float max, int64_t g, Group* out) {
+  constexpr int kSums = 4;
+  F32V sum[kSums] = {}, entropy[kSums] = {}, square[kSums] = {};
+  U32V largest_ones{};  // minus their number
+  const auto add = [&](int k, int64_t i) __attribute__((always_inline)) {
+    const F32V v = load(z + i), below = v - max, e = exp_nonpositive<float>(below);
+    const U32V is_largest = bit_cast<U32V>(v >= max);
+    const F32V others = bit_cast<F32V>(bit_cast<U32V>(e) & ~is_largest);  // a NaN is not >= and stays
+    largest_ones += is_largest;
+    sum[k] += others;
+    if (kEntropy) entropy[k] += e == 0.0f ? F32V{} : e * below;
+    if (kSquare) square[k] += others * others;
+  };
+  int64_t i = 0;
+  for (; i + kSums * W <= whole; i += kSums * W) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kSums; ++k) add(k, i + k * W);
+  }
+  for (; i < whole; i += W) add(0, i);
+  const F64V ones = halves(__builtin_convertvector(-largest_ones, F32V));
+  out->max[g] = max;
+  out->sum[g] = total(halves((sum[0] + sum[1]) + (sum[2] + sum[3])) + ones);
+  if (max > __FLT_MAX__) out->sum[g] = __builtin_nan("");
+  if (kEntropy) out->entropy[g] = total(halves((entropy[0] + entropy[1]) + (entropy[2] + entropy[3])));
+  if (kSquare) out->square[g] = total(halves((square[0] + square[1]) + (square[2] + square[3])) + ones);
+}
+
+// A group's segment, added to the sums of `count` rows.
+FASTLOSS_INLINE void add_group(Wanted want, const ChapterSums& sums, int64_t row, int64_t count,
+                               const Group& more) {
+  constexpr int64_t H = W / 2;
+  const auto put_n = [&](double* to, F64V v, int64_t n) { n >= H ? store(to, v) : store_n(to, v, n); };
+  for (int64_t g = 0; g < count; g += H) {
+    const int64_t n = count - g, at = row + g;
+    const F64V old_max = load_upto(sums.max + at, n), old_sum = load_upto(sums.sum + at, n);
+    const F64V more_max = load_upto(more.max + g, n), more_sum = load_upto(more.sum + g, n);
+    const F64V max = max_or_second(more_max, old_max);
+    const F64V below = old_max - max, more_below = more_max - max;
+    const F64V keep = exp_nonpositive<double>(below), add = exp_nonpositive<double>(more_below);
+    put_n(sums.max + at, max, n);
+    put_n(sums.sum + at, keep * old_sum + add * more_sum, n);
+    if (want.entropy) {
+      const F64V old = load_upto(sums.entropy + at, n), entropy = load_upto(more.entropy + g, n);
+      put_n(sums.entropy + at, keep * (old + old_sum * below) + add * (entropy + more_sum * more_below), n);
+    }
+    if (want.square) {
+      const F64V old = load_upto(sums.square + at, n), square = load_upto(more.square + g, n);
+      put_n(sums.square + at, keep * keep * old + add * add * square, n);
+    }
   }
 }
 
-void merge(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* into, const RowState* from) {
-  const Wanted want = wanted(s, l, c);
-  for (int64_t row = 0; row < l.rows; ++row) {
-    RowState& so_far = into[row];
-    const RowState& more = from[row];
-    // The target is in one block: the others have 0 and 1.
-    so_far.z_target += more.z_target, so_far.slope_target *= more.slope_target;
-    so_far.sum_z += more.sum_z, so_far.sum_w += more.sum_w, so_far.sum_wz += more.sum_wz;
-    add_sums(want, more.max, more.sum, more.entropy, more.square, &so_far);
+template <class T, class R>
+void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& stripe, void* memory) {
+  const BlockScratch scratch(memory);
+  static_assert(kGroup * kSegment <= kBlock, "a group's transformed logits are in the scratch");
+  const Logits& l = c.logits;
+  const Transform<float> plain(l);
+  const Wanted want = wanted(c);
+  const int64_t start = stripe.start, n = stripe.width, whole = (n + W - 1) / W * W;
+  const bool first = start % kChapter == 0;
+  for (int64_t begin = stripe.begin; begin < stripe.end; begin += kGroup) {
+    const int64_t count = stripe.end - begin < kGroup ? stripe.end - begin : kGroup;
+    const float* z[kGroup];
+    float max[kGroup];
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t row = begin + g;
+      if (first) {
+        sums.max[row] = lowest_finite<float>(), sums.sum[row] = 0;
+        double* const others[] = {sums.entropy, sums.square, sums.sum_z, sums.sum_w, sums.sum_wz, sums.best};
+        for (double* const field : others) {
+          if (field) field[row] = 0;
+        }
+      }
+      const RowKind kind = kind_of(l, row);
+      z[g] = nullptr;
+      if (kind == RowKind::ignored) continue;
+      float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
+      max[g] = round_row<T, R>(c, x, row, start, n);
+      z[g] = x;
+      const Transform<float> f = transform_of(c, plain, row);
+      if (!f.plain) z[g] = load_block(f, x, start, n, scratch.z + g * kSegment, scratch.slope, &max[g]);
+      const int64_t t = kind == RowKind::normal && l.target ? l.target[row] - start : -1;
+      if (t >= 0 && t < n) {
+        c.state[row].z_target = z[g][t];
+        c.state[row].slope_target = l.softcap > 0 ? scratch.slope[t] : 1.0;
+      }
+      if (want.sum_z) sums.sum_z[row] += sum_block(z[g], n);
+      const float* const w = want.sum_w ? weights_of(c.ce, row) : nullptr;
+      if (w) {
+        sums.sum_w[row] += sum_block(w + start, n);
+        sums.sum_wz[row] += dot_block(w + start, z[g], n);
+      }
+      if (c.argmax && max[g] > sums.max[row]) {
+        int64_t i = 0;
+        while (i + 1 < n && z[g][i] != max[g]) ++i;
+        sums.best[row] = double(start + i);
+      }
+    }
+    Group group;
+    for (int64_t g = 0; g < count; ++g) {
+      if (!z[g]) {
+        group.max[g] = lowest_finite<float>(), group.sum[g] = group.entropy[g] = group.square[g] = 0;
+      } else if (want.entropy && want.square) {
+        add_exponentials<true, true>(z[g], whole, max[g], g, &group);
+      } else if (want.entropy) {
+        add_exponentials<true, false>(z[g], whole, max[g], g, &group);
+      } else if (want.square) {
+        add_exponentials<false, true>(z[g], whole, max[g], g, &group);
+      } else {
+        add_exponentials<false, false>(z[g], whole, max[g], g, &group);
+      }
+    }
+    add_group(want, sums, begin, count, group);
   }
 }
 
-void finish(const Logits& l, const CrossEntropy& c, const Stats& s, RowState* state, int64_t begin,
-            int64_t end) {
-  using S = float;
-  const Wanted want = wanted(s, l, c);
-  const double k = c.grad_scale * l.scale;
+// --- a row
+// ---------------------------------------------------------------------------------------------------------------
+
+void merge(const HeadCall& c, const ChapterSums& sums, bool first, int64_t begin, int64_t end) {
+  const Wanted want = wanted(c);
   for (int64_t row = begin; row < end; ++row) {
-    RowState& so_far = state[row];
+    RowState& s = c.state[row];
+    if (first) {
+      s.max = lowest_finite<float>(), s.best = 0;
+      s.sum = s.entropy = s.square = s.sum_z = s.sum_w = s.sum_wz = 0;
+    }
+    if (kind_of(c.logits, row) == RowKind::ignored) continue;
+    const Running so_far{s.max, s.sum, s.entropy, s.square};
+    const Running more{sums.max[row], sums.sum[row], want.entropy ? sums.entropy[row] : 0,
+                       want.square ? sums.square[row] : 0};
+    if (sums.best && more.max > so_far.max) s.best = sums.best[row];
+    const Running all = together(want, so_far, more);
+    s.max = all.max, s.sum = all.sum, s.entropy = all.entropy, s.square = all.square;
+    if (want.sum_z) s.sum_z += sums.sum_z[row];
+    if (want.sum_w) s.sum_w += sums.sum_w[row], s.sum_wz += sums.sum_wz[row];
+  }
+}
+
+double weight_of(const HeadCall& c, int64_t row) { return c.token_weight ? c.token_weight[row] : 1.0; }
+double scale_of(const HeadCall& c, int64_t row) {
+  return c.row_scale ? c.logits.scale * c.row_scale[row] : c.logits.scale;
+}
+
+void finish(const HeadCall& c, int64_t begin, int64_t end) {
+  using S = float;
+  const Logits& l = c.logits;
+  const Stats& stats = c.stats;
+  const Wanted want = wanted(c);
+  for (int64_t row = begin; row < end; ++row) {
+    RowState& s = c.state[row];
     const RowKind kind = kind_of(l, row);
-    so_far.kind = double(kind);
+    s.kind = double(kind);
+    s.log_sum = s.a = s.b = s.c = s.d = 0;
+    if (kind != RowKind::normal || !l.target) s.z_target = 0, s.slope_target = 1;
     if (kind == RowKind::ignored) {
-      write_ignored<S>(s, row);
+      write_ignored<S>(stats, row);
+      if (c.argmax) c.argmax[row] = 0;
       continue;
     }
     const bool bad = kind == RowKind::bad;
     RowSums r;
-    r.max = so_far.max, r.sum = so_far.sum, r.z_target = so_far.z_target,
-    r.slope_target = so_far.slope_target;
-    r.sum_z = so_far.sum_z, r.sum_w = so_far.sum_w, r.sum_wz = so_far.sum_wz;
-    finish_sums(want, so_far.entropy, so_far.square, &r);
-    write_stats<S>(s, row, r, double(l.vocab), bad);
+    r.max = s.max, r.sum = s.sum, r.z_target = s.z_target, r.slope_target = s.slope_target;
+    r.sum_z = s.sum_z, r.sum_w = s.sum_w, r.sum_wz = s.sum_wz;
+    finish_sums(want, s.entropy, s.square, &r);
+    write_stats<S>(stats, row, r, double(l.vocab), bad);
+    if (c.argmax) c.argmax[row] = int64_t(s.best);
     if (bad) {
-      put<S>(s.loss, row, __builtin_nan(""));
+      put<S>(stats.loss, row, __builtin_nan(""));
       continue;
     }
-    const RowLoss g = loss_of_row(c, l.target != nullptr, l.target ? l.target[row] : -1,
-                                  weights_of<S>(c, row), double(l.vocab), r);
-    put<S>(s.loss, row, g.loss);
-    so_far.log_sum = r.log_sum;
-    so_far.a = (g.a + (g.d != 0 ? g.d * g.w_t : 0.0)) * k, so_far.b = g.b * k, so_far.d = g.d * k;
+    const RowLoss g = loss_of_row(c.ce, l.target != nullptr, l.target ? l.target[row] : -1,
+                                  weights_of(c.ce, row), double(l.vocab), r);
+    put<S>(stats.loss, row, g.loss * weight_of(c, row));
+    const double k = c.ce.grad_scale * scale_of(c, row) * weight_of(c, row);
+    s.log_sum = r.log_sum;
+    s.a = (g.a + (g.d != 0 ? g.d * g.w_t : 0.0)) * k, s.b = g.b * k, s.d = g.d * k;
   }
 }
 
-void set_coefficients(const Logits& l, const CrossEntropy& ce, const Coefficients& g, RowState* state) {
-  for (int64_t row = 0; row < l.rows; ++row) {
-    RowState& s = state[row];
+void set_coefficients(const HeadCall& c, int64_t begin, int64_t end) {
+  const Coefficients& g = c.given;
+  for (int64_t row = begin; row < end; ++row) {
+    RowState& s = c.state[row];
     s = RowState{};
-    const RowKind kind = kind_of(l, row);
+    const RowKind kind = kind_of(c.logits, row);
     s.kind = double(kind);
     if (kind != RowKind::normal) continue;
     s.max = get<float>(g.lse, row);  // p = exp(z - lse)
-    const float* const w = weights_of<float>(ce, row);
-    s.b = get<float>(g.b, row) * l.scale, s.c = get<float>(g.c, row) * l.scale,
-    s.d = get<float>(g.d, row) * l.scale;
-    s.a = get<float>(g.a, row) * l.scale;
-    if (l.target && s.d != 0) s.a += s.d * (w ? double(w[l.target[row]]) : 1.0);
+    const float* const w = weights_of(c.ce, row);
+    const double k = scale_of(c, row) * weight_of(c, row);
+    s.b = get<float>(g.b, row) * k, s.c = get<float>(g.c, row) * k, s.d = get<float>(g.d, row) * k;
+    s.a = get<float>(g.a, row) * k;
+    if (c.logits.target && s.d != 0) s.a += s.d * (w ? double(w[c.logits.target[row]]) : 1.0);
+  }
+}
+
+// --- the gradient
+// --------------------------------------------------------------------------------------------------------
+
+// factor · e^(z - lse), offset = -lse · log2(e): as exact as bfloat16 needs (2^f within 4e-6, the argument
+// within 2^-24 of z).
+FASTLOSS_INLINE F32V scaled_probability(F32V z, float offset, float factor) {
+  constexpr float log2e = 0x1.715476p+0f, round = 12582912.0f + 127.0f;
+  F32V t = z * log2e + offset;
+  t = max_or_second(F32V{} - 127.0f, t);  // a NaN stays
+  const F32V bits = t + round;            // its low bits are the biased exponent
+  const F32V f = t - (bits - round);
+  F32V p = f * 0x1.3a02ccp-7f + 0x1.c9fc46p-5f;
+  p = p * f + 0x1.ec0378p-3f;
+  p = p * f + 0x1.62e12cp-1f;
+  p = p * f + 1.0f;
+  return p * (bit_cast<F32V>(bit_cast<U32V>(bits) << 23) * factor);
+}
+
+// Products read whole steps of K. Last of all, because `out` may lie over the logits.
+template <class T>
+void zero_to_32(T* out, int64_t n) {
+  for (; n % 32 != 0; ++n) store_one(out + n, 0.0f);
+}
+
+// The row's logits as they were kept.
+template <class T>
+void load_kept(const HeadCall& c, int64_t row, int64_t start, int64_t n, float* x) {
+  for (int64_t at = 0; at < n; at += kKept) {
+    const T* const from = kept_logits<T>(c, row, start + at);
+    const int64_t count = n - at < kKept ? n - at : kKept;
+    if (count % W == 0) {
+      for (int64_t i = 0; i < count; i += W) store(x + at + i, load_logits(from + i));
+    } else {
+      write_block(x + at, count, [=](int64_t i, int64_t left) { return load_upto(from + i, left); });
+    }
+  }
+}
+
+template <class T, class R>
+void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* out_memory,
+              int64_t out_stride, void* memory) {
+  const BlockScratch scratch(memory);
+  const Logits& l = c.logits;
+  const Transform<float> plain(l);
+  const int64_t start = stripe.start, n = stripe.width;
+  for (int64_t row = stripe.begin; row < stripe.end; ++row) {
+    const RowState& s = c.state[row];
+    T* const out = static_cast<T*>(out_memory) + (row - stripe.begin) * out_stride;
+    if (s.kind != 0) {
+      fill_row<T>(out, n, s.kind == double(RowKind::bad) ? __builtin_nanf("") : 0.0f);
+      zero_to_32(out, n);
+      continue;
+    }
+    float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
+    const Transform<float> f = transform_of(c, plain, row);
+    const int64_t t = l.target ? l.target[row] - start : -1;
+    const bool here = t >= 0 && t < n;
+    double z_target, slope_target = 1;
+    const float ref = float(s.max), log_sum = float(s.log_sum), b = float(s.b), with_log = float(s.c);
+    if (sizeof(T) == 2 && f.plain && s.c == 0 && s.d == 0 && n % (2 * W) == 0) {
+      const float offset = float(-(s.max + s.log_sum) * 1.4426950408889634);
+      const auto write = [&](const auto* from, int64_t at, int64_t count) __attribute__((always_inline)) {
+        for (int64_t i = 0; i < count; i += 2 * W) {
+          F32V v0 = load_logits(from + i), v1 = load_logits(from + i + W);
+          if (sizeof(*from) == 4 && !c.float_logits) v0 = R::rounded(v0), v1 = R::rounded(v1);
+          R::round_two(out + at + i, scaled_probability(v0, offset, b), scaled_probability(v1, offset, b));
+        }
+      };
+      if (kept) {
+        for (int64_t at = 0; at < n; at += kKept) {
+          const T* const from = kept_logits<T>(c, row, start + at);
+          write(from, at, n - at < kKept ? n - at : kKept);
+        }
+        z_target =
+            here ? double(load_n(kept_logits<T>(c, row, start + t / kKept * kKept) + t % kKept, 1)[0]) : 0.0;
+      } else {
+        z_target = here ? double((c.float_logits ? load_n(x + t, 1) : R::rounded(load_n(x + t, 1)))[0]) : 0.0;
+        write(x, 0, n);
+      }
+    } else {
+      if (kept) {
+        load_kept<T>(c, row, start, n, x);
+      } else if (sizeof(T) == 2 && !c.float_logits) {
+        for (int64_t i = 0; i < n; i += W) store(x + i, R::rounded(load(x + i)));
+      }
+      const float* z = x;
+      float* const slope = l.softcap > 0 ? scratch.slope : nullptr;
+      if (!f.plain || n % W != 0) {
+        float max;
+        z = load_block(f, x, start, n, scratch.z, scratch.slope, &max);
+      }
+      z_target = here ? double(z[t]) : 0.0;  // read before it is overwritten
+      if (here && slope) slope_target = slope[t];
+      const float* const w = weights_of(c.ce, row);
+      const auto write = [&](auto main) __attribute__((always_inline)) {
+        gradient_block(out, n, float(s.d), w ? w + start : nullptr, slope, main);
+      };
+      if (s.c == 0) {
+        write([=](int64_t i, int64_t) __attribute__((always_inline)) {
+          return gradient_from_z<false>(z + i, ref, log_sum, b, 0.0f);
+        });
+      } else {
+        write([=](int64_t i, int64_t) __attribute__((always_inline)) {
+          return gradient_from_z<true>(z + i, ref, log_sum, b, with_log);
+        });
+      }
+    }
+    zero_to_32(out, n);
+    if (!here) continue;
+    const double log_p = (z_target - s.max) - s.log_sum, p = __builtin_exp(log_p);
+    const double c_term = s.c != 0 && p != 0 ? s.c * p * log_p : 0.0;
+    store_one(out + t, float((s.a + s.b * p + c_term) * slope_target));
   }
 }
 
 template <class T>
-void backward(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const RowState* state,
-              int64_t begin, int64_t end, void* memory) {
-  using S = typename Acc<T>::S;
-  const BlockScratch<S> scratch(memory);
-  const Transform<T> f(l);
-  for (int64_t row = begin; row < end; ++row) {
-    const RowState& so_far = state[row];
-    const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
-    T* const out = static_cast<T*>(c.grad) + row * c.grad_row_stride;
-    if (so_far.kind != 0) {
-      fill_row<T>(out, block.width, so_far.kind == double(RowKind::bad) ? S(__builtin_nanf("")) : S(0));
+void exponentials(const HeadCall& c, const ChapterSums* sums, const StripeOfLogits& stripe, void* out_memory,
+                  int64_t out_stride, float* factor, void* memory) {
+  const BlockScratch scratch(memory);
+  const Logits& l = c.logits;
+  const Transform<float> plain(l);
+  const int64_t start = stripe.start, n = stripe.width;
+  for (int64_t row = stripe.begin; row < stripe.end; ++row) {
+    const int64_t i = row - stripe.begin;
+    RowState& s = c.state[row];
+    T* const out = static_cast<T*>(out_memory) + i * out_stride;
+    factor[i] = 1;
+    if (kind_of(l, row) == RowKind::ignored) {
+      fill_row<T>(out, n, 0.0f);
+      zero_to_32(out, n);
       continue;
     }
-    S max;
-    S* const slope = l.softcap > 0 ? scratch.slope : nullptr;
-    const S* const z = load_block(f, x, block.start, block.width, scratch.z, scratch.slope, &max);
-    const int64_t t = l.target ? l.target[row] - block.start : -1;
-    const double z_target = t >= 0 && t < block.width ? double(z[t]) : 0.0;  // read before it is overwritten
-    const S* const w = weights_of<S>(c, row);
-    const S ref = S(so_far.max), log_sum = S(so_far.log_sum), b = S(so_far.b), entropy = S(so_far.c);
-    const auto write = [&](auto main) __attribute__((always_inline)) {
-      gradient_block(out, block.width, S(so_far.d), w ? w + block.start : nullptr, slope, main);
-    };
-    if (so_far.c == 0) {
-      write([=](int64_t i, int64_t) __attribute__((always_inline)) {
-        return gradient_from_z<false>(z + i, ref, log_sum, b, S(0));
-      });
-    } else {
-      write([=](int64_t i, int64_t) __attribute__((always_inline)) {
-        return gradient_from_z<true>(z + i, ref, log_sum, b, entropy);
-      });
+    const float* z = stripe.z + i * stripe.stride;
+    const Transform<float> f = transform_of(c, plain, row);
+    float max;
+    if (!f.plain || n % W != 0) z = load_block(f, z, start, n, scratch.z, scratch.slope, &max);
+    double largest_so_far = sums ? sums->max[row] : s.max;  // this chapter's, if it is not over
+    if (sums && start + n > kChapter && s.max > largest_so_far) largest_so_far = s.max;
+    if (start > 0 && largest_so_far != s.d_hidden_max) {
+      factor[i] = float(__builtin_exp(s.d_hidden_max - largest_so_far));
     }
-    if (t < 0 || t >= block.width) continue;
-    const double log_p = (z_target - so_far.max) - so_far.log_sum, p = __builtin_exp(log_p);
-    const double c_term = so_far.c != 0 && p != 0 ? so_far.c * p * log_p : 0.0;
-    store_one(out + t, S((so_far.a + so_far.b * p + c_term) * (slope ? double(slope[t]) : 1.0)));
+    s.d_hidden_max = largest_so_far;
+    const float* const slope = l.softcap > 0 ? scratch.slope : nullptr;
+    const float ref = float(largest_so_far);
+    gradient_block(out, n, 0.0f, static_cast<const float*>(nullptr), slope,
+                   [=](int64_t k, int64_t)
+                       __attribute__((always_inline)) { return exp_nonpositive<float>(load(z + k) - ref); });
+    zero_to_32(out, n);
+    const int64_t t = l.target ? l.target[row] - start : -1;
+    // The target's own term is small where p is near 1: it comes at the end.
+    if (t >= 0 && t < n) store_one(out + t, 0.0f);
   }
 }
 
 template <class F>
-auto with_dtype(int dtype, F&& f) {
-  return dtype == kBFloat16 ? f(BF16{}) : f(float{});
+void with_rounding(const HeadCall& c, F&& f) {
+  if (c.weight_dtype != kBFloat16) return f(float{}, Rounding<float, false>{});
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  if (c.rounds_natively) return f(BF16{}, Rounding<BF16, true>{});
+#endif
+  f(BF16{}, Rounding<BF16, false>{});
 }
 
-void forward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const Stats& s,
-                RowState* state, int64_t begin, int64_t end, void* m) {
-  with_dtype(l.dtype, [&](auto type) { forward<decltype(type)>(l, block, c, s, state, begin, end, m); });
+void add_of(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& stripe, void* memory) {
+  with_rounding(c, [&](auto type, auto r) { add<decltype(type), decltype(r)>(c, sums, stripe, memory); });
 }
-void backward_of(const Logits& l, const VocabBlock& block, const CrossEntropy& c, const RowState* state,
-                 int64_t begin, int64_t end, void* m) {
-  with_dtype(l.dtype, [&](auto type) { backward<decltype(type)>(l, block, c, state, begin, end, m); });
+void gradient_of(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* out, int64_t out_stride,
+                 void* memory) {
+  with_rounding(c, [&](auto type, auto r) {
+    gradient<decltype(type), decltype(r)>(c, stripe, kept, out, out_stride, memory);
+  });
+}
+void exponentials_of(const HeadCall& c, const ChapterSums* sums, const StripeOfLogits& stripe, void* out,
+                     int64_t out_stride, float* factor, void* memory) {
+  with_rounding(c, [&](auto type, auto) {
+    exponentials<decltype(type)>(c, sums, stripe, out, out_stride, factor, memory);
+  });
 }
 
 }  // namespace
 
 extern const VocabKernels vocab_kernels;
-const VocabKernels vocab_kernels = {kScratch, forward_of, merge, finish, set_coefficients, backward_of};
+const VocabKernels vocab_kernels = {kScratch, sums_bytes,       sums_of,     add_of,         merge,
+                                    finish,   set_coefficients, gradient_of, exponentials_of};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

@@ -1,38 +1,59 @@
-// Cross-entropy over a block of the vocabulary at a time, all rows at once: what the linear head needs to see
-// every logit without ever holding all of them. Reads [rows, width] logits; the backward writes their
-// gradient, in place if it may. float32 and bfloat16. Between the blocks 128 bytes a row (RowState) are kept.
+// What a row needs to know of its logits, a block of the vocabulary at a time, all rows at once: so the
+// linear head sees every logit without ever holding all of them. Reads rows of float32 logits, which it
+// rounds to the dtype that they have; the gradient is written in that dtype, in place if it may. The order of
+// all sums over the vocabulary is fixed, whatever the blocks and threads: the exponentials of a segment
+// relative to its maximum, segments in their order to a chapter, chapters in theirs to the row.
 #pragma once
 
 #include "args.h"
 
 namespace fastloss {
 
+struct HeadCall;
+
+constexpr int64_t kSegment = 256, kChapter = 2048;
+static_assert(kChapter % kSegment == 0 && kSegment <= kBlock, "segments do not cross chapters");
+
 struct RowState {
-  double max, sum, entropy, square;  // over the blocks so far; sums relative to max
+  double max, sum, entropy, square;  // sums relative to max
   double z_target, slope_target, sum_z, sum_w, sum_wz;
   double log_sum, a, b, c, d;  // set by finish or by set_coefficients; a to d include the gradient's scale
   double kind;                 // 0 normal, 1 ignored, 2 bad
-  double unused;
+  double best;                 // where the largest logit is
+  double d_hidden_max;         // what d hidden's sum is relative to, where it is made with the statistics
 };
 
-// logits.x is the block's first logit, logits.vocab the whole vocabulary.
-struct VocabBlock {
-  int64_t start, width;  // width <= kBlock
-  bool first;            // of those that a RowState sees
+// Of a chapter, [rows] each; null where nobody asks.
+struct ChapterSums {
+  double *max, *sum, *entropy, *square, *sum_z, *sum_w, *sum_wz, *best;
+};
+
+// Logits of rows [begin, end): of columns [start, start + width), the rows `stride` apart. They may be
+// overwritten, by themselves as rounded, and up to a vector beyond their end.
+struct StripeOfLogits {
+  float* z;
+  int64_t stride, start, width, begin, end;
 };
 
 struct VocabKernels {
   int64_t scratch_bytes;
-  void (*forward)(const Logits&, const VocabBlock&, const CrossEntropy&, const Stats& wanted, RowState*,
-                  int64_t begin, int64_t end, void* scratch);
-  // Adds the sums of other blocks of the same rows, seen by `from`, to `into`.
-  void (*merge)(const Logits&, const CrossEntropy&, const Stats& wanted, RowState* into,
-                const RowState* from);
-  void (*finish)(const Logits&, const CrossEntropy&, const Stats&, RowState*, int64_t begin, int64_t end);
-  // In place of forward and finish: what row_grad is given. The vector w is CrossEntropy's.
-  void (*set_coefficients)(const Logits&, const CrossEntropy&, const Coefficients&, RowState*);
-  void (*backward)(const Logits&, const VocabBlock&, const CrossEntropy&, const RowState*, int64_t begin,
-                   int64_t end, void* scratch);
+  int64_t (*sums_bytes)(const HeadCall&, int64_t chapters);
+  ChapterSums (*sums_of)(const HeadCall&, void* memory, int64_t chapter);
+  // A segment's, added to its chapter's sums; the logits that the call wants kept are.
+  void (*add)(const HeadCall&, const ChapterSums&, const StripeOfLogits&, void* scratch);
+  // A chapter's, added to the rows'.
+  void (*merge)(const HeadCall&, const ChapterSums&, bool first, int64_t begin, int64_t end);
+  void (*finish)(const HeadCall&, int64_t begin, int64_t end);
+  // In place of all of these: what row_grad is given. The vector w is CrossEntropy's.
+  void (*set_coefficients)(const HeadCall&, int64_t begin, int64_t end);
+  // out has the weight's dtype; zeros follow up to the next 32 columns. `kept`: the logits are read where the
+  // forward left them.
+  void (*gradient)(const HeadCall&, const StripeOfLogits&, bool kept, void* out, int64_t out_stride,
+                   void* scratch);
+  // exp(z - m) of logits that `add` has seen, without the target's; m is the largest so far (in `sums`, if
+  // not null, and the state), `factor` of a row what sums relative to the m before must be multiplied with.
+  void (*exponentials)(const HeadCall&, const ChapterSums* sums, const StripeOfLogits&, void* out,
+                       int64_t out_stride, float* factor, void* scratch);
 };
 
 }  // namespace fastloss

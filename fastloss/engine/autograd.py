@@ -194,7 +194,7 @@ class _MadeInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if torch.is_grad_enabled() or is_transformed((upstream,)):
+        if torch.is_grad_enabled() or _wrapped(upstream) or _batched(upstream):
             return _by_definition(_made_again, ctx, (upstream,))
         made, run, define, given = ctx.made
         if made is None:  # retain_graph: the first backward gave the buffers away

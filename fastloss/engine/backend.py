@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastloss.engine import checks
+from fastloss.engine.checks import PLAIN
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.gate import check
@@ -327,7 +328,6 @@ def is_traced(tensor: Tensor) -> bool:
 
 # --- direct calls: small plain tensors on the CPU, one native call that makes loss, metrics and gradient -----------------
 
-PLAIN = (Tensor, torch.nn.Parameter)
 _logs = log.isEnabledFor
 _tracing = torch._C._get_tracing_state
 _interpreter = torch._C._functorch.peek_interpreter_stack

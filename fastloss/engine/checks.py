@@ -16,11 +16,27 @@ class ShapeError(ValueError, RuntimeError):
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if type(value) in PLAIN and not torch.compiler.is_compiling():
+        _has_memory(name, value)
+
+
+def _has_memory(name: str, value: Tensor) -> None:
+    """PyTorch itself reads address 0 where a tensor's storage was freed."""
+    try:
+        freed = value.untyped_storage().nbytes() == 0 and value.numel() > 0
+    except (RuntimeError, NotImplementedError):  # a wrapper of torch.func, sparse: no storage to free
+        return
+    if freed:
+        raise ValueError(
+            f"{name}: expected a tensor with memory, got one whose storage was freed, as FSDP does with parameters between "
+            "uses; use it while its memory is there"
+        )
 
 
 def is_floating(name: str, value: Tensor) -> None:

@@ -27,11 +27,15 @@ def address(tensor: Tensor | None, *, just_made: bool = False, is_dense: bool = 
             place: int = tensor.data_ptr()
             if just_made:
                 return place
-            # The common case with the fewest questions; check() asks all of them.
-            if (
+            # The common cases with the fewest questions; check() asks all of them.
+            if is_dense:
+                # Freed storage begins at address 0.
+                if place != tensor.storage_offset() * tensor.itemsize and not tensor.is_neg():
+                    return place
+            elif (
                 place
-                and (is_dense or (tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_nested)))
-                and not tensor.is_neg()
+                and tensor.is_contiguous()
+                and not (tensor.is_conj() or tensor.is_nested or tensor.is_neg())
             ):
                 storage = tensor.untyped_storage()
                 if place + tensor.nbytes <= storage.data_ptr() + storage.nbytes():

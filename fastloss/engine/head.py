@@ -89,7 +89,7 @@ class Schedule(NamedTuple):
                 "buffer_bytes": buffer_bytes(head, chunk),
             }
         assert isinstance(head.backend, NativeBackend)
-        width = head_blocks.block_width(head.backend, vocab, torch.get_num_threads())
+        width = head_blocks.block_width(head.backend, vocab, head.weight.shape[1])
         return {
             "gemms": gemms if recompute else head_blocks.gemms(needs, rows, dim),
             "rows": rows,

@@ -29,13 +29,18 @@ from fastloss.engine.native import NativeBackend, supports_gemm_bf16
 from fastloss.tables import DTYPE_CODES, CrossEntropyOptions, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
-# Columns of a block at most: each thread holds a block of all rows' d logits.
-WIDTH = 192
+# Columns of a block at most: the threads share a block of all rows' d logits.
+WIDTH = 256
+# Weights of a block at most.
+CACHED = 1 << 18
 # Below this many rows a GEMM waits for the weight's memory, and packing it costs more than the chunks' GEMMs (AMD Zen 3, one
 # thread: at 16 rows 1.1 to 1.4 times them, at 64 0.76 to 0.94). With d weight blocks are as fast from the first row.
 FORWARD_FROM = 64
 # Rows over D from which making their logits again costs more than memory for them is worth.
 RECOMPUTE_UP_TO = 2
+# Multiples of D of further rows whose logits are kept, in memory of their own: 2 in bfloat16 (1 in float32) are as large as a
+# float32 gradient of the weight, and a call of up to 3 D (2 D) rows takes 3 GEMMs.
+KEEP_MORE = 0
 
 
 def why_not(
@@ -49,7 +54,7 @@ def why_not(
     if dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (torch.float32, torch.bfloat16):
         return "the dtype"
     if not multiplies_floats(weight, dtype):
-        if not supports_gemm_bf16():
+        if not (supports_gemm_bf16() or backend.module.supports_tiles()):
             return "oneDNN multiplies bfloat16 faster than float32"
         if weight.dtype != dtype or weight.shape[1] % 2:
             return "bfloat16 is multiplied in pairs along D, and d weight has the logits' dtype"
@@ -76,25 +81,25 @@ def multiplies_floats(weight: Tensor, dtype: torch.dtype) -> bool:
 
 def gemms(needs: Needs, rows: int, dim: int) -> float:
     """GEMMs of forward and backward in one; a fraction where the logits of some rows are made again."""
-    again = max(0, rows - dim) / max(rows, 1) if needs.weight else 0
+    again = max(0, rows - (1 + KEEP_MORE) * dim) / max(rows, 1) if needs.weight else 0
     return round(1 + needs.hidden + needs.weight + again, 2)
 
 
-def block_width(backend: NativeBackend, vocab: int, threads: int) -> int:
-    """Columns of a block: the threads' blocks together are at most 3% of the logits, where that is not too narrow."""
+def block_width(backend: NativeBackend, vocab: int, dim: int) -> int:
+    """Columns of a block, which the threads share: at most 2% of the logits, and weights of it, packed twice, that stay in a
+    core's cache, where that is not too narrow."""
     panel: int = backend.module.head_panel()
-    width = max(64, min(WIDTH, vocab // (32 * threads)))
+    width = max(64, min(WIDTH, vocab // 64, max(128, CACHED // dim)))
     return -(-min(width, vocab) // panel) * panel
 
 
 def buffer_bytes(backend: NativeBackend, rows: int, weight: Tensor, needs: Needs) -> int:
-    """Of the threads' blocks of logits."""
-    threads = torch.get_num_threads()
-    width = block_width(backend, weight.shape[0], threads)
+    """Of a block of logits."""
+    width = block_width(backend, *weight.shape)
     if needs.weight or needs.bias:
-        return rows * width * weight.dtype.itemsize * threads
+        return rows * width * weight.dtype.itemsize
     stripe = min(rows, backend.module.HEAD_STRIPE)
-    return stripe * width * weight.dtype.itemsize * threads
+    return stripe * width * weight.dtype.itemsize * torch.get_num_threads()
 
 
 class VocabularyBlocks:
@@ -148,9 +153,10 @@ class VocabularyBlocks:
         c.label_smoothing, c.z_loss = options.label_smoothing, options.z_loss
         c.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
         dim = self.head.weight.shape[1]
-        c.stored = min(self.rows, dim) if self.needs.weight else 0
-        by_row = self.needs.hidden and not self.needs.weight
-        call.execute(row_by_row=by_row)
+        if self.needs.weight:
+            c.stored = min(self.rows, dim)
+            call.keep_more(min(self.rows - c.stored, KEEP_MORE * dim))
+        call.execute()
         self.made = call.gradients()
         return out
 
@@ -168,7 +174,7 @@ class VocabularyBlocks:
             call = _NativeCall(self, target, w, options)
             k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
             call.point_to(lse=logsumexp, **k)
-            call.execute(backward_alone=True)
+            call.execute()
             self.made = call.gradients()
 
 
@@ -190,12 +196,13 @@ class _NativeCall:
         self._make_gradients(hidden, h.weight)
         c = self.record = self.native.module.HeadCall()
         c.rows, c.vocab, c.dim = self.rows, self.vocab, self.dim
-        c.width = block_width(self.native, self.vocab, torch.get_num_threads())
+        c.width = block_width(self.native, self.vocab, self.dim)
         c.ignore_index, c.scale, c.softcap = options.ignore_index, options.scale, options.softcap
         c.hidden_dtype, c.hidden_stride = DTYPE_CODES[hidden.dtype], hidden.stride(0)
         c.weight_dtype, c.weight_stride = DTYPE_CODES[h.weight.dtype], h.weight.stride(0)
         c.w_row_stride = 0 if w is None or w.dim() == 1 else w.stride(0)
         c.grad_scale, c.spread, c.split, c.pairs = 1.0, self.rest is None, self.split, pairs
+        c.tiles = pairs and self.native.module.supports_tiles()
         self.point_to(
             target=target, bias=h.bias, w=w, keep=self.keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
             d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias,
@@ -221,22 +228,25 @@ class _NativeCall:
         self.split = min(self.rows, self.all_rows // 2)
         self.rest = torch.empty((self.rows - self.split, self.dim), dtype=torch.float32, device=device)
 
-    def execute(self, *, row_by_row: bool = False, backward_alone: bool = False) -> None:
-        """``row_by_row``: the threads share the rows, not the vocabulary."""
+    def keep_more(self, rows: int) -> None:
+        """Of the rows after the first D, the logits of ``rows`` are kept, in memory of their own."""
+        weight = self.operands[1]
+        self.record.more = rows
+        self.point_to(
+            more_logits=new_gradient((self.vocab, rows), weight.dtype, weight.device) if rows else None
+        )
+
+    def execute(self) -> None:
         if not self.rows:
             for grad in (self.d_hidden, self.d_weight, self.d_bias):
                 if grad is not None:
                     grad.zero_()
             return
         c, module, device = self.record, self.native.module, self.operands[0].device
-        threads = min(torch.get_num_threads(), self.rows if row_by_row else -(-self.vocab // c.width))
-        states = 1 if row_by_row or backward_alone else threads
-        shape = states, self.rows, module.ROW_STATE_DOUBLES
-        self.point_to(
-            state=torch.empty(shape, dtype=torch.float64, device=device),
-            finished=torch.zeros(-(-self.rows // module.HEAD_STRIPE), dtype=torch.int64, device=device),
-        )
-        scratch = torch.empty(threads * c.scratch_bytes() + 64, dtype=torch.uint8, device=device)
+        threads = torch.get_num_threads()
+        shape = self.rows, module.ROW_STATE_DOUBLES
+        self.point_to(state=torch.empty(shape, dtype=torch.float64, device=device))
+        scratch = torch.empty(c.workspace_bytes(threads) + 64, dtype=torch.uint8, device=device)
         c.run(-(-address(scratch) // 64) * 64, threads)
 
     def gradients(self) -> Grads:

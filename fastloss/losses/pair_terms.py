@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,9 +62,8 @@ class PreferenceOptions:
         return any(name in names for name, _ in self.loss_weights)
 
 
-@dataclass(frozen=True)
-class PreferenceSpec:
-    """The options of a call as a user gives them."""
+class PreferenceSpec(NamedTuple):
+    """The options of a call as a user gives them. A tuple, for it is made and looked up in a cache at every call."""
 
     loss_type: str | tuple[str, ...] = "sigmoid"
     loss_weights: tuple[float, ...] | None = None
@@ -80,7 +79,7 @@ class PreferenceSpec:
 
 def parse_options(spec: PreferenceSpec) -> PreferenceOptions:
     """The checked options; the error of one that does not fit names it. Cached, but not where torch.compile traces."""
-    return (_parse if torch.compiler.is_compiling() else _cached_parse)(spec)
+    return _parse(spec) if torch.compiler.is_compiling() else _cached_parse(*spec)
 
 
 def _parse(spec: PreferenceSpec) -> PreferenceOptions:
@@ -139,7 +138,9 @@ def _parse(spec: PreferenceSpec) -> PreferenceOptions:
     )
 
 
-_cached_parse = functools.lru_cache(maxsize=256)(_parse)
+@functools.lru_cache(maxsize=256, typed=True)  # True is no 1.0
+def _cached_parse(*fields: Any) -> PreferenceOptions:
+    return _parse(PreferenceSpec(*fields))
 
 
 @dataclass(frozen=True)

@@ -168,11 +168,11 @@ def policy_loss(
     others = (old_logprobs, ref_logprobs, sampler_logprobs, entropy)
     if weights is None and _is_direct(logprobs, advantages, mask, others, cu_seqlens, backend):
         ready = _direct_options(
-            spec,
             ref_logprobs is not None,
             entropy is not None,
             sampler_logprobs is not None,
             logprobs.shape[1],
+            *spec,
         )
         if ready is not None:
             norm = None
@@ -423,9 +423,11 @@ def _is_direct(
 
 @functools.lru_cache(maxsize=64, typed=True)
 def _direct_options(
-    spec: PolicySpec, with_ref: bool, with_entropy: bool, with_sampler: bool, length: int
+    with_ref: bool, with_entropy: bool, with_sampler: bool, length: int, *fields: Any
 ) -> _Ready | None:
-    """None where the general path is needed: tokens are chosen over the whole batch, or an option lacks its tensor."""
+    """Of the fields of a :class:`PolicySpec`, whose types count too; None where something is chosen over the whole batch, or
+    missing."""
+    spec = PolicySpec(*fields)
     options = options_of(spec, with_sampler=with_sampler, with_ref=with_ref, default_length=length)
     selects = spec.variant.selects or spec.top_entropy_quantile < 1
     if selects or spec.entropy_aggregation is not None or (spec.entropy_coef and not with_entropy):

@@ -137,7 +137,7 @@ def linear_policy_loss(
         dtype=dtype,
     )
     needs = heads.needs_of(input, linear_weight, linear_bias)
-    rows = heads.count_kept(hidden.shape[0], classes, IGNORED) if not call.traced else 0
+    rows = 0 if call.by_definition else heads.count_kept(hidden.shape[0], classes, IGNORED)
     schedule = heads.chunked(rows, linear_weight.shape[0], dtype, input.device, chunk_size)
     if call.by_definition:
         call.announce()

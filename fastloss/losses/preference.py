@@ -149,7 +149,7 @@ def preference_loss(
     if whole_responses and is_direct_pairs(chosen_logps, rejected_logps, *refs, numbers, backend):
         with_reference = ref_chosen_logps is not None, ref_rejected_logps is not None
         native = _direct_options(
-            reduction, chosen_logps.shape[0], with_reference, reference_free, numbers, spec
+            reduction, chosen_logps.shape[0], with_reference, reference_free, numbers, *spec
         )
         if native is not None:
             loss, won, lost, means = direct_pairs(
@@ -310,10 +310,10 @@ def _direct_options(
     with_reference: tuple[bool, bool],
     reference_free: bool,
     numbers: tuple[float, float, float],
-    spec: PreferenceSpec,
+    *fields: Any,
 ) -> DirectPairs | None:
     """The native options of a direct call; None where the general path has more to do, or an error to raise."""
-    o = parse_options(spec)
+    o = parse_options(PreferenceSpec(*fields))
     complete = (
         reference_free or with_reference == (True, True) or not (o.needs_reference or any(with_reference))
     )

@@ -12,6 +12,7 @@ OPERANDS = {
     "float32": (F32, F32, False),
     "bfloat16": (BF16, BF16, False),
     "pairs": (BF16, BF16, True),
+    "tiles": (BF16, BF16, "tiles"),
     "autocast": (BF16, F32, False),
 }
 STATS = ("logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits")
@@ -26,7 +27,7 @@ def operands(rows, dim, vocab, kinds, seed=0):
 
 def call(
     hidden, weight, target, *, pairs=False, keep=None, bias=None, w=None, width=None, stored=None, threads=3,
-    gradients=("d_hidden", "d_weight", "d_bias"), spread=True, split=None, **options,
+    gradients=("d_hidden", "d_weight", "d_bias"), spread=True, split=None, memory=None, **options,
 ):  # fmt: skip
     """All outputs of one native call, by name."""
     rows = hidden.shape[0] if keep is None else len(keep)
@@ -64,24 +65,33 @@ def call(
         if stored is None
         else stored
     )
-    c.spread, c.pairs = spread, pairs
+    c.float_logits = options.get("float_logits", False)
+    c.spread, c.pairs, c.tiles = spread, bool(pairs), pairs == "tiles"
     c.split = rows if split is None else split
     given = options.get("given", {})
-    alone = "d_hidden" in gradients and "d_weight" not in gradients and not given
-    threads = min(threads, rows if alone else -(-vocab // width))
-    state = torch.full((threads, rows, cpu.ROW_STATE_DOUBLES), 77.0, dtype=torch.float64)
-    finished = torch.zeros(-(-rows // cpu.HEAD_STRIPE), dtype=torch.int64)
+    state = torch.full((rows, cpu.ROW_STATE_DOUBLES), 77.0, dtype=torch.float64)
+    if options.get("argmax"):
+        out["argmax"] = torch.full((rows,), -7)
+    more_logits = None
+    if memory is not None:  # of d weight, where logits are kept, and of more logits
+        c.stats_only, c.d_weight = not gradients, memory[0].data_ptr()
+        c.stored, more_logits = min(rows, dim) if stored is None else stored, memory[1]
+        c.more = more_logits.shape[1]
+        if "d_weight" in out:
+            out["d_weight"] = memory[0]
     tensors = {
+        "more_logits": more_logits, "token_weight": options.get("token_weight"), "row_scale": options.get("row_scale"),
         "hidden": hidden, "weight": weight, "target": target, "keep": keep, "bias": bias, "w": w,
-        "state": state, "finished": finished, **given, **out,
+        "state": state, **given, **out,
     }  # fmt: skip
     for name, tensor in tensors.items():
         setattr(c, name, 0 if tensor is None else tensor.data_ptr())
     rest = torch.full((rows - c.split, dim), 77.0)
     c.d_hidden_rest = rest.data_ptr()
     scratch = torch.full(
-        (threads * c.scratch_bytes() + 64,), 0xFF, dtype=torch.uint8
+        (c.workspace_bytes(threads) + 64,), 0xFF, dtype=torch.uint8
     )  # NaN, if it is ever used
+    assert threads * c.scratch_bytes() >= c.workspace_bytes(threads)
     c.run(-(-scratch.data_ptr() // 64) * 64, threads)
     if len(rest):
         assert (out["d_hidden"][c.split :] == 77).all()
@@ -256,13 +266,134 @@ def test_same_bits_in_every_run(kind):
             assert torch.equal(value, again[name]), name
 
 
-def test_other_numbers_of_threads_differ_in_the_sums_of_the_vocabulary_alone():
-    hidden, weight, target = operands(120, 40, 900, OPERANDS["float32"])
-    one, four = (call(hidden, weight, target, width=64, threads=t) for t in (1, 4))
-    for name, value in one.items():
-        torch.testing.assert_close(
-            four[name], value, rtol=1e-6, atol=1e-7 * float(value.abs().max()), msg=name
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize("form", [{}, {"bias": True, "scale": 0.7, "softcap": 4.0, "eps": 0.1}])
+def test_a_row_has_the_same_bits_in_any_batch(kind, form):
+    """Alone, in another order, at another place, with other blocks, threads and gradients."""
+    kinds, form = OPERANDS[kind], dict(form)
+    rows, vocab = 133, 4700  # more than two chapters
+    hidden, weight, target = operands(rows, 36, vocab, kinds)
+    if "bias" in form:
+        form["bias"] = torch.randn(vocab, generator=torch.Generator().manual_seed(9))
+    form |= {"pairs": kinds[2], "argmax": True}
+    full = call(hidden, weight, target, threads=1, width=64, gradients=(), **form)
+
+    def expect(got, rows_of_it, what):
+        for name in ("loss", *STATS, "argmax"):
+            assert torch.equal(got[name], full[name][rows_of_it]), f"{what}: {name}"
+
+    everything = torch.arange(rows)
+    for threads, width in ((2, 64), (3, 192), (5, 512)):
+        expect(
+            call(hidden, weight, target, threads=threads, width=width, **form), everything, (threads, width)
         )
+    if "eps" not in form:
+        expect(
+            call(hidden, weight, target, threads=3, width=768, gradients=("d_hidden",), **form),
+            everything,
+            "d hidden alone",
+        )
+    for some in (
+        torch.tensor([77]),
+        torch.tensor([5, 132]),
+        torch.randperm(rows)[:40],
+        torch.arange(rows - 1, -1, -1),
+    ):
+        got = call(
+            hidden[some].contiguous(), weight, target[some].contiguous(), gradients=(), threads=2, **form
+        )
+        expect(got, some, len(some))
+        got = call(hidden, weight, target[some].contiguous(), keep=some, gradients=(), threads=2, **form)
+        expect(got, some, f"{len(some)} kept")
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+def test_other_threads_and_blocks_give_the_same_gradients(kind):
+    """A gradient's sums over rows do not depend on either, and one over the vocabulary on the threads alone."""
+    kinds = OPERANDS[kind]
+    hidden, weight, target = operands(300, 40, 900, kinds)
+    one = call(hidden, weight, target, width=128, threads=1, pairs=kinds[2])
+    for threads in (2, 4, 11):
+        for name, value in call(hidden, weight, target, width=128, threads=threads, pairs=kinds[2]).items():
+            assert torch.equal(value, one[name]), (threads, name)
+    other = call(hidden, weight, target, width=320, threads=3, pairs=kinds[2])
+    for name in ("d_weight", "d_bias"):
+        assert torch.equal(other[name], one[name]), name
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize("stored, more", [(30, 0), (30, 60), (7, 100), (0, 130), (0, 0)])
+def test_gradients_from_logits_that_the_statistics_left(kind, stored, more):
+    kinds = OPERANDS[kind]
+    rows, dim, vocab = 130, 30, 201
+    hidden, weight, target = operands(rows, dim, vocab, kinds)
+    generator = torch.Generator().manual_seed(3)
+    k = {name: torch.randn(rows, generator=generator) for name in "abc"}
+    memory = torch.full((vocab, dim), 55.0, dtype=kinds[1]), torch.full((vocab, more), 55.0, dtype=kinds[1])
+    first = call(
+        hidden, weight, target, pairs=kinds[2], gradients=(), memory=memory, stored=stored, width=192
+    )
+    plain = call(hidden, weight, target, pairs=kinds[2], gradients=())
+    for name, value in first.items():
+        assert torch.equal(value, plain[name]), name
+    given = {"given": {"lse": first["logsumexp"], **k}, "pairs": kinds[2], "width": 64}
+    want = call(hidden, weight, target, **given)
+    got = call(hidden, weight, target, memory=memory, stored=stored, **given)
+    for name in ("d_hidden", "d_weight", "d_bias"):
+        assert torch.equal(got[name], want[name]), name
+    whole = call(hidden, weight, target, pairs=kinds[2], memory=memory, stored=stored)  # the same in one call
+    compare(whole, expected(hidden, weight, target), kinds)
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize("gradients", [("d_hidden", "d_weight", "d_bias"), ("d_hidden",)])
+def test_token_weights_and_row_scales(kind, softcap, gradients):
+    """A row's scale is one over its temperature; its weight multiplies its loss and gradient."""
+    kinds = OPERANDS[kind]
+    rows, dim, vocab = 70, 18, 300
+    hidden, weight, target = operands(rows, dim, vocab, kinds)
+    generator = torch.Generator().manual_seed(8)
+    factors = {name: torch.rand(rows, generator=generator) + 0.5 for name in ("token_weight", "row_scale")}
+    factors["token_weight"][4] = 0
+    options = {"pairs": kinds[2], "softcap": softcap, "scale": 0.8, "zeta": 1e-2}
+    got = call(hidden, weight, target, gradients=gradients, **factors, **options)
+    alone = []
+    for i in range(rows):
+        one = {"gs": float(factors["token_weight"][i]), "softcap": softcap, "zeta": 1e-2}
+        scale = 0.8 * float(factors["row_scale"][i])
+        alone.append(expected(hidden[i : i + 1], weight, target[i : i + 1], scale=scale, **one))
+        alone[-1]["loss"] = alone[-1]["loss"] * one["gs"]
+    want = {name: torch.cat([one[name] for one in alone]) for name in ("loss", *STATS, "d_hidden")}
+    want |= {name: torch.stack([one[name] for one in alone]).sum(0) for name in ("d_weight", "d_bias")}
+    compare(got, want, kinds)
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+def test_argmax(kind):
+    kinds = OPERANDS[kind]
+    hidden, weight, target = operands(61, 20, 2500, kinds)
+    hidden, weight = (hidden * 4).round(), (weight * 4).round()  # exact logits, many of them equal
+    weight[2300] = weight[17]
+    got = call(hidden, weight, target, pairs=kinds[2], gradients=(), argmax=True)["argmax"]
+    z = (hidden.double() @ weight.double().t()).to(kinds[1])
+    assert torch.equal(got, z.double().argmax(-1))
+    minus_inf = torch.full((2500,), -float("inf"))
+    nothing = call(hidden, weight, None, bias=minus_inf, w=torch.ones(2500), gradients=(), argmax=True)
+    assert (nothing["argmax"] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "pairs", "tiles"])
+def test_float_logits(kind):
+    """Not rounded to the weight's dtype: nearer to float64 than the logits of PyTorch's product."""
+    kinds = OPERANDS[kind]
+    hidden, weight, target = operands(90, 64, 700, kinds)
+    z = hidden.double() @ weight.double().t()
+    want = expect_stats(z, target)["logprobs"]
+    options = {"pairs": kinds[2], "stored": 0}
+    exact = (call(hidden, weight, target, float_logits=True, **options)["logprob"] - want).abs().max()
+    rounded = (call(hidden, weight, target, **options)["logprob"] - want).abs().max()
+    assert exact < 2e-6 < 1e-3 < rounded
 
 
 @pytest.mark.parametrize(
@@ -270,7 +401,9 @@ def test_other_numbers_of_threads_differ_in_the_sums_of_the_vocabulary_alone():
     [
         ({"width": 0}, "width"), ({"width": 7}, "width"), ({"width": 1 << 20}, "width"), ({"stored": 9}, "stored"),
         ({"rows": 0}, "rows"), ({"hidden_dtype": 3}, "dtype"), ({"pairs": True}, "pairs"),
-        ({"d_weight": 0}, "weight"), ({"d_weight": 0, "stored": 0}, "index targets"),
+        ({"d_weight": 0}, "weight"), ({"d_weight": 0, "stored": 0}, "index targets"), ({"tiles": True}, "tiles"),
+        ({"more": 1}, "more"), ({"more_logits": 64, "more": 1}, "more"), ({"stats_only": True, "lse": 64}, "stats_only"),
+        ({"weight_dtype": 1, "float_logits": True}, "float_logits"),
     ],
 )  # fmt: skip
 def test_bad_calls(change, what):
@@ -288,7 +421,8 @@ def test_bad_calls(change, what):
 
 @pytest.mark.parametrize("m, n, k", [(1, 1, 1), (7, 70, 9), (97, 130, 33), (200, 513, 64)])
 @pytest.mark.parametrize("accumulate", [False, True])
-def test_gemm_bf16(m, n, k, accumulate):
+@pytest.mark.parametrize("function", ["gemm_bf16", "gemm_bf16_in_tiles"])
+def test_gemm_bf16(m, n, k, accumulate, function):
     generator = torch.Generator().manual_seed(m)
     a = torch.randn(k, m + 5, generator=generator).bfloat16()[:, :m]
     b = torch.randn(k, n + 3, generator=generator).bfloat16()[:, :n]  # views: their rows are further apart
@@ -297,7 +431,7 @@ def test_gemm_bf16(m, n, k, accumulate):
     once = None
     for threads in (1, 3):
         out = c.clone()
-        cpu.gemm_bf16(
+        getattr(cpu, function)(
             a.data_ptr(), a.stride(0), b.data_ptr(), b.stride(0), out.data_ptr(), n, m, n, k, accumulate, threads,
         )  # fmt: skip
         torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5 * k**0.5)
