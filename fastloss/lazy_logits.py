@@ -384,9 +384,11 @@ for _name in (
 
 
 def lazy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """LazyLogits, or, while torch.compile traces, what stands for them there."""
+    """LazyLogits, or what stands for them where those cannot be: while torch.compile traces; under torch.func, real ones."""
     if torch.compiler.is_compiling():
         return _TracedLogits(describe(hidden, weight, bias))
+    if torch._C._are_functorch_transforms_active():
+        return F.linear(hidden, weight, bias)
     return LazyLogits(hidden, weight, bias)
 
 
