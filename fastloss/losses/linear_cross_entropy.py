@@ -1,4 +1,4 @@
-"""linear_cross_entropy: cross-entropy of the logits of a linear head that are never all there."""
+"""linear_cross_entropy: cross-entropy from hidden states and a vocabulary matrix, without the logits of the whole batch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import once_differentiable, upstream_scale
+from fastloss.engine.autograd import differentiable_again, upstream_scale
 from fastloss.engine.backend import Call, check_targets, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import NOTHING, Grads, Head, Needs, Saved, Schedule
 from fastloss.losses.cross_entropy import (
     LossOptions,
@@ -134,7 +135,7 @@ def _of_rows(
     chunk_size: int | None,
     backend: str,
 ) -> Any:
-    """Of ``input [N, D]``: the loss, or ``(loss, TokenStats)``."""
+    """The loss of ``input [N, D]``, or ``(loss, TokenStats)``."""
     dtype = heads.compute_dtype(input)
     autocast = heads.autocasts(input.device.type) and dtype != torch.float64
     loss_dtype = torch.float32 if autocast else dtype
@@ -217,7 +218,7 @@ def _by_definition(
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything about a call but its tensors."""
+    """What forward and backward need beside the tensors."""
 
     loss: LossOptions
     factor: Factor
@@ -225,6 +226,15 @@ class _Run:
     dtype: torch.dtype  # of the GEMMs
     schedule: Schedule
     needs: Needs
+
+
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias, classes, w, _ = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
+    per_row = run.loss.reduction == "none"
+    return [out if per_row else REFERENCE.sum_rows(out, run.factor)], [hidden, weight, bias]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -261,7 +271,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (loss, *stats)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
         hidden, weight, bias, classes, w, lse = ctx.saved_tensors
@@ -306,7 +316,7 @@ def _k_dimensional(
     backend: str,
 ) -> Any:
     """PyTorch's K-dimensional loss: ``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities
-    ``[N, C, d1, …]``), one head per place, one count for all."""
+    ``[N, C, d1, …]``), one head per place, one mean over all places."""
     vocab, *places, dim = linear_weight.shape
     weights = linear_weight.reshape(vocab, -1, dim)
     biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)
