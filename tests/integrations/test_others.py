@@ -334,7 +334,7 @@ def test_ms_swift(scaled):
     same(
         "ms_swift",
         "LlamaForCausalLM",
-        "loss_map" + ", loss_scale" * scaled,
+        "loss_map, against PyTorch" + ", loss_scale" * scaled,
         ours,
         expected,
         tuple(model.parameters()),
@@ -369,7 +369,7 @@ def test_megatron(tmp_path):
     same(
         "megatron-core",
         "logits",
-        "fused_vocab_parallel_cross_entropy",
+        "fused_vocab_parallel_cross_entropy, against PyTorch",
         (ours * weights).sum(),
         (theirs * weights).sum(),
         (logits,),
