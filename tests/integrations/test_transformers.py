@@ -366,6 +366,22 @@ def test_compiled_in_one_graph(name):
     torch._dynamo.reset()
 
 
+@slow
+def test_compiled_with_an_adapter_on_the_head(llama):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama, peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    stock = step(model)
+    torch._dynamo.reset()
+    with apply(model):
+        ours = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    grads = {n.removeprefix("_orig_mod."): g for n, g in ours[2].items()}
+    assert max(differences(stock, (None, ours[1], grads))) < 2e-5
+    torch._dynamo.reset()
+
+
 def test_sharded_by_fsdp2(llama, tmp_path):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
