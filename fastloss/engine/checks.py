@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> float:
     """A finite Python number in [low, high] (or (low, high] with ``open_low``)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are Real too
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     value = float(value)
     if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
@@ -88,7 +89,7 @@ def normalizer_value(normalizer: Any, reduction: str, device: torch.device) -> f
 
 def chunk_size_value(chunk_size: Any) -> None:
     if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral) or chunk_size < 1
     ):
         raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
 

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.gate import address
-from fastloss.engine.head_rows import upcasts
+from fastloss.engine.head_rows import count_gemms, upcasts
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
 from fastloss.tables import DTYPE_CODES, CrossEntropyOptions, RowOptions
@@ -129,6 +127,19 @@ class VocabularyBlocks:
         want: Sequence[str],
     ) -> dict[str, Tensor]:
         """Losses and statistics of the rows; the gradients of their sum times ``factor`` are made on the way."""
+        dim = self.head.weight.shape[1]
+        count_gemms(self.head, self.rows, gemms(self.needs, self.rows, dim))
+        with _disable_current_modes():
+            return self._cross_entropy(target, options, w, factor, want)
+
+    def _cross_entropy(
+        self,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        w: Tensor | None,
+        factor: Factor,
+        want: Sequence[str],
+    ) -> dict[str, Tensor]:
         call = _NativeCall(self, target, w, options)
         out = self.native.empty_stats(self.head.hidden, self.rows, {"logsumexp": None, **dict.fromkeys(want)})
         out["loss"] = torch.empty_like(out["logsumexp"])
@@ -139,7 +150,7 @@ class VocabularyBlocks:
         dim = self.head.weight.shape[1]
         c.stored = min(self.rows, dim) if self.needs.weight else 0
         by_row = self.needs.hidden and not self.needs.weight
-        call.execute(gemms(self.needs, self.rows, dim), row_by_row=by_row)
+        call.execute(row_by_row=by_row)
         self.made = call.gradients()
         return out
 
@@ -152,11 +163,13 @@ class VocabularyBlocks:
         w: Tensor | None = None,
     ) -> None:
         """Makes the logits again."""
-        call = _NativeCall(self, target, w, options)
-        k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
-        call.point_to(lse=logsumexp, **k)
-        call.execute(1 + self.needs.hidden + self.needs.weight, backward_alone=True)
-        self.made = call.gradients()
+        count_gemms(self.head, self.rows, 1 + self.needs.hidden + self.needs.weight)
+        with _disable_current_modes():
+            call = _NativeCall(self, target, w, options)
+            k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
+            call.point_to(lse=logsumexp, **k)
+            call.execute(backward_alone=True)
+            self.made = call.gradients()
 
 
 class _NativeCall:
@@ -192,7 +205,7 @@ class _NativeCall:
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.tensors.append(tensor)
-                setattr(self.record, _FIELDS.get(name, name), address(tensor))
+                setattr(self.record, name, address(tensor))
 
     def _make_gradients(self, hidden: Tensor, weight: Tensor) -> None:
         shape, device = (self.all_rows, self.dim), hidden.device
@@ -208,7 +221,7 @@ class _NativeCall:
         self.split = min(self.rows, self.all_rows // 2)
         self.rest = torch.empty((self.rows - self.split, self.dim), dtype=torch.float32, device=device)
 
-    def execute(self, gemms: float, *, row_by_row: bool = False, backward_alone: bool = False) -> None:
+    def execute(self, *, row_by_row: bool = False, backward_alone: bool = False) -> None:
         """``row_by_row``: the threads share the rows, not the vocabulary."""
         if not self.rows:
             for grad in (self.d_hidden, self.d_weight, self.d_bias):
@@ -224,8 +237,6 @@ class _NativeCall:
             finished=torch.zeros(-(-self.rows // module.HEAD_STRIPE), dtype=torch.int64, device=device),
         )
         scratch = torch.empty(threads * c.scratch_bytes() + 64, dtype=torch.uint8, device=device)
-        if _get_current_dispatch_mode() is not None:  # FlopCounterMode and its like see operators only
-            _counted(*self.operands, self.rows, gemms)
         c.run(-(-address(scratch) // 64) * 64, threads)
 
     def gradients(self) -> Grads:
@@ -239,19 +250,3 @@ class _NativeCall:
                 dense = x[: self.rows].clone()
                 x.zero_().index_copy_(0, self.keep, dense)
         return Grads(self.d_hidden, self.d_weight, self.d_bias)
-
-
-# Names of csrc/cpu/head.h that differ from the statistics'.
-_FIELDS = {"logprobs": "logprob", "mean_logits": "mean_logit"}
-
-
-@torch.library.custom_op("fastloss::head_gemms", mutates_args=())
-def _counted(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
-    """Does nothing: tells FlopCounterMode what the native call multiplies."""
-
-
-@register_flop_formula(torch.ops.fastloss.head_gemms)
-def _(
-    hidden_shape: list[int], weight_shape: list[int], rows: int, gemms: float, *args: Any, **kwargs: Any
-) -> int:
-    return round(2 * rows * weight_shape[0] * weight_shape[1] * gemms)

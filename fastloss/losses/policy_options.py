@@ -104,7 +104,7 @@ class PolicySpec:
 
 
 def resolve(spec: PolicySpec, *, with_sampler: bool, default_length: int | None) -> PolicyOptions:
-    """Checks every option by name and turns the options into the kernels' numbers."""
+    """Checks every option by name and makes the record for the kernels."""
     s = spec
     checks.is_one_of("loss_type", s.loss_type, tuple(VARIANTS))
     level = s.variant.level if s.importance_level is None else s.importance_level
@@ -171,8 +171,8 @@ _cached_resolve = functools.lru_cache(maxsize=64)(resolve)
 def options_of(
     spec: PolicySpec, *, with_sampler: bool, with_ref: bool, default_length: int | None
 ) -> PolicyOptions:
-    """The kernels' numbers; remembered, but not where torch.compile traces. Options that need a tensor, or another option,
-    are errors without it."""
+    """The record for the kernels. Cached, but not where torch.compile traces. An option that needs a tensor, or another
+    option, is an error without it."""
     find = resolve if torch.compiler.is_compiling() else _cached_resolve
     options = find(spec, with_sampler=with_sampler, default_length=default_length)
     if options.beta and not with_ref:
