@@ -1,4 +1,4 @@
-"""policy_loss of docs/sequences.md, 7: a token's loss and its derivative, and the sums of out[16]. Names are those of csrc/policy.h.
+"""policy_loss of docs/sequences.md: a token's loss and its derivative, and the sums of out[16]. Names: csrc/common/policy_terms.h.
 
 Bytes per token: 4 for each input that is given (8 where its sequence has a weight of its own), 4 for the gradient.
 One program per sequence; a second, tiny launch adds up the sequences' sums in order: two launches, nothing is atomic.

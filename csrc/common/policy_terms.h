@@ -1,5 +1,5 @@
 // The math of policy_loss, once for all C++ kernels: a token's surrogate, KL, multipliers and derivatives.
-// Registers only. docs/sequences.md, 7, has the formulas and the names.
+// Registers only. docs/sequences.md ("Policy losses") has the formulas and the names.
 // V is a float, a double, or a vector of them (csrc/cpu/vec.h); `mask ? a : b` and `&` work on all of these.
 #pragma once
 

@@ -1,5 +1,5 @@
 // policy_loss as the bindings see it, and the table that one ISA exports.
-// Reads and writes what docs/sequences.md, 7, says.
+// Reads and writes what docs/sequences.md says.
 // Apart from the kernels' args.h: nothing here concerns rows of logits.
 #pragma once
 

@@ -1,5 +1,5 @@
 // policy_loss over threads: sequences are shared out, their sums added up in order in double.
-// Reads and writes what docs/sequences.md, 7, says.
+// Reads and writes what docs/sequences.md says.
 // Compiled once, without AVX flags; the instruction set is the one that dispatch.cpp chose.
 
 #include <algorithm>

@@ -213,16 +213,16 @@ struct Group {
 template <bool kEntropy, bool kSquare>
 FASTLOSS_INLINE void add_exponentials(const float* z, int64_t whole, float max, int64_t g, Group* out) {
   constexpr int kSums = 4;
-  F32V sum[kSums] = {}, entropy[kSums] = {}, square[kSums] = {};
-  U32V largest_ones{};  // minus their number
+  F32V sum[kSums] = {}, entropy[2] = {}, square[2] = {};  // more would not fit the registers
+  U32V largest_ones{};                                    // minus their number
   const auto add = [&](int k, int64_t i) __attribute__((always_inline)) {
     const F32V v = load(z + i), below = v - max, e = exp_nonpositive<float>(below);
     const U32V is_largest = bit_cast<U32V>(v >= max);
     const F32V others = bit_cast<F32V>(bit_cast<U32V>(e) & ~is_largest);  // a NaN is not >= and stays
     largest_ones += is_largest;
     sum[k] += others;
-    if (kEntropy) entropy[k] += e == 0.0f ? F32V{} : e * below;
-    if (kSquare) square[k] += others * others;
+    if (kEntropy) entropy[k % 2] += e == 0.0f ? F32V{} : e * below;
+    if (kSquare) square[k % 2] += others * others;
   };
   int64_t i = 0;
   for (; i + kSums * W <= whole; i += kSums * W) {
@@ -234,8 +234,8 @@ FASTLOSS_INLINE void add_exponentials(const float* z, int64_t whole, float max, 
   out->max[g] = max;
   out->sum[g] = total(halves((sum[0] + sum[1]) + (sum[2] + sum[3])) + ones);
   if (max > __FLT_MAX__) out->sum[g] = __builtin_nan("");
-  if (kEntropy) out->entropy[g] = total(halves((entropy[0] + entropy[1]) + (entropy[2] + entropy[3])));
-  if (kSquare) out->square[g] = total(halves((square[0] + square[1]) + (square[2] + square[3])) + ones);
+  if (kEntropy) out->entropy[g] = total(halves(entropy[0] + entropy[1]));
+  if (kSquare) out->square[g] = total(halves(square[0] + square[1]) + ones);
 }
 
 // A group's segment, added to the sums of `count` rows.

@@ -105,6 +105,7 @@ def test_text_rows_are_read_whatever_else_stands_beside_the_text() -> None:
     shapes.check_text({"a": ["b", {"c": "\U0001f600"}], "n": 3})
 
 
+@pytest.mark.usefixtures("light")
 def test_empty_prompts(base: Path, tmp_path: Path, quiet: Console) -> None:
     """Where something is sampled after it, it is a bad row; else the answer is all there is."""
     path = tmp_path / "rows.jsonl"
