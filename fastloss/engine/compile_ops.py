@@ -139,9 +139,13 @@ def row_grad(
     return _row_grad(logits, target, logsumexp, *k, w, **_row_fields(options), backend=backend)
 
 
+# By name and not by dataclasses.fields(RowOptions), whose class torch.compile of torch 2.13 does not trace.
+_ROW_FIELDS = tuple(field.name for field in dataclasses.fields(RowOptions))
+
+
 def _row_fields(options: RowOptions) -> dict[str, Any]:
     """A CrossEntropyOptions is given to row_grad too, which takes what is of the row alone."""
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(RowOptions)}
+    return {name: getattr(options, name) for name in _ROW_FIELDS}
 
 
 def _all_fields(options: RowOptions) -> dict[str, Any]:
