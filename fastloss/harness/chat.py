@@ -138,8 +138,8 @@ def _closing(tokenizer: Any, template: str) -> Closing:
         return Closing(None, "", "")
     text = whole.partition(PROBES[0])[2]
     for id in encode(tokenizer, text):
-        if id in tokenizer.added_tokens_decoder:
-            name = str(tokenizer.added_tokens_decoder[id])
+        name = str(tokenizer.added_tokens_decoder.get(id, ""))
+        if name.strip():  # some tokenizers add runs of spaces
             return Closing(id, text, text.partition(name)[2])
     return Closing(None, text, "")
 
@@ -171,15 +171,12 @@ def completion(tokenizer: Any, text: Text, answer: Text, more: Mapping[str, Any]
 
 def example(tokenizer: Any, row: Row) -> Example:
     """Of a row that `rows.supervised_row` passed. Of a conversation every assistant turn is learned, nothing else is."""
-    if "messages" in row:
-        return _example(tokenizer, list(_turns(tokenizer, row["messages"], options(row))))
+    if (conversation := _conversation(row)) is not None:
+        return _example(tokenizer, list(_turns(tokenizer, *conversation, options(row))))
     if "prompt" not in row or "completion" not in row:
         ids = [*plain(tokenizer, row["text"]), int(tokenizer.eos_token_id)]
         return Example(ids, [True] * len(ids))
-    text, answer = row["prompt"], row["completion"]
-    if not isinstance(answer, str) and len(answer) > 1:  # tool calls and what came of them
-        return _example(tokenizer, list(_turns(tokenizer, text + answer, options(row), first=len(text))))
-    before, after = _apart(tokenizer, text, answer, options(row))
+    before, after = _apart(tokenizer, row["prompt"], row["completion"], options(row))
     return Example(before + after, [False] * len(before) + [True] * len(after))
 
 
@@ -189,12 +186,13 @@ def examples(tokenizer: Any, row: Row) -> list[Example]:
     try:
         return [example(tokenizer, row)]
     except Rewritten:
-        if "messages" not in row:
+        if (conversation := _conversation(row)) is None:
             raise
+    messages, first = conversation
     found = []
-    for i, message in enumerate(row["messages"]):
-        if message["role"] == "assistant":
-            before, after = _apart(tokenizer, row["messages"][:i], [message], options(row))
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i >= first:
+            before, after = _apart(tokenizer, messages[:i], [message], options(row))
             found.append(Example(before + after, [False] * len(before) + [True] * len(after)))
     return found
 
@@ -213,19 +211,30 @@ def pair(tokenizer: Any, row: Row) -> Pair:
 def taken(tokenizer: Any, row: Row) -> Row:
     """A checked row, if the chat template takes its messages; else a ValueError that says why not."""
     more = options(row)
-    if "messages" in row:
+    if (conversation := _conversation(row)) is not None:
+        messages, first = conversation
         try:
-            list(_turns(tokenizer, row["messages"], more))
+            list(_turns(tokenizer, messages, first, more))
         except Rewritten:
-            for i, message in enumerate(row["messages"]):
-                if message["role"] == "assistant":
-                    _answer(tokenizer, row["messages"][:i], [message], more)
+            for i, message in enumerate(messages):
+                if message["role"] == "assistant" and i >= first:
+                    _answer(tokenizer, messages[:i], [message], more)
     elif isinstance(row.get("prompt"), list):
         _rendered(tokenizer, row["prompt"], more, answer_next=True)
         for key in ("completion", "chosen", "rejected"):
             if isinstance(row.get(key), list):
                 _answer(tokenizer, row["prompt"], row[key], more)
     return row
+
+
+def _conversation(row: Row) -> tuple[Messages, int] | None:
+    """A row's messages, and from which on its assistant's are learned; None where there is one answer alone."""
+    if "messages" in row:
+        return row["messages"], 0
+    answer = row.get("completion")
+    if isinstance(answer, list) and len(answer) > 1:  # tool calls and what came of them
+        return row["prompt"] + answer, len(row["prompt"])
+    return None
 
 
 def _apart(
@@ -297,9 +306,7 @@ def _tokens(tokenizer: Any, pieces: list[str]) -> list[list[int]]:
     return found
 
 
-def _turns(
-    tokenizer: Any, messages: Messages, more: Mapping[str, Any] | None, first: int = 0
-) -> Iterator[Piece]:
+def _turns(tokenizer: Any, messages: Messages, first: int, more: Mapping[str, Any] | None) -> Iterator[Piece]:
     """The conversation's text in order, and whether it is an assistant's, of those from the ``first`` message on; what
     follows the last of them is left out."""
     written = ""

@@ -88,6 +88,20 @@ def test_learned_by_hand(family: Any) -> None:
         assert example.ids.count(tok.bos_token_id) == 1 and example.ids[0] == tok.bos_token_id
 
 
+def test_an_answer_of_several_turns_is_the_end_of_a_conversation(family: Any) -> None:
+    kind, tok = family
+    row = {"prompt": [USER, ANSWER, MORE], "completion": [LAST, USER, ANSWER]}
+    chat.taken(tok, rows.supervised_row(row))
+    found = chat.examples(tok, row)
+    whole = chat.examples(tok, {"messages": row["prompt"] + row["completion"]})
+    if kind.apart:
+        assert found == whole[1:]
+    else:
+        assert found[0].ids == whole[0].ids
+        first = chat.examples(tok, {"messages": [USER, ANSWER]})[0].learned.count(True)
+        assert found[0].learned.count(True) == whole[0].learned.count(True) - first
+
+
 def test_a_turn_ends_where_the_template_ends_it(family: Any) -> None:
     kind, tok = family
     eos, end = (tok.convert_tokens_to_ids(token) for token in (kind.eos, kind.end))
