@@ -290,7 +290,9 @@ class LazyLogits(torch.Tensor, Lazy):
                 self._memory.owner = self._seen = object()
                 return self
         if self._changed is None:
-            self._changed = self._node.dense().clone() if self._node.has_real() else self._node.make()
+            # With its graph, even where the change itself is made without one.
+            with torch.set_grad_enabled(self._node.with_graph):
+                self._changed = self._node.dense().clone() if self._node.has_real() else self._node.make()
         self._memory.owner = self._seen = object()
         real = self._changed
         out = func(real, *_dense(rest), **_dense(kwargs))
@@ -384,9 +386,11 @@ for _name in (
 
 
 def lazy(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """LazyLogits, or, while torch.compile traces, what stands for them there."""
+    """LazyLogits, or what stands for them where those cannot be: while torch.compile traces; under torch.func, real ones."""
     if torch.compiler.is_compiling():
         return _TracedLogits(describe(hidden, weight, bias))
+    if torch._C._are_functorch_transforms_active():
+        return F.linear(hidden, weight, bias)
     return LazyLogits(hidden, weight, bias)
 
 

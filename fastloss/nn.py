@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastloss.losses.cross_entropy import cross_entropy
@@ -47,60 +47,69 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-class LinearCrossEntropyLoss(nn.Module):
-    """A linear head and its cross-entropy: the constructor of ``torch.nn.LinearCrossEntropyLoss``.
+class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
+    """A linear head and its cross-entropy: ``torch.nn.LinearCrossEntropyLoss`` (torch 2.13), its constructor, its defaults and
+    its parameters' names, so that checkpoints move between the two; computed by :func:`fastloss.linear_cross_entropy`.
 
     Args:
         in_features: D. num_classes: C. out_features: ``(d1, …)`` of a K-dimensional loss.
         bias: a bias of the linear map.
-        weight, ignore_index, reduction, label_smoothing, options: as in :func:`fastloss.linear_cross_entropy`;
-            its further keywords are taken too.
+        weight, ignore_index, reduction, label_smoothing, options: as in :func:`fastloss.linear_cross_entropy`; its further
+            keywords (``z_loss``, ``softcap``, …) are taken too.
+
+    Raises:
+        RuntimeError: a class weight of the wrong shape, a label smoothing outside [0, 1] (PyTorch's errors).
 
     >>> import torch, fastloss
     >>> layer = fastloss.nn.LinearCrossEntropyLoss(8, 5)
     >>> layer(torch.zeros(3, 8), torch.tensor([0, 1, 2])).backward()
+    >>> list(layer.state_dict())
+    ['linear.weight']
     """
-
-    weight: Tensor | None
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
-        out_features: tuple[int, ...] = (),
         *,
-        bias: bool = True,
-        weight: Tensor | None = None,
-        ignore_index: int | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        options: Any = None,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
         device: Any = None,
         dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
         **more: Any,
     ):
-        super().__init__()
-        self.in_features, self.num_classes, self.out_features = in_features, num_classes, tuple(out_features)
-        shape = (num_classes, *self.out_features)
-        bound = in_features**-0.5
-        self.linear_weight = nn.Parameter(
-            torch.empty((*shape, in_features), device=device, dtype=dtype).uniform_(-bound, bound)
-        )
-        self.linear_bias = (
-            nn.Parameter(torch.empty(shape, device=device, dtype=dtype).uniform_(-bound, bound))
-            if bias
-            else None
-        )
-        self.register_buffer("weight", weight)
-        self.ignore_index, self.reduction, self.label_smoothing = ignore_index, reduction, label_smoothing
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"weight: expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}"
+            )
+        if label_smoothing < 0 or label_smoothing > 1.0:
+            raise RuntimeError(
+                f"label_smoothing: expected label_smoothing to be in range [0, 1], got {label_smoothing}"
+            )
+        super().__init__(weight=weight, size_average=None, reduce=None, reduction=reduction)
+        self.num_classes, self.out_features = num_classes, tuple(out_features)
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
         self.options, self.more = options, more
+        rows = math.prod(self.out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """The initial weights of ``nn.Linear``, after ``to_empty()`` of a module made on the meta device."""
+        self.linear.reset_parameters()
 
     def forward(self, input: Tensor, target: Tensor, **more: Any) -> Any:
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
         return linear_cross_entropy(
             input,
-            self.linear_weight,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
             target,
-            linear_bias=self.linear_bias,
+            linear_bias=None if bias is None else bias.reshape(shape),
             weight=self.weight,
             reduction=self.reduction,
             ignore_index=self.ignore_index,
@@ -110,7 +119,11 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, num_classes={self.num_classes}, bias={self.linear_bias is not None}"
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, out_features={self.out_features}, "
+            f"bias={self.linear.bias is not None}, reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}, options={self.options}"
+        )
 
 
 class PreferenceLoss(nn.Module):

@@ -47,6 +47,13 @@ def floats(n: int, device: torch.device) -> Tensor:
     return torch.empty(n, dtype=torch.float32, device=device)
 
 
+def options_of(shape: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A launch shape without what the device's compiler does not know: ``maxnreg`` is NVIDIA's."""
+    if device.type == "cuda" and torch.version.hip is None:
+        return shape
+    return {name: value for name, value in shape.items() if name != "maxnreg"}
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     if tensor.device.type == "cpu":  # the interpreter, whose numpy warns of every log(0) and inf - inf

@@ -1,10 +1,10 @@
-"""Σ w v per sequence, its backward, and the contrasts of pairs and of single sequences: docs/sequences.md, 4 to 6.
+"""Σ w v per sequence, its backward, and the contrasts of pairs and of single sequences: docs/sequences.md.
 
 Bytes: 4 per token (8 with weights) and direction; per pair 4 for each array that is given and each that is written.
 One program per sequence (a long one's backward is cut); pairs: one program walks over all, so that sums need no second launch.
 
 A pointer that is None is a compile-time constant; so are the terms: a loss compiles to its own formula. Names are those of
-csrc/pairs.h. Sums are kept in float64: one number per thread.
+csrc/common/pair_terms.h. Sums are kept in float64: one number per thread.
 """
 
 import torch

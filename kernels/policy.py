@@ -1,4 +1,4 @@
-"""policy_loss of docs/sequences.md, 7: a token's loss and its derivative, and the sums of out[16]. Names are those of csrc/policy.h.
+"""policy_loss of docs/sequences.md: a token's loss and its derivative, and the sums of out[16]. Names: csrc/common/policy_terms.h.
 
 Bytes per token: 4 for each input that is given (8 where its sequence has a weight of its own), 4 for the gradient.
 One program per sequence; a second, tiny launch adds up the sequences' sums in order: two launches, nothing is atomic.
@@ -27,7 +27,7 @@ from fastloss.tables import (
     PolicyOptions,
 )
 
-from .arguments import as_bytes, code, expect, expect_float32, floats, on_device_of
+from .arguments import as_bytes, code, expect, expect_float32, floats, on_device_of, options_of
 from .exact import at_most, exp, exp_parts
 from .pairs import bounds
 
@@ -510,7 +510,8 @@ def policy_total_kernel(
 
 # 128 threads with four tokens each: one 16-byte load per input, and the sums stay in registers (two each spilled 8 bytes
 # on sm_100, tools/kernel_report_triton.py). Not tuned on a GPU.
-POLICY_SHAPE = {"BLOCK": 512, "num_warps": 4, "enable_fp_fusion": True}
+# Without maxnreg the assemblers of Triton 3.6 and 3.7 spill up to 16 bytes rather than lose a program per multiprocessor.
+POLICY_SHAPE = {"BLOCK": 512, "num_warps": 4, "maxnreg": 255, "enable_fp_fusion": True}
 TOTAL_SHAPE = {"ROWS": 32, "num_warps": 4, "enable_fp_fusion": True}
 RUN = 4096  # tokens in a run, where sequences mean nothing
 
@@ -556,7 +557,8 @@ def policy_loss(
             policy_loss_kernel[(runs.number,)](
                 logprobs, x.old, x.advantages, as_bytes("mask", x.mask), x.ref, entropy, x.sampler, x.token_weight,
                 as_bytes("select", x.select), x.share, runs.offsets, n, runs.length, *numbers_of(o), grad, grad_entropy,
-                sums, OF_SEQUENCE=runs.advantage_of_sequence, **constants, **POLICY_SHAPE,
+                sums, OF_SEQUENCE=runs.advantage_of_sequence, **constants,
+                **options_of(POLICY_SHAPE, device),
             )  # fmt: skip
         policy_total_kernel[(1,)](
             sums, runs.number if n else 0, normalizer if isinstance(normalizer, Tensor) else None, number, factor,

@@ -23,7 +23,7 @@ from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
 
-from .arguments import expect, expect_float32, on_device_of
+from .arguments import expect, expect_float32, on_device_of, options_of
 
 WARP = 64 if torch.version.hip else 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -424,6 +424,7 @@ def row_cross_entropy_kernel(
 # from every function. Not tuned on a GPU: a sweep may overwrite the table.
 SHAPES = {"plain": (1024, 16), "odd": (512, 16), "softcap": (512, 8)}
 VECTOR = 16  # bytes of one load
+REGISTERS = 65536  # of a multiprocessor
 
 
 def launch_shape(vocab: int, softcap: bool, size: int, warp: int = WARP) -> dict[str, Any]:
@@ -434,13 +435,18 @@ def launch_shape(vocab: int, softcap: bool, size: int, warp: int = WARP) -> dict
     threads, bytes_each = SHAPES["softcap" if softcap else "plain" if aligned else "odd"]
     each = bytes_each // size
     block = min(max(triton.next_power_of_2(vocab), 128), threads * each)
-    return {
+    shape: dict[str, Any] = {
         "BLOCK": block,
         "WIDTH": min(VECTOR // size, each),
         "ALIGNED": aligned,
         "num_warps": max(1, block // each // warp),
         "enable_fp_fusion": True,  # Triton 3.10 turns it off where nobody asks for it
     }
+    if (
+        softcap or not aligned
+    ):  # else ptxas spills 8 bytes on sm_80 rather than lose a program per multiprocessor
+        shape["maxnreg"] = REGISTERS // threads
+    return shape
 
 
 def row_stats(
@@ -461,7 +467,7 @@ def row_stats(
             row_stats_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
                 float(options.softcap), *[out.get(name) for name in STATS], HAS_SOFTCAP=options.softcap > 0,
-                **launch_shape(vocab, options.softcap > 0, logits.element_size()),
+                **options_of(launch_shape(vocab, options.softcap > 0, logits.element_size()), logits.device),
             )  # fmt: skip
     return out
 
@@ -483,7 +489,7 @@ def row_grad(
     expect(torch.int64, target=target)
     expect_float32(logsumexp=logsumexp, bias=bias, a=a, b=b, c=c, d=d, w=w)
     expect(logits.dtype, out=out)
-    shape = launch_shape(vocab, options.softcap > 0, logits.element_size())
+    shape = options_of(launch_shape(vocab, options.softcap > 0, logits.element_size()), logits.device)
     del shape["WIDTH"], shape["ALIGNED"]
     if logits.shape[0]:
         with on_device_of(logits):
@@ -521,7 +527,7 @@ def row_cross_entropy(
                 float(o.scale * factor.value), factor.tensor, grad, 0 if grad is None else grad.stride(0),
                 out["loss"], *[out.get(name) for name in STATS],
                 HAS_SOFTCAP=o.softcap > 0, SPREAD=spread,
-                **launch_shape(vocab, o.softcap > 0, logits.element_size()),
+                **options_of(launch_shape(vocab, o.softcap > 0, logits.element_size()), logits.device),
             )  # fmt: skip
     return out
 

@@ -1,4 +1,4 @@
-"""gae and discounted_returns of docs/sequences.md, 8: A_t = δ_t + γλ A_next, δ_t = r_t + γ V_next - V_t; G_t = r_t + γ G_next.
+"""gae and discounted_returns of docs/sequences.md: A_t = δ_t + γλ A_next, δ_t = r_t + γ V_next - V_t; G_t = r_t + γ G_next.
 
 Bytes per token: 17 (9 without values): rewards, values, mask; advantages, returns.
 One program per sequence, tiles of tokens from its end: x = b + a x_next is a pair (a, b) per token, and pairs compose, so

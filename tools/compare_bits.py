@@ -5,8 +5,8 @@
     python tools/compare_bits.py compare before.pt after.pt
 
 ``make`` runs the calls on every backend that can run here: the definition, the CPU kernels (each instruction set that this
-machine has, one thread and two), the CUDA kernels emulated on the CPU, the Triton kernels in Triton's interpreter (fewer
-and smaller calls), a few of them under torch.compile, under autocast, and differentiated twice. ``compare`` lists every
+machine has, one thread and two), the CUDA kernels emulated on the CPU and the Triton kernels in Triton's interpreter (both:
+fewer and smaller calls), a few of them under torch.compile, under autocast, and differentiated twice. ``compare`` lists every
 call of which a bit differs, with the largest difference, and ends with 1 if there is one.
 
 It uses public names alone, so that it runs against any version: this file need not be part of the checkout that is measured.
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     name: str
     function: str  # a public name, "nn.Name" for a module that is called, "explain" for the plan of ``build``'s call
     build: Callable[[torch.dtype, torch.Generator], Arguments]
-    small: bool = False  # small enough for Triton's interpreter
+    small: bool = False  # small enough for Triton's interpreter and the emulation of CUDA
     dtypes: tuple[str, ...] = ("f32", "bf16", "f16", "f64")
     plain: bool = False  # has no kernel: run once, with the default backend
     twice: bool = False  # also the gradient of the gradient
@@ -1162,7 +1162,7 @@ def runs_in(case: Case, setting: Setting, first_isa: str) -> bool:
         return setting.backend != "triton" and setting.isa in ("", first_isa)
     if case.function == "explain":
         return setting.backend in ("auto", "reference", "cuda")
-    return case.small if setting.backend == "triton" else True
+    return case.small if setting.backend in ("cuda", "triton") else True
 
 
 def make(out: Path, wanted: list[str], only: str) -> int:

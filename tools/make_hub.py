@@ -64,10 +64,6 @@ def sources() -> dict[Path, Path]:
 def as_a_part(text: str, place: Path, namespace: str) -> str:
     """The module with relative imports and operators of ``namespace``."""
     dots = "." * len(place.parts)
-
-    def dynamic(match: re.Match[str]) -> str:
-        return f'import_module({match[1]}"{dots}{match[2].lstrip(".")}", __package__)'
-
     text = re.sub(r"(?m)^(\s*)from fastloss\.(\S+) import ", rf"\1from {dots}\2 import ", text)
     text = re.sub(r"(?m)^(\s*)from fastloss import ", rf"\1from {dots} import ", text)
     text = re.sub(
@@ -75,11 +71,11 @@ def as_a_part(text: str, place: Path, namespace: str) -> str:
         rf'\1import importlib\n\1fastloss = importlib.import_module("{dots}", __package__)',
         text,
     )
-    text = re.sub(r'import_module\((f?)"fastloss(\.[^"]*|)"\)', dynamic, text)
-    text = text.replace('"fastloss::', f'"{namespace}::').replace(
+    # Names of modules in strings: those that are imported by name.
+    text = re.sub(r'\((f?)"fastloss(\.[^"]*)"\)', rf'(\1"{namespace}\2")', text)
+    return text.replace('"fastloss::', f'"{namespace}::').replace(
         "torch.ops.fastloss.", f"torch.ops.{namespace}."
     )
-    return text.replace('Library("fastloss"', f'Library("{namespace}"')
 
 
 def write_variant(

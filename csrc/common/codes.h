@@ -38,7 +38,7 @@ constexpr const auto& names_of(Dtype) { return kDtypeNames; }
 constexpr const char* const kStatNames[] = {"logsumexp",        "logprobs",    "entropy",
                                             "log_sum_sq_probs", "mean_logits", "is_top1"};
 
-// --- pairs and single responses (docs/sequences.md, 5 and 6) ---
+// --- pairs and single responses (docs/sequences.md) ---
 
 #define FASTLOSS_PAIR_TERMS(X)    \
   X(kSigmoid, "sigmoid")          \
@@ -92,7 +92,7 @@ FASTLOSS_PLACES(PairSum, kPairSums, FASTLOSS_PAIR_SUMS)
   X(kUnused, "unused")
 FASTLOSS_PLACES(UnpairedSum, kUnpairedSums, FASTLOSS_UNPAIRED_SUMS)
 
-// --- policy_loss (docs/sequences.md, 7) ---
+// --- policy_loss (docs/sequences.md) ---
 
 namespace policy {
 

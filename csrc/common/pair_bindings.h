@@ -1,5 +1,5 @@
 // The functions of pair_arguments.h from Python, once for both modules. Reads and writes what
-// docs/sequences.md, 4 to 6, says. A backend brings its dtypes and its launchers; `context` is the number of
+// docs/sequences.md says. A backend brings its dtypes and its launchers; `context` is the number of
 // threads (CPU) or the stream's address (CUDA).
 #pragma once
 

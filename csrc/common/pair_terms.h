@@ -1,4 +1,4 @@
-// The terms of pair_loss and unpaired_loss (docs/sequences.md, 5 and 6): value and derivatives of each.
+// The terms of pair_loss and unpaired_loss (docs/sequences.md): value and derivatives of each.
 // Reads and writes registers only.
 // Written once for C++ and CUDA. `T` is what a backend computes in: double on the CPU, float on a GPU.
 #pragma once

@@ -1,4 +1,4 @@
-// The arguments of policy_loss (docs/sequences.md, 7) as plain structs, shared by the CPU's and CUDA's
+// The arguments of policy_loss (docs/sequences.md) as plain structs, shared by the CPU's and CUDA's
 // kernels. Reads and writes nothing: every pointer is the caller's memory. The names of the options are
 // those of fastloss/losses/policy_options.py.
 #pragma once

@@ -1,4 +1,4 @@
-// policy_loss and scan from Python, once for both modules. Reads and writes what docs/sequences.md, 7 and 8,
+// policy_loss and scan from Python, once for both modules. Reads and writes what docs/sequences.md
 // says. `context` is the number of threads (CPU) or the stream's address (CUDA).
 #pragma once
 

@@ -1,31 +1,22 @@
 // The math of policy_loss, once for all C++ kernels: a token's surrogate, KL, multipliers and derivatives.
-// Registers only. docs/sequences.md, 7, has the formulas and the names.
+// Registers only. docs/sequences.md ("Policy losses") has the formulas and the names.
 // V is a float, a double, or a vector of them (csrc/cpu/vec.h); `mask ? a : b` and `&` work on all of these.
 #pragma once
 
 #include <type_traits>
 
 #include "common/policy_arguments.h"
-
-#ifdef FASTLOSS_ISA
-#include "cpu/math.h"
-#define FASTLOSS_POLICY_SPACE FASTLOSS_ISA
-#define FASTLOSS_POLICY_INLINE FASTLOSS_INLINE
-#else
-#include "cuda/platform.h"
-#define FASTLOSS_POLICY_SPACE cuda
-#define FASTLOSS_POLICY_INLINE inline __device__
-#endif
+#include "common/space.h"
 
 namespace fastloss {
-namespace FASTLOSS_POLICY_SPACE {
+namespace FASTLOSS_SPACE {
 
 using policy::Options;
 
 // `s` in every lane. V{} + s is an addition that GCC must keep (-0 + 0 is 0); ptxas, without it, spills on
 // sm_120.
 template <class V, class S>
-FASTLOSS_POLICY_INLINE V splat(S s) {
+FASTLOSS_TERM V splat(S s) {
 #ifdef FASTLOSS_ISA
   return s - V{};
 #else
@@ -83,7 +74,7 @@ constexpr double kLogTiny = -18.420680743952367;  // log 1e-8
 
 // A NaN stays, as in PyTorch's clamp.
 template <class V, class S>
-FASTLOSS_POLICY_INLINE V clamped(V x, S low, S high) {
+FASTLOSS_TERM V clamped(V x, S low, S high) {
   x = x < low ? splat<V>(low) : x;
   return x > high ? splat<V>(high) : x;
 }
@@ -100,12 +91,12 @@ template <class V>
 using MaskOf = decltype(V{} < V{});
 
 template <class V, class S>
-FASTLOSS_POLICY_INLINE MaskOf<V> within(V x, S low, S high) {
+FASTLOSS_TERM MaskOf<V> within(V x, S low, S high) {
   return (x >= low) & (x <= high);
 }
 
 template <class V, class S>
-FASTLOSS_POLICY_INLINE V zero_nan(V x, S zero) {
+FASTLOSS_TERM V zero_nan(V x, S zero) {
   return x == x ? x : splat<V>(zero);
 }
 
@@ -126,32 +117,32 @@ struct Sequence {
 };
 
 template <class S>
-FASTLOSS_POLICY_INLINE bool needs_more_than_a_count(const Options<S>& o) {
+FASTLOSS_TERM bool needs_more_than_a_count(const Options<S>& o) {
   return o.level != policy::Level::kToken || o.correction >= policy::Correction::kSequenceTruncate ||
          o.off_policy_threshold < S(INFINITY) || o.surrogate == policy::Surrogate::kVespo;
 }
 
 template <class S>
-FASTLOSS_POLICY_INLINE bool needs_sums(const Options<S>& o, bool agg) {
+FASTLOSS_TERM bool needs_sums(const Options<S>& o, bool agg) {
   return needs_more_than_a_count(o) || (!agg && o.aggregation == policy::Aggregation::kSeqMeanTokenMean);
 }
 
 template <class S>
-FASTLOSS_POLICY_INLINE bool truncates(const Options<S>& o) {
+FASTLOSS_TERM bool truncates(const Options<S>& o) {
   return o.correction == policy::Correction::kTokenTruncate ||
          o.correction == policy::Correction::kSequenceTruncate;
 }
 
 // c of e^d, and whether it is 0 or truncated.
 template <class V, class S>
-FASTLOSS_POLICY_INLINE V correct(const Options<S>& o, V e, MaskOf<V>* cut) {
+FASTLOSS_TERM V correct(const Options<S>& o, V e, MaskOf<V>* cut) {
   *cut = (e < o.floor) | (e > o.cap);
   return truncates(o) ? clamped(e, o.floor, o.cap) : *cut ? V{} : e;
 }
 
 // log c without a logarithm.
 template <class V, class S>
-FASTLOSS_POLICY_INLINE V log_correction(const Options<S>& o, V d) {
+FASTLOSS_TERM V log_correction(const Options<S>& o, V d) {
   const V c = truncates(o)                        ? clamped(d, o.log_floor, o.log_cap)
               : within(d, o.log_floor, o.log_cap) ? d
                                                   : splat<V>(S(kLogTiny));
@@ -160,7 +151,7 @@ FASTLOSS_POLICY_INLINE V log_correction(const Options<S>& o, V d) {
 
 // geometric's one-sided clamp of a log-ratio, and whether it lets the gradient through.
 template <class V, class S>
-FASTLOSS_POLICY_INLINE V one_sided(const Options<S>& o, V lr, V advantage, MaskOf<V>* slope) {
+FASTLOSS_TERM V one_sided(const Options<S>& o, V lr, V advantage, MaskOf<V>* slope) {
   const MaskOf<V> positive = advantage > S(0);
   const MaskOf<V> outside = positive ? lr > o.clip_high : lr < -o.clip_low;
   *slope = outside == 0;
@@ -168,14 +159,13 @@ FASTLOSS_POLICY_INLINE V one_sided(const Options<S>& o, V lr, V advantage, MaskO
 }
 
 template <class R, class S>
-FASTLOSS_POLICY_INLINE R vespo_phi(R log_w, R w, S k, S lambda) {
+FASTLOSS_TERM R vespo_phi(R log_w, R w, S k, S lambda) {
   const S phi = S(exponential(R(lambda) + R(k) * log_w - R(lambda) * w));
   return phi <= S(sizeof(S) == 4 ? 3.4028234e38 : 1.7976931348623157e308) ? phi : S(0);
 }
 
 template <class S, class R>
-FASTLOSS_POLICY_INLINE Sequence<S> sequence_of(const Options<S>& o, const SequenceSums<R>& sums,
-                                               S first_advantage) {
+FASTLOSS_TERM Sequence<S> sequence_of(const Options<S>& o, const SequenceSums<R>& sums, S first_advantage) {
   Sequence<S> s = {S(1), S(1), S(0), S(1), false, S(1), S(0), S(0)};
   const R n = sums.n > R(1) ? sums.n : R(1);
   if (o.aggregation == policy::Aggregation::kSeqMeanTokenMean) s.share = S(R(1) / n);
@@ -221,8 +211,8 @@ struct Terms {
 
 // Value, derivative for w and for the log-prob of the surrogate.
 template <class V, class S>
-FASTLOSS_POLICY_INLINE void surrogate(const Options<S>& o, const Sequence<S>& s, const Token<V>& t, V rho,
-                                      V* value, V* dw, V* dlogprob, MaskOf<V>* dual) {
+FASTLOSS_TERM void surrogate(const Options<S>& o, const Sequence<S>& s, const Token<V>& t, V rho, V* value,
+                             V* dw, V* dlogprob, MaskOf<V>* dual) {
   const V a = t.advantage, zero = V{};
   *dw = *dlogprob = zero;
   switch (o.surrogate) {
@@ -271,7 +261,7 @@ FASTLOSS_POLICY_INLINE void surrogate(const Options<S>& o, const Sequence<S>& s,
 
 // KL of the reference and its derivative for the log-prob.
 template <class V, class S>
-FASTLOSS_POLICY_INLINE V kl_of(const Options<S>& o, V ref_minus_logprob, V* slope) {
+FASTLOSS_TERM V kl_of(const Options<S>& o, V ref_minus_logprob, V* slope) {
   const V t = clamped(ref_minus_logprob, S(-kMaxLogRatio), S(kMaxLogRatio)), zero = V{};
   const MaskOf<V> inside = within(ref_minus_logprob, S(-kMaxLogRatio), S(kMaxLogRatio));
   V kl, d;
@@ -301,8 +291,8 @@ FASTLOSS_POLICY_INLINE V kl_of(const Options<S>& o, V ref_minus_logprob, V* slop
 }
 
 template <class V, class S>
-FASTLOSS_POLICY_INLINE Terms<V> terms_of(const Options<S>& o, const policy::Call& call, const Sequence<S>& s,
-                                         const Token<V>& t) {
+FASTLOSS_TERM Terms<V> terms_of(const Options<S>& o, const policy::Call& call, const Sequence<S>& s,
+                                const Token<V>& t) {
   const V zero = V{}, a = t.advantage;
   Terms<V> out;
   const V ratio = exponential_and_k3(t.lr, &out.k3);  // the token's, whatever the level
@@ -356,13 +346,13 @@ FASTLOSS_POLICY_INLINE Terms<V> terms_of(const Options<S>& o, const policy::Call
   return out;
 }
 
-FASTLOSS_POLICY_INLINE int64_t begin_of(const policy::Call& call, int64_t s) {
+FASTLOSS_TERM int64_t begin_of(const policy::Call& call, int64_t s) {
   return call.offsets ? call.offsets[s] : s * call.length;
 }
-FASTLOSS_POLICY_INLINE int64_t end_of(const policy::Call& call, int64_t s) {
+FASTLOSS_TERM int64_t end_of(const policy::Call& call, int64_t s) {
   const int64_t end = call.offsets ? call.offsets[s + 1] : (s + 1) * call.length;
   return end < call.n ? end : call.n;
 }
 
-}  // namespace FASTLOSS_POLICY_SPACE
+}  // namespace FASTLOSS_SPACE
 }  // namespace fastloss

@@ -23,7 +23,7 @@ struct LogitsOf {
 
 template <class Value>
 struct StatsOf {  // each acc [rows] or null
-  Value *loss, *logsumexp, *logprob, *entropy, *log_sum_sq_probs, *mean_logit;
+  Value *loss, *logsumexp, *logprobs, *entropy, *log_sum_sq_probs, *mean_logits;
   uint8_t* is_top1;
 };
 static_assert(sizeof(StatsOf<void>) == sizeof(void*) * (count_of(kStatNames) + 1));

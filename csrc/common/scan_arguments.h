@@ -1,4 +1,4 @@
-// The arguments of gae and discounted_returns (docs/sequences.md, 8) as a plain struct.
+// The arguments of gae and discounted_returns (docs/sequences.md) as a plain struct.
 // Reads and writes nothing: every pointer is the caller's memory.
 // One struct for both: discounted returns are the recurrence without values.
 #pragma once

@@ -27,7 +27,6 @@ struct CrossEntropy {
 
 // Rows [begin, end) with `scratch` of at least the bytes that `scratch_bytes` says, 64-byte aligned.
 struct Kernels {
-  const char* name;
   int64_t (*scratch_bytes)(const Logits&, bool gradient);
   void (*row_stats)(const Logits&, const Stats&, int64_t begin, int64_t end, void* scratch);
   void (*row_grad)(const Logits&, const Coefficients&, int64_t begin, int64_t end, void* scratch);

@@ -74,7 +74,7 @@ PYBIND11_MODULE(_cpu, m) {
   using pybind11::arg;
   m.def("convert", &convert_between, arg("src"), arg("src_dtype"), arg("dst"), arg("dst_dtype"), arg("n"),
         arg("threads"));
-  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("isa", [] { return std::string(isa().name); });
   m.def("set_isa", &set_isa);
   m.def("supported_isas", &supported_isas);
   bind_pairs(m);

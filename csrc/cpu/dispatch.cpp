@@ -10,84 +10,85 @@
 
 namespace fastloss {
 
+#define FASTLOSS_DECLARE_ISA(isa)            \
+  namespace isa {                            \
+  extern const Kernels kernels;              \
+  extern const PolicyKernels policy_kernels; \
+  extern const HeadKernels head_kernels;     \
+  extern const GemmKernel gemm_bf16;         \
+  }
+#define FASTLOSS_ISA_TABLE(isa) {#isa, isa::kernels, isa::policy_kernels, isa::head_kernels, isa::gemm_bf16}
+
+FASTLOSS_DECLARE_ISA(generic)
 #if defined(__x86_64__)
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace avx2 {
-extern const Kernels kernels;
-}
+FASTLOSS_DECLARE_ISA(avx512)
+FASTLOSS_DECLARE_ISA(avx2)
 #endif
-namespace generic {
-extern const Kernels kernels;
-}
 #if defined(FASTLOSS_W16_TEST)  // the 16-lane source compiled for AVX2: tests the AVX-512 path's logic
                                 // anywhere
-namespace wide16 {
-extern const Kernels kernels;
-}
+FASTLOSS_DECLARE_ISA(wide16)
 #endif
 
 namespace {
 
-std::vector<const Kernels*> available() {
-  std::vector<const Kernels*> all;
+std::vector<Isa> available() {
+  std::vector<Isa> all;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2_too =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2_too && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    all.push_back(&avx512::kernels);
+    all.push_back(FASTLOSS_ISA_TABLE(avx512));
   }
-  if (avx2_too) all.push_back(&avx2::kernels);
+  if (avx2_too) all.push_back(FASTLOSS_ISA_TABLE(avx2));
 #endif
-  all.push_back(&generic::kernels);
+  all.push_back(FASTLOSS_ISA_TABLE(generic));
 #if defined(FASTLOSS_W16_TEST)
-  if (avx2_too) all.push_back(&wide16::kernels);
+  if (avx2_too) all.push_back(FASTLOSS_ISA_TABLE(wide16));
 #endif
   return all;
 }
 
-const std::vector<const Kernels*> all_kernels = available();
-std::atomic<const Kernels*> current{all_kernels.front()};
+const std::vector<Isa> all_isas = available();
+std::atomic<const Isa*> current{&all_isas.front()};
 
 }  // namespace
 
-const Kernels& kernels() { return *current.load(std::memory_order_relaxed); }
+const Isa& isa() { return *current.load(std::memory_order_relaxed); }
 
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names;
-  for (const Kernels* k : all_kernels) names.emplace_back(k->name);
+  for (const Isa& one : all_isas) names.emplace_back(one.name);
   return names;
 }
 
 void set_isa(const std::string& name) {
-  for (const Kernels* k : all_kernels) {
-    if (name == k->name) {
-      current.store(k, std::memory_order_relaxed);
+  std::string known;
+  for (const Isa& one : all_isas) {
+    if (name == one.name) {
+      current.store(&one, std::memory_order_relaxed);
       return;
     }
+    known += (known.empty() ? "" : ", ") + std::string(one.name);
   }
-  std::string known;
-  for (const Kernels* k : all_kernels) known += (known.empty() ? "" : ", ") + std::string(k->name);
   throw std::invalid_argument("isa: expected one of " + known + ", got " + name);
 }
 
 void row_stats(const Logits& l, const Stats& s, int64_t threads) {
-  const Kernels& k = kernels();
+  const Kernels& k = isa().rows;
   for_rows(l.rows, l.vocab, threads, k.scratch_bytes(l, false),
            [&](int64_t begin, int64_t end, void* scratch) { k.row_stats(l, s, begin, end, scratch); });
 }
 
 void row_grad(const Logits& l, const Coefficients& c, int64_t threads) {
-  const Kernels& k = kernels();
+  const Kernels& k = isa().rows;
   for_rows(l.rows, l.vocab, threads, k.scratch_bytes(l, false),
            [&](int64_t begin, int64_t end, void* scratch) { k.row_grad(l, c, begin, end, scratch); });
 }
 
 void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, int64_t threads) {
-  const Kernels& k = kernels();
+  const Kernels& k = isa().rows;
   for_rows(
       l.rows, l.vocab, threads, k.scratch_bytes(l, c.grad != nullptr),
       [&](int64_t begin, int64_t end, void* scratch) { k.row_cross_entropy(l, c, s, begin, end, scratch); });
@@ -98,7 +99,7 @@ void convert(const void* src, int src_dtype, void* dst, int dst_dtype, int64_t n
   if (!((src_dtype == kFloat32 && half(dst_dtype)) || (half(src_dtype) && dst_dtype == kFloat32))) {
     throw std::invalid_argument("convert: one dtype is float32, the other bfloat16 or float16");
   }
-  const Kernels& k = kernels();
+  const Kernels& k = isa().rows;
   constexpr int64_t piece = 16384;
   for_rows((n + piece - 1) / piece, piece, threads, 0, [&](int64_t begin, int64_t end, void*) {
     k.convert(src, src_dtype, dst, dst_dtype, begin * piece, end * piece < n ? end * piece : n);

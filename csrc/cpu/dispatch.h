@@ -7,10 +7,24 @@
 #include <vector>
 
 #include "args.h"
+#include "gemm.h"
+#include "head.h"
+#include "policy.h"
 
 namespace fastloss {
 
-const Kernels& kernels();
+// What is compiled once per instruction set.
+struct Isa {
+  const char* name;
+  const Kernels& rows;
+  const PolicyKernels& policies;
+  const HeadKernels& head;
+  const GemmKernel& gemm_bf16;
+};
+
+// The one that is used: the first of supported_isas, or the one that set_isa named.
+const Isa& isa();
+inline const Isa& kernels() { return isa(); }  // head_dispatch.cpp's name of it
 std::vector<std::string> supported_isas();
 void set_isa(const std::string& name);
 

@@ -239,10 +239,10 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("grad_scale", ce.grad_scale);
   FASTLOSS_FIELD("loss", stats.loss);
   FASTLOSS_FIELD("logsumexp", stats.logsumexp);
-  FASTLOSS_FIELD("logprob", stats.logprob);
+  FASTLOSS_FIELD("logprobs", stats.logprobs);
   FASTLOSS_FIELD("entropy", stats.entropy);
   FASTLOSS_FIELD("log_sum_sq_probs", stats.log_sum_sq_probs);
-  FASTLOSS_FIELD("mean_logit", stats.mean_logit);
+  FASTLOSS_FIELD("mean_logits", stats.mean_logits);
   FASTLOSS_FIELD("is_top1", stats.is_top1);
   FASTLOSS_FIELD("lse", given.lse);
   FASTLOSS_FIELD("a", given.a);

@@ -1,4 +1,4 @@
-// segment_sum, segment_expand, pair_loss and unpaired_loss of docs/sequences.md, sections 4 to 6.
+// segment_sum, segment_expand, pair_loss and unpaired_loss of docs/sequences.md.
 // Reads each input once and writes each output once: 4 or 8 bytes per token or per pair and array.
 // Plain C++, computed in double: pairs are few, sums of tokens are bound by memory. Sequences over threads.
 

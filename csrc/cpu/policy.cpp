@@ -1,7 +1,7 @@
-// policy_loss of a range of sequences: each token's loss by csrc/common/policy_terms.h, its gradient, its sequence's sums.
-// Reads each input once (twice where the sequence has a weight of its own: the second time from the cache, or
-// the mask alone), writes the gradient. Vectors of tokens; sums of 256 tokens in lanes, beyond that in
-// double.
+// policy_loss of a range of sequences: each token's loss by csrc/common/policy_terms.h, its gradient, its
+// sequence's sums. Reads each input once (twice where the sequence has a weight of its own: the second time
+// from the cache, or the mask alone), writes the gradient. Vectors of tokens; sums of 256 tokens in lanes,
+// beyond that in double.
 
 #include "policy.h"
 
@@ -308,10 +308,8 @@ void policy_loss(const policy::Call& call, int dtype, int64_t begin, int64_t end
 
 }  // namespace
 
-#define FASTLOSS_STRING_OF(x) #x
-#define FASTLOSS_STRING(x) FASTLOSS_STRING_OF(x)
 extern const PolicyKernels policy_kernels;
-const PolicyKernels policy_kernels = {FASTLOSS_STRING(FASTLOSS_ISA), count_tokens, policy_loss};
+const PolicyKernels policy_kernels = {count_tokens, policy_loss};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

@@ -1,9 +1,8 @@
 // policy_loss over threads: sequences are shared out, their sums added up in order in double.
-// Reads and writes what docs/sequences.md, 7, says.
+// Reads and writes what docs/sequences.md says.
 // Compiled once, without AVX flags; the instruction set is the one that dispatch.cpp chose.
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 #include "dispatch.h"
@@ -12,36 +11,7 @@
 
 namespace fastloss {
 
-#if defined(__x86_64__)
-namespace avx512 {
-extern const PolicyKernels policy_kernels;
-}
-namespace avx2 {
-extern const PolicyKernels policy_kernels;
-}
-#endif
-namespace generic {
-extern const PolicyKernels policy_kernels;
-}
-#if defined(FASTLOSS_W16_TEST)
-namespace wide16 {
-extern const PolicyKernels policy_kernels;
-}
-#endif
-
 namespace {
-
-const PolicyKernels& chosen() {
-  const char* isa = kernels().name;
-#if defined(__x86_64__)
-  if (!std::strcmp(isa, "avx512")) return avx512::policy_kernels;
-  if (!std::strcmp(isa, "avx2")) return avx2::policy_kernels;
-#endif
-#if defined(FASTLOSS_W16_TEST)
-  if (!std::strcmp(isa, "wide16")) return wide16::policy_kernels;
-#endif
-  return generic::policy_kernels;
-}
 
 template <class S>
 double scale_of(const policy::Call& call, double tokens) {
@@ -95,7 +65,7 @@ void finish(const policy::Call& call) {
 
 template <class S>
 void run(policy::Call call, int dtype, int64_t threads) {
-  const PolicyKernels& k = chosen();
+  const PolicyKernels& k = isa().policies;
   call.grad_scale = 1.0;
   if (call.scales_grad) {
     const bool counts = call.by_tokens && !call.has_normalizer && call.count;

@@ -3,8 +3,8 @@
 // namespace.
 #pragma once
 
-#include "common/policy_terms.h"
 #include "args.h"
+#include "common/policy_terms.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "block.h"
+#include "common/row_terms.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
@@ -97,10 +98,10 @@ inline void finish_sums(Wanted want, double entropy, double square, RowSums* r) 
 template <class S>
 void write_stats(const Stats& s, int64_t row, const RowSums& r, double vocab, bool bad) {
   put<S>(s.logsumexp, row, r.lse);
-  put<S>(s.logprob, row, bad ? __builtin_nan("") : (r.z_target - r.max) - r.log_sum);
+  put<S>(s.logprobs, row, bad ? __builtin_nan("") : (r.z_target - r.max) - r.log_sum);
   put<S>(s.entropy, row, r.entropy);
   put<S>(s.log_sum_sq_probs, row, r.log_sum_sq);
-  put<S>(s.mean_logit, row, r.sum_z / vocab);
+  put<S>(s.mean_logits, row, r.sum_z / vocab);
   if (s.is_top1) s.is_top1[row] = !bad && r.is_top1;
 }
 
@@ -108,15 +109,15 @@ template <class S>
 void write_ignored(const Stats& s, int64_t row) {
   put<S>(s.loss, row, 0);
   put<S>(s.logsumexp, row, 0);
-  put<S>(s.logprob, row, 0);
+  put<S>(s.logprobs, row, 0);
   put<S>(s.entropy, row, 0);
   put<S>(s.log_sum_sq_probs, row, 0);
-  put<S>(s.mean_logit, row, 0);
+  put<S>(s.mean_logits, row, 0);
   if (s.is_top1) s.is_top1[row] = 0;
 }
 
 Wanted wanted(const Stats& s) {
-  return {s.entropy != nullptr, s.log_sum_sq_probs != nullptr, s.mean_logit != nullptr, false};
+  return {s.entropy != nullptr, s.log_sum_sq_probs != nullptr, s.mean_logits != nullptr, false};
 }
 
 // Σ w and Σ w z (Σ z where there is no w) are terms of the loss.
@@ -131,29 +132,19 @@ struct RowLoss {
   double loss, a, b, d, w_t;
 };
 
+// t and w_t are of an index target; sums without label smoothing may be 0.
 template <class S>
 RowLoss loss_of_row(const CrossEntropy& c, bool index_target, int64_t t, const S* w, double vocab,
                     const RowSums& r) {
-  const double eps = c.label_smoothing;
-  RowLoss g{0, 0, 0, 0, 1};
-  if (c.z_loss != 0) g.loss = c.z_loss * r.lse * r.lse, g.b = 2 * c.z_loss * r.lse;
-  if (index_target) {
-    g.w_t = w ? double(w[t]) : 1.0;
-    const double hit = (1 - eps) * g.w_t;
-    g.loss += hit * (r.log_sum - (r.z_target - r.max));
-    g.a = -hit, g.b += hit;
-    if (eps > 0) {
-      const double sum = w ? r.sum_w : vocab, sum_z = w ? r.sum_wz : r.sum_z;
-      g.loss += eps / vocab * (sum * r.lse - sum_z);
-      g.b += eps / vocab * sum;
-      g.d = -eps / vocab;
-    }
-  } else {
-    g.loss += r.sum_w * r.lse - r.sum_wz;
-    g.b += r.sum_w;
-    g.d = -1;
-  }
-  return g;
+  const double w_t = index_target && w ? double(w[t]) : 1.0;
+  const double hit = (1 - c.label_smoothing) * w_t, smooth = c.label_smoothing / vocab;
+  const bool weighted = w || !index_target;
+  const double w_sum = weighted ? r.sum_w : vocab, wz_sum = weighted ? r.sum_wz : r.sum_z;
+  const double minus_log_p = r.log_sum - (r.z_target - r.max), spread = w_sum * r.lse - wz_sum;
+  const auto k = cross_entropy_coefficients(index_target, hit, smooth, c.z_loss, w_sum, r.lse);
+  return {cross_entropy_loss(index_target, hit, smooth, c.z_loss, minus_log_p, spread, r.lse), k.a, k.b,
+          k.d + 0.0,  // -0 is 0
+          w_t};
 }
 
 }  // namespace

@@ -255,11 +255,8 @@ void cross_entropy_of(const Logits& l, const CrossEntropy& c, const Stats& s, in
 
 }  // namespace
 
-#define FASTLOSS_STRING_OF(x) #x
-#define FASTLOSS_STRING(x) FASTLOSS_STRING_OF(x)
 extern const Kernels kernels;
-const Kernels kernels = {
-    FASTLOSS_STRING(FASTLOSS_ISA), scratch_bytes, stats_of, grad_of, cross_entropy_of, convert};
+const Kernels kernels = {scratch_bytes, stats_of, grad_of, cross_entropy_of, convert};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

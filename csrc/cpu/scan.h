@@ -1,5 +1,5 @@
 // gae and discounted_returns as the bindings see them.
-// Reads and writes what docs/sequences.md, 8, says.
+// Reads and writes what docs/sequences.md says.
 // One function: without values it is discounted_returns.
 #pragma once
 

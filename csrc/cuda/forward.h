@@ -3,6 +3,7 @@
 // besides. One block per row: the row is long, and the gradient needs the row's sum before its first element.
 #pragma once
 
+#include "common/row_terms.h"
 #include "gradient.h"
 #include "running.h"
 
@@ -76,8 +77,9 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
 
     if (in.target && wide_t == in.ignore_index) {
       if (leader) {
-        put(out.loss, row, 0), put(out.logsumexp, row, 0), put(out.logprob, row, 0), put(out.entropy, row, 0);
-        put(out.log_sum_sq_probs, row, 0), put(out.mean_logit, row, 0);
+        put(out.loss, row, 0), put(out.logsumexp, row, 0), put(out.logprobs, row, 0),
+            put(out.entropy, row, 0);
+        put(out.log_sum_sq_probs, row, 0), put(out.mean_logits, row, 0);
         if (out.is_top1) out.is_top1[row] = 0;
       }
       if (Grad) fill_row(grad, vocab, 0.0f, threadIdx.x, blockDim.x);
@@ -113,29 +115,26 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
 
     if (leader) {
       if (out.loss) {
-        float loss = in.target ? -ce.keep * w_t * log_p_t : spread;
-        if (in.target && ce.smooth != 0) loss = fmaf(ce.smooth, spread, loss);
-        if (ce.z_loss != 0) loss = fmaf(ce.z_loss * lse, lse, loss);
-        out.loss[row] = loss;
+        out.loss[row] = cross_entropy_loss(in.target != nullptr, ce.keep * w_t, ce.smooth, ce.z_loss,
+                                           -log_p_t, spread, lse);
       }
       put(out.logsumexp, row, lse);
-      put(out.logprob, row, log_p_t);
+      put(out.logprobs, row, log_p_t);
       if (out.is_top1) out.is_top1[row] = has_target && !has_nan && z_t >= sums.max;
       if constexpr (Extra) {
         put(out.entropy, row, log_sum - sums.exps_z / sums.exps);
         put(out.log_sum_sq_probs, row, logf(sums.exps_squared) - 2.0f * log_sum);
-        put(out.mean_logit, row, base + sums.z / float(vocab));
+        put(out.mean_logits, row, base + sums.z / float(vocab));
       }
     }
 
     if constexpr (Grad) {
       const float factor = in.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
       const float weight_sum = Extra ? sums.w : 0.0f;
-      float b = in.target ? fmaf(ce.smooth, weight_sum, ce.keep * w_t) : weight_sum;
-      b = fmaf(2.0f * ce.z_loss, lse, b);
-      const float a = in.target ? -ce.keep * w_t : 0.0f, d = in.target ? -ce.smooth : -1.0f;
-      if (bad) b = NAN;
-      const RowGradient g = {base, a * factor, b / sums.exps * factor, 0.0f, d * factor};
+      auto k = cross_entropy_coefficients(in.target != nullptr, ce.keep * w_t, ce.smooth, ce.z_loss,
+                                          weight_sum, lse);
+      if (bad) k.b = NAN;
+      const RowGradient g = {base, k.a * factor, k.b / sums.exps * factor, 0.0f, k.d * factor};
       write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, t,
                                             transform, g, Kept{shared, offset, kept * Pack<T>::N},
                                             threadIdx.x, blockDim.x);

@@ -1,4 +1,4 @@
-// segment_sum, segment_expand, pair_loss and unpaired_loss of docs/sequences.md, sections 4 to 6.
+// segment_sum, segment_expand, pair_loss and unpaired_loss of docs/sequences.md.
 // Reads each input once and writes each output once: 4 bytes per token or per pair and array.
 // Sums: one block per sequence. Pairs: one block walks over all of them, so that the sums need no second
 // launch.

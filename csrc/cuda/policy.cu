@@ -1,8 +1,8 @@
-// policy_loss of docs/sequences.md, 7: each token's loss by csrc/common/policy_terms.h, its gradient, the sums of out[16].
-// Reads each input once (twice where the sequence has a weight of its own), writes the gradient once.
-// One block per sequence, so that a sequence's weight and sums stay in the block; the last block to finish
-// adds the sequences' sums up in their order: one launch, and no atomic but the integer that counts the
-// blocks.
+// policy_loss of docs/sequences.md: each token's loss by csrc/common/policy_terms.h, its gradient, the sums
+// of out[16]. Reads each input once (twice where the sequence has a weight of its own), writes the gradient
+// once. One block per sequence, so that a sequence's weight and sums stay in the block; the last block to
+// finish adds the sequences' sums up in their order: one launch, and no atomic but the integer that counts
+// the blocks.
 #include "common/policy_terms.h"
 
 #include <algorithm>

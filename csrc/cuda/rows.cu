@@ -90,7 +90,7 @@ const char* row_cross_entropy(const Logits& in, const CrossEntropy& ce, const St
   if (in.rows == 0) return nullptr;
   if (const char* error = unusable(in)) return error;
   const bool sums_w = out.loss && (in.target == nullptr || ce.smooth != 0);
-  const bool extra = sums_w || out.entropy || out.log_sum_sq_probs || out.mean_logit;
+  const bool extra = sums_w || out.entropy || out.log_sum_sq_probs || out.mean_logits;
   const auto pick = [&](auto general, auto more) {
     constexpr bool G = decltype(general)::value, E = decltype(more)::value;
     return ce.grad ? forward_of<G, E, true>(in, ce, out, stream)

@@ -1,4 +1,4 @@
-// gae and discounted_returns of docs/sequences.md, 8: A_t = δ_t + γλ A_next, δ_t = r_t + γ V_next - V_t; G_t
+// gae and discounted_returns of docs/sequences.md: A_t = δ_t + γλ A_next, δ_t = r_t + γ V_next - V_t; G_t
 // = r_t + γ G_next. Reads rewards, values and mask once, writes advantages and returns once: 17 bytes per
 // token (9 without values). One block per sequence, tiles of tokens from its end: x = b + a x_next is a pair
 // (a, b) per token, and pairs compose, so that a tile is a scan over the threads and the tile before it one

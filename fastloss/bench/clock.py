@@ -65,11 +65,7 @@ class Taken:
 
     clean: list[float] = field(default_factory=list)
     doubtful: list[float] = field(default_factory=list)
-
-    @property
-    def contended(self) -> bool:
-        """Too few of the calls had the machine for themselves."""
-        return bool(self.doubtful) and len(self.clean) < ENOUGH
+    contended: bool = False  # too few calls had the machine for themselves, however often they were repeated
 
     @property
     def seconds(self) -> list[float]:
@@ -106,16 +102,20 @@ def round_robin(
     def counted(name: str) -> list[float]:
         return taken[name].clean + [seconds for other, seconds in open_calls if other == name]
 
-    def wants(name: str) -> bool:
-        calls, tried = counted(name), counted(name) + taken[name].doubtful
-        if len(tried) >= TRIES * repeats or sum(tried) > TRIES * budget:
-            return False
+    def unfinished(name: str) -> bool:
+        calls = counted(name)
         return not calls or (len(calls) < repeats and sum(calls) + calls[-1] <= budget)
+
+    def wants(name: str) -> bool:
+        tried = counted(name) + taken[name].doubtful
+        return unfinished(name) and len(tried) < TRIES * repeats and sum(tried) <= TRIES * budget
 
     while True:
         turn = [name for name in taken if wants(name)]
         if not turn:
             if not open_calls:
+                for name, found in taken.items():
+                    found.contended = len(found.clean) < ENOUGH and unfinished(name)
                 return taken
             look()
             continue

@@ -14,7 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 # Of SHA-256, in the CPU's registers, about 20 ms: longer than a scheduler's slice. hashlib gives the GIL away meanwhile.
 ROUNDS = 100_000
-SLOWER = 1.25  # than the fastest: somebody else is running
+SLOWER = (
+    1.35  # than the fastest: somebody else is running; what a clock that slows down under load stays below
+)
 SHARE = 0.85  # of a core's time that a thread got, at least
 
 

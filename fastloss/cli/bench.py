@@ -76,7 +76,7 @@ def bench(
         torch.set_num_threads(threads)
     results = store.begin(device, quick)
     folder = out or Path("benchmarks/results") / ("quick-" * quick + slug(results["machine"]))
-    before = _before(folder)
+    before = _before(folder, results)
     try:
         _measure(
             console,
@@ -116,14 +116,18 @@ def _chosen(patterns: list[str], quick: bool, device: str) -> list[Case]:
     return [case for case in found if any(fnmatch.fnmatch(case.name, pattern) for pattern in patterns)]
 
 
-def _before(folder: Path) -> store.Results | None:
+def _before(folder: Path, new: store.Results) -> store.Results | None:
     """What lies in the folder already: it stays, but for the cases that are measured again."""
     if not (folder / store.NAME).is_file():
         return None
     try:
-        return store.load(folder)
+        found = store.load(folder)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from error
+    theirs, ours = (f"{'quick ' * run['quick']}results of {slug(run['machine'])}" for run in (found, new))
+    if theirs != ours:
+        raise typer.BadParameter(f"expected a folder of {ours}, got {theirs}", param_hint="--out")
+    return found
 
 
 def _measure(

@@ -1,5 +1,5 @@
-"""What the losses' autograd functions share: a backward that is differentiated at most once, the memory of a gradient, and
-what a gradient that was made in the forward is multiplied by in the backward."""
+"""What the losses' autograd functions share: a backward that can be differentiated again, the memory of a gradient, and what a
+gradient that was made in the forward is multiplied by in the backward."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastloss.engine.contract import Backend, Factor
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.gate import address
 from fastloss.engine.native import advise_huge_pages
 from fastloss.engine.sequences import Sequences
@@ -31,39 +32,70 @@ def new_gradient(shape: Sequence[int], dtype: torch.dtype, device: torch.device)
     return out
 
 
-class _Refuse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, anchor: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        raise RuntimeError(
-            "fastloss: the kernels' gradient cannot be differentiated again (double backward); "
-            "backend='reference' can be differentiated twice"
-        )
+Again = Callable[[Any], tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]
 
 
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Like torch's, but with ``create_graph=True`` the gradient carries a node that raises.
+def differentiable_again(again: Again) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A backward by a kernel where that is enough, and by the definition where its result is differentiated again
+    (``create_graph=True``) or vectorised (``is_grads_batched=True``, torch.func).
 
-    torch's marks only gradients whose upstream requires grad, so that a gradient penalty would silently vanish.
+    Args:
+        again: from the context of the function: its outputs by the definition (None where one carries no gradient), and its
+            inputs, by position (None where one is no tensor).
     """
 
-    @functools.wraps(backward)
-    def wrapper(ctx: Any, *upstream: Tensor | None) -> Any:
-        if not torch.is_grad_enabled():
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(backward)
+        def wrapper(ctx: Any, *upstream: Tensor | None) -> Any:
+            if torch.is_grad_enabled() or is_transformed(upstream):
+                return _by_definition(again, ctx, upstream)
             return backward(ctx, *upstream)
-        with torch.no_grad():
-            grads = backward(ctx, *upstream)
-        anchor = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
-        return tuple(_Refuse.apply(g, anchor) if isinstance(g, Tensor) else g for g in grads)
 
-    return wrapper
+        return wrapper
+
+    return decorate
+
+
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def is_transformed(upstream: Sequence[Tensor | None]) -> bool:
+    """Whether the upstream gradients are many at once (``is_grads_batched=True``, a vectorised Jacobian)."""
+    return any(g is not None and (_wrapped(g) or _batched(g)) for g in upstream)
+
+
+def _by_definition(again: Again, ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        outputs, inputs = again(ctx)
+    wanted = [i for i, x in enumerate(inputs) if x is not None and ctx.needs_input_grad[i]]
+    pairs = [
+        (out, g.to(out.dtype))
+        for out, g in zip(outputs, upstream, strict=False)
+        if out is not None and g is not None and out.requires_grad
+    ]
+    made: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    if pairs and wanted:
+        grads = torch.autograd.grad(
+            [out for out, _ in pairs],
+            [x for i, x in enumerate(inputs) if i in wanted and x is not None],
+            [g for _, g in pairs],
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        for i, grad in zip(wanted, grads, strict=True):
+            made[i] = grad
+    return tuple(made)
+
+
+def savable(*constants: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Constants of a loss that autograd may save: one made in inference mode (log-probs of a reference model) is copied."""
+    return tuple(x.clone() if x is not None and x.is_inference() else x for x in constants)
 
 
 def refuse_inplace(logits: Tensor) -> None:
-    """inplace=True must not give anybody a wrong gradient."""
+    """ValueError where overwriting the logits would give another operation a wrong gradient."""
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return
     if logits.is_leaf:
@@ -79,14 +111,9 @@ def refuse_inplace(logits: Tensor) -> None:
 def upstream_scale(backend: Backend, upstream: Tensor, factor: Factor | None) -> float | Tensor:
     """The scalar that gradients made in the forward still need: the upstream gradient, times ``factor`` where that is late."""
     if backend.host_reads:
-        value = float(upstream)
-        if factor is not None:
-            value *= factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
-        return value
+        return float(upstream) * (1.0 if factor is None else float(factor.of_gradient()))
     scale = upstream.to(ACC_DTYPES[upstream.dtype])
-    if factor is not None:
-        scale = scale * factor.value if factor.tensor is None else scale * factor.tensor
-    return scale
+    return scale if factor is None else scale * factor.of_gradient()
 
 
 def scale_in_place(backend: Backend, grad: Tensor, scale: float | Tensor) -> Tensor:
@@ -114,6 +141,11 @@ def _as_rows(x: Tensor) -> Tensor | None:
     return None
 
 
+def _segment_sum_again(ctx: Any) -> Any:
+    values, weights = ctx.saved_tensors
+    return [REFERENCE.segment_sum(values, weights, ctx.layout)], [values]
+
+
 class _SegmentSum(torch.autograd.Function):
     """(values [N]) -> Σ w·v per sequence [count]."""
 
@@ -121,14 +153,14 @@ class _SegmentSum(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, weights: Tensor | None, layout: Sequences, backend: Backend
     ) -> Tensor:
-        ctx.save_for_backward(weights)
+        ctx.save_for_backward(values, *savable(weights))
         ctx.layout, ctx.backend = layout, backend
         return backend.segment_sum(values, weights, layout)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_segment_sum_again)
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        (weights,) = ctx.saved_tensors
+        _, weights = ctx.saved_tensors
         return ctx.backend.segment_expand(upstream, weights, ctx.layout), None, None, None
 
 
@@ -140,40 +172,48 @@ def segment_sum(backend: Backend, values: Tensor, weights: Tensor | None, layout
 
 
 class _MadeInForward(torch.autograd.Function):
-    """(a, b) -> loss; ``run(given, a, b, *constants)`` makes it and both gradients (None: none) in the forward.
+    """(a, b) -> loss; ``run(given, a, b, *constants)`` makes it and both gradients (None: none) in the forward, and
+    ``define(given, a, b, *constants)`` is the loss by the definition.
 
     For small tensors on the CPU, where every Python call around the kernel counts (the losses' ``_direct`` functions)."""
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, b: Tensor | None, run: Any, given: Any, constants: tuple[Tensor | None, ...]
+        ctx: Any,
+        a: Tensor,
+        b: Tensor | None,
+        run: Callable[..., Any],
+        define: Callable[..., Tensor],
+        given: Any,
+        constants: tuple[Tensor | None, ...],
     ) -> Tensor:
         loss, made = run(given, a, b, *constants)
-        ctx.save_for_backward(a, b, *constants)
-        ctx.made = made, run, given
+        ctx.save_for_backward(a, b, *savable(*constants))
+        ctx.made = made, run, define, given
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if torch.is_grad_enabled():  # create_graph=True
-            return _once(ctx, upstream)
-        return _gradients(ctx, upstream)
+        if torch.is_grad_enabled() or _wrapped(upstream) or _batched(upstream):
+            return _by_definition(_made_again, ctx, (upstream,))
+        made, run, define, given = ctx.made
+        if made is None:  # retain_graph: the first backward gave the buffers away
+            _, made = run(given, *ctx.saved_tensors)
+        ctx.made = None, run, define, given
+        d_a, d_b = made
+        scale = upstream if upstream.dim() else upstream.item()
+        if scale is upstream or scale != 1.0:
+            d_a.mul_(scale)
+            if d_b is not None:
+                d_b.mul_(scale)
+        return d_a, d_b, None, None, None, None
 
 
-def _gradients(ctx: Any, upstream: Tensor) -> Any:
-    made, run, given = ctx.made
-    if made is None:  # retain_graph: the first backward gave the buffers away
-        _, made = run(given, *ctx.saved_tensors)
-    ctx.made = None, run, given
-    d_a, d_b = made
-    scale = upstream if upstream.dim() else upstream.item()
-    if scale is upstream or scale != 1.0:
-        d_a.mul_(scale)
-        if d_b is not None:
-            d_b.mul_(scale)
-    return d_a, d_b, None, None, None
+def _made_again(ctx: Any) -> Any:
+    _, _, define, given = ctx.made
+    a, b, *constants = ctx.saved_tensors
+    return [define(given, a, b, *constants)], [a, b]
 
 
-_once = once_differentiable(_gradients)
 # Function.apply asks whether a torch.func transform is active; backend.is_direct has.
 made_in_forward = super(torch.autograd.function._SingleLevelFunction, _MadeInForward).apply

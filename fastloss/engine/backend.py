@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastloss.engine import checks
+from fastloss.engine.checks import PLAIN
 from fastloss.engine.contract import Backend
-from fastloss.engine.definition import ReferenceBackend
+from fastloss.engine.definition import REFERENCE
+from fastloss.engine.gate import check
 from fastloss.engine.native import NativeBackend, cpu_backend, cuda_backend
 from fastloss.engine.triton import TritonBackend
 
@@ -24,7 +27,6 @@ log = logging.getLogger("fastloss")
 _FROM_ENVIRONMENT = os.environ.get("FASTLOSS_BACKEND", "auto")
 NAMES = ("reference", "cpu", "cuda", "triton")
 
-REFERENCE = ReferenceBackend()
 _MAKERS: dict[str, Callable[[], Backend]] = {
     "reference": lambda: REFERENCE,
     "cpu": cpu_backend,
@@ -171,7 +173,7 @@ def resolve_call(
 
 
 def announce_pointwise(function: str, backend: str) -> None:
-    """Of the few pointwise functions that are PyTorch's on every backend."""
+    """The announcement of a function that is a few pointwise operations of PyTorch on every backend."""
     if backend != "auto":
         check_name(backend)
     if not torch.compiler.is_compiling():
@@ -196,7 +198,7 @@ def choose(backend: str, tensor: Tensor, unsupported: str = "") -> tuple[Backend
 
 
 def is_default(backend: str) -> bool:
-    """Whether a call on the CPU takes the ``cpu`` backend without anybody having to be told."""
+    """Whether a call on the CPU takes the ``cpu`` backend, with no ``explain`` waiting for an announcement."""
     if _explaining.active or not (backend == "auto" or backend == "cpu"):
         return False
     return backend == "cpu" or (_state.backend or _FROM_ENVIRONMENT) in ("auto", "cpu")
@@ -266,23 +268,44 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
 
 
 def tracing_reason(*tensors: Tensor | None) -> str:
-    """Why the eager kernels cannot take these tensors (functorch, forward AD, jit tracing, subclasses)."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Why no kernel can take a call: somebody transforms or traces it, or a tensor is not its own dense memory. Then the
+    definition computes it, whose every operation PyTorch knows."""
+    if _interpreter() is not None:
         return "torch.func transforms are differentiated through the definition"
     if torch.jit.is_tracing():
         return "torch.jit.trace records the definition"
+    if _dispatch_mode(_PROXY) is not None:
+        return "make_fx records the definition"
+    dual = forward_ad._current_level >= 0
     for tensor in tensors:
-        if tensor is not None and type(tensor) not in (Tensor, torch.nn.Parameter):
-            from torch.distributed.tensor import DTensor
+        if tensor is None:
+            continue
+        if reason := not_dense(tensor):
+            return f"{reason} is computed through the definition"
+        if dual and forward_ad.unpack_dual(tensor).tangent is not None:
+            return "forward-mode derivatives go through the definition"
+    return ""
 
-            if isinstance(tensor, DTensor):
-                return "a DTensor is computed through the definition"
+
+def not_dense(tensor: Tensor) -> str:
+    """What a tensor is that is not its own dense memory; empty for a plain one. ValueError where its memory was freed."""
+    if type(tensor) not in PLAIN:
+        return f"a {type(tensor).__name__}"
+    if tensor.layout != torch.strided:
+        return f"a tensor of layout {tensor.layout}"
+    if tensor.is_meta:
+        return "a meta tensor"
+    if tensor.is_neg() or tensor.is_conj():
+        return "a negative or conjugate view"
+    if tensor._is_zerotensor():
+        return "a zero tensor of autograd"
+    check(tensor)
     return ""
 
 
 @torch.compiler.assume_constant_result
 def _traced_backend(backend: str, device: str, dtype: torch.dtype) -> str:
-    """While torch.compile traces: from the kind of tensor alone."""
+    """The backend's name while torch.compile traces, from device and dtype alone."""
     if device == "cpu" or torch.cuda.is_available():
         return choose(backend, torch.empty(0, dtype=dtype, device=device))[0].name
     return "reference"
@@ -305,16 +328,23 @@ def is_traced(tensor: Tensor) -> bool:
 
 # --- direct calls: small plain tensors on the CPU, one native call that makes loss, metrics and gradient -----------------
 
-PLAIN = (Tensor, torch.nn.Parameter)
 _logs = log.isEnabledFor
 _tracing = torch._C._get_tracing_state
 _interpreter = torch._C._functorch.peek_interpreter_stack
+_dispatch_mode, _PROXY = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_direct(backend: str) -> bool:
-    """No torch.func transform, no tracer, nobody who wants to be told, and the CPU's kernels are what is asked for.
+    """No torch.func transform, no tracer, no ``explain`` or debug log to tell, and the CPU's kernels are what is asked for.
     ``torch.compiler.is_compiling()`` is asked before: torch.compile cannot trace this."""
-    return _interpreter() is None and _tracing() is None and is_default(backend) and not _logs(logging.DEBUG)
+    return (
+        _interpreter() is None
+        and _tracing() is None
+        and forward_ad._current_level < 0
+        and _dispatch_mode(_PROXY) is None
+        and is_default(backend)
+        and not _logs(logging.DEBUG)
+    )
 
 
 def are_alike(like: Tensor, *tensors: Any) -> bool:
@@ -332,7 +362,7 @@ def are_alike(like: Tensor, *tensors: Any) -> bool:
 
 
 def count_targets(target: Tensor, vocab: int, ignore_index: int) -> int:
-    """How many targets are not ``ignore_index``; IndexError for one outside [0, vocab). Where the host may look."""
+    """How many targets are not ``ignore_index``; IndexError for one outside [0, vocab). The host reads the tensor."""
     cpu = get_backend("cpu")
     if target.device.type != "cpu" or not isinstance(cpu, NativeBackend) or not cpu.has_head:
         checks.reject_bad_targets(target, vocab, ignore_index)

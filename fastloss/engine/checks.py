@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any
 
 import torch
@@ -15,11 +16,27 @@ class ShapeError(ValueError, RuntimeError):
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("mean", "sum", "none")
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if type(value) in PLAIN and not torch.compiler.is_compiling():
+        _has_memory(name, value)
+
+
+def _has_memory(name: str, value: Tensor) -> None:
+    """PyTorch itself reads address 0 where a tensor's storage was freed."""
+    try:
+        freed = value.untyped_storage().nbytes() == 0 and value.numel() > 0
+    except (RuntimeError, NotImplementedError):  # a wrapper of torch.func, sparse: no storage to free
+        return
+    if freed:
+        raise ValueError(
+            f"{name}: expected a tensor with memory, got one whose storage was freed, as FSDP does with parameters between "
+            "uses; use it while its memory is there"
+        )
 
 
 def is_floating(name: str, value: Tensor) -> None:
@@ -37,7 +54,7 @@ def number(
     name: str, value: Any, *, low: float = -math.inf, high: float = math.inf, open_low: bool = False
 ) -> float:
     """A finite Python number in [low, high] (or (low, high] with ``open_low``)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are Real too
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     value = float(value)
     if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
@@ -88,7 +105,7 @@ def normalizer_value(normalizer: Any, reduction: str, device: torch.device) -> f
 
 def chunk_size_value(chunk_size: Any) -> None:
     if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
+        isinstance(chunk_size, bool) or not isinstance(chunk_size, numbers.Integral) or chunk_size < 1
     ):
         raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
 

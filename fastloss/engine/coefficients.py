@@ -53,7 +53,7 @@ def of_cross_entropy(
 def of_token_stats(
     logprob: Tensor | None, entropy: Tensor | None, logsumexp: Tensor | None, entropy_value: Tensor | None
 ) -> Coefficients:
-    """Upstream gradients of logprob, entropy and logsumexp (None: no gradient)."""
+    """Of the upstream gradients of log-prob, entropy and logsumexp (None: no gradient)."""
     a, b, c = logprob, None, None
     if logprob is not None:
         b = -logprob

@@ -56,7 +56,7 @@ def _stats_type(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def _pack(out: dict[str, Tensor], want: tuple[str, ...], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """logsumexp always comes: the backward needs it."""
+    """The statistics in the order of STATS, empty where not wanted; logsumexp always, as the backward needs it."""
     return [
         out[name]
         if name in want or name == "logsumexp"

@@ -10,10 +10,12 @@ exist raises ValueError, on every backend. What the kernels compute: docs/engine
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
@@ -34,13 +36,21 @@ class Factor(NamedTuple):
 
     value: float = 1.0
     tensor: Tensor | None = None
+    of_count: bool = False  # one over how many rows count: infinite where none does, and every gradient 0
+
+    def of_gradient(self) -> float | Tensor:
+        """What gradients that were kept unscaled are multiplied by: 0 where no row counts, for 0 · inf is NaN."""
+        if self.tensor is None:
+            return 0.0 if self.of_count and math.isinf(self.value) else self.value
+        factor = self.tensor if self.value == 1.0 else self.tensor * self.value
+        return torch.where(factor.isinf(), 0.0, factor) if self.of_count else factor
 
 
 WHOLE = Factor()
 
 
 class PairResult(NamedTuple):
-    """Of a contrast of pairs, acc ``[B]``. A differentiable backend makes no gradients: they are None."""
+    """What pair_loss makes, acc ``[B]``. A differentiable backend makes no gradients: they are None."""
 
     loss: Tensor
     chosen_reward: Tensor
@@ -52,7 +62,7 @@ class PairResult(NamedTuple):
 
 
 class UnpairedResult(NamedTuple):
-    """Of single responses, acc ``[B]``."""
+    """What unpaired_loss makes, acc ``[B]``."""
 
     loss: Tensor
     reward: Tensor
@@ -86,7 +96,7 @@ class PolicyResult(NamedTuple):
 
 
 class Backend(Protocol):
-    """The kernels of one kind of device."""
+    """What every backend computes."""
 
     name: str
     # True where the methods are plain PyTorch, which autograd differentiates (and differentiates twice).
@@ -179,7 +189,7 @@ class Backend(Protocol):
     def unpaired_loss(
         self, logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions
     ) -> UnpairedResult:
-        """The term of single responses of Σ log p ``[B]``."""
+        """The loss of single responses from Σ log p ``[B]``."""
         ...
 
     def policy_loss(

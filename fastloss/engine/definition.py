@@ -167,3 +167,6 @@ def _transform(options: RowOptions) -> dict[str, Any]:
         "scale": options.scale,
         "softcap": options.softcap or None,
     }
+
+
+REFERENCE = ReferenceBackend()

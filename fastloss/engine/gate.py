@@ -8,11 +8,12 @@ from torch import Tensor
 _PARAMETER = torch.nn.Parameter
 
 
-def address(tensor: Tensor | None, *, just_made: bool = False) -> int:
+def address(tensor: Tensor | None, *, just_made: bool = False, is_dense: bool = False) -> int:
     """Where ``tensor`` lies in memory; 0 for None. No other place of the package calls ``data_ptr()``.
 
     Args:
         just_made: the caller has it from torch.empty or its like, and nobody else has seen it: there is nothing to ask.
+        is_dense: the caller has asked that it is contiguous and of a real dtype: fewer questions are left.
 
     Raises:
         ValueError: it is not what its elements are in memory (a subclass, a wrapper of torch.func, a fake, meta, sparse, nested or
@@ -26,8 +27,16 @@ def address(tensor: Tensor | None, *, just_made: bool = False) -> int:
             place: int = tensor.data_ptr()
             if just_made:
                 return place
-            # The common case with the fewest questions; check() asks all of them.
-            if place and tensor.is_contiguous() and not (tensor.is_neg() or tensor.is_conj()):
+            # The common cases with the fewest questions; check() asks all of them.
+            if is_dense:
+                # Freed storage begins at address 0.
+                if place != tensor.storage_offset() * tensor.itemsize and not tensor.is_neg():
+                    return place
+            elif (
+                place
+                and tensor.is_contiguous()
+                and not (tensor.is_conj() or tensor.is_nested or tensor.is_neg())
+            ):
                 storage = tensor.untyped_storage()
                 if place + tensor.nbytes <= storage.data_ptr() + storage.nbytes():
                     return place

@@ -6,7 +6,7 @@ hands these back for the gradients::
     with begin(head, needs, keep, schedule) as run:
         for part in run.parts():
             stats = part.stats(part.of(target), options, want)      # 1 GEMM
-            part.gradients(options, part.of(target), stats["logsumexp"], coefficients(stats))   # 1 GEMM each for d hidden, d weight
+            part.gradients(part.of(target), options, stats["logsumexp"], coefficients(stats))   # 1 GEMM each for d hidden, d weight
     grads = run.grads()
 
 Two schedules have this interface, and a loss does not know which one runs: chunks of rows (engine/head_rows.py), whose
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloss.engine import checks, head_blocks
 from fastloss.engine.autograd import scale_in_place
@@ -29,7 +30,7 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
-from fastloss.engine.head_rows import RowChunks, buffer_dtype, default_chunk
+from fastloss.engine.head_rows import RowChunks, buffer_dtype, count_gemms, default_chunk
 from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
 from fastloss.engine.native import NativeBackend
 from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
@@ -67,7 +68,7 @@ class Part(Protocol):
 
 
 class Schedule(NamedTuple):
-    """How a call goes through its rows. ``chunk``: rows whose logits are in memory at once; 0: blocks of the vocabulary."""
+    """How a pass goes through rows and vocabulary. ``chunk``: rows whose logits are in memory at once; 0: blocks of the vocabulary."""
 
     chunk: int
 
@@ -99,19 +100,19 @@ class Schedule(NamedTuple):
 
 
 def buffer_bytes(head: Head, rows: int) -> int:
-    """Of the logits of ``rows``."""
+    """Memory of the logits of ``rows`` rows."""
     return rows * head.weight.shape[0] * buffer_dtype(head).itemsize
 
 
 def chunked(
     rows: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_size: int | None
 ) -> Schedule:
-    """Chunks of rows, of the size asked for or the usual one."""
+    """The schedule in chunks of rows, of the size asked for or the usual one."""
     return Schedule(min(chunk_size or default_chunk(rows, vocab, dtype, device), max(rows, 1)))
 
 
 def schedule_of(head: Head, rows: int, needs: Needs, chunk_size: int | None) -> Schedule:
-    """Of a backward whose coefficients are given, over ``rows`` computed rows."""
+    """The schedule of a backward whose coefficients are given, over ``rows`` computed rows."""
     if head_blocks.why_not(head.backend, head.dtype, head.weight, rows, needs, chunk_size) == "":
         return Schedule(0)
     return chunked(rows, head.weight.shape[0], head.dtype, head.weight.device, chunk_size)
@@ -120,7 +121,7 @@ def schedule_of(head: Head, rows: int, needs: Needs, chunk_size: int | None) -> 
 def schedule_of_cross_entropy(
     head: Head, rows: int, needs: Needs, chunk_size: int | None, per_row: bool, smooth: bool
 ) -> Schedule:
-    """Of cross-entropy. ``per_row``: the loss of each row is returned; ``smooth``: every token is a target."""
+    """The schedule of cross-entropy. ``per_row``: the loss of each row is returned; ``smooth``: every token is a target."""
     if head_blocks.why_not_cross_entropy(rows, head.weight.shape[1], needs, per_row, smooth):
         return chunked(rows, head.weight.shape[0], head.dtype, head.weight.device, chunk_size)
     return schedule_of(head, rows, needs, chunk_size)
@@ -143,7 +144,11 @@ class _Pass:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Pass:
-        device = self._run.head.hidden.device.type
+        run = self._run
+        device = run.head.hidden.device.type
+        if isinstance(run, RowChunks):
+            count_gemms(run.head, run.rows, 1 + run.needs.hidden + run.needs.weight)
+            self._stack.enter_context(_disable_current_modes())
         self._stack.enter_context(torch.autocast(device, enabled=False))
         self._stack.enter_context(torch.no_grad())
         return self
@@ -183,11 +188,12 @@ def begin(
     reaches anything. ``bounds`` are the chunks, of at most ``schedule.chunk`` rows; None is equal ones."""
     if schedule.by_vocabulary:
         return _Pass(VocabularyBlocks(head, needs, keep))
-    return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
+    with _disable_current_modes():
+        return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
 
 
 def with_logsumexp(want: tuple[str, ...]) -> tuple[str, ...]:
-    """The backward needs it, whether or not it is returned."""
+    """``want``, and logsumexp, which the backward needs whether or not it is returned."""
     return want if "logsumexp" in want else (*want, "logsumexp")
 
 
@@ -236,6 +242,13 @@ def stats(
                 part.gradients(own, options, out["logsumexp"], Coefficients(a=one, b=-one))
             outs.append(out)
         return run.collect(outs), run.grads().hidden
+
+
+def defined_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The whole logits in the GEMMs' dtype, for the definition, which autograd differentiates."""
+    bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
 
 
 class Saved(NamedTuple):
@@ -299,7 +312,7 @@ def leaf_dtypes(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[to
 
 
 def needs_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Needs:
-    """Which gradients a call must be ready for."""
+    """Which gradients autograd may ask a call for."""
     if not torch.is_grad_enabled():
         return NOTHING
     bias = linear_bias is not None and linear_bias.requires_grad
@@ -319,7 +332,7 @@ def compute_dtype(input: Tensor) -> torch.dtype:
 
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
-    """PyTorch's errors, in its words."""
+    """Shapes, dtypes and devices that do not fit, in PyTorch's words."""
     if input.dim() < 1 or input.dim() > 2:
         raise ShapeError(f"input: expected input with dimensionality 1 or 2, got {input.dim()}")
     if linear_weight.dim() < 2:

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.gate import address
-from fastloss.engine.head_rows import upcasts
+from fastloss.engine.head_rows import count_gemms, upcasts
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
 from fastloss.tables import DTYPE_CODES, CrossEntropyOptions, RowOptions
@@ -134,6 +132,19 @@ class VocabularyBlocks:
         want: Sequence[str],
     ) -> dict[str, Tensor]:
         """Losses and statistics of the rows; the gradients of their sum times ``factor`` are made on the way."""
+        dim = self.head.weight.shape[1]
+        count_gemms(self.head, self.rows, gemms(self.needs, self.rows, dim))
+        with _disable_current_modes():
+            return self._cross_entropy(target, options, w, factor, want)
+
+    def _cross_entropy(
+        self,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        w: Tensor | None,
+        factor: Factor,
+        want: Sequence[str],
+    ) -> dict[str, Tensor]:
         call = _NativeCall(self, target, w, options)
         out = self.native.empty_stats(self.head.hidden, self.rows, {"logsumexp": None, **dict.fromkeys(want)})
         out["loss"] = torch.empty_like(out["logsumexp"])
@@ -145,7 +156,7 @@ class VocabularyBlocks:
         if self.needs.weight:
             c.stored = min(self.rows, dim)
             call.keep_more(min(self.rows - c.stored, KEEP_MORE * dim))
-        call.execute(gemms(self.needs, self.rows, dim))
+        call.execute()
         self.made = call.gradients()
         return out
 
@@ -158,11 +169,13 @@ class VocabularyBlocks:
         w: Tensor | None = None,
     ) -> None:
         """Makes the logits again."""
-        call = _NativeCall(self, target, w, options)
-        k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
-        call.point_to(lse=logsumexp, **k)
-        call.execute(1 + self.needs.hidden + self.needs.weight)
-        self.made = call.gradients()
+        count_gemms(self.head, self.rows, 1 + self.needs.hidden + self.needs.weight)
+        with _disable_current_modes():
+            call = _NativeCall(self, target, w, options)
+            k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
+            call.point_to(lse=logsumexp, **k)
+            call.execute()
+            self.made = call.gradients()
 
 
 class _NativeCall:
@@ -199,7 +212,7 @@ class _NativeCall:
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.tensors.append(tensor)
-                setattr(self.record, _FIELDS.get(name, name), address(tensor))
+                setattr(self.record, name, address(tensor))
 
     def _make_gradients(self, hidden: Tensor, weight: Tensor) -> None:
         shape, device = (self.all_rows, self.dim), hidden.device
@@ -223,7 +236,7 @@ class _NativeCall:
             more_logits=new_gradient((self.vocab, rows), weight.dtype, weight.device) if rows else None
         )
 
-    def execute(self, gemms: float) -> None:
+    def execute(self) -> None:
         if not self.rows:
             for grad in (self.d_hidden, self.d_weight, self.d_bias):
                 if grad is not None:
@@ -234,8 +247,6 @@ class _NativeCall:
         shape = self.rows, module.ROW_STATE_DOUBLES
         self.point_to(state=torch.empty(shape, dtype=torch.float64, device=device))
         scratch = torch.empty(c.workspace_bytes(threads) + 64, dtype=torch.uint8, device=device)
-        if _get_current_dispatch_mode() is not None:  # FlopCounterMode and its like see operators only
-            _counted(*self.operands, self.rows, gemms)
         c.run(-(-address(scratch) // 64) * 64, threads)
 
     def gradients(self) -> Grads:
@@ -249,19 +260,3 @@ class _NativeCall:
                 dense = x[: self.rows].clone()
                 x.zero_().index_copy_(0, self.keep, dense)
         return Grads(self.d_hidden, self.d_weight, self.d_bias)
-
-
-# Names of csrc/cpu/head.h that differ from the statistics'.
-_FIELDS = {"logprobs": "logprob", "mean_logits": "mean_logit"}
-
-
-@torch.library.custom_op("fastloss::head_gemms", mutates_args=())
-def _counted(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
-    """Does nothing: tells FlopCounterMode what the native call multiplies."""
-
-
-@register_flop_formula(torch.ops.fastloss.head_gemms)
-def _(
-    hidden_shape: list[int], weight_shape: list[int], rows: int, gemms: float, *args: Any, **kwargs: Any
-) -> int:
-    return round(2 * rows * weight_shape[0] * weight_shape[1] * gemms)

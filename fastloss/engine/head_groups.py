@@ -17,11 +17,12 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import once_differentiable, segment_sum, upstream_scale
+from fastloss.engine.autograd import differentiable_again, segment_sum, upstream_scale
 from fastloss.engine.backend import Call, check_targets, is_traced, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Grads, Head, Needs, Schedule
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.sequences import Sequences, Tokens, packed_layout
@@ -230,7 +231,7 @@ class GroupPlan:
 
 
 def plan_groups(function: str, x: GroupedHead, backend: str, *, coupled: bool, ref: bool) -> GroupPlan:
-    """Chooses and announces. ``coupled``: a group's coefficients need more than the group."""
+    """Chooses backend and chunks, and announces them. ``coupled``: a group's coefficients depend on other groups."""
     needs = heads.needs_of(x.input, x.weight, x.bias)
     dtype = heads.compute_dtype(x.input)
     call = resolve_call(function, backend, x.input, x.weight, x.bias, has_operators=False, dtype=dtype)
@@ -318,7 +319,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything about a fused call but what it differentiates."""
+    """What forward and backward of a fused call need beside the tensors with gradients."""
 
     plan: GroupPlan
     rows: GroupedRows
@@ -327,6 +328,17 @@ class _Run:
     want: tuple[str, ...]
     outputs: tuple[str, ...]
     total: int
+
+
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias = ctx.saved_tensors
+    target, layout = run.rows.target, run.rows.tokens.layout
+    logits = heads.defined_logits(hidden, weight, bias, run.plan.dtype)
+    stats = REFERENCE.row_stats(logits, target, run.options, want=heads.with_logsumexp(run.want))
+    span, groups = (0, layout.n), (0, run.rows.groups)
+    loss, _ = run.loss.of_groups(REFERENCE, stats["logprobs"], stats, span, groups)
+    return [loss, *[None] * len(run.outputs)], [hidden, weight, bias]
 
 
 class _FusedGroups(torch.autograd.Function):
@@ -347,7 +359,7 @@ class _FusedGroups(torch.autograd.Function):
         return (out["loss"].sum(), *rest)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         hidden, weight, bias = ctx.saved_tensors
         run: _Run = ctx.run

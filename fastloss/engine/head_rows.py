@@ -39,7 +39,7 @@ def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def buffer_dtype(head: Head) -> torch.dtype:
-    """Of the logits between the two phases."""
+    """The dtype of the logits in the buffer."""
     return torch.float32 if upcasts(head.hidden.device, head.dtype) else head.dtype
 
 
@@ -91,7 +91,7 @@ class _Gemms:
         return z
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:
-        """From the chunk's d logits."""
+        """Adds a chunk's part to d hidden, d weight and d bias, from its d logits."""
         if self.d_hidden is not None:
             if self.keep is None:
                 torch.mm(z, self.weight, out=self.d_hidden[start:stop])
@@ -185,6 +185,7 @@ class RowChunks:
         self.head, self.needs, self.keep = head, needs, keep
         self.all_rows = head.hidden.shape[0]
         rows = self.all_rows if keep is None else keep.numel()
+        self.rows = rows
         kind = _UpcastGemms if upcasts(head.hidden.device, head.dtype) else _Gemms
         self.gemms = kind(head, needs, keep, chunk)
         self.bounds = list(equal_chunks(rows, chunk) if bounds is None else bounds) or [(0, 0)]
@@ -198,7 +199,7 @@ class RowChunks:
 
 
 class Chunk:
-    """Some rows: their logits are in the buffer from the first question asked to the gradients."""
+    """Some rows. Their logits are made at the first call and stay in the buffer until their gradient overwrites them."""
 
     def __init__(self, run: RowChunks, start: int, stop: int):
         self.run, self.start, self.stop = run, start, stop
@@ -265,17 +266,23 @@ class Chunk:
 def gemm_bf16(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """``out = a.t() @ b``, or ``out += a.t() @ b``, float32 from bfloat16, which PyTorch has no CPU GEMM for:
     a ``[k, m]`` and b ``[k, n]``, each dense in the last dimension."""
-    if _get_current_dispatch_mode() is None:
-        multiply_bf16(out, a, b, accumulate)
-    else:  # FlopCounterMode and its like see operators only
-        _gemm_bf16_operator(out, a, b, accumulate)
-
-
-@torch.library.custom_op("fastloss::gemm_bf16", mutates_args=("out",))
-def _gemm_bf16_operator(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     multiply_bf16(out, a, b, accumulate)
 
 
-@register_flop_formula(torch.ops.fastloss.gemm_bf16)
-def _(out_shape_: list[int], a_shape: list[int], b_shape: list[int], *args: Any, **kwargs: Any) -> int:
-    return 2 * a_shape[0] * a_shape[1] * b_shape[1]
+def count_gemms(head: Head, rows: int, gemms: float) -> None:
+    """Tells FlopCounterMode and its like what a pass over ``rows`` multiplies. The pass itself is hidden from dispatch modes: one
+    that remembers operators' outputs (selective activation checkpointing) would hand back scratch that was written to."""
+    if _get_current_dispatch_mode() is not None:
+        _counted(head.hidden, head.weight, rows, float(gemms))
+
+
+@torch.library.custom_op("fastloss::head_gemms", mutates_args=())
+def _counted(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
+    """Does nothing."""
+
+
+@register_flop_formula(torch.ops.fastloss.head_gemms)
+def _(
+    hidden_shape: list[int], weight_shape: list[int], rows: int, gemms: float, *args: Any, **kwargs: Any
+) -> int:
+    return round(2 * rows * weight_shape[0] * weight_shape[1] * gemms)

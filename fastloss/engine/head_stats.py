@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import once_differentiable
+from fastloss.engine.autograd import differentiable_again
 from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Needs, Saved, Schedule
 from fastloss.tables import DIFFERENTIABLE_STATS, RowOptions
 
 
 @dataclass(frozen=True)
 class StatsRun:
-    """Everything about statistics from a head but its tensors."""
+    """What forward and backward of statistics from a head need beside the tensors."""
 
     backend: Backend
     options: RowOptions
@@ -28,6 +29,14 @@ class StatsRun:
     backward: Schedule
     needs: Needs
     differentiable: tuple[str, ...] = DIFFERENTIABLE_STATS
+
+
+def _again(ctx: Any) -> Any:
+    run: StatsRun = ctx.run
+    hidden, weight, bias, target, *_ = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    out = REFERENCE.row_stats(logits, target, run.options, want=run.want)
+    return [out[n] if n in run.differentiable else None for n in run.want], [hidden, weight, bias]
 
 
 class LinearTokenStatistics(torch.autograd.Function):
@@ -54,7 +63,7 @@ class LinearTokenStatistics(torch.autograd.Function):
         return tuple(out[name] for name in run.want)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         run: StatsRun = ctx.run
         hidden, weight, bias, target, lse, entropy, d_hidden = ctx.saved_tensors

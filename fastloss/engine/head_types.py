@@ -11,7 +11,7 @@ from fastloss.engine.contract import Backend
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody asked for."""
+    """Which gradients autograd asks for."""
 
     hidden: bool
     weight: bool

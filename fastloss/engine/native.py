@@ -594,7 +594,7 @@ class DirectCalls:
         rows, vocab = logits.shape
         loss = torch.empty((), dtype=_FLOAT64 if dtype is _FLOAT64 else _FLOAT32, device="cpu")
         bad: int = self._reduced_cross_entropy(
-            address(logits), DIRECT_CODES[dtype], rows, vocab, vocab, address(target), ignore_index, mean,
+            address(logits, is_dense=True), DIRECT_CODES[dtype], rows, vocab, vocab, address(target, is_dense=True), ignore_index, mean,
             address(grad, just_made=True), address(loss, just_made=True), _threads(),
         )  # fmt: skip
         return loss, bad
@@ -604,6 +604,7 @@ class DirectPairs:
     """pair_loss with options that are the same for all pairs, to be remembered; float32 or float64 on the CPU."""
 
     def __init__(self, options: PairOptions) -> None:
+        self.options = options
         self._run = cpu_backend().module.DirectPairs(options).run
 
     def run(
@@ -624,8 +625,8 @@ class DirectPairs:
         """Writes ``loss`` (``[B]`` with ``per_pair``, else 0-d) and what follows it, all of them just made: gradients, rewards
         ``[B]``, and ``metrics``: the means of PAIR_SUMS but the loss, with ``extremes`` the least and largest log-prob."""
         self._run(
-            DIRECT_CODES[chosen.dtype], chosen.numel(), address(chosen), address(rejected), address(ref_chosen),
-            address(ref_rejected), per_pair, address(loss, just_made=True), address(d_chosen, just_made=True),
+            DIRECT_CODES[chosen.dtype], chosen.numel(), address(chosen, is_dense=True), address(rejected, is_dense=True), address(ref_chosen, is_dense=True),
+            address(ref_rejected, is_dense=True), per_pair, address(loss, just_made=True), address(d_chosen, just_made=True),
             address(d_rejected, just_made=True), address(won, just_made=True), address(lost, just_made=True),
             address(metrics, just_made=True), extremes,
         )  # fmt: skip
@@ -657,8 +658,8 @@ class DirectPolicy:
         count, length = logprobs.shape
         number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
         self._run(
-            self._options, DIRECT_CODES[logprobs.dtype], address(logprobs), address(old), address(advantages),
-            advantages.dim() == 1, address(mask), address(ref), address(entropy), address(sampler), length, count, number,
+            self._options, DIRECT_CODES[logprobs.dtype], address(logprobs, is_dense=True), address(old, is_dense=True), address(advantages, is_dense=True),
+            advantages.dim() == 1, address(mask, is_dense=True), address(ref, is_dense=True), address(entropy, is_dense=True), address(sampler, is_dense=True), length, count, number,
             address(tensor), address(d_logprobs, just_made=True), address(d_entropy, just_made=True),
             address(loss, just_made=True), address(metrics, just_made=True), _threads(),
         )  # fmt: skip

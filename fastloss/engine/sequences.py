@@ -66,7 +66,7 @@ def layout_of(name: str, like: Tensor, cu_seqlens: Tensor | None) -> Sequences:
 
 
 def packed_layout(name: str, cu_seqlens: Tensor, n: int, device: torch.device) -> Sequences:
-    """Of ``n`` packed tokens; the one place where ``cu_seqlens`` is checked (its values on the CPU, where that waits for nobody)."""
+    """Of ``n`` packed tokens; the one place where ``cu_seqlens`` is checked (its values on the CPU alone: on a GPU the host would wait)."""
     checks.is_tensor(name, cu_seqlens)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or not cu_seqlens.numel():
         raise ShapeError(
@@ -153,7 +153,7 @@ def tokens_of(
 class TimeSteps:
     """Tokens by their time step: the n-th unmasked token of each sequence in column n, whatever lies between them.
 
-    The layout is ``[count, width]``; that of a packed batch waits for the device to say its longest length."""
+    The layout is ``[count, width]``; for a packed batch the host waits for the longest length."""
 
     def __init__(self, layout: Sequences, keep: Tensor) -> None:
         count, offsets, n = layout.count, layout.offsets, layout.n

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
+from .model import one_line
 from .rows import Row
 from .tokenizer import END, PAD
 
@@ -69,7 +70,12 @@ def load(folder: Path, date: str = "") -> Any:
         raise ValueError(f"model: expected a tokenizer.json in {folder}, got none")
     if not (folder / "tokenizer_config.json").is_file():
         return wrap(Tokenizer.from_file(str(folder / "tokenizer.json")), date)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with one_line(f"cannot load the tokenizer of {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ValueError(
+            f"model: expected a tokenizer that `tokenizers` runs, got {type(tokenizer).__name__}"
+        )
     if tokenizer.eos_token_id is None:
         raise ValueError(f"model: expected a tokenizer with an end-of-text token, got none in {folder}")
     if not tokenizer.chat_template:

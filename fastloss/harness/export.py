@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
@@ -38,8 +39,12 @@ def _write(model: Any, weights: dict[str, Tensor] | None, tokenizer: Any, folder
         stop = sorted(chat.ends(tokenizer, model.generation_config.eos_token_id))
         model.generation_config.eos_token_id = stop if len(stop) > 1 else stop[0]
     use_cache, model.config.use_cache = model.config.use_cache, True  # off in training alone
-    model.save_pretrained(temporary, state_dict=weights)
-    model.config.use_cache = use_cache
+    try:
+        model.save_pretrained(temporary, state_dict=weights)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"model: cannot write {temporary}: {error}") from error
+    finally:
+        model.config.use_cache = use_cache
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)

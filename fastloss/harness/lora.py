@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,10 +25,16 @@ def add(model: Any, config: TrainConfig, head: nn.Module) -> Any:
     scores = (
         head is not model.get_output_embeddings()
     )  # a head of the stage's own: trained, and no adapter in it
+    # linear layers by their class alone, as Llama 4's router: they do not give what a linear layer gives
+    own = [
+        name for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    ]  # fmt: skip
     options = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         target_modules=list(config.lora_targets) or "all-linear",
+        **({"exclude_modules": own} if own and not config.lora_targets else {}),
         task_type="SEQ_CLS" if scores else "CAUSAL_LM",
     )
     torch.manual_seed(config.seed)  # whatever loading the model drew
@@ -41,7 +48,11 @@ def add(model: Any, config: TrainConfig, head: nn.Module) -> Any:
             raise ValueError(f"lora_targets: {error}") from None
     if any(layer.get_base_layer() is head for _, layer in layers(model)):
         raise ValueError("lora_targets: expected modules of the body, got the head")
-    odd = [name for name, layer in layers(model) if layer.get_base_layer().weight.ndim != 2]
+    # a mixture's experts are one tensor; peft's adapter is then of that parameter, not of a module's `weight`
+    odd = [
+        name for name, layer in layers(model)
+        if name in own or (not hasattr(layer, "parameter_name") and layer.get_base_layer().weight.ndim != 2)
+    ]  # fmt: skip
     if odd:
         raise ValueError(f"lora_targets: expected linear layers and embeddings, got {odd[0]}")
     embedding = model.get_input_embeddings()
@@ -92,11 +103,10 @@ def merged(model: Any, state: Mapping[str, Tensor] | None = None) -> Any:
     if not adapted:
         return model
     state = model.state_dict() if state is None else state
-    weights: dict[str, Tensor] = {
-        name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name
-    }
+    weights: dict[str, Tensor] = {_plain(name): t for name, t in state.items() if ".lora_" not in name}
     for name, layer in adapted:
-        weights[f"{name}.weight"] = weights[f"{name}.weight"] + _product(name, layer, state)
+        weight = f"{_plain(name)}.{getattr(layer, 'parameter_name', 'weight')}"
+        weights[weight] = weights[weight] + _product(name, layer, state)
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
     plain.load_state_dict(weights, assign=True)
@@ -104,12 +114,23 @@ def merged(model: Any, state: Mapping[str, Tensor] | None = None) -> Any:
     return plain
 
 
+def _plain(name: str) -> str:
+    """Without the adapters around a layer; around a mixture's experts there is one for each of their tensors."""
+    return re.sub(r"(\.base_layer)+(?=\.|$)", "", name)
+
+
 def _product(name: str, layer: Any, state: Mapping[str, Tensor]) -> Tensor:
-    """What the adapter of a linear layer, or of an embedding, adds to its matrix."""
+    """What the adapter of a linear layer, of an embedding, or of a mixture's experts, adds to its tensor."""
     if f"{name}.lora_embedding_A.{ADAPTER}" in state:
         a, b = (state[f"{name}.lora_embedding_{part}.{ADAPTER}"] for part in "AB")
     else:
         a, b = (state[f"{name}.lora_{part}.{ADAPTER}.weight"] for part in "AB")
+    experts = getattr(layer, "num_experts", 1)
+    if experts > 1:  # the rank of all experts lies in one matrix, as peft has it
+        a, b = a.reshape(experts, -1, a.shape[-1]), b.reshape(b.shape[0], -1, experts)
+        turned = getattr(layer, "_did_swap_in_out_features", False)  # [experts, out, in]
+        product = torch.einsum("ore,eri->eoi" if turned else "ore,eri->eio", b, a)
+        return product * layer.scaling[ADAPTER]
     product = b @ a * layer.scaling[ADAPTER]
     return product.T if _turned(layer) else product
 

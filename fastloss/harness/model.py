@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,19 @@ class Head:
         if self.softcap:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z if self.scale == 1.0 else z * self.scale
+
+
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """What transformers raises, for sizes that do not fit each other say, in one line that says where."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        said = (line.strip() for line in str(error).splitlines())
+        why = next((line for line in said if line), type(error).__name__)
+        raise ValueError(f"model: {what}: {why}") from error
 
 
 def folder_of(model: str) -> Path:
@@ -78,7 +92,8 @@ def model_config(config: TrainConfig) -> PretrainedConfig:
 def build_model(config: PretrainedConfig, seed: int, device: str) -> nn.Module:
     """Random float32 weights that depend on the seed alone."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with one_line(f"cannot build {type(config).__name__}'s model"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.config.use_cache = False
     return model.to(device).train()
 
@@ -90,9 +105,8 @@ def load_model(name: str, device: str, auto: Any = AutoModelForCausalLM, **optio
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # a new head is what some stages ask for, and no reason to warn
     try:
-        model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
-    except OSError as error:
-        raise ValueError(f"model: cannot load {folder}: {str(error).splitlines()[0]}") from None
+        with one_line(f"cannot load {folder}"):
+            model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
     finally:
         logging.set_verbosity(verbosity)
     model.config.use_cache = False
@@ -134,7 +148,8 @@ def check_head(model: Any, inputs: Tensor) -> None:
     """Body and :class:`Head` give the model's own logits; another kind of head is an error, not a guess."""
     training = model.training
     model.eval()
-    own = model(input_ids=inputs, use_cache=False).logits.float()
+    with one_line(f"{type(model).__name__} cannot read a row of tokens"):
+        own = model(input_ids=inputs, use_cache=False).logits.float()
     ours = head_of(model).logits(hidden_states(model, inputs))
     model.train(training)
     tolerance = 1e-4 * float(own.abs().max()) + 1e-6

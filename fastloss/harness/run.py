@@ -92,6 +92,8 @@ def _lock(folder: Path) -> FileLock:
         lock.acquire(timeout=0)
     except Timeout:
         raise ValueError(f"out: another run is writing into {folder}; give this one another folder") from None
+    except NotImplementedError:  # a file system without locks
+        pass
     except OSError as error:
         raise ValueError(f"out: cannot write into {folder}: {error.strerror}") from None
     return lock

@@ -51,7 +51,10 @@ def sample(
     model.eval()
     # the name that transformers 5 gives the cache, or its old one
     names = inspect.signature(body(model).forward).parameters
-    cache = {"cache" if "cache" in names else "past_key_values": DynamicCache()}
+    # of a kind for each layer, where transformers knows more than keys and values
+    known = "config" in inspect.signature(DynamicCache.__init__).parameters
+    kept = DynamicCache(config=model.config.get_text_config(decoder=True)) if known else DynamicCache()
+    cache = {"cache" if "cache" in names else "past_key_values": kept}
     drawn: list[Tensor] = []
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
@@ -88,8 +91,16 @@ def check_sampler(model: Any, head: Head, vocab_size: int, instead: str = "") ->
     )
     try:
         answers = sample(model, head, prompts, max_new_tokens=4, end=-1, temperature=0)
-    except (IndexError, AttributeError, TypeError) as error:  # a model without keys and values
-        raise ValueError(f"{name}: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # without keys and values
+        raise ValueError(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
     training, whole = model.training, head.gathered()
     model.eval()
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from torch import nn
 
 from . import chat, corpus, layers, lora, parallel, tokenizer
-from .classifier import classifier, score_of
+from .classifier import with_score
 from .config import TrainConfig
 from .model import build_model, check_head, check_positions, folder_of, head_of, load_model, model_config
 
@@ -56,17 +56,17 @@ def scoring_model(config: TrainConfig, tok: Any) -> tuple[Any, nn.Linear]:
     """The body with one score in place of the vocabulary head, and that head. The scores begin near 0."""
     device = layers.build_device(config)
     torch.manual_seed(config.seed)
-    shape = model_config(config)
-    auto = classifier(shape)
-    if config.model:
-        model = load_model(config.model, device, auto, num_labels=1)
-    else:
-        shape.num_labels = 1
-        model = auto.from_config(shape, dtype=torch.float32).to(device)
-        model.config.use_cache = False
+
+    def build(kind: Any) -> Any:
+        if config.model:
+            return load_model(config.model, device, kind, num_labels=1)
+        shape = model_config(config)
+        shape.num_labels, shape.use_cache = 1, False
+        return kind(shape).float().to(device)
+
+    model, head = with_score(model_config(config), build)
     model.config.pad_token_id = tok.eos_token_id if tok.pad_token_id is None else tok.pad_token_id
     check_positions(model, config.seq_len)
-    head = score_of(model)
     return layers.prepare(lora.add(model, config, head), config).train(), head
 
 

@@ -62,9 +62,8 @@ def apply(model: Any, *, heads: Any = None) -> Handle:
     def undo() -> None:
         own()
         if LAZY not in type(inner).__dict__:
-            inner._fastloss_off = (
-                True  # somebody (FSDP2) made a subclass of ours since: switched off where it stands
-            )
+            # Somebody (FSDP2) made a subclass of ours since: it is switched off where it stands.
+            inner._fastloss_off = True
             return
         for module in (*_heads(inner, names), inner):
             take_back(module)

@@ -1,4 +1,4 @@
-"""cross_entropy: PyTorch's signature, and what language models need on top."""
+"""cross_entropy: PyTorch's function, and z-loss, soft-cap, logit scale, normalizer, in-place gradients and statistics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import autograd, checks, compile_ops
 from fastloss.engine import backend as backends
-from fastloss.engine.autograd import new_gradient, once_differentiable
+from fastloss.engine.autograd import differentiable_again, new_gradient
 from fastloss.engine.backend import Call, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DIRECT_CODES, cpu_backend
 from fastloss.losses.token_stats import TokenStats, stats_from
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS, STATS_WITHOUT_TARGET, CrossEntropyOptions
@@ -57,7 +58,7 @@ def cross_entropy(
         ignore_index: targets of this value add nothing to the loss and get no gradient.
         reduction: "mean" (over targets not ignored, weighted by ``weight``), "sum" or "none".
         label_smoothing: in [0, 1].
-        z_loss: coefficient of ``logsumexp²``, in the same reduction.
+        z_loss: coefficient of ``logsumexp²``, in the same reduction; its mean is over tokens, whatever their class weights.
         logit_scale: a factor on the (capped) logits.
         softcap: cap the logits smoothly to ``(-softcap, softcap)``.
         normalizer: the sum is divided by this in place of the mean's count (transformers' num_items_in_batch).
@@ -113,7 +114,7 @@ def cross_entropy(
         logits,
         target,
         weight,
-        unsupported=constants_with_gradients(target, weight),
+        unsupported=constants_with_gradients(target, weight) or z_loss_of_weighted_mean(loss, weight, target),
     )
     rows, vocab = logits.shape
     if vocab == 0 and not call.by_definition:
@@ -129,7 +130,7 @@ def cross_entropy(
         autograd.refuse_inplace(logits)
     acc = ACC_DTYPES[logits.dtype]
     classes, w = weights_of(target, weight, loss, acc)
-    factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+    factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if call.traced:
         out = compile_ops.cross_entropy(
@@ -154,7 +155,7 @@ class LossOptions:
     return_stats: bool
 
     def with_stats(self, loss: Tensor, stats: Any, names: tuple[str, ...]) -> Any:
-        """The loss, or ``(loss, TokenStats)``."""
+        """The loss, or ``(loss, TokenStats)`` where statistics were asked for."""
         if not self.return_stats:
             return loss
         return loss, stats_from({n: x.detach() for n, x in zip(names, stats, strict=True)}, self.want)
@@ -180,7 +181,7 @@ def loss_options(
     device: torch.device,
     probabilities: bool,
 ) -> LossOptions:
-    """Every option checked by name."""
+    """The record of a call's options; the error of one that does not fit names it."""
     if reduction not in checks.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")  # PyTorch's words
     make = _row_options.__wrapped__ if torch.compiler.is_compiling() else _row_options
@@ -208,7 +209,7 @@ def _row_options(
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
-    """PyTorch's errors; True if the target holds class probabilities."""
+    """Shapes and dtypes that do not fit, in PyTorch's words; True if the target holds class probabilities."""
     checks.is_floating("input", input)
     checks.is_tensor("target", target)
     dim = input.dim()
@@ -319,27 +320,46 @@ def loss_factor(
     rows: int,
     vocab: int,
     acc: torch.dtype,
-) -> Factor:
-    """The reduction's factor; on the way, targets are checked (on a GPU only with ``validate_targets(True)``)."""
+) -> tuple[Factor, LossOptions]:
+    """The reduction's factor, and the options whose z-loss it reduces to a mean over tokens; on the way, targets are checked (on
+    a GPU only with ``validate_targets(True)``)."""
     on_cpu = not call.traced and (classes is None or classes.device.type == "cpu")
     valid, ignore_index, normalizer = rows, loss.row.ignore_index, loss.normalizer
     if classes is not None and not call.traced and (on_cpu or backends.targets_are_validated()):
         valid = backends.count_targets(classes, vocab, ignore_index)
     if normalizer is not None:
         if isinstance(normalizer, Tensor) and (call.traced or normalizer.device.type != "cpu"):
-            return Factor(tensor=normalizer.to(acc).reciprocal())
-        return Factor(_reciprocal(float(normalizer)))
+            return Factor(tensor=normalizer.to(acc).reciprocal()), loss
+        return Factor(_reciprocal(float(normalizer))), loss
     if loss.reduction != "mean":
-        return WHOLE
+        return WHOLE, loss
     if classes is None:
-        return Factor(_reciprocal(rows))
+        return Factor(_reciprocal(rows), of_count=True), loss
     if w is None:
         if on_cpu:
-            return Factor(_reciprocal(valid))
-        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal())
+            return Factor(_reciprocal(valid), of_count=True), loss
+        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal(), of_count=True), loss
     kept = classes != ignore_index
     total = (w[classes.clamp(0, vocab - 1)] * kept).sum()
-    return Factor(_reciprocal(float(total))) if on_cpu else Factor(tensor=total.reciprocal())
+    if not on_cpu:
+        return Factor(tensor=total.reciprocal(), of_count=True), loss
+    return Factor(_reciprocal(float(total)), of_count=True), over_tokens(loss, float(total), valid)
+
+
+def over_tokens(loss: LossOptions, total: float, valid: int) -> LossOptions:
+    """A z-loss has no class: where the loss is divided by ``total``, the sum of class weights, its z-loss is made so much larger
+    that it is divided by ``valid``, the tokens that count."""
+    if not loss.row.z_loss or not valid:
+        return loss
+    return replace(loss, row=replace(loss.row, z_loss=loss.row.z_loss * total / valid))
+
+
+def z_loss_of_weighted_mean(loss: LossOptions, weight: Tensor | None, target: Tensor) -> str:
+    """Why no kernel can compute a mean whose z-loss and classes are divided by different counts that only a device knows."""
+    own_count = loss.reduction == "mean" and loss.normalizer is None and not loss.probabilities
+    if weight is None or not loss.row.z_loss or not own_count or checks.host_reads(target):
+        return ""
+    return "z-loss beside class weights is divided by a count of its own, which the host does not know"
 
 
 def _reciprocal(value: float) -> float:
@@ -348,14 +368,14 @@ def _reciprocal(value: float) -> float:
 
 
 def kernel_options(loss: LossOptions) -> CrossEntropyOptions:
-    """What a row kernel is given: the smoothing of class probabilities is in their ``w`` already."""
+    """The record that a row kernel reads: the smoothing of class probabilities is in their ``w`` already."""
     smooth = loss.probabilities and loss.row.label_smoothing
     return replace(loss.row, label_smoothing=0.0) if smooth else loss.row
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything about a call but its tensors."""
+    """What forward and backward need beside the tensors."""
 
     backend: Any
     loss: LossOptions
@@ -363,6 +383,16 @@ class _Run:
     inplace: bool
     dtype: torch.dtype  # of the loss
     needs_grad: bool
+
+
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    if run.inplace:
+        raise RuntimeError("inplace: expected False where the gradient is differentiated again, got True")
+    classes, w, logits, _ = ctx.saved_tensors
+    out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
+    per_row = run.loss.reduction == "none"
+    return [out if per_row else REFERENCE.sum_rows(out, run.factor)], [logits]
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -389,7 +419,7 @@ class CrossEntropy(torch.autograd.Function):
         return (loss, *stats)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
         none = (None,) * 3
@@ -427,7 +457,7 @@ def _one_pass(
 
 
 # --- the commonest call with the fewest Python calls around the kernel: mean or sum over int64 targets, on the CPU, no option.
-# On a tensor of a few hundred logits those calls are the whole cost. The numbers are those of the way above.
+# On a tensor of a few hundred logits those calls are the whole cost. The numbers are those of the general path.
 
 _cpu = cpu_backend()
 _is_compiling = torch.compiler.is_compiling
@@ -437,7 +467,7 @@ _CPU = torch.device("cpu")
 
 
 def _is_direct(logits: Any, target: Any, backend: str) -> bool:
-    """Whether :func:`_direct` takes the call; if not, the long way checks it and says what is wrong."""
+    """Whether :func:`_direct` takes the call; if not, the general path checks it and says what is wrong."""
     return (
         _cpu.direct is not None
         and not _is_compiling()
@@ -460,7 +490,9 @@ def _is_direct(logits: Any, target: Any, backend: str) -> bool:
 def _direct(logits: Tensor, target: Tensor, ignore_index: int, mean: bool) -> Tensor:
     if logits.requires_grad and torch.is_grad_enabled():
         given = ignore_index, mean
-        return autograd.made_in_forward(logits, None, _direct_with_gradient, given, (target,))
+        return autograd.made_in_forward(
+            logits, None, _direct_with_gradient, _direct_defined, given, (target,)
+        )
     return _direct_loss(logits, target, ignore_index, mean, None)
 
 
@@ -482,3 +514,9 @@ def _direct_with_gradient(
     else:
         grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     return _direct_loss(logits, target, *given, grad), (grad, None)
+
+
+def _direct_defined(given: tuple[int, bool], logits: Tensor, _: None, target: Tensor) -> Tensor:
+    ignore_index, mean = given
+    reduction = "mean" if mean else "sum"
+    return reference.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)

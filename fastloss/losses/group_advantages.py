@@ -5,6 +5,7 @@ Everything here is a constant of the loss: no gradient flows through it, and not
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale: str = "group", 
     NaN reward (could not be scored) is left out of the statistics and gets 0.
 
     Args:
-        rewards: ``[B]``, the responses to one prompt beside each other. group_size: responses per prompt.
+        rewards: ``[B]``, float, int or bool, the responses to one prompt beside each other. group_size: responses per prompt.
         scale: deviation of the "group", of the "batch" (arXiv:2508.08221), or "none" (Dr. GRPO, arXiv:2503.20783).
 
     >>> import torch, fastloss
@@ -110,7 +111,7 @@ def pass_at_k_advantages(
     Of several equal to the best none has a lead. A NaN reward (could not be scored) is left out and gets 0.
 
     Args:
-        rewards: ``[B]``, the responses to one prompt beside each other. group_size: responses per prompt, at least 2.
+        rewards: ``[B]``, float, int or bool, the responses to one prompt beside each other. group_size: responses per prompt, at least 2.
         scale: "group" divides by the group's sample deviation + ``eps``; "none" does not.
 
     >>> import torch, fastloss
@@ -171,7 +172,7 @@ def gdpo_advantages(
 
 
 def check_group_size(group_size: Any, of: str = "", count: int = 0) -> None:
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+    if isinstance(group_size, bool) or not isinstance(group_size, numbers.Integral) or group_size < 1:
         raise ValueError(f"group_size: expected a positive int, got {group_size!r}")
     if count % group_size:
         raise ValueError(f"group_size: expected a divisor of the {count} {of}, got {group_size}")
@@ -179,8 +180,12 @@ def check_group_size(group_size: Any, of: str = "", count: int = 0) -> None:
 
 def grouped(rewards: Tensor, group_size: int) -> Tensor:
     """acc ``[groups, group_size]``."""
+    checks.is_tensor("rewards", rewards)
+    if rewards.dtype in (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        rewards = rewards.to(torch.float32)  # counts, and right or wrong
     checks.is_floating("rewards", rewards)
     check_group_size(group_size)
+    group_size = int(group_size)
     if rewards.dim() != 1 or rewards.numel() % group_size:
         raise ShapeError(
             f"rewards: expected shape [B] with B a multiple of group_size={group_size}, got {list(rewards.shape)}"

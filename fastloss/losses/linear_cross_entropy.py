@@ -1,4 +1,4 @@
-"""linear_cross_entropy: cross-entropy of the logits of a linear head that are never all there."""
+"""linear_cross_entropy: cross-entropy from hidden states and a vocabulary matrix, without the logits of the whole batch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import once_differentiable, upstream_scale
+from fastloss.engine.autograd import differentiable_again, upstream_scale
 from fastloss.engine.backend import Call, check_targets, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import NOTHING, Grads, Head, Needs, Saved, Schedule
 from fastloss.losses.cross_entropy import (
     LossOptions,
@@ -23,7 +24,9 @@ from fastloss.losses.cross_entropy import (
     kernel_options,
     loss_factor,
     loss_options,
+    over_tokens,
     weights_of,
+    z_loss_of_weighted_mean,
 )
 from fastloss.losses.token_stats import TokenStats
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS
@@ -134,7 +137,7 @@ def _of_rows(
     chunk_size: int | None,
     backend: str,
 ) -> Any:
-    """Of ``input [N, D]``: the loss, or ``(loss, TokenStats)``."""
+    """The loss of ``input [N, D]``, or ``(loss, TokenStats)``."""
     dtype = heads.compute_dtype(input)
     autocast = heads.autocasts(input.device.type) and dtype != torch.float64
     loss_dtype = torch.float32 if autocast else dtype
@@ -146,7 +149,7 @@ def _of_rows(
         linear_bias,
         target,
         weight,
-        unsupported=constants_with_gradients(target, weight),
+        unsupported=constants_with_gradients(target, weight) or z_loss_of_weighted_mean(loss, weight, target),
         dtype=dtype,
     )
     if call.by_definition:
@@ -159,7 +162,7 @@ def _of_rows(
     again = per_row and (needs.weight or needs.bias)
     if call.traced:
         classes, w = weights_of(target, weight, loss, acc)
-        factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+        factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
         out = compile_ops.linear_cross_entropy(
             input, linear_weight, linear_bias, classes, w, factor, kernel_options(loss), loss.reduction, loss.want,
             NOTHING if again else needs, dtype, chunk_size, call.backend.name,
@@ -171,7 +174,7 @@ def _of_rows(
     schedule = heads.schedule_of_cross_entropy(head, computed, needs, chunk_size, per_row, smooth)
     call.announce(**schedule.details(head, computed, needs, again))
     classes, w = weights_of(target, weight, loss, acc)
-    factor = loss_factor(call, classes, w, loss, rows, vocab, acc)
+    factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
     run = _Run(loss, factor, loss_dtype, dtype, schedule, needs)
     out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, call.backend, run)
     return loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
@@ -217,7 +220,7 @@ def _by_definition(
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything about a call but its tensors."""
+    """What forward and backward need beside the tensors."""
 
     loss: LossOptions
     factor: Factor
@@ -225,6 +228,15 @@ class _Run:
     dtype: torch.dtype  # of the GEMMs
     schedule: Schedule
     needs: Needs
+
+
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias, classes, w, _ = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
+    per_row = run.loss.reduction == "none"
+    return [out if per_row else REFERENCE.sum_rows(out, run.factor)], [hidden, weight, bias]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -261,7 +273,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (loss, *stats)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
         hidden, weight, bias, classes, w, lse = ctx.saved_tensors
@@ -306,11 +318,16 @@ def _k_dimensional(
     backend: str,
 ) -> Any:
     """PyTorch's K-dimensional loss: ``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities
-    ``[N, C, d1, …]``), one head per place, one count for all."""
+    ``[N, C, d1, …]``), one head per place, one mean over all places."""
     vocab, *places, dim = linear_weight.shape
     weights = linear_weight.reshape(vocab, -1, dim)
     biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)
     targets = target.reshape(*target.shape[: 2 if loss.probabilities else 1], -1)
+    count = None
+    if loss.reduction == "mean" and loss.normalizer is None:
+        count, kept = _count(target, weight, loss, vocab, weights.shape[1])
+        if weight is not None and not loss.probabilities and loss.row.z_loss:
+            loss = over_tokens(loss, float(count), int(kept))
     each = replace(loss, reduction="none" if loss.reduction == "none" else "sum", normalizer=None)
     parts = [
         _of_rows(
@@ -332,8 +349,8 @@ def _k_dimensional(
     )
     if loss.normalizer is not None:
         value = value / loss.normalizer
-    elif loss.reduction == "mean":
-        value = value / _count(target, weight, loss, vocab, weights.shape[1])
+    elif count is not None:
+        value = value / count
     if not loss.return_stats:
         return value
     stats = [part[1] for part in parts]
@@ -345,10 +362,13 @@ def _k_dimensional(
     )
 
 
-def _count(target: Tensor, weight: Tensor | None, loss: LossOptions, vocab: int, places: int) -> Any:
+def _count(
+    target: Tensor, weight: Tensor | None, loss: LossOptions, vocab: int, places: int
+) -> tuple[Any, Any]:
+    """(what the loss's mean is divided by: the targets that count, or the sum of their class weights; how many count)."""
     if loss.probabilities:
-        return target.shape[0] * places
+        return target.shape[0] * places, target.shape[0] * places
     kept = target != loss.row.ignore_index
     if weight is None:
-        return kept.sum()
-    return (weight.detach()[target.clamp(0, vocab - 1)] * kept).sum()
+        return kept.sum(), kept.sum()
+    return (weight.detach()[target.clamp(0, vocab - 1)] * kept).sum(), kept.sum()

@@ -1,20 +1,20 @@
-"""The contrast of pairs from Σ log p of each response: its options, checked once, the launches that they become, its metrics."""
+"""Losses of pairs from Σ log p of each response: their options and constants, the launches of pair_loss, their metrics."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.autograd import once_differentiable
+from fastloss.engine.autograd import differentiable_again
 from fastloss.engine.backend import tracing_reason
 from fastloss.engine.contract import Backend
+from fastloss.engine.definition import REFERENCE
 from fastloss.tables import DIVERGENCES, PAIR_TERMS, Number, PairConstants, PairOptions
 
 CODES = {name: code for code, name in enumerate(PAIR_TERMS)}
@@ -52,7 +52,7 @@ class PreferenceOptions:
     per_token: bool  # the log-probs are divided by their lengths before the contrast
     needs_lengths: bool
     needs_reference: bool
-    one_launch: bool  # nothing before it and no more metrics after it
+    one_launch: bool  # of pair_loss, with nothing to prepare before it and no metric to add after it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,9 +62,8 @@ class PreferenceOptions:
         return any(name in names for name, _ in self.loss_weights)
 
 
-@dataclass(frozen=True)
-class PreferenceSpec:
-    """The options of a call as a user gives them."""
+class PreferenceSpec(NamedTuple):
+    """The options of a call as a user gives them. A tuple, for it is made and looked up in a cache at every call."""
 
     loss_type: str | tuple[str, ...] = "sigmoid"
     loss_weights: tuple[float, ...] | None = None
@@ -79,8 +78,8 @@ class PreferenceSpec:
 
 
 def parse_options(spec: PreferenceSpec) -> PreferenceOptions:
-    """Checked, every error naming its option; remembered, but not where torch.compile traces."""
-    return (_parse if torch.compiler.is_compiling() else _cached_parse)(spec)
+    """The checked options; the error of one that does not fit names it. Cached, but not where torch.compile traces."""
+    return _parse(spec) if torch.compiler.is_compiling() else _cached_parse(*spec)
 
 
 def _parse(spec: PreferenceSpec) -> PreferenceOptions:
@@ -139,12 +138,14 @@ def _parse(spec: PreferenceSpec) -> PreferenceOptions:
     )
 
 
-_cached_parse = functools.lru_cache(maxsize=256)(_parse)
+@functools.lru_cache(maxsize=256, typed=True)  # True is no 1.0
+def _cached_parse(*fields: Any) -> PreferenceOptions:
+    return _parse(PreferenceSpec(*fields))
 
 
 @dataclass(frozen=True)
 class PairBatch:
-    """What a contrast takes as given: None, a number for all pairs, or a tensor ``[B]``."""
+    """What a contrast reads without a gradient: None, a number for all pairs, or a tensor ``[B]``."""
 
     constants: PairConstants
     beta: Number
@@ -171,6 +172,13 @@ class PairBatch:
         return PairBatch(constants, cut(self.beta), cut(self.smoothing), cut(self.margin), self.total, mean)
 
 
+def _pair_loss_again(ctx: Any) -> Any:
+    chosen, rejected, nll, *_ = ctx.saved_tensors
+    constants, options, per_pair = ctx.given
+    loss = REFERENCE.pair_loss(chosen, rejected, nll, constants, options).loss
+    return [loss if per_pair else loss.sum()], [chosen, rejected, nll]
+
+
 class _PairLoss(torch.autograd.Function):
     """(chosen, rejected, nll) -> loss of each pair, or their sum; the gradient is made in the forward, in one launch."""
 
@@ -180,20 +188,24 @@ class _PairLoss(torch.autograd.Function):
         chosen: Tensor,
         rejected: Tensor,
         nll: Tensor | None,
-        launch: Callable[..., Any],
+        backend: Backend,
+        constants: PairConstants,
+        options: PairOptions,
         per_pair: bool,
         rest: list[Tensor],
     ) -> Tensor:
-        out = launch(chosen, rejected, nll)
+        out = backend.pair_loss(chosen, rejected, nll, constants, options)
         rest.extend((out.chosen_reward, out.rejected_reward, out.sums))  # without a gradient
-        ctx.save_for_backward(out.d_chosen, out.d_rejected, None if nll is None else out.d_nll)
+        ctx.given = constants, options, per_pair
+        d_nll = None if nll is None else out.d_nll
+        ctx.save_for_backward(chosen, rejected, nll, out.d_chosen, out.d_rejected, d_nll)
         return out.loss if per_pair else out.sums[0].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_pair_loss_again)
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return (*[d * upstream if need else None for d, need in wanted], None, None, None)
+        wanted = zip(ctx.saved_tensors[3:], ctx.needs_input_grad, strict=False)
+        return (*[d * upstream if need else None for d, need in wanted], *[None] * 5)
 
 
 def launch_pairs(
@@ -210,12 +222,8 @@ def launch_pairs(
         out = backend.pair_loss(chosen, rejected, nll, constants, options)
         loss = out.loss if per_pair else out.loss.sum()
         return loss, out.chosen_reward, out.rejected_reward, out.sums
-
-    def launch(c: Tensor, r: Tensor, n: Tensor | None) -> Any:
-        return backend.pair_loss(c, r, n, constants, options)
-
     rest: list[Tensor] = []
-    loss = _PairLoss.apply(chosen, rejected, nll, launch, per_pair, rest)
+    loss = _PairLoss.apply(chosen, rejected, nll, backend, constants, options, per_pair, rest)
     return loss, rest[0], rest[1], rest[2]
 
 
@@ -271,7 +279,7 @@ def contrast(
         simpo_margin = pairs.margin + o.simpo_gamma
         if WITH_MARGIN.isdisjoint(here):
             options = replace(options, margin=simpo_margin)
-        elif o.simpo_gamma != 0.0:  # a margin of its own: a launch of its own
+        elif o.simpo_gamma != 0.0:  # its margin is not the other terms': a second launch
             own = ((CODES["simpo"], here["simpo"]),)
             terms = tuple(term for term in terms if term not in own)
             launches.append((c, r, None, given, replace(options, terms=own, margin=simpo_margin)))
@@ -322,7 +330,7 @@ def log1mexp(x: Tensor) -> Tensor:
 def metrics(
     sums: Tensor, c: Tensor, r: Tensor, nll: Tensor | None, pairs: PairBatch, o: PreferenceOptions
 ) -> dict[str, Tensor]:
-    """TRL's names; detached 0-d tensors, means over the pairs (0 where there are none)."""
+    """The metrics under TRL's names: detached 0-d tensors, means over the pairs (0 where there are none)."""
     count = max(pairs.total, 1)
     _, *means = (sums / count).unbind()
     out = dict(zip(METRICS, means, strict=True))

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastloss.engine import autograd, checks
 from fastloss.engine import backend as backends
-from fastloss.engine.autograd import once_differentiable
+from fastloss.engine.autograd import differentiable_again
 from fastloss.engine.backend import resolve_call
 from fastloss.engine.contract import Backend, PolicyInputs
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DirectPolicy, cpu_backend
 from fastloss.losses.policy_inputs import check_like, lay_flat, normalizer_of, shares, weighted
 from fastloss.losses.policy_options import PolicySpec, options_of
@@ -167,11 +168,11 @@ def policy_loss(
     others = (old_logprobs, ref_logprobs, sampler_logprobs, entropy)
     if weights is None and _is_direct(logprobs, advantages, mask, others, cu_seqlens, backend):
         ready = _direct_options(
-            spec,
             ref_logprobs is not None,
             entropy is not None,
             sampler_logprobs is not None,
             logprobs.shape[1],
+            *spec,
         )
         if ready is not None:
             norm = None
@@ -232,7 +233,7 @@ def _of_batch(
     logprobs: Tensor,
     entropy: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The loss of flat acc log-probs: what needs a view over the whole batch here, the rest in one launch."""
+    """The loss of flat acc log-probs: selections over the whole batch by PyTorch, everything else in one launch."""
     weight = chosen = None
     if spec.top_entropy_quantile < 1:
         assert entropy is not None
@@ -250,7 +251,7 @@ def _of_batch(
         entropy, options = entropy.detach(), replace(options, entropy_coef=0.0)
     inputs = replace(weighted(inputs, weight), select=selected.penalised)
     loss, out = _launch(backend, logprobs, entropy, inputs, options)
-    if selected.low is not None and selected.high is not None:  # the clip statistics are the divergence's
+    if selected.low is not None and selected.high is not None:  # the clip counts are the divergence's
         clipped = torch.stack([selected.low.sum(), selected.high.sum()]).to(out.dtype)
         out = torch.cat([out[:3], clipped, out[5:]])
     return (loss if bonus is None else loss - bonus), out
@@ -274,6 +275,11 @@ def entropy_share(
     return scale * (share if chosen is None else share * chosen)
 
 
+def _again(ctx: Any) -> Any:
+    logprobs, entropy, *_ = ctx.saved_tensors
+    return [REFERENCE.policy_loss(logprobs, entropy, *ctx.given).loss, None], [logprobs, entropy]
+
+
 class _PolicyLoss(torch.autograd.Function):
     """(logprobs, entropy) -> (loss, out [16]); both carry gradients, made in the forward."""
 
@@ -287,14 +293,15 @@ class _PolicyLoss(torch.autograd.Function):
         options: PolicyOptions,
     ) -> Any:
         result = backend.policy_loss(logprobs, entropy, inputs, options)
-        ctx.save_for_backward(result.d_logprobs, result.d_entropy, result.out)
+        ctx.given = inputs, options
+        ctx.save_for_backward(logprobs, entropy, result.d_logprobs, result.d_entropy, result.out)
         ctx.mark_non_differentiable(result.out)
         return result.loss.clone(), result.out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        d_logprobs, d_entropy, out = ctx.saved_tensors
+        *_, d_logprobs, d_entropy, out = ctx.saved_tensors
         scale = upstream * out[POLICY_PLACE["scale"]]
         need_logprobs, need_entropy, *_ = ctx.needs_input_grad
         return (
@@ -369,9 +376,10 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class _Ready(NamedTuple):
-    """What a call's options become: remembered, a training step asks for the same again."""
+    """The options of a direct call, checked. Cached: every training step has the same."""
 
     native: DirectPolicy
+    options: PolicyOptions
     names: tuple[str, ...]  # of the metrics; "" where one does not apply
     entropy_coef: float
 
@@ -384,7 +392,7 @@ def _is_direct(
     cu_seqlens: Tensor | None,
     backend: str,
 ) -> bool:
-    """Whether :func:`_direct` takes the call; if not, the long way checks it and says what is wrong."""
+    """Whether :func:`_direct` takes the call; if not, the general path checks it and says what is wrong."""
     if (
         _is_compiling()
         or _cpu.direct is None
@@ -415,16 +423,18 @@ def _is_direct(
 
 @functools.lru_cache(maxsize=64, typed=True)
 def _direct_options(
-    spec: PolicySpec, with_ref: bool, with_entropy: bool, with_sampler: bool, length: int
+    with_ref: bool, with_entropy: bool, with_sampler: bool, length: int, *fields: Any
 ) -> _Ready | None:
-    """None where something is chosen over the whole batch, or missing."""
+    """Of the fields of a :class:`PolicySpec`, whose types count too; None where something is chosen over the whole batch, or
+    missing."""
+    spec = PolicySpec(*fields)
     options = options_of(spec, with_sampler=with_sampler, with_ref=with_ref, default_length=length)
     selects = spec.variant.selects or spec.top_entropy_quantile < 1
     if selects or spec.entropy_aggregation is not None or (spec.entropy_coef and not with_entropy):
         return None
     given = {"kl": with_ref, "entropy": with_entropy, "importance/cut_fraction": options.correction > 0}
     names = tuple(name if given.get(name, True) else "" for name in POLICY_METRICS)
-    return _Ready(DirectPolicy(options), names, options.entropy_coef)
+    return _Ready(DirectPolicy(options), options, names, options.entropy_coef)
 
 
 def _direct(
@@ -434,7 +444,7 @@ def _direct(
     constants: tuple[Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None],
     normalizer: float | Tensor | None,
 ) -> PolicyOutput:
-    """Of a call that :func:`_is_direct`. ``constants``: old, advantages, mask, ref, sampler."""
+    """Loss and metrics of a call that :func:`_is_direct`. ``constants``: old, advantages, mask, ref, sampler."""
     old, advantages, mask, ref, sampler = constants
     if mask.dtype is not _BOOL:
         mask = mask != 0
@@ -442,7 +452,7 @@ def _direct(
     given, constants = (ready, normalizer, metrics), (old, advantages, mask, ref, sampler)
     wanted = logprobs.requires_grad or (entropy is not None and entropy.requires_grad)
     if wanted and torch.is_grad_enabled():
-        loss = autograd.made_in_forward(logprobs, entropy, _run_direct, given, constants)
+        loss = autograd.made_in_forward(logprobs, entropy, _run_direct, _direct_defined, given, constants)
     else:
         loss, _ = _run_direct(given, logprobs, entropy, *constants)
     named = dict(zip(ready.names, metrics.unbind(), strict=True))
@@ -467,3 +477,30 @@ def _run_direct(
         logprobs, old, advantages, mask, ref, entropy, sampler, normalizer, grad, grad_entropy, loss, metrics
     )
     return loss, (grad, grad_entropy)
+
+
+def _direct_defined(
+    given: tuple[_Ready, float | Tensor | None, Tensor],
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    old: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    ref: Tensor | None,
+    sampler: Tensor | None,
+) -> Tensor:
+    ready, normalizer, _ = given
+    inputs = lay_flat(
+        "logprobs",
+        logprobs,
+        mask=mask,
+        cu_seqlens=None,
+        dtype=logprobs.dtype,
+        advantages=advantages,
+        old_logprobs=old,
+        ref_logprobs=ref,
+        sampler_logprobs=sampler,
+        normalizer=normalizer,
+    )
+    flat = None if entropy is None else entropy.reshape(-1)
+    return REFERENCE.policy_loss(logprobs.reshape(-1), flat, inputs, ready.options).loss

@@ -1,4 +1,4 @@
-"""The tensors of a policy-gradient loss: checked by name, laid flat, and what follows from them for the whole batch."""
+"""The tensors of a policy-gradient loss: checked by name and laid flat; shares and sampler weights, which follow from them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def advantage_per_token(inputs: PolicyInputs) -> Tensor:
 
 
 def weighted(inputs: PolicyInputs, weight: Tensor | None) -> PolicyInputs:
-    """``weight`` (acc ``[N]``) on the policy term, times the user's own where there are any."""
+    """The inputs with ``weight`` (acc ``[N]``) as a factor of the policy term, times the user's own weights."""
     if weight is None:
         return inputs
     own = inputs.token_weight

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import once_differentiable, upstream_scale
+from fastloss.engine.autograd import differentiable_again, upstream_scale
 from fastloss.engine.backend import check_targets, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_token_stats
 from fastloss.engine.contract import Backend, Factor, PolicyInputs
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Grads, Head, Needs, Schedule
 from fastloss.engine.sequences import Sequences
 from fastloss.losses.policy import PolicyOutput, empty_out, entropy_share, metrics_from, policy_loss
@@ -37,7 +38,7 @@ from fastloss.tables import (
     is_token_level,
 )
 
-# The target of a masked row: no class, and none that a user can mean.
+# The target of a masked row: a number that is no class and no ignore_index of a user.
 IGNORED = -(2**63)
 _SCALE, _POLICY, _CUT = (POLICY_PLACE[name] for name in ("scale", "policy", "cut"))
 
@@ -136,7 +137,7 @@ def linear_policy_loss(
         dtype=dtype,
     )
     needs = heads.needs_of(input, linear_weight, linear_bias)
-    rows = heads.count_kept(hidden.shape[0], classes, IGNORED) if not call.traced else 0
+    rows = 0 if call.by_definition else heads.count_kept(hidden.shape[0], classes, IGNORED)
     schedule = heads.chunked(rows, linear_weight.shape[0], dtype, input.device, chunk_size)
     if call.by_definition:
         call.announce()
@@ -145,7 +146,7 @@ def linear_policy_loss(
         head = Head(call.backend, hidden, linear_weight, None, dtype)
         call.announce(**schedule.details(head, rows, needs, bool(needs) and not ahead))
     if call.by_definition or input.device.type != "cpu":
-        # Rows that are not taken out reach the weight's gradient as 0 · hidden, which a NaN survives.
+        # A masked row that stays in the GEMM adds 0 · hidden to the weight's gradient: NaN where its hidden state is NaN.
         hidden = hidden.masked_fill((inputs.mask == 0).unsqueeze(-1), 0)
         input = hidden.view(input.shape)
     if call.by_definition or not token_level:
@@ -221,7 +222,8 @@ def linear_policy_loss(
 def _correction_ahead(
     options: PolicyOptions, inputs: PolicyInputs
 ) -> tuple[PolicyOptions, Tensor | None, Tensor | None]:
-    """A sequence-level sampler correction needs old and sampler log-probs alone: made before the head, a token weight."""
+    """A sequence-level sampler correction depends on old and sampler log-probs alone, so it is made before the head, as a
+    weight per token: (options without it, that weight, the tokens that it cuts)."""
     sequence_level = CORRECTIONS[options.correction].startswith("sequence")
     without = replace(options, correction=0)
     if not sequence_level or inputs.old is None or not is_token_level(without):
@@ -232,7 +234,7 @@ def _correction_ahead(
 
 @dataclass(frozen=True)
 class _Run:
-    """Everything about a call but what carries gradients; per-token tensors are acc ``[N]``."""
+    """What forward and backward need beside the tensors with gradients; per-token tensors are acc ``[N]``."""
 
     backend: Backend
     options: PolicyOptions
@@ -247,6 +249,22 @@ class _Run:
     dtype: torch.dtype
     schedule: Schedule
     needs: Needs
+
+
+def _again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    want = ("logprobs", "entropy") if run.with_entropy else ("logprobs",)
+    stats = REFERENCE.row_stats(logits, run.target, run.row, want=want)
+    n = run.target.shape[0]
+    layout = Sequences(None, n, 1, n, run.target.device)
+    inputs = replace(run.inputs, layout=layout, share=run.share * run.scale)
+    entropy = stats.get("entropy")
+    loss = REFERENCE.policy_loss(stats["logprobs"], entropy, inputs, run.options).loss
+    if run.bonus_share is not None and entropy is not None:
+        loss = loss - run.bonus_coef * (run.bonus_share * entropy).sum()
+    return [loss, None], [hidden, weight, bias]
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
@@ -265,7 +283,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         return loss, out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
         hidden, weight, bias = ctx.saved_tensors
         run: _Run = ctx.run
@@ -321,7 +339,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
         grads = pass_.grads()
     out = _added(torch.stack(outs)) if outs else empty_out(run.share)
     loss = out[0] * run.scale if late else out[0].clone()
-    # The launches summed scaled shares: put the scale where metrics look for it.
+    # The shares that the launches summed contain the scale already: metrics_from expects it in a place of its own.
     policy_term = out[_POLICY] if late else out[_POLICY] / run.scale
     out = torch.cat(
         [loss.reshape(1), run.scale.reshape(1), out[_SCALE + 1 : _POLICY], policy_term.reshape(1)]

@@ -6,7 +6,6 @@ A new variant is a row of ``VARIANTS`` (if it combines what is there), or a surr
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -61,9 +60,9 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class PolicySpec:
-    """The public options of a policy loss with their defaults, as a user gives them."""
+class PolicySpec(NamedTuple):
+    """The public options of a policy loss with their defaults, as a user gives them. A tuple, for it is made and looked up in
+    a cache at every call."""
 
     loss_type: str = "dapo"
     clip_low: float | None = 0.2
@@ -104,7 +103,7 @@ class PolicySpec:
 
 
 def resolve(spec: PolicySpec, *, with_sampler: bool, default_length: int | None) -> PolicyOptions:
-    """Checks every option by name and turns the options into the kernels' numbers."""
+    """Checks every option by name and makes the record for the kernels."""
     s = spec
     checks.is_one_of("loss_type", s.loss_type, tuple(VARIANTS))
     level = s.variant.level if s.importance_level is None else s.importance_level
@@ -164,17 +163,20 @@ def resolve(spec: PolicySpec, *, with_sampler: bool, default_length: int | None)
     )
 
 
-# A training step asks for the same again.
-_cached_resolve = functools.lru_cache(maxsize=64)(resolve)
+@functools.lru_cache(maxsize=64, typed=True)  # a training step asks for the same again; True is no 1.0
+def _cached_resolve(with_sampler: bool, default_length: int | None, *fields: Any) -> PolicyOptions:
+    return resolve(PolicySpec(*fields), with_sampler=with_sampler, default_length=default_length)
 
 
 def options_of(
     spec: PolicySpec, *, with_sampler: bool, with_ref: bool, default_length: int | None
 ) -> PolicyOptions:
-    """The kernels' numbers; remembered, but not where torch.compile traces. Options that need a tensor, or another option,
-    are errors without it."""
-    find = resolve if torch.compiler.is_compiling() else _cached_resolve
-    options = find(spec, with_sampler=with_sampler, default_length=default_length)
+    """The record for the kernels. Cached, but not where torch.compile traces. An option that needs a tensor, or another
+    option, is an error without it."""
+    if torch.compiler.is_compiling():
+        options = resolve(spec, with_sampler=with_sampler, default_length=default_length)
+    else:
+        options = _cached_resolve(with_sampler, default_length, *spec)
     if options.beta and not with_ref:
         raise ValueError(f"ref_logprobs: expected a tensor for beta={options.beta}, got None")
     for name, value in (("importance_cap", spec.importance_cap), ("importance_floor", spec.importance_floor)):

@@ -1,4 +1,4 @@
-"""Which tokens a policy loss acts on, where that takes their log-probs or the whole batch: PyTorch's sorts and quantiles."""
+"""Which tokens a policy loss acts on, where their log-probs or their rank in the batch decide, by PyTorch's sorts and quantiles."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Selection(NamedTuple):
 
 
 def select(logprobs: Tensor, inputs: PolicyInputs, spec: PolicySpec, options: PolicyOptions) -> Selection:
-    """The choice of a loss_type that :class:`Variant` says makes one."""
+    """The tokens of a loss_type whose :class:`Variant` has ``selects``."""
     if spec.loss_type == "clip_cov":
         return Selection(clip_cov_weight(logprobs, inputs, options, spec))
     if spec.loss_type == "kl_cov":

@@ -16,6 +16,7 @@ from fastloss.engine.autograd import segment_sum
 from fastloss.engine.backend import resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DirectPairs, cpu_backend
 from fastloss.engine.sequences import Tokens, tokens_of
 from fastloss.losses import pair_terms
@@ -27,7 +28,7 @@ from fastloss.losses.pair_terms import (
     parse_options,
     reference_logps,
 )
-from fastloss.tables import ACC_DTYPES, Number, PairOptions
+from fastloss.tables import ACC_DTYPES, Number, PairConstants, PairOptions
 
 
 class PreferenceOutput(NamedTuple):
@@ -148,7 +149,7 @@ def preference_loss(
     if whole_responses and is_direct_pairs(chosen_logps, rejected_logps, *refs, numbers, backend):
         with_reference = ref_chosen_logps is not None, ref_rejected_logps is not None
         native = _direct_options(
-            reduction, chosen_logps.shape[0], with_reference, reference_free, numbers, spec
+            reduction, chosen_logps.shape[0], with_reference, reference_free, numbers, *spec
         )
         if native is not None:
             loss, won, lost, means = direct_pairs(
@@ -199,7 +200,7 @@ def preference_loss(
             ld_alpha = checks.number("ld_alpha", ld_alpha, low=0.0, high=1.0)
             shared = torch.minimum(chosen.lengths, rejected.lengths)
             tails = chosen.tail_weights(shared, ld_alpha), rejected.tail_weights(shared, ld_alpha)
-            if nll is None and o.has("sft"):  # it is not desensitised
+            if nll is None and o.has("sft"):  # LD-DPO's weights leave it alone
                 nll = _sum(call.backend, chosen, c, None)
         rc = _reference_sum(call.backend, "ref_chosen_logps", ref_c, c, chosen, tails[0], acc)
         rr = _reference_sum(call.backend, "ref_rejected_logps", ref_r, r, rejected, tails[1], acc)
@@ -229,7 +230,7 @@ def _sides(
     ld_alpha: float | None,
     acc: torch.dtype,
 ) -> tuple[Tokens, Tokens] | None:
-    """The segments of token log-probs; None for log-probs of whole responses."""
+    """The layouts of token log-probs; None for log-probs of whole responses."""
     extra = (chosen_mask, rejected_mask, chosen_cu_seqlens, rejected_cu_seqlens)
     if c.dim() == 1 and chosen_cu_seqlens is None:
         names = ("chosen_mask", "rejected_mask", "chosen_cu_seqlens", "rejected_cu_seqlens")
@@ -284,7 +285,7 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def is_direct_pairs(c: Any, r: Any, rc: Any, rr: Any, numbers: tuple[Any, Any, Any], backend: str) -> bool:
-    """Whether :func:`direct_pairs` takes the call; if not, the long way checks it and says what is wrong."""
+    """Whether :func:`direct_pairs` takes the call; if not, the general path checks it and says what is wrong."""
     return (
         not _is_compiling()
         and _cpu.direct is not None
@@ -309,10 +310,10 @@ def _direct_options(
     with_reference: tuple[bool, bool],
     reference_free: bool,
     numbers: tuple[float, float, float],
-    spec: PreferenceSpec,
+    *fields: Any,
 ) -> DirectPairs | None:
-    """The native options of a direct call; None where the long way has more to do, or an error to raise."""
-    o = parse_options(spec)
+    """The native options of a direct call; None where the general path has more to do, or an error to raise."""
+    o = parse_options(PreferenceSpec(*fields))
     complete = (
         reference_free or with_reference == (True, True) or not (o.needs_reference or any(with_reference))
     )
@@ -350,7 +351,7 @@ def direct_pairs(
     won, lost = torch.empty_like(c), torch.empty_like(c)
     given = native, per_pair, extremes, won, lost, metrics
     if (c.requires_grad or r.requires_grad) and torch.is_grad_enabled():
-        loss = autograd.made_in_forward(c, r, _run_direct, given, (rc, rr))
+        loss = autograd.made_in_forward(c, r, _run_direct, _direct_defined, given, (rc, rr))
     else:
         loss, _ = _run_direct(given, c, r, rc, rr)
     return loss, won, lost, metrics.unbind()
@@ -368,3 +369,16 @@ def _run_direct(
     loss = torch.empty_like(c) if per_pair else c.new_empty(())
     native.run(c, r, rc, rr, per_pair, loss, d_c, d_r, won, lost, metrics, extremes)
     return loss, (d_c, d_r)
+
+
+def _direct_defined(
+    given: tuple[DirectPairs, bool, bool, Tensor, Tensor, Tensor],
+    c: Tensor,
+    r: Tensor,
+    rc: Tensor | None,
+    rr: Tensor | None,
+) -> Tensor:
+    native, per_pair, *_ = given
+    constants = PairConstants(ref_chosen=rc, ref_rejected=rr)
+    loss = REFERENCE.pair_loss(c, r, None, constants, native.options).loss
+    return loss if per_pair else loss.sum()

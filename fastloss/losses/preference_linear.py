@@ -1,4 +1,4 @@
-"""linear_preference_loss and its front doors: contrasts of pairs from hidden states and a vocabulary matrix."""
+"""linear_preference_loss, and the same under its papers' names: losses of pairs from hidden states and a vocabulary matrix."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def linear_preference_loss(
 
 @dataclass(frozen=True)
 class _PairsOfHead:
-    """The contrast of some pairs, from the log-probs of their tokens."""
+    """The loss of whole pairs from the log-probs of their tokens: what engine/head_groups.py asks for each chunk."""
 
     x: groups.GroupedHead
     pairs: PairBatch

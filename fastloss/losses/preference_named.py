@@ -1,4 +1,4 @@
-"""The contrasts by their papers' names: front doors of preference_loss."""
+"""preference_loss under its papers' names."""
 
 from __future__ import annotations
 

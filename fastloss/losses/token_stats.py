@@ -1,4 +1,4 @@
-"""token_stats and its kin: numbers per token from logits or from hidden states, in one pass over the vocabulary."""
+"""token_stats, linear_token_stats, selective_log_softmax, entropy_from_logits: numbers per token in one pass over the vocabulary."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import new_gradient, once_differentiable, refuse_inplace
+from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
 from fastloss.engine.backend import check_targets, resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Needs
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.tables import DIFFERENTIABLE_STATS, STATS, STATS_WITHOUT_TARGET, RowOptions
@@ -32,7 +33,7 @@ class TokenStats(NamedTuple):
 
 
 def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
-    """Of what a kernel wrote: those that are wanted, is_top1 as bool."""
+    """A TokenStats of the wanted statistics that a kernel wrote; is_top1 becomes bool."""
     return TokenStats(
         *[
             None if name not in want else out[name].bool() if name == "is_top1" else out[name]
@@ -214,7 +215,7 @@ def entropy_from_logits(logits: Tensor, *, backend: str = "auto") -> Tensor:
 def row_options(
     temperature: float, logit_scale: float, softcap: float | None, ignore_index: int
 ) -> RowOptions:
-    """From raw logits to those of the statistics, checked."""
+    """The checked record of what happens to raw logits: temperature, scale, soft-cap, ignore_index."""
     scale = checks.number("logit_scale", logit_scale) / checks.number(
         "temperature", temperature, low=0.0, open_low=True
     )
@@ -243,6 +244,15 @@ def _shaped(out: dict[str, Tensor], want: tuple[str, ...], lead: torch.Size) -> 
     return TokenStats(*(None if s is None else s.reshape(lead) for s in stats_from(out, want)))
 
 
+def _again(ctx: Any) -> Any:
+    _, options, want, inplace = ctx.call
+    if inplace:
+        raise RuntimeError("inplace: expected False where the gradient is differentiated again, got True")
+    logits, target, *_ = ctx.saved_tensors
+    out = REFERENCE.row_stats(logits, target, options, want=want)
+    return [out[n] if n in DIFFERENTIABLE_STATS else None for n in want], [logits]
+
+
 class TokenStatistics(torch.autograd.Function):
     """(logits, target) -> the wanted statistics; logprobs, entropy and logsumexp carry gradients."""
 
@@ -264,7 +274,7 @@ class TokenStatistics(torch.autograd.Function):
         return tuple(out[name] for name in want)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         backend, options, want, inplace = ctx.call
         logits, target, lse, entropy = ctx.saved_tensors

@@ -91,7 +91,7 @@ def _divergence(statistic: str, old: Tensor, sampler: Tensor) -> Tensor:
 
 
 def _reduce(level: str, values: Tensor, keep: Tensor, layout: Sequences) -> Tensor:
-    """Per sequence; 0 of one without unmasked tokens.  # [count]"""
+    """Per sequence; 0 for one without unmasked tokens.  # [count]"""
     if level == "seq_max":
         if layout.offsets is None:
             rows = values.reshape(layout.count, layout.length)

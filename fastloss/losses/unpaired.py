@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine import head_groups as groups
-from fastloss.engine.autograd import once_differentiable, segment_sum
+from fastloss.engine.autograd import differentiable_again, segment_sum
 from fastloss.engine.backend import resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
 from fastloss.losses.token_stats import row_options
@@ -157,7 +157,7 @@ class _Options:
     reduction: str
 
     def of_batch(self, total: int) -> UnpairedOptions:
-        """What the kernels are given: the mean's divisor is in the weights."""
+        """The record and the constants for the kernels: the mean's divisor is in the weights."""
         scale = 1.0 / max(total, 1) if self.reduction == "mean" else 1.0
         return UnpairedOptions(
             term=UNPAIRED_TERMS.index(self.name),
@@ -220,22 +220,36 @@ def _unpaired(
     return UnpairedOutput(loss, rewards, x.detach(), _metrics(o, sums, count, kl))
 
 
+def _again(ctx: Any) -> Any:
+    logps, _ = ctx.saved_tensors
+    constants, options, per_response = ctx.given
+    loss = REFERENCE.unpaired_loss(logps, constants, options).loss
+    return [loss if per_response else loss.sum()], [logps]
+
+
 class _UnpairedLoss(torch.autograd.Function):
     """(logps) -> loss of each response, or their sum; the gradient is made in the forward, in one launch."""
 
     @staticmethod
     def forward(
-        ctx: Any, logps: Tensor, launch: Callable[[Tensor], Any], per_response: bool, rest: list[Tensor]
+        ctx: Any,
+        logps: Tensor,
+        backend: Backend,
+        constants: UnpairedConstants,
+        options: UnpairedOptions,
+        per_response: bool,
+        rest: list[Tensor],
     ) -> Tensor:
-        out = launch(logps)
+        out = backend.unpaired_loss(logps, constants, options)
         rest.extend((out.reward, out.sums))  # without a gradient
-        ctx.save_for_backward(out.d_logps)
+        ctx.given = constants, options, per_response
+        ctx.save_for_backward(logps, out.d_logps)
         return out.loss if per_response else out.sums[0].clone()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        return ctx.saved_tensors[0] * upstream, None, None, None
+        return (ctx.saved_tensors[1] * upstream, *[None] * 5)
 
 
 def _launch(
@@ -250,9 +264,7 @@ def _launch(
         out = backend.unpaired_loss(logps, constants, options)
         return out.loss if per_response else out.loss.sum(), out.reward, out.sums
     rest: list[Tensor] = []
-    loss = _UnpairedLoss.apply(
-        logps, lambda x: backend.unpaired_loss(x, constants, options), per_response, rest
-    )
+    loss = _UnpairedLoss.apply(logps, backend, constants, options, per_response, rest)
     return loss, rest[0], rest[1]
 
 
@@ -409,7 +421,7 @@ def linear_kto_loss(
 
 @dataclass(frozen=True)
 class _ResponsesOfHead:
-    """The terms of some responses, from the log-probs of their tokens."""
+    """The loss of some responses from the log-probs of their tokens: what engine/head_groups.py asks for each chunk."""
 
     x: groups.GroupedHead
     constants: UnpairedConstants

@@ -49,7 +49,10 @@ def cross_entropy(
         loss = loss.masked_fill(bad, float("nan"))
         count = w_target.sum()
     if z_loss:
-        loss = loss + z_loss * z.logsumexp(-1).square()
+        penalty = z_loss * z.logsumexp(-1).square()
+        if kept is not None and weight is not None and reduction == "mean" and normalizer is None:
+            penalty = penalty * (count / kept.sum())  # a z-loss has no class: its mean is over tokens
+        loss = loss + penalty
     if kept is not None:
         loss = loss.masked_fill(~kept, 0)
     if reduction == "none":

@@ -1,7 +1,7 @@
 """Definition of the policy-gradient losses: one small function per surrogate; everything else is shared.
 
 Flat tensors ``[N]``; sequence ``s`` is ``[offsets[s], offsets[s+1])``, or ``[s·length, (s+1)·length)`` without offsets
-(docs/sequences.md section 7, docs/policy_gradient.md).
+(docs/sequences.md, "Policy losses", and docs/policy_gradient.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Definitions of the preference losses: one function per term, from sequence log-probs (docs/sequences.md, 4 to 6)."""
+"""Definitions of the preference losses: one function per term, from sequence log-probs (docs/sequences.md)."""
 
 from __future__ import annotations
 
@@ -239,7 +239,7 @@ def pair_loss(
 
 
 def unpaired_loss(logps: Tensor, constants: UnpairedConstants, options: UnpairedOptions) -> dict[str, Tensor]:
-    """KTO, APO-zero and BCO of sequences that are good or bad on their own, ``[B]`` (docs/sequences.md, 6)."""
+    """KTO, APO-zero and BCO of sequences that are good or bad on their own, ``[B]`` (docs/sequences.md, "Single responses")."""
     beta, kl = options.beta, constants.kl
     term = name_of("term", options.term, UNPAIRED_TERMS)
     x = logps if constants.ref is None else logps - constants.ref

@@ -119,6 +119,13 @@ def test_a_machine_that_is_never_free_is_said_to_be(monkeypatch: pytest.MonkeyPa
     assert taken.contended and step.calls == clock.TRIES * 4 == len(taken.seconds) and not taken.clean
 
 
+def test_a_repeated_call_that_was_all_that_was_asked_for_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, step = _rounds(monkeypatch, Looks(True, False, True, True), repeats=1)
+    assert (
+        step.calls == 3 and len(taken.doubtful) == 2 and taken.seconds == taken.clean and not taken.contended
+    )
+
+
 def test_one_look_covers_the_calls_of_a_span() -> None:
     looks = Looks()
     clock.round_robin({"step": Sleep(0.0)}, "cpu", 50, 1.0, lambda: None, False, free=looks)

@@ -114,6 +114,17 @@ def test_what_is_no_result_is_named(tmp_path) -> None:
     assert run.exit_code == 2 and "expected results" in run.output
 
 
+def test_results_of_another_machine_are_not_mixed_in(results: dict, tmp_path, monkeypatch) -> None:
+    report.save({**results, "quick": False}, tmp_path / "full")
+    report.save({**results, "machine": {**results["machine"], "cpu": "Another"}}, tmp_path / "other")
+    for folder, said in (
+        ("full", "expected a folder of quick results"),
+        ("other", "got quick results of another"),
+    ):
+        run = CliRunner().invoke(APP, ["--quick", "--cases", "tiny", "--out", str(tmp_path / folder)])
+        assert run.exit_code == 2 and said in " ".join(run.output.split())
+
+
 def test_the_command_measures_and_writes(tmp_path) -> None:
     arguments = ["--quick", "--cases", "row-*-new-*", "--providers", "torch eager", "--repeats", "1"]
     run = CliRunner().invoke(APP, [*arguments, "--out", str(tmp_path)])

@@ -13,6 +13,9 @@ from types import ModuleType
 import pytest
 import torch
 
+import fastloss
+
+needs_cpu = pytest.mark.skipif(fastloss.backends()["cpu"] != "available", reason="no native CPU module")
 HERE = Path(__file__).resolve().parents[2] / "tools" / "gpu"
 
 
@@ -54,13 +57,13 @@ def test_the_next_stage_runs_whatever_became_of_the_one_before(tmp_path: Path) -
     stages = {
         "good": _python("print('fine')"),
         "bad": _python("raise SystemExit(3)"),
-        "endless": _python(ENDLESS, seconds=2),
+        "endless": _python(ENDLESS, seconds=6),
         "tool": _python("", tool="no-such-tool"),
         "last": _python("import os; print(os.environ['FASTLOSS_TEST_DEVICE'])"),
     }
     began = time.monotonic()
     ended = run.run(list(stages), tmp_path, 1000.0, stages)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 120
     assert {name: how["how"] for name, how in ended.items()} == {
         "good": "passed",
         "bad": "failed",
@@ -142,6 +145,7 @@ def test_the_benchmark_takes_the_stages_options() -> None:
     assert shown == set(everything)
 
 
+@needs_cpu
 def test_smoke_says_a_line_each(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     smoke = load("smoke")
     options = ["--device", "cpu", "--small", "--only"]
@@ -166,6 +170,7 @@ def test_smoke_knows_what_a_gpu_is_used_for() -> None:
     assert {"graph", "side stream", "flop counter", "autocast", "compile"} <= set(names)
 
 
+@needs_cpu
 def test_ceilings_and_sweeps_write_what_they_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     ceilings, sweeps = load("ceilings"), load("sweeps")
     assert ceilings.main(["--device", "cpu", "--small", "--out", str(tmp_path / "c.json")]) == 0
@@ -216,6 +221,7 @@ def test_launch_shapes_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {shape for each in seen for shape in each.values()} == set(sweeps.SHAPES)
 
 
+@needs_cpu
 def test_calls_reach_every_loss_and_run_under_a_tool(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

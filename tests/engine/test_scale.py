@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from backends_under_test import DEVICE, KERNELS, contract, dtypes, need
+from backends_under_test import ALL, DEVICE, KERNELS, contract, dtypes, need
 from torch import Tensor
 
 import fastloss
 from fastloss.engine.autograd import scale_in_place
+from fastloss.engine.contract import Factor
 
 GPU_KERNELS = [name for name in KERNELS if name != "cpu"]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -67,6 +68,20 @@ def test_rows_further_apart_than_32_bits(backend: str) -> None:
     x.copy_(torch.arange(100.0).view(2, 50))
     scale_in_place(contract(backend), x, number(2.0))
     assert torch.equal(x.float().cpu(), 2 * torch.arange(100.0).view(2, 50))
+
+
+@pytest.mark.parametrize("factor", [Factor(), Factor(0.25), Factor(0.5, torch.tensor(0.125))], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_sum_of_the_rows(backend: str, factor: Factor) -> None:
+    factor = factor if factor.tensor is None else factor._replace(tensor=factor.tensor.to(DEVICE))
+    whole = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
+    for count in (0, 1, 1001):
+        values = torch.rand(count, device=DEVICE)
+        total = contract(backend).sum_rows(values, factor)
+        assert total.shape == () and total.dtype == torch.float32
+        torch.testing.assert_close(
+            total.double().cpu(), values.double().sum().cpu() * whole, rtol=1e-6, atol=0
+        )
 
 
 @pytest.mark.parametrize("backend", GPU_KERNELS)

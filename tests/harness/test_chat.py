@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,18 @@ def test_rows_longer_than_the_learned_positions(name: str, base: Path) -> None:
     assert model.hidden_states(made, torch.zeros(1, 32, dtype=torch.long)).shape == (1, 32, 16)
     with pytest.raises(ValueError, match=r"seq_len: expected at most 32, the positions of \w+, got 33"):
         check_positions(made, 33)
+
+
+def test_a_damaged_tokenizer_or_model_is_one_line(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base, folder)
+    for name, load in (
+        ("tokenizer.json", chat.load),
+        ("model.safetensors", lambda path: load_model(str(path), "cpu")),
+    ):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 3])
+        with pytest.raises(ValueError, match=r"^model: cannot load .*model: [^\n]+$"):
+            load(folder)
+        (folder / name).write_bytes(data)
+        load(folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import csv
 import json
 import socket
 from pathlib import Path
@@ -162,3 +164,46 @@ def test_conversations_are_taken_as_trl_takes_them(tmp_path: Path) -> None:
     assert rows.read([str(path)], rows.supervised_row)[0] == [
         trl.maybe_convert_to_chatml({"conversations": turns})
     ]
+
+
+TABLES = {
+    "rows.csv": "prompt,completion\nhi,there\nhé,→\n", "rows.tsv": "prompt\tcompletion\nhi\tthere\nhé\t→\n",
+    "rows.jsonl": '{"prompt": "hi", "completion": "there"}\n{"prompt": "hé", "completion": "→"}\n',
+    "rows.json": '[{"prompt": "hi", "completion": "there"},\n {"prompt": "hé", "completion": "→"}]',
+}  # fmt: skip
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be")
+MARKED = {
+    "utf-16-le": codecs.BOM_UTF16_LE,
+    "utf-16-be": codecs.BOM_UTF16_BE,
+    "utf-32-be": codecs.BOM_UTF32_BE,
+}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_byte_order_marks_and_line_ends_are_not_data(encoding: str, end: str, tmp_path: Path) -> None:
+    for name, text in TABLES.items():
+        data = MARKED.get(encoding, b"") + text.replace("\n", end).encode(encoding)
+        (tmp_path / name).write_bytes(data)
+        found = rows.read([str(tmp_path / name)], rows.supervised_row)[0]
+        assert found == [{"prompt": "hi", "completion": "there"}, {"prompt": "hé", "completion": "→"}], name
+    (tmp_path / "a.txt").write_bytes(MARKED.get(encoding, b"") + f"one{end}two→".encode(encoding))
+    assert [row for _, row in sources.read([str(tmp_path / "a.txt")])] == [{"text": "one\ntwo→"}]
+
+
+def test_other_encodings_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt: expected UTF-8 text, got byte 0xef at position 2"):
+        list(sources.read([str(tmp_path / "a.txt")]))
+    (tmp_path / "b.txt").write_bytes(codecs.BOM_UTF16_LE + b"a\x00b")  # cut in the middle
+    with pytest.raises(ValueError, match=r"b\.txt: expected UTF-16 text, got byte 0x62"):
+        list(sources.read([str(tmp_path / "b.txt")]))
+
+
+def test_fields_of_megabytes(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    for separator, name in ((",", "a.csv"), ("\t", "a.tsv")):
+        (tmp_path / name).write_text(f'text{separator}n\n"{"word " * 500_000}"{separator}1\n')
+        (row,) = rows.read([str(tmp_path / name)], rows.text_row)[0]
+        assert len(row["text"]) == 2_500_000
+    assert csv.field_size_limit() == limit  # bug 22: nobody else's is changed

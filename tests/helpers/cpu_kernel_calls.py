@@ -12,7 +12,7 @@ from instruction_sets import ISAS, forced, threads_of
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Factor
 from fastloss.tables import DTYPE_CODES as CODES
-from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
+from fastloss.tables import STATS, STATS_WITHOUT_TARGET, CrossEntropyOptions, RowOptions
 
 try:
     cpu = importlib.import_module("fastloss._cpu")
@@ -52,6 +52,8 @@ def cross_entropy(
     bias=None,
     **opt,
 ):
+    if target is None:
+        want = tuple(name for name in want if name in STATS_WITHOUT_TARGET)
     options = CrossEntropyOptions(label_smoothing=eps, z_loss=zeta, **opt)
     with threads_of(threads):
         return contract("cpu").row_cross_entropy(

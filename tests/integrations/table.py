@@ -16,8 +16,10 @@ HEADER = """# Compatibility
 
 Made by the tests (`make integrations`): every row is a comparison that ran, stock against fastloss, in one process, on a
 CPU. "Difference" is the largest one, relative to the largest value of what was compared: of the loss, and of all
-gradients (or of all parameters after the steps, where a trainer ran). "interface" says what the test ran: the package itself, or
-a small copy of its interface written in the test, where the package does not install beside fastloss.
+gradients (or of all parameters after the steps, where a trainer ran). "interface" says what the test ran: the package
+itself, or a small copy of its interface written in the test, where the package does not install beside fastloss. Of
+torchtitan, verl, OpenRLHF, SkyRL, Axolotl, LLaMA-Factory, ms-swift and Megatron the loss modules alone were imported, with
+stand-ins for packages that a loss does not need (ray, vLLM, flash-attn); their trainers did not run.
 
 """
 

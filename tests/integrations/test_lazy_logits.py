@@ -261,6 +261,17 @@ def test_what_was_made_before_a_change_in_place_stays():
     torch.testing.assert_close(scaled.logsumexp(-1), (expected / 3).logsumexp(-1))
 
 
+def test_a_change_without_graph_keeps_the_gradient():
+    leaves, target = operands()
+    grads = []
+    for z in (fastloss.LazyLogits(*leaves), F.linear(*leaves)):
+        with torch.no_grad():
+            z[..., 3] = -5.0
+        grads.append(torch.autograd.grad(F.cross_entropy(z.view(-1, V), target.view(-1)), leaves))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_weights_that_changed_are_refused():
     hidden, weight = torch.randn(3, D), torch.randn(V, D)
     z = fastloss.LazyLogits(hidden, weight)

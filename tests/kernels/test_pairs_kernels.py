@@ -1,4 +1,4 @@
-"""The kernels of docs/sequences.md, 4 to 6, on every backend against the definition in float64 and its autograd."""
+"""The kernels of docs/sequences.md for pairs and single responses, on every backend against the definition in float64 and its autograd."""
 
 from __future__ import annotations
 

@@ -289,9 +289,6 @@ def test_upstream_retain_graph_and_double_backward(backend: str, chunk_size: int
     for a, b, c in zip(once, again, scaled, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(c, 3 * a)
-    grads = torch.autograd.grad(loss, leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward"):
-        grads[1].sum().backward()
 
 
 def test_frozen_leaves_get_no_gradient() -> None:

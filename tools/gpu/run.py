@@ -59,7 +59,7 @@ def _script(name: str, *arguments: str) -> list[str]:
 
 def _bench(out: Path, seconds: int, *arguments: str) -> list[str]:
     """Ends by itself before its time: no case begins after two thirds of it."""
-    options = ["--device", "cuda", "--out", str(out), "--stop-after", str(seconds * 2 // 3), "--budget", "2"]
+    options = ["--device", "cuda", "--out", str(out), "--stop-after", str(seconds * 2 // 3), "--budget", "1"]
     return [sys.executable, "-m", "fastloss", "bench", *options, *arguments]
 
 
