@@ -63,8 +63,8 @@ class Worker {
   static constexpr bool kTiles = IsTiles<Op>::value, kFloats = Same<T, float>::value;
   static constexpr bool kNarrow = Op::kElements == 1 && !kFloats;  // bfloat16 that becomes floats
   static constexpr int64_t P = Op::kPanel, kRows = Op::kStripe;
-  // A task of the packing, and of a stripe that is divided.
-  static constexpr int64_t kTaskColumns = P > 128 ? P : 128, kTaskUnits = 32;
+  // Columns of a task: of a stripe that is divided, and of the packing.
+  static constexpr int64_t kTaskColumns = P > 128 ? P : 128, kTaskWeights = 64;
 
   const HeadCall& c_;
   const Areas a_;
@@ -309,25 +309,21 @@ class Worker {
     }
   }
 
-  int64_t logits_pack_tasks() const {
-    return needs_logits() || is_d_hidden_alone(c_) ? stripes_of(width_of(c_), kTaskColumns) : 0;
-  }
+  // Parts of the block of n columns from `start` on, for both products: their weights are read once.
   int64_t pack_tasks() const {
-    return logits_pack_tasks() + (c_.d_hidden ? stripes_of(units_of<Op>(width_of(c_)), kTaskUnits) : 0);
+    const bool nothing = !c_.d_hidden && !needs_logits() && !is_d_hidden_alone(c_);
+    return nothing ? 0 : stripes_of(width_of(c_), kTaskWeights);
   }
-  // Part i of the block of n columns from `start` on.
   void pack(int64_t start, int64_t n, int64_t i) {
-    if (i < logits_pack_tasks()) {
-      const int64_t from = i * kTaskColumns;
-      if (from >= n) return;
-      return pack_for_logits(start + from, least(kTaskColumns, n - from),
-                             shared<Unit>(a_.packed) + from * units_of_dim_);
+    const int64_t from = i * kTaskWeights, count = least(kTaskWeights, n - from);
+    if (count <= 0) return;
+    if (needs_logits() || is_d_hidden_alone(c_)) {
+      pack_for_logits(start + from, count, shared<Unit>(a_.packed) + from * units_of_dim_);
     }
-    const int64_t units = units_of<Op>(n), begin = (i - logits_pack_tasks()) * kTaskUnits;
-    if (begin >= units) return;
-    pack_matrix<Op, T>([&](int64_t k) { return weight(start + k); }, dim_, n, begin,
-                       least(units, begin + kTaskUnits), shared<Unit>(a_.packed_other),
-                       units_of<Op>(width_of(c_)) * P);
+    if (!c_.d_hidden) return;
+    const int64_t end = from + count < n ? (from + count) / Op::kElements : units_of<Op>(n);
+    pack_matrix<Op, T>([&](int64_t k) { return weight(start + k); }, dim_, n, from / Op::kElements, end,
+                       shared<Unit>(a_.packed_other), units_of<Op>(width_of(c_)) * P);
   }
 
   // The columns [begin, end) of the block.
