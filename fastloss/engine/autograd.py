@@ -188,7 +188,11 @@ class _MadeInForward(torch.autograd.Function):
         constants: tuple[Tensor | None, ...],
     ) -> Tensor:
         loss, made = run(given, a, b, *constants)
-        ctx.save_for_backward(a, b, *savable(*constants))
+        for x in constants:
+            if x is not None and x.is_inference():
+                constants = savable(*constants)
+                break
+        ctx.save_for_backward(a, b, *constants)
         ctx.made = made, run, define, given
         return loss
 

@@ -8,12 +8,24 @@ from torch import Tensor
 _PARAMETER = torch.nn.Parameter
 
 
-def address(tensor: Tensor | None, *, just_made: bool = False, is_dense: bool = False) -> int:
-    """Where ``tensor`` lies in memory; 0 for None. No other place of the package calls ``data_ptr()``.
+# Of a tensor that the caller has from torch.empty or its like, and nobody else has seen: there is nothing to ask.
+of_made = Tensor.data_ptr
 
-    Args:
-        just_made: the caller has it from torch.empty or its like, and nobody else has seen it: there is nothing to ask.
-        is_dense: the caller has asked that it is contiguous and of a real dtype: fewer questions are left.
+
+def of_dense(tensor: Tensor | None) -> int:
+    """:func:`address` of a plain tensor that the caller has seen to be contiguous and of a real dtype: fewer questions are left,
+    for calls so small that each of them counts."""
+    if tensor is None:
+        return 0
+    place = of_made(tensor)
+    # Freed storage begins at address 0.
+    if place == tensor.storage_offset() * tensor.itemsize or tensor.is_neg():
+        check(tensor)
+    return place
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where ``tensor`` lies in memory; 0 for None. No address of a tensor is taken outside this module.
 
     Raises:
         ValueError: it is not what its elements are in memory (a subclass, a wrapper of torch.func, a fake, meta, sparse, nested or
@@ -24,15 +36,9 @@ def address(tensor: Tensor | None, *, just_made: bool = False, is_dense: bool = 
     kind = type(tensor)
     if kind is Tensor or kind is _PARAMETER:
         try:
-            place: int = tensor.data_ptr()
-            if just_made:
-                return place
-            # The common cases with the fewest questions; check() asks all of them.
-            if is_dense:
-                # Freed storage begins at address 0.
-                if place != tensor.storage_offset() * tensor.itemsize and not tensor.is_neg():
-                    return place
-            elif (
+            place = of_made(tensor)
+            # The common case with the fewest questions; check() asks all of them.
+            if (
                 place
                 and tensor.is_contiguous()
                 and not (tensor.is_conj() or tensor.is_nested or tensor.is_neg())
@@ -54,7 +60,7 @@ def addresses(given: dict[str, Tensor | None], made: dict[str, Tensor | None]) -
     for name, tensor in given.items():
         out[name] = address(tensor)
     for name, tensor in made.items():
-        out[name] = address(tensor, just_made=True)
+        out[name] = 0 if tensor is None else of_made(tensor)
     return out
 
 

@@ -320,7 +320,8 @@ def needs_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -
 
 
 def autocasts(device: str) -> bool:
-    return torch.is_autocast_enabled(device)
+    """Whether autocast is on for this type of device; there is none on "meta"."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def compute_dtype(input: Tensor) -> torch.dtype:

@@ -372,6 +372,10 @@ class _FusedGroups(torch.autograd.Function):
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend, scale), None)
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _one_pass(head: Head, run: _Run) -> tuple[dict[str, Tensor], Grads]:
     """Chunk by chunk: statistics, the loss of the chunk's groups, its coefficients, the gradients."""
     plan, options = run.plan, run.options
@@ -382,7 +386,9 @@ def _one_pass(head: Head, run: _Run) -> tuple[dict[str, Tensor], Grads]:
         for part, rows, group in zip(pass_.parts(), chunks, groups, strict=True):
             target = part.of(run.rows.target)
             stats = part.stats(target, options, heads.with_logsumexp(run.want))
-            with torch.enable_grad():
+            # The graph of this loss is its own: hooks of an outer checkpoint have nothing to save or make again in it.
+            own_graph = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+            with torch.enable_grad(), own_graph:
                 logprobs = stats["logprobs"].detach().requires_grad_()
                 loss, out = run.loss.of_groups(head.backend, logprobs, stats, rows, group)
             (a,) = torch.autograd.grad(loss, logprobs)

@@ -26,7 +26,7 @@ from fastloss.engine.contract import (
     PolicyResult,
     UnpairedResult,
 )
-from fastloss.engine.gate import address, addresses
+from fastloss.engine.gate import address, addresses, of_dense, of_made
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     ACC_DTYPES,
@@ -483,8 +483,8 @@ class NativeBackend:
                 self.module.scan(
                     rewards=address(rewards), dtype=DTYPE_CODES[rewards.dtype], values=address(values),
                     mask=address(_bytes(mask)), offsets=address(layout.offsets), n=rewards.numel(), length=layout.length,
-                    count=layout.count, gamma=gamma, lam=lam, advantages=address(advantages, just_made=True),
-                    returns=address(returns, just_made=True), context=self.context.argument(rewards),
+                    count=layout.count, gamma=gamma, lam=lam, advantages=address(advantages),
+                    returns=address(returns), context=self.context.argument(rewards),
                 )  # fmt: skip
         return returns
 
@@ -577,7 +577,7 @@ def _runs_of(inputs: PolicyInputs, options: PolicyOptions) -> _Runs:
 
 DIRECT_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 3}
 _threads = torch.get_num_threads
-_FLOAT32, _FLOAT64 = torch.float32, torch.float64
+_FLOAT32, _FLOAT64, _CPU = torch.float32, torch.float64, torch.device("cpu")
 
 
 class DirectCalls:
@@ -592,10 +592,10 @@ class DirectCalls:
         """(loss 0-d in acc, position of the first bad target or -1: nothing was written) of ``logits [rows, V]``."""
         dtype = logits.dtype
         rows, vocab = logits.shape
-        loss = torch.empty((), dtype=_FLOAT64 if dtype is _FLOAT64 else _FLOAT32, device="cpu")
+        loss = torch.empty((), dtype=_FLOAT64 if dtype is _FLOAT64 else _FLOAT32, device=_CPU)
         bad: int = self._reduced_cross_entropy(
-            address(logits, is_dense=True), DIRECT_CODES[dtype], rows, vocab, vocab, address(target, is_dense=True), ignore_index, mean,
-            address(grad, just_made=True), address(loss, just_made=True), _threads(),
+            of_dense(logits), DIRECT_CODES[dtype], rows, vocab, vocab, of_dense(target), ignore_index, mean,
+            0 if grad is None else of_made(grad), of_made(loss), _threads(),
         )  # fmt: skip
         return loss, bad
 
@@ -625,10 +625,10 @@ class DirectPairs:
         """Writes ``loss`` (``[B]`` with ``per_pair``, else 0-d) and what follows it, all of them just made: gradients, rewards
         ``[B]``, and ``metrics``: the means of PAIR_SUMS but the loss, with ``extremes`` the least and largest log-prob."""
         self._run(
-            DIRECT_CODES[chosen.dtype], chosen.numel(), address(chosen, is_dense=True), address(rejected, is_dense=True), address(ref_chosen, is_dense=True),
-            address(ref_rejected, is_dense=True), per_pair, address(loss, just_made=True), address(d_chosen, just_made=True),
-            address(d_rejected, just_made=True), address(won, just_made=True), address(lost, just_made=True),
-            address(metrics, just_made=True), extremes,
+            DIRECT_CODES[chosen.dtype], chosen.numel(), of_dense(chosen), of_dense(rejected), of_dense(ref_chosen),
+            of_dense(ref_rejected), per_pair, of_made(loss), of_made(d_chosen),
+            of_made(d_rejected), of_made(won), of_made(lost),
+            of_made(metrics), extremes,
         )  # fmt: skip
 
 
@@ -658,10 +658,10 @@ class DirectPolicy:
         count, length = logprobs.shape
         number, tensor = (None, normalizer) if isinstance(normalizer, Tensor) else (normalizer, None)
         self._run(
-            self._options, DIRECT_CODES[logprobs.dtype], address(logprobs, is_dense=True), address(old, is_dense=True), address(advantages, is_dense=True),
-            advantages.dim() == 1, address(mask, is_dense=True), address(ref, is_dense=True), address(entropy, is_dense=True), address(sampler, is_dense=True), length, count, number,
-            address(tensor), address(d_logprobs, just_made=True), address(d_entropy, just_made=True),
-            address(loss, just_made=True), address(metrics, just_made=True), _threads(),
+            self._options, DIRECT_CODES[logprobs.dtype], of_dense(logprobs), of_dense(old), of_dense(advantages),
+            advantages.dim() == 1, of_dense(mask), of_dense(ref), of_dense(entropy), of_dense(sampler), length, count, number,
+            address(tensor), of_made(d_logprobs), 0 if d_entropy is None else of_made(d_entropy),
+            of_made(loss), of_made(metrics), _threads(),
         )  # fmt: skip
 
 
@@ -706,4 +706,4 @@ def advise_huge_pages(tensor: Tensor) -> None:
     """Asks for large pages behind memory that is about to be written for the first time (Linux)."""
     cpu = cpu_backend()
     if cpu.has_head:
-        cpu.module.advise_huge_pages(address(tensor, just_made=True), tensor.nbytes)
+        cpu.module.advise_huge_pages(of_made(tensor), tensor.nbytes)

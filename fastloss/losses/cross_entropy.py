@@ -12,6 +12,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import autograd, checks, compile_ops
 from fastloss.engine import backend as backends
+from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient
 from fastloss.engine.backend import Call, resolve_call
 from fastloss.engine.checks import ShapeError
@@ -120,7 +121,7 @@ def cross_entropy(
     if vocab == 0 and not call.by_definition:
         raise ShapeError("input: expected at least one class, got 0")
     call.announce(inplace=inplace)
-    autocast = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    autocast = heads.autocasts(input.device.type) and input.dtype != torch.float64
     dtype = torch.float32 if autocast else input.dtype
     if call.by_definition:
         return loss.shaped(_by_definition(call, logits, target, weight, loss, dtype), shape)

@@ -337,15 +337,15 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
             k = of_token_stats(result.d_logprobs, d_entropy, None, entropy)
             part.gradients(own, run.row, stats["logsumexp"], k)
         grads = pass_.grads()
-    out = _added(torch.stack(outs)) if outs else empty_out(run.share)
-    loss = out[0] * run.scale if late else out[0].clone()
-    # The shares that the launches summed contain the scale already: metrics_from expects it in a place of its own.
-    policy_term = out[_POLICY] if late else out[_POLICY] / run.scale
-    out = torch.cat(
-        [loss.reshape(1), run.scale.reshape(1), out[_SCALE + 1 : _POLICY], policy_term.reshape(1)]
-    )
-    if bonuses:
-        loss = loss - run.bonus_coef * torch.stack(bonuses).sum()
+        out = _added(torch.stack(outs)) if outs else empty_out(run.share)
+        loss = out[0] * run.scale if late else out[0].clone()
+        # The shares that the launches summed contain the scale already: metrics_from expects it in a place of its own.
+        policy_term = out[_POLICY] if late else out[_POLICY] / run.scale
+        out = torch.cat(
+            [loss.reshape(1), run.scale.reshape(1), out[_SCALE + 1 : _POLICY], policy_term.reshape(1)]
+        )
+        if bonuses:
+            loss = loss - run.bonus_coef * torch.stack(bonuses).sum()
     return loss, out, grads
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastloss.engine.gate import address
+from fastloss.engine.gate import address, of_dense, of_made
 
 
 def resized(elements: int, transposed: bool = False) -> Tensor:
@@ -69,7 +69,7 @@ def test_address_of_an_element(dtype: torch.dtype) -> None:
     x = torch.ones(5, 7).to(dtype)
     first = x.data_ptr()
     assert address(None) == 0
-    assert address(x) == address(x, just_made=True) == first
+    assert address(x) == of_dense(x) == of_made(x) == first
     assert address(torch.nn.Parameter(x, requires_grad=False)) == first
     assert address(x[1:, 2:]) == first + 9 * x.element_size()
     assert address(x.t()[3:]) == first + 3 * x.element_size()

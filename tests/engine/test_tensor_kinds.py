@@ -163,3 +163,15 @@ def test_make_fx_records_numbers(name: str) -> None:
     other = [x * 0.5 + 0.1 for x in first]
     recorded = make_fx(function)(*first)
     torch.testing.assert_close(recorded(*other), function(*other), rtol=1e-5, atol=1e-6)
+
+
+def test_meta_tensors() -> None:
+    """Of the losses that torch.nn.functional has: a shape, a dtype and no number."""
+    target = torch.zeros(5, dtype=torch.int64, device="meta")
+    x, hidden, weight = (
+        torch.empty(*shape, device="meta", requires_grad=True) for shape in ((5, 6), (5, 4), (6, 4))
+    )
+    for loss in (fastloss.cross_entropy(x, target), fastloss.linear_cross_entropy(hidden, weight, target)):
+        assert loss.shape == () and loss.is_meta and loss.dtype == torch.float32
+        loss.backward()
+    assert x.grad.is_meta and weight.grad.shape == (6, 4)
