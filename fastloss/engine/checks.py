@@ -57,6 +57,13 @@ def number(
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # numpy's numbers are Real too
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     value = float(value)
+    if (
+        torch.compiler.is_compiling()
+    ):  # it may be symbolic, one that changes from call to call: only bounds are compared
+        below = low > -math.inf and (value < low or (open_low and value == low))
+        if below or (high < math.inf and value > high):
+            raise ValueError(f"{name}: expected a number from {low} to {high}")
+        return value
     if not math.isfinite(value) or value < low or value > high or (open_low and value == low):
         bracket = "(" if open_low or low == -math.inf else "["
         close = ")" if high == math.inf else "]"

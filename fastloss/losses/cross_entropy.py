@@ -331,6 +331,9 @@ def loss_factor(
     if normalizer is not None:
         if isinstance(normalizer, Tensor) and (call.traced or normalizer.device.type != "cpu"):
             return Factor(tensor=normalizer.to(acc).reciprocal()), loss
+        if call.traced:  # a number that changes from call to call must not compile again
+            one = torch.ones((), dtype=acc, device=loss_device(classes, w))
+            return Factor(tensor=one / normalizer), loss
         return Factor(_reciprocal(float(normalizer))), loss
     if loss.reduction != "mean":
         return WHOLE, loss
@@ -345,6 +348,12 @@ def loss_factor(
     if not on_cpu:
         return Factor(tensor=total.reciprocal(), of_count=True), loss
     return Factor(_reciprocal(float(total)), of_count=True), over_tokens(loss, float(total), valid)
+
+
+def loss_device(classes: Tensor | None, w: Tensor | None) -> torch.device:
+    known = classes if classes is not None else w
+    assert known is not None
+    return known.device
 
 
 def over_tokens(loss: LossOptions, total: float, valid: int) -> LossOptions:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from backends_under_test import ALL, DEVICE, need
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -115,3 +116,32 @@ def test_float16_with_nothing_to_learn(backend: str, rows: int) -> None:
         for grad in torch.autograd.grad(loss, leaves):
             if backend != "reference" or grad.numel():
                 assert not grad.isnan().any() or backend == "reference"
+
+
+NUMBERS: dict[str, Callable[..., Tensor]] = {
+    "cross_entropy, normalizer": lambda x, t, n: fastloss.cross_entropy(x, t, normalizer=n),
+    "linear_cross_entropy, normalizer": lambda x, t, n: fastloss.linear_cross_entropy(
+        x, x[:6] * 1, t, normalizer=n
+    ),
+    "dpo_loss, beta": lambda x, t, n: fastloss.dpo_loss(x[0], x[1], x[2], x[3], beta=n / 10.0).loss,
+    "policy_loss, beta": lambda x, t, n: (
+        fastloss.policy_loss(x, x + 0.1, x[:, 0], x > -9, ref_logprobs=x - 0.1, beta=n / 10.0).loss
+    ),
+    "policy_loss, clip_low": lambda x, t, n: (
+        fastloss.policy_loss(x, x * 1.5, x[:, 0], x > -9, clip_low=n / 20.0).loss
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_changes_compiles_twice_at_most(name: str) -> None:
+    """num_items_in_batch as an int, an annealed coefficient (bug 46)."""
+    function = NUMBERS[name]
+    x = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    target = torch.arange(6, device=DEVICE) % 6
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(function, backend=counter, fullgraph=True)
+    for n in range(3, 13):
+        torch.testing.assert_close(compiled(x, target, n), function(x, target, n), rtol=1e-5, atol=1e-6)
+    assert counter.frame_count <= 2
