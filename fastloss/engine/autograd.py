@@ -155,13 +155,13 @@ class _SegmentSum(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(values, *savable(weights))
         ctx.layout, ctx.backend = layout, backend
-        return backend.segment_sum(values, weights, layout)
+        return backend.segment_sum(values.contiguous(), weights, layout)
 
     @staticmethod
     @differentiable_again(_segment_sum_again)
     def backward(ctx: Any, upstream: Tensor) -> Any:
         _, weights = ctx.saved_tensors
-        return ctx.backend.segment_expand(upstream, weights, ctx.layout), None, None, None
+        return ctx.backend.segment_expand(upstream.contiguous(), weights, ctx.layout), None, None, None
 
 
 def segment_sum(backend: Backend, values: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:

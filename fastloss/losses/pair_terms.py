@@ -194,7 +194,8 @@ class _PairLoss(torch.autograd.Function):
         per_pair: bool,
         rest: list[Tensor],
     ) -> Tensor:
-        out = backend.pair_loss(chosen, rejected, nll, constants, options)
+        own = None if nll is None else nll.contiguous()
+        out = backend.pair_loss(chosen.contiguous(), rejected.contiguous(), own, constants, options)
         rest.extend((out.chosen_reward, out.rejected_reward, out.sums))  # without a gradient
         ctx.given = constants, options, per_pair
         d_nll = None if nll is None else out.d_nll

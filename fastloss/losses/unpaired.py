@@ -240,7 +240,7 @@ class _UnpairedLoss(torch.autograd.Function):
         per_response: bool,
         rest: list[Tensor],
     ) -> Tensor:
-        out = backend.unpaired_loss(logps, constants, options)
+        out = backend.unpaired_loss(logps.contiguous(), constants, options)
         rest.extend((out.reward, out.sums))  # without a gradient
         ctx.given = constants, options, per_response
         ctx.save_for_backward(logps, out.d_logps)

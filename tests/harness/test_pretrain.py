@@ -88,7 +88,7 @@ def test_checkpoint_of_another_model_or_other_data(tiny: PretrainConfig, quiet: 
         pretrain.run(tiny, console=quiet)
     with pytest.raises(ValueError, match="expected shape"):
         pretrain.run(replace(tiny, intermediate=48), resume=True, console=quiet)
-    with pytest.raises(ValueError, match="other data, seq_len or seed"):
+    with pytest.raises(ValueError, match="made from other data, another seq_len, seed"):
         pretrain.run(replace(tiny, seq_len=16), resume=True, console=quiet)
 
 

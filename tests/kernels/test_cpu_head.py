@@ -391,8 +391,8 @@ def test_float_logits(kind):
     z = hidden.double() @ weight.double().t()
     want = expect_stats(z, target)["logprobs"]
     options = {"pairs": kinds[2], "stored": 0}
-    exact = (call(hidden, weight, target, float_logits=True, **options)["logprob"] - want).abs().max()
-    rounded = (call(hidden, weight, target, **options)["logprob"] - want).abs().max()
+    exact = (call(hidden, weight, target, float_logits=True, **options)["logprobs"] - want).abs().max()
+    rounded = (call(hidden, weight, target, **options)["logprobs"] - want).abs().max()
     assert exact < 2e-6 < 1e-3 < rounded
 
 
