@@ -10,11 +10,14 @@
 #include "tsan_policy.h"
 
 using namespace fastloss::cuda;
+using fastloss::kBFloat16;
+using fastloss::kFloat16;
+using fastloss::kFloat32;
 
 int main(int argc, char** argv) {
   if (argc > 1) emulated::skipped_barrier = std::atoi(argv[1]);
   constexpr int rows = 6;  // more than the blocks: a block goes on to a second row
-  for (const int dtype : {fastloss::kFloat32, fastloss::kBFloat16, fastloss::kFloat16}) {
+  for (const int dtype : {kFloat32, kBFloat16, kFloat16}) {
     for (const int vocab : {5, 1031}) {  // 1031: misaligned rows, longer than the shared copy
       const size_t bytes = size_t(rows) * vocab * (dtype == kFloat32 ? 4 : 2);
       for (const bool general : {false, true}) {
