@@ -114,8 +114,8 @@ def test_float16_with_nothing_to_learn(backend: str, rows: int) -> None:
     ):
         assert loss.isnan()
         for grad in torch.autograd.grad(loss, leaves):
-            if backend != "reference" or grad.numel():
-                assert not grad.isnan().any() or backend == "reference"
+            if backend != "reference":  # the definition divides by the count itself
+                assert torch.equal(grad, torch.zeros_like(grad))
 
 
 NUMBERS: dict[str, Callable[..., Tensor]] = {
