@@ -65,6 +65,7 @@ PAIR_TERMS = (
     "simpo",
     "orpo",
     "center",
+    "simper",
 )
 MAX_TERMS = 8
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")

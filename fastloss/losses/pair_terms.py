@@ -19,9 +19,9 @@ from fastloss.tables import DIVERGENCES, PAIR_TERMS, Number, PairConstants, Pair
 
 CODES = {name: code for code, name in enumerate(PAIR_TERMS)}
 LOSS_TYPES = (*(name for name in CODES if name != "center"), "aot", "aot_unpaired")
-NEED_LENGTHS = {"ipo", "sft", "sigmoid_norm", "simpo", "orpo"}
-WITHOUT_REFERENCE = {"sft", "simpo", "orpo"}
-PER_TOKEN = {"simpo", "orpo"}  # their rewards are log-probs per token
+NEED_LENGTHS = {"ipo", "sft", "sigmoid_norm", "simpo", "orpo", "simper"}
+WITHOUT_REFERENCE = {"sft", "simpo", "orpo", "simper"}
+PER_TOKEN = {"simpo", "orpo", "simper"}  # their rewards are log-probs per token
 WITH_MARGIN = {"sigmoid", "hinge", "exo_pair", "robust", "discopop", "sigmoid_norm", "aot", "aot_unpaired"}
 # The reference's normaliser cancels in these, or plays no part: the ones TRL accepts an f-divergence for.
 WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
