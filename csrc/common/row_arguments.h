@@ -28,6 +28,13 @@ struct StatsOf {  // each acc [rows] or null
 };
 static_assert(sizeof(StatsOf<void>) == sizeof(void*) * (count_of(kStatNames) + 1));
 
+// What the options of cross-entropy are to a row's arithmetic (row_terms.h), made in row_bindings.h.
+template <class Number>
+struct LossTermsOf {
+  Number keep, smooth;  // 1 - label_smoothing, label_smoothing / vocab: divided in double
+  Number z_loss;
+};
+
 template <class Value>
 struct CoefficientsOf {
   const Value *lse, *a, *b, *c, *d;  // acc [rows]; all but lse may be null: 0

@@ -8,11 +8,20 @@
 
 namespace fastloss {
 
+template <class Number>
+LossTermsOf<Number> loss_terms_of(const Record& options, int64_t vocab) {
+  const double label_smoothing = options.number("label_smoothing");
+  return {Number(1 - label_smoothing), Number(label_smoothing / double(vocab > 0 ? vocab : 1)),
+          Number(options.number("z_loss"))};
+}
+
 // Cross-entropy as Python gives it; a backend makes its own struct of it.
+template <class Number>
 struct GivenCrossEntropy {
   Address w;
   int64_t w_row_stride;
-  double label_smoothing, z_loss, factor;
+  LossTermsOf<Number> terms;
+  double factor;
   Address factor_tensor;  // acc [1], multiplies factor; or 0
   Address grad;           // or 0
   int64_t grad_row_stride;
@@ -84,14 +93,9 @@ struct RowBindings {
     const Record record(options);
     const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, record);
     if (!target && !w) throw std::invalid_argument("target: expected it or w, got neither");
-    const GivenCrossEntropy given = {w,
-                                     w_row_stride,
-                                     record.number("label_smoothing"),
-                                     record.number("z_loss"),
-                                     factor,
-                                     factor_tensor,
-                                     grad,
-                                     grad_row_stride};
+    using Number = typename Backend::Number;
+    const GivenCrossEntropy<Number> given = {
+        w, w_row_stride, loss_terms_of<Number>(record, vocab), factor, factor_tensor, grad, grad_row_stride};
     const Stats stats = {
         required<Value>("loss", loss), at<Value>(logsumexp),   at<Value>(logprobs), at<Value>(entropy),
         at<Value>(log_sum_sq_probs),   at<Value>(mean_logits), at<uint8_t>(is_top1)};

@@ -123,8 +123,8 @@ Wanted wanted(const Stats& s) {
 // Σ w and Σ w z (Σ z where there is no w) are terms of the loss.
 Wanted wanted(const Stats& s, const Logits& l, const CrossEntropy& c) {
   Wanted want = wanted(s);
-  want.sum_w = !l.target || (c.label_smoothing > 0 && c.w);
-  if (c.label_smoothing > 0 && l.target && !c.w) want.sum_z = true;
+  want.sum_w = !l.target || (c.terms.smooth > 0 && c.w);
+  if (c.terms.smooth > 0 && l.target && !c.w) want.sum_z = true;
   return want;
 }
 
@@ -137,12 +137,11 @@ template <class S>
 RowLoss loss_of_row(const CrossEntropy& c, bool index_target, int64_t t, const S* w, double vocab,
                     const RowSums& r) {
   const double w_t = index_target && w ? double(w[t]) : 1.0;
-  const double hit = (1 - c.label_smoothing) * w_t, smooth = c.label_smoothing / vocab;
   const bool weighted = w || !index_target;
   const double w_sum = weighted ? r.sum_w : vocab, wz_sum = weighted ? r.sum_wz : r.sum_z;
   const double minus_log_p = r.log_sum - (r.z_target - r.max), spread = w_sum * r.lse - wz_sum;
-  const auto k = cross_entropy_coefficients(index_target, hit, smooth, c.z_loss, w_sum, r.lse);
-  return {cross_entropy_loss(index_target, hit, smooth, c.z_loss, minus_log_p, spread, r.lse), k.a, k.b,
+  const auto k = cross_entropy_coefficients(c.terms, index_target, w_t, w_sum, r.lse);
+  return {cross_entropy_loss(c.terms, index_target, w_t, minus_log_p, spread, r.lse), k.a, k.b,
           k.d + 0.0,  // -0 is 0
           w_t};
 }

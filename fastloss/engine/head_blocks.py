@@ -150,7 +150,7 @@ class VocabularyBlocks:
         out["loss"] = torch.empty_like(out["logsumexp"])
         call.point_to(**out)
         c = call.record
-        c.label_smoothing, c.z_loss = options.label_smoothing, options.z_loss
+        c.set_loss(options)
         c.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
         dim = self.head.weight.shape[1]
         if self.needs.weight:

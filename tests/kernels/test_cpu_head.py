@@ -6,6 +6,8 @@ import pytest
 import torch
 from cpu_kernel_calls import CODES, cpu, effective, expect_ce, expect_stats, isa  # noqa: F401 - every test runs on every one
 
+from fastloss.tables import CrossEntropyOptions
+
 F32, BF16 = torch.float32, torch.bfloat16
 # hidden, weight, multiplied in pairs
 OPERANDS = {
@@ -51,7 +53,7 @@ def call(
     c = cpu.HeadCall()
     c.rows, c.vocab, c.dim, c.width = rows, vocab, dim, width
     c.ignore_index, c.scale, c.softcap = -100, options.get("scale", 1.0), options.get("softcap", 0.0)
-    c.label_smoothing, c.z_loss = options.get("eps", 0.0), options.get("zeta", 0.0)
+    c.set_loss(CrossEntropyOptions(label_smoothing=options.get("eps", 0.0), z_loss=options.get("zeta", 0.0)))
     c.grad_scale, c.w_row_stride = (
         options.get("gs", 1.0),
         w.stride(0) if w is not None and w.dim() == 2 else 0,
