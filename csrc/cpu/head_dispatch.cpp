@@ -175,8 +175,8 @@ void check(const HeadCall& c) {
   expect(!c.more || c.more_logits, "more: expected with more_logits");
   expect(!c.float_logits || c.weight_dtype == kFloat32 || !(c.stored + c.more),
          "float_logits: expected no kept logits");
-  expect(!c.stats_only || !c.given.lse, "stats_only: expected without lse");
-  expect(!c.d_bias || c.d_weight || c.given.lse, "d_bias: expected with d_weight or a backward alone");
+  expect(!c.stats_only || !c.given.lse_parts, "stats_only: expected without given_lse_parts");
+  expect(!c.d_bias || c.d_weight || c.given.lse_parts, "d_bias: expected with d_weight or a backward alone");
   expect(!is_d_hidden_alone(c) || (c.logits.target && c.ce.terms.smooth == 0),
          "d_hidden without d_weight: expected index targets without label smoothing");
   for (const int dtype : {c.hidden_dtype, c.weight_dtype}) {
@@ -243,7 +243,8 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("log_sum_sq_probs", stats.log_sum_sq_probs);
   FASTLOSS_FIELD("mean_logits", stats.mean_logits);
   FASTLOSS_FIELD("is_top1", stats.is_top1);
-  FASTLOSS_FIELD("lse", given.lse);
+  FASTLOSS_FIELD("lse_parts", stats.lse_parts);
+  FASTLOSS_FIELD("given_lse_parts", given.lse_parts);
   FASTLOSS_FIELD("a", given.a);
   FASTLOSS_FIELD("b", given.b);
   FASTLOSS_FIELD("c", given.c);

@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
             put(out.entropy, row, 0);
         put(out.log_sum_sq_probs, row, 0), put(out.mean_logits, row, 0);
         if (out.is_top1) out.is_top1[row] = 0;
+        put(out.lse_parts, 2 * row, 0), put(out.lse_parts, 2 * row + 1, 0);
       }
       if (Grad) fill_row(grad, vocab, 0.0f, threadIdx.x, blockDim.x);
       continue;
@@ -120,6 +121,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
       }
       put(out.logsumexp, row, lse);
       put(out.logprobs, row, log_p_t);
+      put(out.lse_parts, 2 * row, base);
+      put(out.lse_parts, 2 * row + 1, log_sum);
       if (out.is_top1) out.is_top1[row] = has_target && !has_nan && z_t >= sums.max;
       if constexpr (Extra) {
         put(out.entropy, row, log_sum - sums.exps_z / sums.exps);

@@ -6,7 +6,7 @@ hands these back for the gradients::
     with begin(head, needs, keep, schedule) as run:
         for part in run.parts():
             stats = part.stats(part.of(target), options, want)      # 1 GEMM
-            part.gradients(part.of(target), options, stats["logsumexp"], coefficients(stats))   # 1 GEMM each for d hidden, d weight
+            part.gradients(part.of(target), options, stats["lse_parts"], coefficients(stats))   # 1 GEMM each for d hidden, d weight
     grads = run.grads()
 
 Two schedules have this interface, and a loss does not know which one runs: chunks of rows (engine/head_rows.py), whose
@@ -33,7 +33,7 @@ from fastloss.engine.head_blocks import VocabularyBlocks
 from fastloss.engine.head_rows import RowChunks, buffer_dtype, count_gemms, default_chunk
 from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
 from fastloss.engine.native import NativeBackend
-from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
+from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 
 class Part(Protocol):
@@ -59,7 +59,7 @@ class Part(Protocol):
         self,
         target: Tensor | None,
         options: RowOptions,
-        logsumexp: Tensor,
+        lse_parts: Tensor,
         coefficients: Coefficients,
         w: Tensor | None = None,
     ) -> None:
@@ -192,9 +192,9 @@ def begin(
         return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
 
 
-def with_logsumexp(want: tuple[str, ...]) -> tuple[str, ...]:
-    """``want``, and logsumexp, which the backward needs whether or not it is returned."""
-    return want if "logsumexp" in want else (*want, "logsumexp")
+def with_lse_parts(want: tuple[str, ...]) -> tuple[str, ...]:
+    """``want``, and what the backward needs."""
+    return (*want, LSE_PARTS)
 
 
 def cross_entropy(
@@ -236,10 +236,11 @@ def stats(
     with begin(head, Needs(with_gradient, False, False), keep, schedule) as run:
         for part in run.parts():
             own = part.of(target)
-            out = part.stats(own, options, with_logsumexp(want))
+            out = part.stats(own, options, with_lse_parts(want))
             if with_gradient:
-                one = torch.ones_like(out["logsumexp"])
-                part.gradients(own, options, out["logsumexp"], Coefficients(a=one, b=-one))
+                parts = out[LSE_PARTS]
+                one = torch.ones(parts.shape[0], dtype=parts.dtype, device=parts.device)
+                part.gradients(own, options, parts, Coefficients(a=one, b=-one))
             outs.append(out)
         return run.collect(outs), run.grads().hidden
 
@@ -255,7 +256,7 @@ class Saved(NamedTuple):
     """Per-row state saved for a backward that makes the logits again."""
 
     target: Tensor | None
-    logsumexp: Tensor
+    lse_parts: Tensor
     coefficients: Coefficients
     options: RowOptions
     w: Tensor | None = None
@@ -265,12 +266,12 @@ def recompute(head: Head, needs: Needs, schedule: Schedule, saved: Saved) -> Gra
     """The gradients of rows whose coefficients became known after their forward: 1 GEMM for the logits, and one for each
     of d hidden and d weight."""
     keep = kept_rows(saved.target, saved.options.ignore_index)
-    target, lse = pick(saved.target, keep), pick(saved.logsumexp, keep)
+    target, lse_parts = pick(saved.target, keep), pick(saved.lse_parts, keep)
     k = Coefficients(*(pick(x, keep) for x in saved.coefficients))
     with begin(head, needs, keep, schedule) as run:
         for part in run.parts():
             own = Coefficients(*(part.of(x) for x in k))
-            part.gradients(part.of(target), saved.options, part.of(lse), own, saved.w)
+            part.gradients(part.of(target), saved.options, part.of(lse_parts), own, saved.w)
         return run.grads()
 
 

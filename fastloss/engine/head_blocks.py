@@ -26,7 +26,7 @@ from fastloss.engine.gate import address
 from fastloss.engine.head_rows import count_gemms, upcasts
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
-from fastloss.tables import DTYPE_CODES, CrossEntropyOptions, RowOptions
+from fastloss.tables import DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
 # Columns of a block at most: the threads share a block of all rows' d logits.
@@ -146,8 +146,7 @@ class VocabularyBlocks:
         want: Sequence[str],
     ) -> dict[str, Tensor]:
         call = _NativeCall(self, target, w, options)
-        out = self.native.empty_stats(self.head.hidden, self.rows, {"logsumexp": None, **dict.fromkeys(want)})
-        out["loss"] = torch.empty_like(out["logsumexp"])
+        out = self.native.empty_stats(self.head.hidden, self.rows, dict.fromkeys((*want, LSE_PARTS, "loss")))
         call.point_to(**out)
         c = call.record
         c.set_loss(options)
@@ -164,7 +163,7 @@ class VocabularyBlocks:
         self,
         target: Tensor | None,
         options: RowOptions,
-        logsumexp: Tensor,
+        lse_parts: Tensor,
         coefficients: Coefficients,
         w: Tensor | None = None,
     ) -> None:
@@ -173,7 +172,7 @@ class VocabularyBlocks:
         with _disable_current_modes():
             call = _NativeCall(self, target, w, options)
             k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
-            call.point_to(lse=logsumexp, **k)
+            call.point_to(given_lse_parts=lse_parts, **k)
             call.execute()
             self.made = call.gradients()
 

@@ -26,7 +26,7 @@ from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Grads, Head, Needs, Schedule
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.sequences import Sequences, Tokens, packed_layout
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, RowOptions
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, RowOptions
 
 METRIC_STATS = ("entropy", "mean_logits", "is_top1")
 
@@ -335,7 +335,7 @@ def _again(ctx: Any) -> Any:
     hidden, weight, bias = ctx.saved_tensors
     target, layout = run.rows.target, run.rows.tokens.layout
     logits = heads.defined_logits(hidden, weight, bias, run.plan.dtype)
-    stats = REFERENCE.row_stats(logits, target, run.options, want=heads.with_logsumexp(run.want))
+    stats = REFERENCE.row_stats(logits, target, run.options, want=heads.with_lse_parts(run.want))
     span, groups = (0, layout.n), (0, run.rows.groups)
     loss, _ = run.loss.of_groups(REFERENCE, stats["logprobs"], stats, span, groups)
     return [loss, *[None] * len(run.outputs)], [hidden, weight, bias]
@@ -385,7 +385,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[dict[str, Tensor], Grads]:
     with heads.begin(head, plan.needs, None, plan.schedule, chunks) as pass_:
         for part, rows, group in zip(pass_.parts(), chunks, groups, strict=True):
             target = part.of(run.rows.target)
-            stats = part.stats(target, options, heads.with_logsumexp(run.want))
+            stats = part.stats(target, options, heads.with_lse_parts(run.want))
             # The graph of this loss is its own: hooks of an outer checkpoint have nothing to save or make again in it.
             own_graph = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
             with torch.enable_grad(), own_graph:
@@ -394,7 +394,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[dict[str, Tensor], Grads]:
             (a,) = torch.autograd.grad(loss, logprobs)
             if head.dtype in LATE_DTYPES:
                 a = a * run.total
-            part.gradients(target, options, stats["logsumexp"], Coefficients(a=a, b=-a))
+            part.gradients(target, options, stats[LSE_PARTS], Coefficients(a=a, b=-a))
             kept = {name: value for name, value in stats.items() if name in run.outputs}
             outs.append({"loss": loss.detach().reshape(1), **out, **kept})
         return pass_.collect(outs), pass_.grads()

@@ -29,7 +29,7 @@ from fastloss.losses.cross_entropy import (
     z_loss_of_weighted_mean,
 )
 from fastloss.losses.token_stats import TokenStats
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS
 
 
 def linear_cross_entropy(
@@ -264,7 +264,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.grads = (
             grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend)
         )
-        ctx.save_for_backward(hidden, weight, bias, classes, w, None if ctx.ahead else out["logsumexp"])
+        ctx.save_for_backward(hidden, weight, bias, classes, w, None if ctx.ahead else out[LSE_PARTS])
         loss = (out["loss"] if per_row else backend.sum_rows(out["loss"], run.factor)).to(run.loss_dtype)
         if not run.loss.want:
             return loss
@@ -276,15 +276,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
-        hidden, weight, bias, classes, w, lse = ctx.saved_tensors
+        hidden, weight, bias, classes, w, lse_parts = ctx.saved_tensors
         head = heads.make_head(ctx.backend, hidden, weight, bias, run.dtype)
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
         rest = (None,) * 4
         per_row = run.loss.reduction == "none"
         if not ctx.ahead:
             options = kernel_options(run.loss)
-            k = of_cross_entropy(upstream, lse, classes, w, weight.shape[0], options)
-            saved = Saved(classes, lse, k, options, w)
+            k = of_cross_entropy(upstream, lse_parts, classes, w, weight.shape[0], options)
+            saved = Saved(classes, lse_parts, k, options, w)
             grads = heads.recompute(head, run.needs, run.schedule, saved)
             return (*heads.finish(grads, dtypes, ctx.backend), *rest)
         grads, ctx.grads = ctx.grads, None

@@ -32,6 +32,7 @@ from fastloss.tables import (
     ACC_DTYPES,
     CORRECTIONS,
     LATE_DTYPES,
+    LSE_PARTS,
     POLICY_PLACE,
     PolicyOptions,
     RowOptions,
@@ -311,7 +312,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
         name: heads.pick(getattr(inputs, name), keep)
         for name in ("advantages", "mask", "old", "ref", "sampler", "token_weight")
     }
-    want = ("logsumexp", "logprobs", "entropy") if run.with_entropy else ("logsumexp", "logprobs")
+    want = (LSE_PARTS, "logprobs", "entropy") if run.with_entropy else (LSE_PARTS, "logprobs")
     outs: list[Tensor] = []
     bonuses: list[Tensor] = []
     with heads.begin(head, run.needs, keep, run.schedule) as pass_:
@@ -335,7 +336,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
                 bonuses.append((part.of(bonus_share) * entropy).sum())
                 d_entropy = part.of(d_bonus)
             k = of_token_stats(result.d_logprobs, d_entropy, None, entropy)
-            part.gradients(own, run.row, stats["logsumexp"], k)
+            part.gradients(own, run.row, stats[LSE_PARTS], k)
         grads = pass_.grads()
         out = _added(torch.stack(outs)) if outs else empty_out(run.share)
         loss = out[0] * run.scale if late else out[0].clone()

@@ -18,7 +18,7 @@ from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Needs
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
-from fastloss.tables import DIFFERENTIABLE_STATS, STATS, STATS_WITHOUT_TARGET, RowOptions
+from fastloss.tables import DIFFERENTIABLE_STATS, LSE_PARTS, STATS, STATS_WITHOUT_TARGET, RowOptions
 
 
 class TokenStats(NamedTuple):
@@ -266,10 +266,10 @@ class TokenStatistics(torch.autograd.Function):
         want: tuple[str, ...],
         inplace: bool,
     ) -> Any:
-        out = backend.row_stats(logits, target, options, want=heads.with_logsumexp(want))
+        out = backend.row_stats(logits, target, options, want=heads.with_lse_parts(want))
         ctx.call = backend, options, want, inplace
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, out["logsumexp"], out.get("entropy"))
+        ctx.save_for_backward(logits, target, out[LSE_PARTS], out.get("entropy"))
         ctx.mark_non_differentiable(*[out[n] for n in want if n not in DIFFERENTIABLE_STATS])
         return tuple(out[name] for name in want)
 
@@ -277,13 +277,13 @@ class TokenStatistics(torch.autograd.Function):
     @differentiable_again(_again)
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         backend, options, want, inplace = ctx.call
-        logits, target, lse, entropy = ctx.saved_tensors
+        logits, target, lse_parts, entropy = ctx.saved_tensors
         none = (None,) * 5
         if all(g is None for g in upstream):
             return (None, *none)
-        k = of_upstream(want, upstream, entropy, lse.dtype)
+        k = of_upstream(want, upstream, entropy, lse_parts.dtype)
         out = logits.detach() if inplace else new_gradient(logits.shape, logits.dtype, logits.device)
-        backend.row_grad(logits, target, options, logsumexp=lse, coefficients=k, out=out)
+        backend.row_grad(logits, target, options, lse_parts=lse_parts, coefficients=k, out=out)
         if inplace:
             torch.autograd.graph.increment_version(logits)
         return (out, *none)
