@@ -21,7 +21,7 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
-from fastloss.engine.head import Head, Needs, Saved, Schedule
+from fastloss.engine.head import Head, Limits, Needs, Saved, Schedule
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS, CrossEntropyOptions, RowOptions
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
@@ -283,12 +283,12 @@ def token_stats(
 # --- the linear head -----------------------------------------------------------------------------------------------
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
-_HOW = "bool[] needs, ScalarType dtype, int chunk, str backend"
+_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, str backend"
 
 
-def _schedule(head: Head, target: Tensor | None, ignore_index: int, needs: Needs, chunk: int) -> Schedule:
+def _schedule(head: Head, target: Tensor | None, ignore_index: int, limits: Limits) -> Schedule:
     rows = heads.count_kept(head.hidden.shape[0], target, ignore_index)
-    return heads.schedule_of(head, rows, needs, chunk or None)
+    return heads.schedule_of(head, rows, limits)
 
 
 def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -305,12 +305,12 @@ def _fake_grads(hidden, weight, bias, needs, dtypes):  # type: ignore[no-untyped
 
 @_operator("linear_row_grad", f"{_HEAD}, {_GIVEN}", RowOptions, _HOW, "Tensor[]")
 def _linear_row_grad(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, lse_parts, a, b, c, d, w, *, needs, dtype, chunk, backend, **fields
+    hidden, weight, bias, target, lse_parts, a, b, c, d, w, *, needs, dtype, chunk, memory, backend, **fields
 ):
     options = _record(RowOptions, fields)
     needed = Needs(*needs)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule = _schedule(head, target, options.ignore_index, needed, chunk)
+    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
     saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, w)
     grads = heads.recompute(head, needed, schedule, saved)
     dtypes = heads.leaf_dtypes(hidden, weight, bias)
@@ -329,7 +329,7 @@ def linear_row_grad(
     saved: Saved,
     needs: list[bool],
     dtype: torch.dtype,
-    chunk: int,
+    limits: Limits,
     backend: str,
 ) -> list[Tensor | None]:
     grads = _linear_row_grad(
@@ -343,7 +343,8 @@ def linear_row_grad(
         **_row_fields(saved.options),
         needs=needs,
         dtype=dtype,
-        chunk=chunk,
+        chunk=limits.chunk_size or 0,
+        memory=limits.memory,
         backend=backend,
     )
     return [x if need else None for x, need in zip(grads, needs, strict=True)]
@@ -358,7 +359,7 @@ def linear_row_grad(
 )
 def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, w, factor_tensor, *,
-    factor, reduction, want, needs, dtype, chunk, backend, **fields,
+    factor, reduction, want, needs, dtype, chunk, memory, backend, **fields,
 ):  # fmt: skip
     options, needed, names = _record(CrossEntropyOptions, fields), Needs(*needs), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
@@ -366,7 +367,9 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     per_row = reduction == "none"
     rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
     smooth = target is None or options.label_smoothing > 0
-    schedule = heads.schedule_of_cross_entropy(head, rows, needed, chunk or None, per_row, smooth)
+    schedule = heads.schedule_of_cross_entropy(
+        head, rows, needed, Limits(chunk or None, memory), per_row, smooth
+    )
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
         head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule
@@ -421,7 +424,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
             g = _times_factor(g, factor, factor_tensor, hidden.shape[0])
         k = _contiguous(of_cross_entropy(g, lse_parts, target, w, weight.shape[0], options))
         saved = Saved(target, lse_parts, k, options, w)
-        how = ctx.needs, dtype, given["chunk"], given["backend"]
+        how = ctx.needs, dtype, Limits(given["chunk"] or None, given["memory"]), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
     return (*grads, *[None] * 3)
 
@@ -443,7 +446,7 @@ def linear_cross_entropy(
     want: tuple[str, ...],
     needs: Needs,
     dtype: torch.dtype,
-    chunk_size: int | None,
+    limits: Limits,
     backend: str,
 ) -> list[Tensor]:
     """[loss, statistics …, lse_parts, d hidden, d weight, d bias]."""
@@ -460,7 +463,8 @@ def linear_cross_entropy(
         want=",".join(want),
         needs=list(needs),
         dtype=dtype,
-        chunk=chunk_size or 0,
+        chunk=limits.chunk_size or 0,
+        memory=limits.memory,
         backend=backend,
     )
 
@@ -469,15 +473,14 @@ def linear_cross_entropy(
     "linear_token_stats",
     f"{_HEAD}, Tensor? target",
     RowOptions,
-    "str want, ScalarType dtype, int chunk, str backend",
+    "str want, ScalarType dtype, int chunk, str memory, str backend",
     "Tensor[]",
 )
-def _linear_token_stats(hidden, weight, bias, target, *, want, dtype, chunk, backend, **fields):  # type: ignore[no-untyped-def]
+def _linear_token_stats(hidden, weight, bias, target, *, want, dtype, chunk, memory, backend, **fields):  # type: ignore[no-untyped-def]
     options, names = _record(RowOptions, fields), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
-    schedule = heads.chunked(rows, weight.shape[0], dtype, hidden.device, chunk or None)
+    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
     out, _ = heads.stats(head, target, options, names, schedule)
     return _pack(out, names, out[LSE_PARTS], dtype)
 
@@ -500,7 +503,7 @@ def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
     given = ctx.given
     k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse_parts.dtype)
     saved = Saved(target, lse_parts, k, _record(RowOptions, given))
-    how = ctx.needs, given["dtype"], given["chunk"], given["backend"]
+    how = ctx.needs, given["dtype"], Limits(given["chunk"] or None, given["memory"]), given["backend"]
     return (*linear_row_grad(hidden, weight, bias, saved, *how), None)
 
 
@@ -515,7 +518,7 @@ def linear_token_stats(
     options: RowOptions,
     want: tuple[str, ...],
     dtype: torch.dtype,
-    chunk_size: int | None,
+    limits: Limits,
     backend: str,
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
@@ -527,7 +530,8 @@ def linear_token_stats(
         **_row_fields(options),
         want=",".join(want),
         dtype=dtype,
-        chunk=chunk_size or 0,
+        chunk=limits.chunk_size or 0,
+        memory=limits.memory,
         backend=backend,
     )[:-1]
 

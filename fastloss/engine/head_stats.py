@@ -26,7 +26,6 @@ class StatsRun:
     want: tuple[str, ...]
     dtype: torch.dtype
     schedule: Schedule
-    backward: Schedule
     needs: Needs
     differentiable: tuple[str, ...] = DIFFERENTIABLE_STATS
 
@@ -76,5 +75,5 @@ class LinearTokenStatistics(torch.autograd.Function):
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = of_upstream(run.want, upstream, entropy, lse_parts.dtype)
         head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
-        grads = heads.recompute(head, run.needs, run.backward, Saved(target, lse_parts, k, run.options))
+        grads = heads.recompute(head, run.needs, run.schedule, Saved(target, lse_parts, k, run.options))
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend), *none)
