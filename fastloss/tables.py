@@ -25,6 +25,9 @@ LATE_DTYPES = (torch.float16,)
 # --- rows of logits (docs/engine.md) -------------------------------------------------------------------------------
 
 STATS = ("logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+# Beside them, [rows, 2]: a row's largest logit and log Σ e^(z - largest). Their sum is logsumexp; apart they keep the digits of
+# p = e^((z - largest) - log Σ) that a float32 logsumexp loses where all logits share a large offset. What a backward needs.
+LSE_PARTS = "lse_parts"
 STATS_WITHOUT_TARGET = ("logsumexp", "entropy", "log_sum_sq_probs", "mean_logits")
 DIFFERENTIABLE_STATS = ("logprobs", "entropy", "logsumexp")
 
@@ -65,6 +68,7 @@ PAIR_TERMS = (
     "simpo",
     "orpo",
     "center",
+    "simper",
 )
 MAX_TERMS = 8
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")

@@ -51,6 +51,7 @@ SIGMOID_NORM = tl.constexpr(PAIR_TERMS.index("sigmoid_norm"))
 SIMPO = tl.constexpr(PAIR_TERMS.index("simpo"))
 ORPO = tl.constexpr(PAIR_TERMS.index("orpo"))
 CENTER = tl.constexpr(PAIR_TERMS.index("center"))
+SIMPER = tl.constexpr(PAIR_TERMS.index("simper"))
 KTO = tl.constexpr(UNPAIRED_TERMS.index("kto"))
 APO_ZERO_UNPAIRED = tl.constexpr(UNPAIRED_TERMS.index("apo_zero_unpaired"))
 BCO = tl.constexpr(UNPAIRED_TERMS.index("bco"))
@@ -262,6 +263,10 @@ def pair_term(
         return -beta * log_p, tl.div_rn(-beta * q * c_slope, lc), tl.div_rn(beta * q * r_slope, lr), zero
     elif CODE == CENTER:
         return (c + r) * (c + r), 2.0 * (c + r), 2.0 * (c + r), zero
+    elif CODE == SIMPER:
+        each_c = exp(tl.div_rn(c, lc))
+        each_r = exp(tl.div_rn(r, lr))
+        return each_r - each_c, -tl.div_rn(each_c, lc), tl.div_rn(each_r, lr), zero
     else:
         value, slope = contrast(CODE, beta * (sc - sr) - margin, smoothing, tau)
         return value, slope * beta * sc_slope, -slope * beta * sr_slope, zero

@@ -21,7 +21,7 @@ from triton import knobs
 
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import WHOLE, Factor
-from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
+from fastloss.tables import LSE_PARTS, STATS, CrossEntropyOptions, RowOptions
 
 from .arguments import expect, expect_float32, on_device_of, options_of
 
@@ -193,7 +193,7 @@ def read_row(
 @triton.jit
 def write_stats(
     row, ignored, has_target, z_t, m, s, log_s, sz, sq, d_sum, vocab,
-    logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
+    logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr, lse_parts_ptr,
 ):  # fmt: skip
     """Row statistics from the sums of read_row; ``log_s`` is NaN where the row is."""
     base = base_of(m)
@@ -214,6 +214,9 @@ def write_stats(
         tl.store(
             is_top1_ptr + row, (has_target & (z_t >= m) & (s == s)).to(tl.uint8)
         )  # s == s: no NaN in the row
+    if lse_parts_ptr is not None:
+        tl.store(lse_parts_ptr + 2 * row, tl.where(ignored, 0.0, base))
+        tl.store(lse_parts_ptr + 2 * row + 1, tl.where(ignored, 0.0, log_s))
 
 
 @triton.jit
@@ -228,7 +231,7 @@ def read_target(target_ptr, row, vocab, ignore_index):
 @triton.jit
 def row_stats_kernel(
     x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, softcap,
-    logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
+    logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr, lse_parts_ptr,
     HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -248,7 +251,7 @@ def row_stats_kernel(
     log_s = tl.where(tl.abs(m) == INF, float("nan"), tl.log(s))
     write_stats(
         row, ignored, has_target, z_t, m, s, log_s, sz, sq, d_sum, vocab,
-        logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
+        logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr, lse_parts_ptr,
     )  # fmt: skip
 
 
@@ -327,13 +330,18 @@ def load_coefficient(ptr, row, factor):
 @triton.jit
 def row_grad_kernel(
     x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, softcap,
-    lse_ptr, a_ptr, b_ptr, c_ptr, d_ptr, w_ptr, w_row_stride, out_ptr, out_row_stride,
+    lse_parts_ptr, a_ptr, b_ptr, c_ptr, d_ptr, w_ptr, w_row_stride, out_ptr, out_row_stride,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     ignored = row < 0  # no row is
     t = -1
+    # p = e^(z - largest) / sum, with log p = (z - largest) - log sum: b and c take in what is constant.
+    log_s = tl.load(lse_parts_ptr + 2 * row + 1)
+    over_s = tl.exp(-log_s)
     b = load_coefficient(b_ptr, row, scale)
+    c = load_coefficient(c_ptr, row, scale)
+    b = (b - c * log_s) * over_s
     if target_ptr is not None:
         t, ignored, has_target = read_target(target_ptr, row, vocab, ignore_index)
         b = tl.where(has_target, b, float("nan"))
@@ -342,7 +350,7 @@ def row_grad_kernel(
         w_row = w_ptr + row * w_row_stride
     write_gradient(
         x_ptr + row * row_stride, out_ptr + row * out_row_stride, bias_ptr, w_row, vocab, ignored, t, scale, softcap,
-        tl.load(lse_ptr + row), load_coefficient(a_ptr, row, scale), b, load_coefficient(c_ptr, row, scale),
+        tl.load(lse_parts_ptr + 2 * row), load_coefficient(a_ptr, row, scale), b, c * over_s,
         load_coefficient(d_ptr, row, scale),
         HAS_SOFTCAP, a_ptr is not None and target_ptr is not None, c_ptr is not None, d_ptr is not None, BLOCK,
     )  # fmt: skip
@@ -352,7 +360,7 @@ def row_grad_kernel(
 def row_cross_entropy_kernel(
     x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, softcap,
     w_ptr, w_row_stride, keep, smooth, z_loss, grad_scale, grad_scale_ptr, grad_ptr, grad_row_stride,
-    loss_ptr, logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
+    loss_ptr, logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr, lse_parts_ptr,
     HAS_SOFTCAP: tl.constexpr, SPREAD: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # keep = 1 - eps, smooth = eps / V, grad_scale contains the scale. SPREAD: Σ w z is needed (eps > 0, probabilities).
@@ -395,7 +403,7 @@ def row_cross_entropy_kernel(
     tl.store(loss_ptr + row, tl.where(ignored, 0.0, loss))
     write_stats(
         row, ignored, has_target, z_t, m, s, log_s, sz, sq, d_sum, vocab,
-        logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr,
+        logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr, lse_parts_ptr,
     )  # fmt: skip
 
     if grad_ptr is not None:
@@ -466,7 +474,7 @@ def row_stats(
         with on_device_of(logits):
             row_stats_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
-                float(options.softcap), *[out.get(name) for name in STATS], HAS_SOFTCAP=options.softcap > 0,
+                float(options.softcap), *[out.get(name) for name in (*STATS, LSE_PARTS)], HAS_SOFTCAP=options.softcap > 0,
                 **options_of(launch_shape(vocab, options.softcap > 0, logits.element_size()), logits.device),
             )  # fmt: skip
     return out
@@ -477,7 +485,7 @@ def row_grad(
     target: Tensor | None,
     options: RowOptions,
     *,
-    logsumexp: Tensor,
+    lse_parts: Tensor,
     coefficients: Coefficients,
     out: Tensor,
     bias: Tensor | None = None,
@@ -487,7 +495,7 @@ def row_grad(
     vocab = _row_of(logits)
     a, b, c, d = coefficients
     expect(torch.int64, target=target)
-    expect_float32(logsumexp=logsumexp, bias=bias, a=a, b=b, c=c, d=d, w=w)
+    expect_float32(lse_parts=lse_parts, bias=bias, a=a, b=b, c=c, d=d, w=w)
     expect(logits.dtype, out=out)
     shape = options_of(launch_shape(vocab, options.softcap > 0, logits.element_size()), logits.device)
     del shape["WIDTH"], shape["ALIGNED"]
@@ -495,7 +503,7 @@ def row_grad(
         with on_device_of(logits):
             row_grad_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
-                float(options.softcap), logsumexp, a, b, c, d, w, _w_stride(w), out, out.stride(0),
+                float(options.softcap), lse_parts, a, b, c, d, w, _w_stride(w), out, out.stride(0),
                 HAS_SOFTCAP=options.softcap > 0, **shape,
             )  # fmt: skip
 
@@ -511,13 +519,13 @@ def row_cross_entropy(
     bias: Tensor | None = None,
     w: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """ "loss", "logsumexp" and the wanted statistics; the gradient times ``factor`` into ``grad [rows, V]`` (may be ``logits``)."""
+    """ "loss", "lse_parts" and the wanted statistics; the gradient times ``factor`` into ``grad [rows, V]`` (may be ``logits``)."""
     vocab = _row_of(logits)
     expect(torch.int64, target=target)
     expect_float32(bias=bias, w=w, factor=factor.tensor)
     expect(logits.dtype, grad=grad)
     o, spread = options, target is None or options.label_smoothing > 0
-    out = _empty_stats(logits, [*want, *({"logsumexp"} - set(want))])
+    out = _empty_stats(logits, [*want, *({LSE_PARTS} - set(want))])
     out["loss"] = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     if logits.shape[0]:
         with on_device_of(logits):
@@ -525,7 +533,7 @@ def row_cross_entropy(
                 logits, logits.stride(0), vocab, target, o.ignore_index, bias, float(o.scale), float(o.softcap),
                 w, _w_stride(w), 1.0 - o.label_smoothing, o.label_smoothing / vocab, float(o.z_loss),
                 float(o.scale * factor.value), factor.tensor, grad, 0 if grad is None else grad.stride(0),
-                out["loss"], *[out.get(name) for name in STATS],
+                out["loss"], *[out.get(name) for name in (*STATS, LSE_PARTS)],
                 HAS_SOFTCAP=o.softcap > 0, SPREAD=spread,
                 **options_of(launch_shape(vocab, o.softcap > 0, logits.element_size()), logits.device),
             )  # fmt: skip
@@ -546,10 +554,11 @@ def _row_of(logits: Tensor) -> int:
 def _empty_stats(logits: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
     out = {}
     for name in want:
-        if name not in STATS:
+        if name not in (*STATS, LSE_PARTS):
             raise ValueError(f"want: expected names of {', '.join(STATS)}, got {name!r}")
         dtype = torch.uint8 if name == "is_top1" else torch.float32
-        out[name] = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+        shape = (logits.shape[0], 2) if name == LSE_PARTS else (logits.shape[0],)
+        out[name] = torch.empty(shape, dtype=dtype, device=logits.device)
     return out
 
 

@@ -56,7 +56,8 @@ constexpr const char* const kStatNames[] = {"logsumexp",        "logprobs",    "
   X(kSigmoidNorm, "sigmoid_norm") \
   X(kSimpo, "simpo")              \
   X(kOrpo, "orpo")                \
-  X(kCenter, "center")
+  X(kCenter, "center")            \
+  X(kSimper, "simper")
 FASTLOSS_CODES(PairTerm, FASTLOSS_PAIR_TERMS)
 
 #define FASTLOSS_DIVERGENCES(X)     \

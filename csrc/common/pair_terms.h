@@ -213,6 +213,12 @@ FASTLOSS_HD inline Term<T> simpo(const Pair<T>& pair) {
 }
 
 template <class T>
+FASTLOSS_HD inline Term<T> simper(const Pair<T>& pair) {
+  const T c = exp_of(pair.c / pair.lc), r = exp_of(pair.r / pair.lr);
+  return {r - c, -c / pair.lc, r / pair.lr, T(0)};
+}
+
+template <class T>
 FASTLOSS_HD inline Term<T> orpo(const Pair<T>& pair, T limit) {
   const T c = pair.c / pair.lc, r = pair.r / pair.lr;
   const Log1mexp<T> not_c = log1mexp(c, limit), not_r = log1mexp(r, limit);
@@ -264,6 +270,8 @@ FASTLOSS_HD inline Term<T> pair_term(PairTerm code, const Pair<T>& pair, const P
       return orpo(pair, k.log1mexp_limit);
     case PairTerm::kCenter:
       return center(pair);
+    case PairTerm::kSimper:
+      return simper(pair);
   }
   FASTLOSS_UNREACHABLE();
 }

@@ -25,12 +25,21 @@ template <class Value>
 struct StatsOf {  // each acc [rows] or null
   Value *loss, *logsumexp, *logprobs, *entropy, *log_sum_sq_probs, *mean_logits;
   uint8_t* is_top1;
+  Value* lse_parts;  // acc [rows, 2] or null: the largest logit, and log of the sum of exps relative to it
 };
-static_assert(sizeof(StatsOf<void>) == sizeof(void*) * (count_of(kStatNames) + 1));
+static_assert(sizeof(StatsOf<void>) == sizeof(void*) * (count_of(kStatNames) + 2));
+
+// What the options of cross-entropy are to a row's arithmetic (row_terms.h), made in row_bindings.h.
+template <class Number>
+struct LossTermsOf {
+  Number keep, smooth;  // 1 - label_smoothing, label_smoothing / vocab: divided in double
+  Number z_loss;
+};
 
 template <class Value>
 struct CoefficientsOf {
-  const Value *lse, *a, *b, *c, *d;  // acc [rows]; all but lse may be null: 0
+  const Value* lse_parts;      // acc [rows, 2]
+  const Value *a, *b, *c, *d;  // acc [rows]; null: 0
   const Value* w;
   int64_t w_row_stride;
   void* out;

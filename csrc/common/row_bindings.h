@@ -8,11 +8,20 @@
 
 namespace fastloss {
 
+template <class Number>
+LossTermsOf<Number> loss_terms_of(const Record& options, int64_t vocab) {
+  const double label_smoothing = options.number("label_smoothing");
+  return {Number(1 - label_smoothing), Number(label_smoothing / double(vocab > 0 ? vocab : 1)),
+          Number(options.number("z_loss"))};
+}
+
 // Cross-entropy as Python gives it; a backend makes its own struct of it.
+template <class Number>
 struct GivenCrossEntropy {
   Address w;
   int64_t w_row_stride;
-  double label_smoothing, z_loss, factor;
+  LossTermsOf<Number> terms;
+  double factor;
   Address factor_tensor;  // acc [1], multiplies factor; or 0
   Address grad;           // or 0
   int64_t grad_row_stride;
@@ -44,7 +53,7 @@ struct RowBindings {
   static void row_stats(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
                         Address target, const pybind11::object& options, Address bias, Address logsumexp,
                         Address logprobs, Address entropy, Address log_sum_sq_probs, Address mean_logits,
-                        Address is_top1, int64_t context) {
+                        Address is_top1, Address lse_parts, int64_t context) {
     const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, Record(options));
     if (!target && (logprobs || is_top1))
       throw std::invalid_argument("target: logprobs and is_top1 need one, got 0");
@@ -54,16 +63,17 @@ struct RowBindings {
                          at<Value>(entropy),
                          at<Value>(log_sum_sq_probs),
                          at<Value>(mean_logits),
-                         at<uint8_t>(is_top1)};
+                         at<uint8_t>(is_top1),
+                         at<Value>(lse_parts)};
     Backend::run(in, stats, context);
   }
 
   static void row_grad(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
-                       Address target, const pybind11::object& options, Address bias, Address logsumexp,
+                       Address target, const pybind11::object& options, Address bias, Address lse_parts,
                        Address a, Address b, Address c, Address d, Address w, int64_t w_row_stride,
                        Address out, int64_t out_row_stride, int64_t context) {
     const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, Record(options));
-    const CoefficientsOf<Value> k = {required<Value>("logsumexp", logsumexp),
+    const CoefficientsOf<Value> k = {required<Value>("lse_parts", lse_parts),
                                      at<Value>(a),
                                      at<Value>(b),
                                      at<Value>(c),
@@ -80,34 +90,29 @@ struct RowBindings {
                                 int64_t w_row_stride, double factor, Address factor_tensor, Address grad,
                                 int64_t grad_row_stride, Address loss, Address logsumexp, Address logprobs,
                                 Address entropy, Address log_sum_sq_probs, Address mean_logits,
-                                Address is_top1, int64_t context) {
+                                Address is_top1, Address lse_parts, int64_t context) {
     const Record record(options);
     const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, record);
     if (!target && !w) throw std::invalid_argument("target: expected it or w, got neither");
-    const GivenCrossEntropy given = {w,
-                                     w_row_stride,
-                                     record.number("label_smoothing"),
-                                     record.number("z_loss"),
-                                     factor,
-                                     factor_tensor,
-                                     grad,
-                                     grad_row_stride};
+    using Number = typename Backend::Number;
+    const GivenCrossEntropy<Number> given = {
+        w, w_row_stride, loss_terms_of<Number>(record, vocab), factor, factor_tensor, grad, grad_row_stride};
     const Stats stats = {
-        required<Value>("loss", loss), at<Value>(logsumexp),   at<Value>(logprobs), at<Value>(entropy),
-        at<Value>(log_sum_sq_probs),   at<Value>(mean_logits), at<uint8_t>(is_top1)};
+        required<Value>("loss", loss), at<Value>(logsumexp),   at<Value>(logprobs),  at<Value>(entropy),
+        at<Value>(log_sum_sq_probs),   at<Value>(mean_logits), at<uint8_t>(is_top1), at<Value>(lse_parts)};
     Backend::run(in, given, stats, context);
   }
 
   static void bind(pybind11::module_& m) {
     define(m, "row_stats", &row_stats, "logits", "dtype", "rows", "vocab", "row_stride", "target", "options",
            "bias", "logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1",
-           "context");
+           "lse_parts", "context");
     define(m, "row_grad", &row_grad, "logits", "dtype", "rows", "vocab", "row_stride", "target", "options",
-           "bias", "logsumexp", "a", "b", "c", "d", "w", "w_row_stride", "out", "out_row_stride", "context");
+           "bias", "lse_parts", "a", "b", "c", "d", "w", "w_row_stride", "out", "out_row_stride", "context");
     define(m, "row_cross_entropy", &row_cross_entropy, "logits", "dtype", "rows", "vocab", "row_stride",
            "target", "options", "bias", "w", "w_row_stride", "factor", "factor_tensor", "grad",
            "grad_row_stride", "loss", "logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits",
-           "is_top1", "context");
+           "is_top1", "lse_parts", "context");
   }
 };
 

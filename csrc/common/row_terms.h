@@ -2,20 +2,20 @@
 // coefficients of its gradient. Registers only. T: double on the CPU, float on a GPU.
 #pragma once
 
+#include "common/row_arguments.h"
 #include "common/space.h"
 
 namespace fastloss {
 namespace FASTLOSS_SPACE {
 
-// `hit` is the weight of the target's own log-probability: (1 - label_smoothing) w_target; `smooth` that of
-// each class's: label_smoothing / vocab. Without an index target both are unused, and w has the classes'
-// probabilities. `spread` is -Σ w_v log p_v, `w_sum` is Σ w_v.
+// `w_target` is the weight of an index target's class. Without one, w has the classes' probabilities, and the
+// whole loss is `spread`, which is -Σ w_v log p_v; `w_sum` is Σ w_v.
 template <class T>
-FASTLOSS_TERM T cross_entropy_loss(bool index_target, T hit, T smooth, T z_loss, T minus_log_p_target,
-                                   T spread, T lse) {
-  T loss = index_target ? hit * minus_log_p_target : spread;
-  if (index_target && smooth != 0) loss = multiply_add(smooth, spread, loss);
-  if (z_loss != 0) loss = multiply_add(z_loss * lse, lse, loss);
+FASTLOSS_TERM T cross_entropy_loss(const LossTermsOf<T>& terms, bool index_target, T w_target,
+                                   T minus_log_p_target, T spread, T lse) {
+  T loss = index_target ? terms.keep * w_target * minus_log_p_target : spread;
+  if (index_target && terms.smooth != 0) loss = multiply_add(terms.smooth, spread, loss);
+  if (terms.z_loss != 0) loss = multiply_add(terms.z_loss * lse, lse, loss);
   return loss;
 }
 
@@ -25,11 +25,13 @@ struct CrossEntropyCoefficients {
 };
 
 template <class T>
-FASTLOSS_TERM CrossEntropyCoefficients<T> cross_entropy_coefficients(bool index_target, T hit, T smooth,
-                                                                     T z_loss, T w_sum, T lse) {
-  T b = index_target ? multiply_add(smooth, w_sum, hit) : w_sum;
-  b = multiply_add(T(2) * z_loss, lse, b);
-  return {index_target ? -hit : T(0), b, index_target ? -smooth : T(-1)};
+FASTLOSS_TERM CrossEntropyCoefficients<T> cross_entropy_coefficients(const LossTermsOf<T>& terms,
+                                                                     bool index_target, T w_target, T w_sum,
+                                                                     T lse) {
+  const T hit = terms.keep * w_target;
+  T b = index_target ? multiply_add(terms.smooth, w_sum, hit) : w_sum;
+  b = multiply_add(T(2) * terms.z_loss, lse, b);
+  return {index_target ? -hit : T(0), b, index_target ? -terms.smooth : T(-1)};
 }
 
 }  // namespace FASTLOSS_SPACE

@@ -20,7 +20,8 @@ using Coefficients = CoefficientsOf<void>;
 struct CrossEntropy {
   const void* w;
   int64_t w_row_stride;
-  double label_smoothing, z_loss, grad_scale;
+  LossTermsOf<double> terms;
+  double grad_scale;
   void* grad;
   int64_t grad_row_stride;
 };

@@ -31,12 +31,13 @@ struct Cpu {
     const ReleaseGil gil(in.rows * in.vocab >= kSmallWork);
     row_grad(in, k, threads);
   }
-  static void run(const Logits& in, const GivenCrossEntropy& given, const Stats& out, int64_t threads) {
+  static void run(const Logits& in, const GivenCrossEntropy<double>& given, const Stats& out,
+                  int64_t threads) {
     double factor = given.factor;
     if (given.factor_tensor) {
       factor *= in.dtype == kFloat64 ? *at<double>(given.factor_tensor) : *at<float>(given.factor_tensor);
     }
-    const CrossEntropy ce = {at(given.w), given.w_row_stride, given.label_smoothing, given.z_loss,
+    const CrossEntropy ce = {at(given.w), given.w_row_stride, given.terms,
                              factor,      at(given.grad),     given.grad_row_stride};
     const ReleaseGil gil(in.rows * in.vocab >= kSmallWork);
     row_cross_entropy(in, ce, out, threads);

@@ -167,27 +167,28 @@ FASTLOSS_INLINE double square_block(const S* e, int64_t n) {
   return sum_lanes(s0 + s1);
 }
 
-// Σ v, in double lanes: the mean of logits near 0 is a small difference of large sums.
+// Σ (v - origin), in double lanes: the mean of logits near 0 is a small difference of large sums.
 template <class S>
-FASTLOSS_INLINE double sum_block(const S* v, int64_t n) {
+FASTLOSS_INLINE double sum_block(const S* v, int64_t n, double origin = 0) {
   constexpr int64_t H = W / 2;
   F64V s0{}, s1{};
   int64_t i = 0;
-  for (; i + 2 * H <= n; i += 2 * H) s0 += widen(v + i), s1 += widen(v + i + H);
+  for (; i + 2 * H <= n; i += 2 * H) s0 += widen(v + i) - origin, s1 += widen(v + i + H) - origin;
   double sum = sum_lanes(s0 + s1);
-  for (; i < n; ++i) sum += v[i];
+  for (; i < n; ++i) sum += v[i] - origin;
   return sum;
 }
 
+// Σ w (z - origin).
 template <class S>
-FASTLOSS_INLINE double dot_block(const S* w, const S* z, int64_t n) {
+FASTLOSS_INLINE double dot_block(const S* w, const S* z, int64_t n, double origin = 0) {
   constexpr int64_t H = W / 2;
   F64V s0{}, s1{};
   int64_t i = 0;
   for (; i + 2 * H <= n; i += 2 * H)
-    s0 += widen(w + i) * widen(z + i), s1 += widen(w + i + H) * widen(z + i + H);
+    s0 += widen(w + i) * (widen(z + i) - origin), s1 += widen(w + i + H) * (widen(z + i + H) - origin);
   double sum = sum_lanes(s0 + s1);
-  for (; i < n; ++i) sum += double(w[i]) * z[i];
+  for (; i < n; ++i) sum += double(w[i]) * (z[i] - origin);
   return sum;
 }
 

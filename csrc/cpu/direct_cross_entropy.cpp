@@ -43,7 +43,7 @@ int64_t reduced_cross_entropy(Address logits, int dtype, int64_t rows, int64_t v
                     nullptr,
                     1.0,
                     0.0};
-  CrossEntropy c = {nullptr, 0, 0.0, 0.0, factor, at(grad), vocab};
+  CrossEntropy c = {nullptr, 0, {1, 0, 0}, factor, at(grad), vocab};
   const ReleaseGil gil(rows * vocab >= kSmallWork);
   if (dtype == kFloat64) {
     *static_cast<double*>(out) = factor * sum_of<double>(l, c, threads);

@@ -44,7 +44,7 @@ struct HeadCall {
   bool rounds_natively;  // to bfloat16, with AVX512_BF16
 };
 
-inline bool is_backward(const HeadCall& c) { return c.given.lse != nullptr; }
+inline bool is_backward(const HeadCall& c) { return c.given.lse_parts != nullptr; }
 inline bool wants_gradients(const HeadCall& c) { return is_backward(c) || (c.d_weight && !c.stats_only); }
 inline bool is_d_hidden_alone(const HeadCall& c) {
   return c.d_hidden && !c.d_weight && !is_backward(c) && !c.stats_only;

@@ -22,6 +22,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/row_bindings.h"
 #include "dispatch.h"
 #include "gemm.h"
 #include "head.h"
@@ -70,13 +71,6 @@ Chosen chosen() {
 }
 
 namespace py = pybind11;
-using Address = uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 // The AVX-512 kernels multiply pairs with an instruction of their own, the others in two steps.
 bool supports_gemm_bf16() {
 #if defined(__x86_64__)
@@ -181,9 +175,9 @@ void check(const HeadCall& c) {
   expect(!c.more || c.more_logits, "more: expected with more_logits");
   expect(!c.float_logits || c.weight_dtype == kFloat32 || !(c.stored + c.more),
          "float_logits: expected no kept logits");
-  expect(!c.stats_only || !c.given.lse, "stats_only: expected without lse");
-  expect(!c.d_bias || c.d_weight || c.given.lse, "d_bias: expected with d_weight or a backward alone");
-  expect(!is_d_hidden_alone(c) || (c.logits.target && c.ce.label_smoothing == 0),
+  expect(!c.stats_only || !c.given.lse_parts, "stats_only: expected without given_lse_parts");
+  expect(!c.d_bias || c.d_weight || c.given.lse_parts, "d_bias: expected with d_weight or a backward alone");
+  expect(!is_d_hidden_alone(c) || (c.logits.target && c.ce.terms.smooth == 0),
          "d_hidden without d_weight: expected index targets without label smoothing");
   for (const int dtype : {c.hidden_dtype, c.weight_dtype}) {
     expect(dtype == kFloat32 || dtype == kBFloat16, "dtype: expected float32 or bfloat16");
@@ -224,7 +218,11 @@ void advise_huge_pages(Address address, int64_t bytes) {
 
 void bind_head(py::module_& m) {
   py::class_<HeadCall> type(m, "HeadCall", py::module_local());  // another build may be loaded too
-  type.def(py::init([] { return HeadCall{}; }));
+  type.def(py::init([] {
+    HeadCall c{};
+    c.ce.terms.keep = 1;
+    return c;
+  }));
   FASTLOSS_FIELD("rows", logits.rows);
   FASTLOSS_FIELD("vocab", logits.vocab);
   FASTLOSS_FIELD("target", logits.target);
@@ -234,8 +232,9 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("softcap", logits.softcap);
   FASTLOSS_FIELD("w", ce.w);
   FASTLOSS_FIELD("w_row_stride", ce.w_row_stride);
-  FASTLOSS_FIELD("label_smoothing", ce.label_smoothing);
-  FASTLOSS_FIELD("z_loss", ce.z_loss);
+  type.def("set_loss", [](HeadCall& c, const py::object& options) {  // after vocab
+    c.ce.terms = loss_terms_of<double>(Record(options), c.logits.vocab);
+  });
   FASTLOSS_FIELD("grad_scale", ce.grad_scale);
   FASTLOSS_FIELD("loss", stats.loss);
   FASTLOSS_FIELD("logsumexp", stats.logsumexp);
@@ -244,7 +243,8 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("log_sum_sq_probs", stats.log_sum_sq_probs);
   FASTLOSS_FIELD("mean_logits", stats.mean_logits);
   FASTLOSS_FIELD("is_top1", stats.is_top1);
-  FASTLOSS_FIELD("lse", given.lse);
+  FASTLOSS_FIELD("lse_parts", stats.lse_parts);
+  FASTLOSS_FIELD("given_lse_parts", given.lse_parts);
   FASTLOSS_FIELD("a", given.a);
   FASTLOSS_FIELD("b", given.b);
   FASTLOSS_FIELD("c", given.c);

@@ -45,6 +45,7 @@ void fill_row(T* out, int64_t n, typename Acc<T>::S value) {
 struct RowSums {
   double max = 0, sum = 0, log_sum = 0, lse = 0;  // sum = Σ exp(z - max)
   double z_target = 0, slope_target = 1;
+  double origin = 0;  // of the next: Σ (z - origin), Σ w, Σ w (z - origin)
   double sum_z = 0, sum_w = 0, sum_wz = 0;
   double entropy = 0, log_sum_sq = 0;
   bool is_top1 = false;
@@ -66,10 +67,12 @@ FASTLOSS_INLINE void block_pass(const Transform<T>& f, const T* x, int64_t start
     r->z_target = z[t - start];
     if (slope) r->slope_target = slope[t - start];
   }
-  if (want.sum_z) r->sum_z += sum_block(z, n);
+  // So that an offset of all logits, however large, is no part of the sums.
+  if (start == 0 && max - max == 0) r->origin = max;
+  if (want.sum_z) r->sum_z += sum_block(z, n, r->origin);
   if (w) {
     r->sum_w += sum_block(w, n);
-    r->sum_wz += dot_block(w, z, n);
+    r->sum_wz += dot_block(w, z, n, r->origin);
   }
   if (want.entropy && z == e) {  // in place: exp_block would overwrite the z that entropy_block needs
     memcpy(z_scratch, z, n * sizeof(S));
@@ -101,8 +104,10 @@ void write_stats(const Stats& s, int64_t row, const RowSums& r, double vocab, bo
   put<S>(s.logprobs, row, bad ? __builtin_nan("") : (r.z_target - r.max) - r.log_sum);
   put<S>(s.entropy, row, r.entropy);
   put<S>(s.log_sum_sq_probs, row, r.log_sum_sq);
-  put<S>(s.mean_logits, row, r.sum_z / vocab);
+  put<S>(s.mean_logits, row, r.origin + r.sum_z / vocab);
   if (s.is_top1) s.is_top1[row] = !bad && r.is_top1;
+  put<S>(s.lse_parts, 2 * row, r.max);
+  put<S>(s.lse_parts, 2 * row + 1, r.log_sum);
 }
 
 template <class S>
@@ -114,6 +119,8 @@ void write_ignored(const Stats& s, int64_t row) {
   put<S>(s.log_sum_sq_probs, row, 0);
   put<S>(s.mean_logits, row, 0);
   if (s.is_top1) s.is_top1[row] = 0;
+  put<S>(s.lse_parts, 2 * row, 0);
+  put<S>(s.lse_parts, 2 * row + 1, 0);
 }
 
 Wanted wanted(const Stats& s) {
@@ -123,8 +130,8 @@ Wanted wanted(const Stats& s) {
 // Σ w and Σ w z (Σ z where there is no w) are terms of the loss.
 Wanted wanted(const Stats& s, const Logits& l, const CrossEntropy& c) {
   Wanted want = wanted(s);
-  want.sum_w = !l.target || (c.label_smoothing > 0 && c.w);
-  if (c.label_smoothing > 0 && l.target && !c.w) want.sum_z = true;
+  want.sum_w = !l.target || (c.terms.smooth > 0 && c.w);
+  if (c.terms.smooth > 0 && l.target && !c.w) want.sum_z = true;
   return want;
 }
 
@@ -137,12 +144,12 @@ template <class S>
 RowLoss loss_of_row(const CrossEntropy& c, bool index_target, int64_t t, const S* w, double vocab,
                     const RowSums& r) {
   const double w_t = index_target && w ? double(w[t]) : 1.0;
-  const double hit = (1 - c.label_smoothing) * w_t, smooth = c.label_smoothing / vocab;
   const bool weighted = w || !index_target;
   const double w_sum = weighted ? r.sum_w : vocab, wz_sum = weighted ? r.sum_wz : r.sum_z;
-  const double minus_log_p = r.log_sum - (r.z_target - r.max), spread = w_sum * r.lse - wz_sum;
-  const auto k = cross_entropy_coefficients(index_target, hit, smooth, c.z_loss, w_sum, r.lse);
-  return {cross_entropy_loss(index_target, hit, smooth, c.z_loss, minus_log_p, spread, r.lse), k.a, k.b,
+  const double minus_log_p = r.log_sum - (r.z_target - r.max),
+               spread = w_sum * ((r.max - r.origin) + r.log_sum) - wz_sum;
+  const auto k = cross_entropy_coefficients(c.terms, index_target, w_t, w_sum, r.lse);
+  return {cross_entropy_loss(c.terms, index_target, w_t, minus_log_p, spread, r.lse), k.a, k.b,
           k.d + 0.0,  // -0 is 0
           w_t};
 }

@@ -175,8 +175,8 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
     const int64_t t = l.target ? l.target[row] : -1;
     const T* const x = static_cast<const T*>(l.x) + row * l.row_stride;
     const S* const w = c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
-    const double lse = get<S>(c.lse, row), ra = get<S>(c.a, row), rb = get<S>(c.b, row),
-                 rc = get<S>(c.c, row), rd = get<S>(c.d, row);
+    const double largest = get<S>(c.lse_parts, 2 * row), log_sum = get<S>(c.lse_parts, 2 * row + 1),
+                 ra = get<S>(c.a, row), rb = get<S>(c.b, row), rc = get<S>(c.c, row), rd = get<S>(c.d, row);
     const S b = S(rb * l.scale), cc = S(rc * l.scale), d = S(rd * l.scale);
     for (int64_t start = 0; start < l.vocab; start += kBlock) {
       const int64_t n = l.vocab - start < kBlock ? l.vocab - start : kBlock;
@@ -193,7 +193,8 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
                        [=](int64_t i, int64_t) __attribute__((always_inline)) {
                          __builtin_prefetch(reinterpret_cast<const void*>(next + i * sizeof(T)));
                          __builtin_prefetch(reinterpret_cast<const void*>(next_out + i * sizeof(T)), 1);
-                         return gradient_from_z<decltype(with_c)::value>(z + i, S(lse), S(0), b, cc);
+                         return gradient_from_z<decltype(with_c)::value>(z + i, S(largest), S(log_sum), b,
+                                                                         cc);
                        });
       };
       if (c.c) {
@@ -202,7 +203,8 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
         write(Constant<false>{});
       }
       if (!here) continue;
-      const double log_p = z_target - lse, p = __builtin_exp(log_p), w_t = w ? double(w[t]) : 1.0;
+      const double log_p = (z_target - largest) - log_sum, p = __builtin_exp(log_p),
+                   w_t = w ? double(w[t]) : 1.0;
       const double g = ra + rb * p + (c.c && p != 0 ? rc * p * log_p : 0.0) + (rd != 0 ? rd * w_t : 0.0);
       store_one(out + t, S(g * l.scale * (scratch.slope ? double(scratch.slope[t - start]) : 1.0)));
     }

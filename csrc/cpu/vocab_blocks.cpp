@@ -400,7 +400,7 @@ void set_coefficients(const HeadCall& c, int64_t begin, int64_t end) {
     const RowKind kind = kind_of(c.logits, row);
     s.kind = double(kind);
     if (kind != RowKind::normal) continue;
-    s.max = get<float>(g.lse, row);  // p = exp(z - lse)
+    s.max = get<float>(g.lse_parts, 2 * row), s.log_sum = get<float>(g.lse_parts, 2 * row + 1);
     const float* const w = weights_of(c.ce, row);
     const double k = scale_of(c, row) * weight_of(c, row);
     s.b = get<float>(g.b, row) * k, s.c = get<float>(g.c, row) * k, s.d = get<float>(g.d, row) * k;

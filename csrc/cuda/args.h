@@ -16,8 +16,8 @@ using Coefficients = CoefficientsOf<float>;
 struct CrossEntropy {
   const float* w;
   int64_t w_row_stride;
-  float keep, smooth;  // 1 - label_smoothing, label_smoothing / vocab: divided on the host in double
-  float z_loss, grad_scale;
+  LossTermsOf<float> terms;
+  float grad_scale;
   const float* grad_scale_ptr;
   void* grad;
   int64_t grad_row_stride;

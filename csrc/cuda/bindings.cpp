@@ -31,13 +31,10 @@ struct Cuda {
   static void run(const Logits& in, const Coefficients& k, int64_t stream) {
     launch([&] { return row_grad(in, k, at(Address(stream))); });
   }
-  static void run(const Logits& in, const GivenCrossEntropy& given, const Stats& out, int64_t stream) {
-    const double vocab = double(in.vocab > 0 ? in.vocab : 1);
+  static void run(const Logits& in, const GivenCrossEntropy<float>& given, const Stats& out, int64_t stream) {
     const CrossEntropy ce = {at<float>(given.w),
                              given.w_row_stride,
-                             float(1.0 - given.label_smoothing),
-                             float(given.label_smoothing / vocab),
-                             float(given.z_loss),
+                             given.terms,
                              float(given.factor),
                              at<float>(given.factor_tensor),
                              at(given.grad),

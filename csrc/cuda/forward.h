@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
             put(out.entropy, row, 0);
         put(out.log_sum_sq_probs, row, 0), put(out.mean_logits, row, 0);
         if (out.is_top1) out.is_top1[row] = 0;
+        put(out.lse_parts, 2 * row, 0), put(out.lse_parts, 2 * row + 1, 0);
       }
       if (Grad) fill_row(grad, vocab, 0.0f, threadIdx.x, blockDim.x);
       continue;
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
     const bool has_target = in.target && wide_t >= 0 && wide_t < in.vocab, bad = in.target && !has_target;
     const int t = has_target ? int(wide_t) : -1;
     const float* w_row = ce.w ? ce.w + row * ce.w_row_stride : nullptr;
-    const bool weighs_all = in.target == nullptr || ce.smooth != 0;  // else w is read at the target alone
+    const bool weighs_all =
+        in.target == nullptr || ce.terms.smooth != 0;  // else w is read at the target alone
 
     // The copy of the row sits as the row does with respect to 16 bytes, so that the second pass reads it in
     // vectors.
@@ -115,11 +117,12 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
 
     if (leader) {
       if (out.loss) {
-        out.loss[row] = cross_entropy_loss(in.target != nullptr, ce.keep * w_t, ce.smooth, ce.z_loss,
-                                           -log_p_t, spread, lse);
+        out.loss[row] = cross_entropy_loss(ce.terms, in.target != nullptr, w_t, -log_p_t, spread, lse);
       }
       put(out.logsumexp, row, lse);
       put(out.logprobs, row, log_p_t);
+      put(out.lse_parts, 2 * row, base);
+      put(out.lse_parts, 2 * row + 1, log_sum);
       if (out.is_top1) out.is_top1[row] = has_target && !has_nan && z_t >= sums.max;
       if constexpr (Extra) {
         put(out.entropy, row, log_sum - sums.exps_z / sums.exps);
@@ -131,8 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
     if constexpr (Grad) {
       const float factor = in.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
       const float weight_sum = Extra ? sums.w : 0.0f;
-      auto k = cross_entropy_coefficients(in.target != nullptr, ce.keep * w_t, ce.smooth, ce.z_loss,
-                                          weight_sum, lse);
+      auto k = cross_entropy_coefficients(ce.terms, in.target != nullptr, w_t, weight_sum, lse);
       if (bad) k.b = NAN;
       const RowGradient g = {base, k.a * factor, k.b / sums.exps * factor, 0.0f, k.d * factor};
       write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, t,

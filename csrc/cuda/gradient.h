@@ -134,8 +134,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_grad_kernel(Logits in, Coe
       fill_row(out, vocab, ignored ? 0.0f : NAN, first, step);
       continue;
     }
-    const RowGradient g = {k.lse[row], at_row(k.a, row) * in.scale, at_row(k.b, row) * in.scale,
-                           at_row(k.c, row) * in.scale, at_row(k.d, row) * in.scale};
+    // p = e^(z - largest) / sum, with log p = (z - largest) - log sum: b and c take in what is constant.
+    const float log_sum = k.lse_parts[2 * row + 1], over_sum = expf(-log_sum);
+    const float b = at_row(k.b, row) * in.scale, c = at_row(k.c, row) * in.scale;
+    const RowGradient g = {k.lse_parts[2 * row], at_row(k.a, row) * in.scale, (b - c * log_sum) * over_sum,
+                           c * over_sum, at_row(k.d, row) * in.scale};
     write_gradient<General, Weights, true>(static_cast<const T*>(in.x) + row * in.row_stride, out, vocab,
                                            in.bias, k.w ? k.w + row * k.w_row_stride : nullptr, int(t),
                                            transform, g, Kept{nullptr, 0, 0}, first, step);

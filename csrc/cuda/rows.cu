@@ -89,7 +89,7 @@ bool is_general(const Logits& in) { return in.bias || in.softcap > 0; }
 const char* row_cross_entropy(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream) {
   if (in.rows == 0) return nullptr;
   if (const char* error = unusable(in)) return error;
-  const bool sums_w = out.loss && (in.target == nullptr || ce.smooth != 0);
+  const bool sums_w = out.loss && (in.target == nullptr || ce.terms.smooth != 0);
   const bool extra = sums_w || out.entropy || out.log_sum_sq_probs || out.mean_logits;
   const auto pick = [&](auto general, auto more) {
     constexpr bool G = decltype(general)::value, E = decltype(more)::value;
@@ -104,7 +104,7 @@ const char* row_cross_entropy(const Logits& in, const CrossEntropy& ce, const St
 
 const char* row_stats(const Logits& in, const Stats& out, void* stream) {
   CrossEntropy none = {};
-  none.keep = 1.0f;
+  none.terms.keep = 1.0f;
   return row_cross_entropy(in, none, out, stream);
 }
 

@@ -117,6 +117,14 @@ def chunk_size_value(chunk_size: Any) -> None:
         raise ValueError(f"chunk_size: expected a positive int, got {chunk_size!r}")
 
 
+MEMORY = ("auto", "low", "fast")
+
+
+def memory_value(memory: Any) -> None:
+    if memory not in MEMORY:
+        raise ValueError(f"memory: expected one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
+
+
 def reject_bad_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError that names the first target outside [0, vocab) which is not ignore_index."""
     bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)

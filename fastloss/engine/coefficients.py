@@ -25,18 +25,18 @@ class Coefficients(NamedTuple):
 
 def of_cross_entropy(
     upstream: Tensor,
-    lse: Tensor,
+    lse_parts: Tensor,
     target: Tensor | None,
     w: Tensor | None,
     vocab: int,
     options: CrossEntropyOptions,
 ) -> Coefficients:
     """Cross-entropy of each row times its upstream gradient; ``target=None`` is class probabilities in ``w``."""
-    g = upstream.to(lse.dtype).contiguous()
+    g = upstream.to(lse_parts.dtype).contiguous()
     label_smoothing, z_loss = options.label_smoothing, options.z_loss
     if target is None:
         assert w is not None
-        return Coefficients(b=g * (w.sum(-1) + 2 * z_loss * lse), d=-g)
+        return Coefficients(b=g * (w.sum(-1) + 2 * z_loss * lse_parts.sum(-1)), d=-g)
     keep = 1.0 - label_smoothing
     own = keep * g
     if w is not None:
@@ -45,7 +45,7 @@ def of_cross_entropy(
     if label_smoothing:
         b = b + g * (label_smoothing if w is None else w.sum() * (label_smoothing / vocab))
     if z_loss:
-        b = b + g * (2 * z_loss) * lse
+        b = b + g * (2 * z_loss) * lse_parts.sum(-1)
     d = g * (-label_smoothing / vocab) if label_smoothing else None
     return Coefficients(a=-own, b=b, d=d)
 

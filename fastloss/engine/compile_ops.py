@@ -21,8 +21,8 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
-from fastloss.engine.head import Head, Needs, Saved, Schedule
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS, CrossEntropyOptions, RowOptions
+from fastloss.engine.head import Head, Limits, Needs, Saved, Schedule
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS, CrossEntropyOptions, RowOptions
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
 
@@ -51,24 +51,26 @@ def _names(want: str) -> tuple[str, ...]:
     return tuple(want.split(",")) if want else ()
 
 
+OUTPUTS = (*STATS, LSE_PARTS)
+_LSE_PARTS_AT = len(OUTPUTS)  # after the loss
+
+
 def _stats_type(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.uint8 if name == "is_top1" else ACC_DTYPES[dtype]
 
 
 def _pack(out: dict[str, Tensor], want: tuple[str, ...], like: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """The statistics in the order of STATS, empty where not wanted; logsumexp always, as the backward needs it."""
+    """The statistics in the order of STATS, empty where not wanted, and lse_parts, which the backward needs."""
     return [
-        out[name]
-        if name in want or name == "logsumexp"
-        else like.new_empty(0, dtype=_stats_type(name, dtype))
-        for name in STATS
+        *(out[n] if n in want else like.new_empty(0, dtype=_stats_type(n, dtype)) for n in STATS),
+        out[LSE_PARTS],
     ]
 
 
 def _fake_stats(like: Tensor, rows: Any, want: tuple[str, ...], dtype: torch.dtype) -> list[Tensor]:
     return [
-        like.new_empty(rows if n in want or n == "logsumexp" else 0, dtype=_stats_type(n, dtype))
-        for n in STATS
+        *(like.new_empty(rows if n in want else 0, dtype=_stats_type(n, dtype)) for n in STATS),
+        like.new_empty((rows, 2), dtype=ACC_DTYPES[dtype]),
     ]
 
 
@@ -94,7 +96,7 @@ def _times_factor(g: Tensor, factor: float, factor_tensor: Tensor | None, rows: 
 def _stats_coefficients(
     want: tuple[str, ...], upstream: list[Tensor], entropy: Tensor, dtype: torch.dtype
 ) -> Coefficients:
-    by_name = dict(zip(STATS, upstream, strict=True))
+    by_name = dict(zip(OUTPUTS, upstream, strict=True))
     return of_upstream(want, [by_name[name] for name in want], entropy, dtype)
 
 
@@ -104,17 +106,17 @@ def _contiguous(k: Coefficients) -> Coefficients:
 
 # --- rows of logits ------------------------------------------------------------------------------------------------
 
-_GIVEN = "Tensor? target, Tensor logsumexp, Tensor? a, Tensor? b, Tensor? c, Tensor? d, Tensor? w"
+_GIVEN = "Tensor? target, Tensor lse_parts, Tensor? a, Tensor? b, Tensor? c, Tensor? d, Tensor? w"
 
 
 @_operator("row_grad", f"Tensor logits, {_GIVEN}", RowOptions, "str backend", "Tensor")
-def _row_grad(logits, target, logsumexp, a, b, c, d, w, *, backend, **fields):  # type: ignore[no-untyped-def]
+def _row_grad(logits, target, lse_parts, a, b, c, d, w, *, backend, **fields):  # type: ignore[no-untyped-def]
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backends.runnable(backend).row_grad(
         logits,
         target,
         _record(RowOptions, fields),
-        logsumexp=logsumexp,
+        lse_parts=lse_parts,
         coefficients=Coefficients(a, b, c, d),
         out=out,
         w=w,
@@ -130,13 +132,13 @@ def _(logits, *tensors, **fields):  # type: ignore[no-untyped-def]
 def row_grad(
     logits: Tensor,
     target: Tensor | None,
-    logsumexp: Tensor,
+    lse_parts: Tensor,
     k: Coefficients,
     w: Tensor | None,
     options: RowOptions,
     backend: str,
 ) -> Tensor:
-    return _row_grad(logits, target, logsumexp, *k, w, **_row_fields(options), backend=backend)
+    return _row_grad(logits, target, lse_parts, *k, w, **_row_fields(options), backend=backend)
 
 
 # By name and not by dataclasses.fields(RowOptions), whose class torch.compile of torch 2.13 does not trace.
@@ -194,13 +196,13 @@ def _save_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: igno
     logits, target, w, factor_tensor = inputs
     ctx.given = keyword_only_inputs
     made = ctx.given["with_grad"]
-    saved = (output[-1], None, None) if made else (None, logits, output[1])
+    saved = (output[-1], None, None) if made else (None, logits, output[_LSE_PARTS_AT])
     ctx.dtype = logits.dtype
     ctx.save_for_backward(*saved, target, w, factor_tensor)
 
 
 def _backward_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
-    grad, logits, lse, target, w, factor_tensor = ctx.saved_tensors
+    grad, logits, lse_parts, target, w, factor_tensor = ctx.saved_tensors
     given, g = ctx.given, upstream[0]
     if given["with_grad"]:
         out = (grad * (g * _late(ctx.dtype, given["factor"], factor_tensor))).to(ctx.dtype)
@@ -208,8 +210,8 @@ def _backward_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
         options = _record(CrossEntropyOptions, given)
         if given["reduction"] != "none":
             g = _times_factor(g, given["factor"], factor_tensor, logits.shape[0])
-        k = _contiguous(of_cross_entropy(g, lse, target, w, logits.shape[1], options))
-        out = row_grad(logits, target, lse, k, w, options, given["backend"])
+        k = _contiguous(of_cross_entropy(g, lse_parts, target, w, logits.shape[1], options))
+        out = row_grad(logits, target, lse_parts, k, w, options, given["backend"])
     return out, None, None, None
 
 
@@ -227,7 +229,7 @@ def cross_entropy(
     with_grad: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[loss, statistics …, gradient or nothing]."""
+    """[loss, statistics …, lse_parts, gradient or nothing]."""
     return _cross_entropy(
         logits,
         target,
@@ -246,8 +248,7 @@ def cross_entropy(
 def _token_stats(logits, target, *, want, backend, **fields):  # type: ignore[no-untyped-def]
     options, names = _record(RowOptions, fields), _names(want)
     _check_targets(target, logits.shape[1], options.ignore_index)
-    wanted = names if "logsumexp" in names else (*names, "logsumexp")
-    out = backends.runnable(backend).row_stats(logits, target, options, want=wanted)
+    out = backends.runnable(backend).row_stats(logits, target, options, want=heads.with_lse_parts(names))
     return _pack(out, names, logits, logits.dtype)
 
 
@@ -258,15 +259,15 @@ def _(logits, target, *, want, **fields):  # type: ignore[no-untyped-def]
 
 def _save_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
     ctx.given = keyword_only_inputs
-    by_name = dict(zip(STATS, output, strict=True))
-    ctx.save_for_backward(*inputs, by_name["logsumexp"], by_name["entropy"])
+    by_name = dict(zip(OUTPUTS, output, strict=True))
+    ctx.save_for_backward(*inputs, by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
-    logits, target, lse, entropy = ctx.saved_tensors
-    k = _stats_coefficients(_names(ctx.given["want"]), upstream, entropy, lse.dtype)
+    logits, target, lse_parts, entropy = ctx.saved_tensors
+    k = _stats_coefficients(_names(ctx.given["want"]), upstream, entropy, lse_parts.dtype)
     options = _record(RowOptions, ctx.given)
-    return row_grad(logits, target, lse, k, None, options, ctx.given["backend"]), None
+    return row_grad(logits, target, lse_parts, k, None, options, ctx.given["backend"]), None
 
 
 _token_stats.register_autograd(_backward_token_stats, setup_context=_save_token_stats)
@@ -275,18 +276,19 @@ _token_stats.register_autograd(_backward_token_stats, setup_context=_save_token_
 def token_stats(
     logits: Tensor, target: Tensor | None, options: RowOptions, want: tuple[str, ...], backend: str
 ) -> list[Tensor]:
-    return _token_stats(logits, target, **_row_fields(options), want=",".join(want), backend=backend)
+    """The statistics in the order of STATS."""
+    return _token_stats(logits, target, **_row_fields(options), want=",".join(want), backend=backend)[:-1]
 
 
 # --- the linear head -----------------------------------------------------------------------------------------------
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
-_HOW = "bool[] needs, ScalarType dtype, int chunk, str backend"
+_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, str backend"
 
 
-def _schedule(head: Head, target: Tensor | None, ignore_index: int, needs: Needs, chunk: int) -> Schedule:
+def _schedule(head: Head, target: Tensor | None, ignore_index: int, limits: Limits) -> Schedule:
     rows = heads.count_kept(head.hidden.shape[0], target, ignore_index)
-    return heads.schedule_of(head, rows, needs, chunk or None)
+    return heads.schedule_of(head, rows, limits)
 
 
 def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -303,13 +305,13 @@ def _fake_grads(hidden, weight, bias, needs, dtypes):  # type: ignore[no-untyped
 
 @_operator("linear_row_grad", f"{_HEAD}, {_GIVEN}", RowOptions, _HOW, "Tensor[]")
 def _linear_row_grad(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, logsumexp, a, b, c, d, w, *, needs, dtype, chunk, backend, **fields
+    hidden, weight, bias, target, lse_parts, a, b, c, d, w, *, needs, dtype, chunk, memory, backend, **fields
 ):
     options = _record(RowOptions, fields)
     needed = Needs(*needs)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule = _schedule(head, target, options.ignore_index, needed, chunk)
-    saved = Saved(target, logsumexp, Coefficients(a, b, c, d), options, w)
+    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
+    saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, w)
     grads = heads.recompute(head, needed, schedule, saved)
     dtypes = heads.leaf_dtypes(hidden, weight, bias)
     return _or_nothing(hidden, heads.finish(grads, dtypes, head.backend))
@@ -327,7 +329,7 @@ def linear_row_grad(
     saved: Saved,
     needs: list[bool],
     dtype: torch.dtype,
-    chunk: int,
+    limits: Limits,
     backend: str,
 ) -> list[Tensor | None]:
     grads = _linear_row_grad(
@@ -335,13 +337,14 @@ def linear_row_grad(
         weight,
         bias,
         saved.target,
-        saved.logsumexp,
+        saved.lse_parts,
         *saved.coefficients,
         saved.w,
         **_row_fields(saved.options),
         needs=needs,
         dtype=dtype,
-        chunk=chunk,
+        chunk=limits.chunk_size or 0,
+        memory=limits.memory,
         backend=backend,
     )
     return [x if need else None for x, need in zip(grads, needs, strict=True)]
@@ -356,7 +359,7 @@ def linear_row_grad(
 )
 def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, w, factor_tensor, *,
-    factor, reduction, want, needs, dtype, chunk, backend, **fields,
+    factor, reduction, want, needs, dtype, chunk, memory, backend, **fields,
 ):  # fmt: skip
     options, needed, names = _record(CrossEntropyOptions, fields), Needs(*needs), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
@@ -364,7 +367,9 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     per_row = reduction == "none"
     rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
     smooth = target is None or options.label_smoothing > 0
-    schedule = heads.schedule_of_cross_entropy(head, rows, needed, chunk or None, per_row, smooth)
+    schedule = heads.schedule_of_cross_entropy(
+        head, rows, needed, Limits(chunk or None, memory), per_row, smooth
+    )
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
         head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule
@@ -402,11 +407,11 @@ def _save_linear_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # typ
     made = any(ctx.given["needs"])
     operands = (None,) * 5 if made else (hidden, weight, bias, target, w)
     grads = output[-3:] if made else (None,) * 3
-    ctx.save_for_backward(*operands, *grads, None if made else output[1], factor_tensor)
+    ctx.save_for_backward(*operands, *grads, None if made else output[_LSE_PARTS_AT], factor_tensor)
 
 
 def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, *made, lse, factor_tensor = ctx.saved_tensors
+    hidden, weight, bias, target, w, *made, lse_parts, factor_tensor = ctx.saved_tensors
     given, g = ctx.given, upstream[0]
     factor, dtype, per_row = given["factor"], given["dtype"], given["reduction"] == "none"
     if any(given["needs"]):
@@ -417,9 +422,9 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
         options = _record(CrossEntropyOptions, given)
         if not per_row:
             g = _times_factor(g, factor, factor_tensor, hidden.shape[0])
-        k = _contiguous(of_cross_entropy(g, lse, target, w, weight.shape[0], options))
-        saved = Saved(target, lse, k, options, w)
-        how = ctx.needs, dtype, given["chunk"], given["backend"]
+        k = _contiguous(of_cross_entropy(g, lse_parts, target, w, weight.shape[0], options))
+        saved = Saved(target, lse_parts, k, options, w)
+        how = ctx.needs, dtype, Limits(given["chunk"] or None, given["memory"]), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
     return (*grads, *[None] * 3)
 
@@ -441,10 +446,10 @@ def linear_cross_entropy(
     want: tuple[str, ...],
     needs: Needs,
     dtype: torch.dtype,
-    chunk_size: int | None,
+    limits: Limits,
     backend: str,
 ) -> list[Tensor]:
-    """[loss, statistics …, d hidden, d weight, d bias]."""
+    """[loss, statistics …, lse_parts, d hidden, d weight, d bias]."""
     return _linear_cross_entropy(
         hidden,
         weight,
@@ -458,7 +463,8 @@ def linear_cross_entropy(
         want=",".join(want),
         needs=list(needs),
         dtype=dtype,
-        chunk=chunk_size or 0,
+        chunk=limits.chunk_size or 0,
+        memory=limits.memory,
         backend=backend,
     )
 
@@ -467,17 +473,16 @@ def linear_cross_entropy(
     "linear_token_stats",
     f"{_HEAD}, Tensor? target",
     RowOptions,
-    "str want, ScalarType dtype, int chunk, str backend",
+    "str want, ScalarType dtype, int chunk, str memory, str backend",
     "Tensor[]",
 )
-def _linear_token_stats(hidden, weight, bias, target, *, want, dtype, chunk, backend, **fields):  # type: ignore[no-untyped-def]
+def _linear_token_stats(hidden, weight, bias, target, *, want, dtype, chunk, memory, backend, **fields):  # type: ignore[no-untyped-def]
     options, names = _record(RowOptions, fields), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
-    schedule = heads.chunked(rows, weight.shape[0], dtype, hidden.device, chunk or None)
+    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
     out, _ = heads.stats(head, target, options, names, schedule)
-    return _pack(out, names, out["logsumexp"], dtype)
+    return _pack(out, names, out[LSE_PARTS], dtype)
 
 
 @_linear_token_stats.register_fake
@@ -489,16 +494,16 @@ def _(hidden, weight, bias, target, *, want, dtype, **fields):  # type: ignore[n
 def _save_linear_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
     ctx.given = keyword_only_inputs
     ctx.needs = list(ctx.needs_input_grad[:3])
-    by_name = dict(zip(STATS, output, strict=True))
-    ctx.save_for_backward(*inputs, by_name["logsumexp"], by_name["entropy"])
+    by_name = dict(zip(OUTPUTS, output, strict=True))
+    ctx.save_for_backward(*inputs, by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, lse, entropy = ctx.saved_tensors
+    hidden, weight, bias, target, lse_parts, entropy = ctx.saved_tensors
     given = ctx.given
-    k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse.dtype)
-    saved = Saved(target, lse, k, _record(RowOptions, given))
-    how = ctx.needs, given["dtype"], given["chunk"], given["backend"]
+    k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse_parts.dtype)
+    saved = Saved(target, lse_parts, k, _record(RowOptions, given))
+    how = ctx.needs, given["dtype"], Limits(given["chunk"] or None, given["memory"]), given["backend"]
     return (*linear_row_grad(hidden, weight, bias, saved, *how), None)
 
 
@@ -513,9 +518,10 @@ def linear_token_stats(
     options: RowOptions,
     want: tuple[str, ...],
     dtype: torch.dtype,
-    chunk_size: int | None,
+    limits: Limits,
     backend: str,
 ) -> list[Tensor]:
+    """The statistics in the order of STATS."""
     return _linear_token_stats(
         hidden,
         weight,
@@ -524,9 +530,10 @@ def linear_token_stats(
         **_row_fields(options),
         want=",".join(want),
         dtype=dtype,
-        chunk=chunk_size or 0,
+        chunk=limits.chunk_size or 0,
+        memory=limits.memory,
         backend=backend,
-    )
+    )[:-1]
 
 
 # --- FLOPs ---------------------------------------------------------------------------------------------------------

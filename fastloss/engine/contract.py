@@ -122,7 +122,7 @@ class Backend(Protocol):
         bias: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The statistics named in ``want`` (of fastloss.tables.STATS) of each row of ``logits [rows, V]``, acc ``[rows]``;
-        is_top1 is uint8. ``target`` int64 ``[rows]`` may be None where neither logprobs nor is_top1 is wanted; then no row
+        is_top1 is uint8, and lse_parts ``[rows, 2]``. ``target`` int64 ``[rows]`` may be None where neither logprobs nor is_top1 is wanted; then no row
         is ignored. ``bias`` acc ``[V]``."""
         ...
 
@@ -132,14 +132,14 @@ class Backend(Protocol):
         target: Tensor | None,
         options: RowOptions,
         *,
-        logsumexp: Tensor,
+        lse_parts: Tensor,
         coefficients: Coefficients,
         out: Tensor,
         bias: Tensor | None = None,
         w: Tensor | None = None,
     ) -> None:
         """Writes ``dz_v = a·[v = target] + b·p_v + c·p_v·log p_v + d·w_v``, through softcap and scale, to ``out [rows, V]``,
-        which may be ``logits`` itself. ``w`` acc ``[V]`` or ``[rows, V]``."""
+        which may be ``logits`` itself. ``lse_parts`` are those of :meth:`row_stats`. ``w`` acc ``[V]`` or ``[rows, V]``."""
         ...
 
     def row_cross_entropy(
@@ -154,7 +154,7 @@ class Backend(Protocol):
         bias: Tensor | None = None,
         w: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """ "loss" and "logsumexp" of each row, the statistics in ``want``, and into ``grad`` (may be ``logits``), where given,
+        """ "loss" and "lse_parts" of each row, the statistics in ``want``, and into ``grad`` (may be ``logits``), where given,
         the gradient times ``factor``, in one pass. ``w``: class weights ``[V]``; with ``target=None`` the weighted class
         probabilities ``[rows, V]``."""
         ...

@@ -13,6 +13,7 @@ from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import WHOLE, Factor, PairResult, PolicyInputs, PolicyResult, UnpairedResult
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
+    LSE_PARTS,
     CrossEntropyOptions,
     PairConstants,
     PairOptions,
@@ -46,6 +47,8 @@ class ReferenceBackend:
         bias: Tensor | None = None,
     ) -> dict[str, Tensor]:
         out = reference.token_stats(logits, target, bias=bias, **_transform(options))
+        if LSE_PARTS in want:
+            out[LSE_PARTS] = reference.lse_parts(logits, target, bias=bias, **_transform(options))
         return {name: out[name] for name in want}
 
     def row_grad(
@@ -54,7 +57,7 @@ class ReferenceBackend:
         target: Tensor | None,
         options: RowOptions,
         *,
-        logsumexp: Tensor,
+        lse_parts: Tensor,
         coefficients: Coefficients,
         out: Tensor,
         bias: Tensor | None = None,
@@ -62,7 +65,7 @@ class ReferenceBackend:
     ) -> None:
         out.copy_(
             reference.row_gradient(
-                logits, target, logsumexp, *coefficients, w=w, bias=bias, **_transform(options)
+                logits, target, lse_parts, *coefficients, w=w, bias=bias, **_transform(options)
             )
         )
 
@@ -90,7 +93,7 @@ class ReferenceBackend:
                 bias=bias,
                 **_transform(options),
             )
-        stats = self.row_stats(logits, target, options, want=("logsumexp", *want), bias=bias)
+        stats = self.row_stats(logits, target, options, want=(LSE_PARTS, *want), bias=bias)
         if grad is not None:
             scale = factor.value if factor.tensor is None else factor.value * factor.tensor
             grad.copy_(torch.autograd.grad(loss.sum() * scale, x)[0])

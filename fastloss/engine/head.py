@@ -6,7 +6,7 @@ hands these back for the gradients::
     with begin(head, needs, keep, schedule) as run:
         for part in run.parts():
             stats = part.stats(part.of(target), options, want)      # 1 GEMM
-            part.gradients(part.of(target), options, stats["logsumexp"], coefficients(stats))   # 1 GEMM each for d hidden, d weight
+            part.gradients(part.of(target), options, stats["lse_parts"], coefficients(stats))   # 1 GEMM each for d hidden, d weight
     grads = run.grads()
 
 Two schedules have this interface, and a loss does not know which one runs: chunks of rows (engine/head_rows.py), whose
@@ -30,10 +30,10 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
-from fastloss.engine.head_rows import RowChunks, buffer_dtype, count_gemms, default_chunk
-from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
+from fastloss.engine.head_rows import RowChunks, buffer_dtype, count_gemms, default_chunk, equal_chunks
+from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
-from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
+from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 
 class Part(Protocol):
@@ -41,6 +41,10 @@ class Part(Protocol):
 
     def of(self, per_row: Tensor | None) -> Tensor | None:
         """This part's entries of a tensor that has one for each computed row."""
+        ...
+
+    def stats(self, target: Tensor | None, options: RowOptions, want: Sequence[str]) -> dict[str, Tensor]:
+        """The statistics in ``want`` of these rows."""
         ...
 
     def cross_entropy(
@@ -59,7 +63,7 @@ class Part(Protocol):
         self,
         target: Tensor | None,
         options: RowOptions,
-        logsumexp: Tensor,
+        lse_parts: Tensor,
         coefficients: Coefficients,
         w: Tensor | None = None,
     ) -> None:
@@ -68,9 +72,12 @@ class Part(Protocol):
 
 
 class Schedule(NamedTuple):
-    """How a pass goes through rows and vocabulary. ``chunk``: rows whose logits are in memory at once; 0: blocks of the vocabulary."""
+    """How a pass goes through rows and vocabulary. ``chunk``: rows whose logits are in memory at once; 0: blocks of the
+    vocabulary, in parts of ``part`` rows (0: all), each of which keeps the logits of its first D rows and of ``more`` others."""
 
     chunk: int
+    part: int = 0
+    more: int = 0
 
     @property
     def by_vocabulary(self) -> bool:
@@ -78,24 +85,33 @@ class Schedule(NamedTuple):
 
     def details(self, head: Head, rows: int, needs: Needs, recompute: bool) -> dict[str, Any]:
         """What ``explain`` tells. ``recompute``: the backward makes the logits again."""
-        gemms = 1 + recompute + needs.hidden + needs.weight
+        gemms: float = 1 + recompute + needs.hidden + needs.weight
         vocab, dim = head.weight.shape
         if not self.by_vocabulary:
             chunk = min(self.chunk, rows)
             return {
+                "schedule": "chunks of rows",
                 "gemms": gemms,
                 "rows": rows,
                 "chunk_rows": chunk,
                 "buffer_bytes": buffer_bytes(head, chunk),
             }
         assert isinstance(head.backend, NativeBackend)
-        width = head_blocks.block_width(head.backend, vocab, head.weight.shape[1])
+        width = head_blocks.block_width(head.backend, vocab, dim)
+        part = min(self.part or rows, rows)
+        if not recompute:
+            gemms = head_blocks.gemms(needs, part, dim, self.more)
+        extra = 0
+        if needs.weight and not recompute:
+            extra = max(0, min(self.more, part - dim)) * vocab * head.weight.dtype.itemsize
+            extra += vocab * dim * torch.float32.itemsize if part < rows else 0
         return {
-            "gemms": gemms if recompute else head_blocks.gemms(needs, rows, dim),
+            "schedule": "blocks of the vocabulary",
+            "gemms": gemms,
             "rows": rows,
-            "chunk_rows": rows,
+            "chunk_rows": part,
             "chunk_columns": min(width, vocab),
-            "buffer_bytes": head_blocks.buffer_bytes(head.backend, rows, head.weight, needs),
+            "buffer_bytes": extra + head_blocks.buffer_bytes(head.backend, part, head.weight, needs),
         }
 
 
@@ -104,27 +120,57 @@ def buffer_bytes(head: Head, rows: int) -> int:
     return rows * head.weight.shape[0] * buffer_dtype(head).itemsize
 
 
-def chunked(
-    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, chunk_size: int | None
+def limits_of(chunk_size: int | None, memory: str) -> Limits:
+    """The checked keywords of a public function."""
+    checks.chunk_size_value(chunk_size)
+    checks.memory_value(memory)
+    return Limits(chunk_size, memory)
+
+
+def chunked(head: Head, rows: int, limits: Limits) -> Schedule:
+    """The schedule in chunks of rows. "fast": as many as take the memory of a float32 gradient of the weight; "low": a
+    quarter of the usual."""
+    chunk = limits.chunk_size or default_chunk(rows, head.weight.shape[0], head.dtype, head.weight.device)
+    if limits.chunk_size is None and limits.memory == "fast":
+        chunk = max(chunk, head_blocks.further_rows(head.weight))
+    if limits.chunk_size is None and limits.memory == "low":
+        chunk = max(min(chunk, 32), chunk // 4)
+    return Schedule(min(chunk, max(rows, 1)))
+
+
+def goes_by_vocabulary(head: Head) -> bool:
+    """Whether blocks of the vocabulary can take the calls of this head."""
+    return head_blocks.why_not(head.backend, head.dtype, head.weight) == ""
+
+
+def schedule_of(head: Head, rows: int, limits: Limits) -> Schedule:
+    """The schedule of statistics alone, or of a backward whose coefficients are given, over ``rows`` computed rows."""
+    if goes_by_vocabulary(head):
+        return Schedule(0, min(limits.chunk_size or 0, rows))
+    return chunked(head, rows, limits)
+
+
+def schedule_of_one_pass(
+    head: Head, rows: int, needs: Needs, limits: Limits, logprobs_only: bool = False
 ) -> Schedule:
-    """The schedule in chunks of rows, of the size asked for or the usual one."""
-    return Schedule(min(chunk_size or default_chunk(rows, vocab, dtype, device), max(rows, 1)))
-
-
-def schedule_of(head: Head, rows: int, needs: Needs, chunk_size: int | None) -> Schedule:
-    """The schedule of a backward whose coefficients are given, over ``rows`` computed rows."""
-    if head_blocks.why_not(head.backend, head.dtype, head.weight, rows, needs, chunk_size) == "":
-        return Schedule(0)
-    return chunked(rows, head.weight.shape[0], head.dtype, head.weight.device, chunk_size)
+    """The schedule of a pass whose gradients follow on its statistics, part by part."""
+    if not goes_by_vocabulary(head):
+        return chunked(head, rows, limits)
+    parts = head_blocks.parts_of(head, rows, needs, limits.memory, logprobs_only)
+    part = min(parts.rows, limits.chunk_size) if limits.chunk_size else parts.rows
+    return Schedule(0, 0 if part >= rows else part, parts.more)
 
 
 def schedule_of_cross_entropy(
-    head: Head, rows: int, needs: Needs, chunk_size: int | None, per_row: bool, smooth: bool
+    head: Head, rows: int, needs: Needs, limits: Limits, per_row: bool, smooth: bool
 ) -> Schedule:
     """The schedule of cross-entropy. ``per_row``: the loss of each row is returned; ``smooth``: every token is a target."""
-    if head_blocks.why_not_cross_entropy(rows, head.weight.shape[1], needs, per_row, smooth):
-        return chunked(rows, head.weight.shape[0], head.dtype, head.weight.device, chunk_size)
-    return schedule_of(head, rows, needs, chunk_size)
+    why_not = head_blocks.why_not_cross_entropy(needs, per_row, smooth)
+    if why_not or not goes_by_vocabulary(head):
+        return chunked(head, rows, limits)
+    if not needs or per_row:
+        return schedule_of(head, rows, limits)
+    return schedule_of_one_pass(head, rows, needs, limits, logprobs_only=True)
 
 
 def make_head(
@@ -148,13 +194,15 @@ class _Pass:
         device = run.head.hidden.device.type
         if isinstance(run, RowChunks):
             count_gemms(run.head, run.rows, 1 + run.needs.hidden + run.needs.weight)
-            self._stack.enter_context(_disable_current_modes())
+        self._stack.enter_context(_disable_current_modes())
         self._stack.enter_context(torch.autocast(device, enabled=False))
         self._stack.enter_context(torch.no_grad())
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
+        if isinstance(self._run, VocabularyBlocks):
+            count_gemms(self._run.head, self._run.rows, self._run.multiplied / max(1, self._run.rows))
 
     def parts(self) -> Iterator[Any]:
         return iter(self._run.parts())
@@ -182,19 +230,24 @@ def begin(
     keep: Tensor | None,
     schedule: Schedule,
     bounds: Iterable[tuple[int, int]] | None = None,
+    logprobs_only: bool = False,
 ) -> _Pass:
     """A pass over the rows ``keep`` (from :func:`kept_rows`; None: all). 1 GEMM, and one for each of d hidden and d weight
     that is needed. The other rows' statistics and d hidden are 0, and nothing of their hidden states, NaN included,
-    reaches anything. ``bounds`` are the chunks, of at most ``schedule.chunk`` rows; None is equal ones."""
+    reaches anything. ``bounds`` are the chunks or parts, of at most as many rows as the schedule's; None is equal ones.
+    ``logprobs_only``: the coefficients will be those of log-probs, ``a = -b``."""
     if schedule.by_vocabulary:
-        return _Pass(VocabularyBlocks(head, needs, keep))
+        rows = head.hidden.shape[0] if keep is None else keep.numel()
+        if bounds is None and schedule.part:
+            bounds = equal_chunks(rows, schedule.part)
+        return _Pass(VocabularyBlocks(head, needs, keep, list(bounds or ()), schedule.more, logprobs_only))
     with _disable_current_modes():
         return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
 
 
-def with_logsumexp(want: tuple[str, ...]) -> tuple[str, ...]:
-    """``want``, and logsumexp, which the backward needs whether or not it is returned."""
-    return want if "logsumexp" in want else (*want, "logsumexp")
+def with_lse_parts(want: tuple[str, ...]) -> tuple[str, ...]:
+    """``want``, and what the backward needs."""
+    return (*want, LSE_PARTS)
 
 
 def cross_entropy(
@@ -226,20 +279,18 @@ def stats(
     schedule: Schedule,
     with_gradient: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Statistics of all rows, and d hidden of the sum of their log-probabilities where asked for.
-
-    Always in chunks of rows, as the preference and policy losses: a token's log-probability has the same bits in all of
-    them, so that the first ratio of new to old is exactly 1."""
+    """Statistics of all rows, and d hidden of the sum of their log-probabilities where asked for."""
     keep = kept_rows(target, options.ignore_index)
     target = pick(target, keep)
     outs: list[dict[str, Tensor]] = []
-    with begin(head, Needs(with_gradient, False, False), keep, schedule) as run:
+    with begin(head, Needs(with_gradient, False, False), keep, schedule, logprobs_only=True) as run:
         for part in run.parts():
             own = part.of(target)
-            out = part.stats(own, options, with_logsumexp(want))
+            out = part.stats(own, options, with_lse_parts(want))
             if with_gradient:
-                one = torch.ones_like(out["logsumexp"])
-                part.gradients(own, options, out["logsumexp"], Coefficients(a=one, b=-one))
+                parts = out[LSE_PARTS]
+                one = torch.ones(parts.shape[0], dtype=parts.dtype, device=parts.device)
+                part.gradients(own, options, parts, Coefficients(a=one, b=-one))
             outs.append(out)
         return run.collect(outs), run.grads().hidden
 
@@ -255,7 +306,7 @@ class Saved(NamedTuple):
     """Per-row state saved for a backward that makes the logits again."""
 
     target: Tensor | None
-    logsumexp: Tensor
+    lse_parts: Tensor
     coefficients: Coefficients
     options: RowOptions
     w: Tensor | None = None
@@ -265,12 +316,12 @@ def recompute(head: Head, needs: Needs, schedule: Schedule, saved: Saved) -> Gra
     """The gradients of rows whose coefficients became known after their forward: 1 GEMM for the logits, and one for each
     of d hidden and d weight."""
     keep = kept_rows(saved.target, saved.options.ignore_index)
-    target, lse = pick(saved.target, keep), pick(saved.logsumexp, keep)
+    target, lse_parts = pick(saved.target, keep), pick(saved.lse_parts, keep)
     k = Coefficients(*(pick(x, keep) for x in saved.coefficients))
     with begin(head, needs, keep, schedule) as run:
         for part in run.parts():
             own = Coefficients(*(part.of(x) for x in k))
-            part.gradients(part.of(target), saved.options, part.of(lse), own, saved.w)
+            part.gradients(part.of(target), saved.options, part.of(lse_parts), own, saved.w)
         return run.grads()
 
 

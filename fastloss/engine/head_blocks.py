@@ -14,43 +14,38 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.gate import address
-from fastloss.engine.head_rows import count_gemms, upcasts
+from fastloss.engine.head_rows import upcasts
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
-from fastloss.tables import DTYPE_CODES, CrossEntropyOptions, RowOptions
+from fastloss.tables import DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
 # Columns of a block at most: the threads share a block of all rows' d logits.
 WIDTH = 256
 # Weights of a block at most.
 CACHED = 1 << 18
-# Below this many rows a GEMM waits for the weight's memory, and packing it costs more than the chunks' GEMMs (AMD Zen 3, one
-# thread: at 16 rows 1.1 to 1.4 times them, at 64 0.76 to 0.94). With d weight blocks are as fast from the first row.
-FORWARD_FROM = 64
 # Rows over D from which making their logits again costs more than memory for them is worth.
 RECOMPUTE_UP_TO = 2
-# Multiples of D of further rows whose logits are kept, in memory of their own: 2 in bfloat16 (1 in float32) are as large as a
-# float32 gradient of the weight, and a call of up to 3 D (2 D) rows takes 3 GEMMs.
-KEEP_MORE = 0
+# Rows of a part whose logits are kept with a frozen weight, where statistics other than log-probs are differentiated.
+KEPT_FROZEN = 256
 
 
-def why_not(
-    backend: Backend, dtype: torch.dtype, weight: Tensor, rows: int, needs: Needs, chunk_size: int | None
-) -> str:
-    """Why any call goes through chunks of rows instead; empty if it may go through here."""
+def why_not(backend: Backend, dtype: torch.dtype, weight: Tensor) -> str:
+    """Why any call goes through chunks of rows instead; empty if it may go through here. The number of rows is no reason: a
+    token's log-probability has the same bits alone and in any batch."""
     if not isinstance(backend, NativeBackend) or not backend.has_head:
         return "the backend has no kernels for blocks of the vocabulary"
-    if chunk_size is not None or not ENABLED:
-        return "chunk_size, or FASTLOSS_VOCABULARY_BLOCKS=0"
+    if not ENABLED:
+        return "FASTLOSS_VOCABULARY_BLOCKS=0"
     if dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (torch.float32, torch.bfloat16):
         return "the dtype"
     if not multiplies_floats(weight, dtype):
@@ -58,12 +53,10 @@ def why_not(
             return "oneDNN multiplies bfloat16 faster than float32"
         if weight.dtype != dtype or weight.shape[1] % 2:
             return "bfloat16 is multiplied in pairs along D, and d weight has the logits' dtype"
-    if rows < FORWARD_FROM and not needs.weight:
-        return f"fewer than {FORWARD_FROM} rows"
     return "" if weight.stride(1) == 1 else "the weight's layout"
 
 
-def why_not_cross_entropy(rows: int, dim: int, needs: Needs, per_row: bool, smooth: bool) -> str:
+def why_not_cross_entropy(needs: Needs, per_row: bool, smooth: bool) -> str:
     """The same of cross-entropy. ``smooth``: every token of the vocabulary is a target, by smoothing or as a probability."""
     if not needs or (per_row and (needs.weight or needs.bias)):
         return ""  # a forward alone, perhaps a backward alone later
@@ -71,7 +64,7 @@ def why_not_cross_entropy(rows: int, dim: int, needs: Needs, per_row: bool, smoo
         if needs.bias:
             return "the bias's gradient is made with the weight's"
         return "label smoothing or class probabilities with a frozen weight" if smooth else ""
-    return "" if rows <= RECOMPUTE_UP_TO * dim else f"more than {RECOMPUTE_UP_TO} D rows"
+    return ""
 
 
 def multiplies_floats(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -79,10 +72,36 @@ def multiplies_floats(weight: Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or upcasts(weight.device, dtype)
 
 
-def gemms(needs: Needs, rows: int, dim: int) -> float:
-    """GEMMs of forward and backward in one; a fraction where the logits of some rows are made again."""
-    again = max(0, rows - (1 + KEEP_MORE) * dim) / max(rows, 1) if needs.weight else 0
+def gemms(needs: Needs, rows: int, dim: int, more: int = 0) -> float:
+    """GEMMs of forward and backward in one part; a fraction where the logits of some rows are made again."""
+    again = max(0, rows - dim - more) / max(rows, 1) if needs.weight else 0
     return round(1 + needs.hidden + needs.weight + again, 2)
+
+
+class Parts(NamedTuple):
+    """How many rows go together, and the rows past the first D of them whose logits are kept in memory of their own."""
+
+    rows: int
+    more: int = 0
+
+
+def further_rows(weight: Tensor) -> int:
+    """Rows whose logits are as large as a float32 gradient of the weight."""
+    return weight.shape[1] * (torch.float32.itemsize // weight.dtype.itemsize)
+
+
+def parts_of(head: Head, rows: int, needs: Needs, memory: str, logprobs_only: bool) -> Parts:
+    """The parts of a pass whose gradients follow on its statistics. "low": all rows in one, the logits past the first D rows
+    made again. "fast": 3 GEMMs, for memory of a float32 gradient of the weight at most: further logits are kept, or parts of D
+    rows are added up. "auto" makes up to D rows of logits again, and takes "fast" from there."""
+    if not needs.weight:
+        keeps = bool(needs) and not (logprobs_only and needs == Needs(True, False, False))
+        return Parts(min(rows, KEPT_FROZEN), KEPT_FROZEN) if keeps and memory != "low" else Parts(rows)
+    dim = head.weight.shape[1]
+    further = further_rows(head.weight)
+    if memory == "low" or rows <= dim or (memory == "auto" and rows <= RECOMPUTE_UP_TO * dim):
+        return Parts(rows)
+    return Parts(rows, rows - dim) if rows <= dim + further else Parts(dim)
 
 
 def block_width(backend: NativeBackend, vocab: int, dim: int) -> int:
@@ -103,24 +122,119 @@ def buffer_bytes(backend: NativeBackend, rows: int, weight: Tensor, needs: Needs
 
 
 class VocabularyBlocks:
-    """One pass with all rows in one part (the interface of engine/head.py)."""
+    """One pass (the interface of engine/head.py): all rows in one part, or, with ``bounds``, several, whose d weight is added up
+    in float32."""
 
-    def __init__(self, head: Head, needs: Needs, keep: Tensor | None):
+    def __init__(
+        self,
+        head: Head,
+        needs: Needs,
+        keep: Tensor | None,
+        bounds: Sequence[tuple[int, int]] = (),
+        more: int = 0,
+        logprobs_only: bool = False,
+    ):
+        """``more``: rows of a part, past those that fit into d weight's memory, whose logits are kept in memory of their own.
+        ``logprobs_only``: the coefficients will be those of log-probs, ``a = -b``."""
         assert isinstance(head.backend, NativeBackend)
-        self.head, self.needs, self.keep, self.native = head, needs, keep, head.backend
+        self.head, self.needs, self.keep = head, needs, keep
         self.all_rows = head.hidden.shape[0]
         self.rows = self.all_rows if keep is None else keep.numel()
+        self.bounds = bounds if len(bounds) > 1 else [(0, self.rows)]
+        self.more, self.logprobs_only = more, logprobs_only
         self.made = Grads(None, None, None)
+        self.multiplied = 0.0  # rows times GEMMs, so far
+        self.weight_memory: Tensor | None = None  # d weight of one part after the other
 
-    def parts(self) -> Iterator[VocabularyBlocks]:
-        yield self
+    def parts(self) -> Iterator[BlockPart]:
+        if len(self.bounds) == 1:
+            part = BlockPart(self, self.head, self.keep, 0, self.rows)
+            yield part
+            self.made = part.gradients_or_zeros()
+            return
+        self._begin_sums()
+        for start, stop in self.bounds:
+            hidden = self.head.hidden
+            rows = hidden[start:stop] if self.keep is None else hidden.index_select(0, self.keep[start:stop])
+            part = BlockPart(self, self.head._replace(hidden=rows), None, start, stop)
+            yield part
+            self._add(part)
+        self._end_sums()
 
     def grads(self) -> Grads:
         return self.made
 
+    def _begin_sums(self) -> None:
+        h, needs, device = self.head, self.needs, self.head.hidden.device
+        shape = (self.all_rows, h.weight.shape[1])
+        new = torch.empty if self.keep is None else torch.zeros
+        self.made = Grads(
+            new(shape, dtype=h.hidden.dtype, device=device) if needs.hidden else None,
+            new_gradient(h.weight.shape, torch.float32, device) if needs.weight else None,
+            torch.zeros(h.weight.shape[0], dtype=torch.float32, device=device) if needs.bias else None,
+        )
+
+    def _end_sums(self) -> None:
+        """d weight in its own dtype, in the memory that the parts had theirs in."""
+        total = self.made.weight
+        if total is not None and self.weight_memory is not None and total.dtype != self.weight_memory.dtype:
+            self.made = self.made._replace(weight=self.weight_memory.copy_(total))
+
+    def _add(self, part: BlockPart) -> None:
+        total, own = self.made, part.gradients_or_zeros()
+        if total.hidden is not None:
+            assert own.hidden is not None
+            d_hidden = own.hidden.to(total.hidden.dtype)
+            if self.keep is None:
+                total.hidden[part.start : part.stop] = d_hidden
+            else:
+                total.hidden.index_copy_(0, self.keep[part.start : part.stop], d_hidden)
+        if total.weight is not None:
+            assert own.weight is not None
+            if part.start == 0:
+                total.weight.copy_(own.weight)
+            else:
+                total.weight.add_(own.weight)
+        if total.bias is not None:
+            assert own.bias is not None
+            total.bias.add_(own.bias)
+
+
+class BlockPart:
+    """Rows [start, stop) of a pass. Their statistics come first; the gradients then find the logits that were kept."""
+
+    def __init__(self, run: VocabularyBlocks, head: Head, keep: Tensor | None, start: int, stop: int):
+        assert isinstance(head.backend, NativeBackend)
+        self.head, self.needs, self.keep, self.native = head, run.needs, keep, head.backend
+        self.run, self.start, self.stop = run, start, stop
+        self.all_rows, self.rows = head.hidden.shape[0], stop - start
+        self.more, self.logprobs_only = run.more, run.logprobs_only
+        self.made = Grads(None, None, None)
+        self._ahead = False  # d hidden was made with the statistics
+        self._kept: _NativeCall | None = None  # of the statistics, where the gradients will go on from it
+
+    def weight_memory(self) -> Tensor:
+        """Of d weight: the parts of a pass have theirs in the same place."""
+        run, weight = self.run, self.head.weight
+        if run.weight_memory is None:
+            run.weight_memory = new_gradient(weight.shape, weight.dtype, weight.device)
+        return run.weight_memory
+
+    def gradients_or_zeros(self) -> Grads:
+        """The gradients; 0 where a loss asked for none (a part without rows)."""
+        made, needs, weight = self.made, self.needs, self.head.weight
+        if not needs or any(x is not None for x in made):
+            return made
+        hidden, device = self.head.hidden, weight.device
+        return Grads(
+            torch.zeros_like(hidden) if needs.hidden else None,
+            torch.zeros(weight.shape, dtype=weight.dtype, device=device) if needs.weight else None,
+            torch.zeros(weight.shape[0], dtype=torch.float32, device=device) if needs.bias else None,
+        )
+
     def of(self, per_row: Tensor | None) -> Tensor | None:
-        """All computed rows are this part's."""
-        return per_row
+        """This part's entries of a tensor that has one for each computed row."""
+        return None if per_row is None else per_row[self.start : self.stop]
 
     def cross_entropy(
         self,
@@ -133,56 +247,85 @@ class VocabularyBlocks:
     ) -> dict[str, Tensor]:
         """Losses and statistics of the rows; the gradients of their sum times ``factor`` are made on the way."""
         dim = self.head.weight.shape[1]
-        count_gemms(self.head, self.rows, gemms(self.needs, self.rows, dim))
-        with _disable_current_modes():
-            return self._cross_entropy(target, options, w, factor, want)
-
-    def _cross_entropy(
-        self,
-        target: Tensor | None,
-        options: CrossEntropyOptions,
-        w: Tensor | None,
-        factor: Factor,
-        want: Sequence[str],
-    ) -> dict[str, Tensor]:
+        self.run.multiplied += self.rows * gemms(self.needs, self.rows, dim, self.more)
+        if w is not None and w.dim() == 2:
+            w = w[self.start : self.stop]
         call = _NativeCall(self, target, w, options)
-        out = self.native.empty_stats(self.head.hidden, self.rows, {"logsumexp": None, **dict.fromkeys(want)})
-        out["loss"] = torch.empty_like(out["logsumexp"])
-        call.point_to(**out)
-        c = call.record
-        c.label_smoothing, c.z_loss = options.label_smoothing, options.z_loss
-        c.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
-        dim = self.head.weight.shape[1]
-        if self.needs.weight:
-            c.stored = min(self.rows, dim)
-            call.keep_more(min(self.rows - c.stored, KEEP_MORE * dim))
+        out = self._outputs(call, (*want, "loss"))
+        call.record.set_loss(options)
+        call.record.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
+        call.keep_logits(self.more)
         call.execute()
         self.made = call.gradients()
+        return out
+
+    def stats(self, target: Tensor | None, options: RowOptions, want: Sequence[str]) -> dict[str, Tensor]:
+        """Statistics; and with a frozen weight, where only log-probs will be differentiated, their d hidden, as in
+        cross-entropy: 2 GEMMs in all."""
+        self._ahead = self.needs == Needs(True, False, False) and self.logprobs_only and target is not None
+        self.run.multiplied += self.rows * (1 + self._ahead)
+        needs = self.needs if self._ahead else Needs(False, self.needs.weight, False)
+        call = _NativeCall(self, target, None, options, needs)
+        out = self._outputs(call, want)
+        if self._ahead:
+            call.record.grad_scale = -1.0  # cross-entropy's loss is -log p
+        elif self.needs:
+            call.record.stats_only = True
+            call.keep_logits(self.more)
+        call.execute()
+        if self.needs:
+            self._kept = call
+        return out
+
+    def _outputs(self, call: _NativeCall, want: Sequence[str]) -> dict[str, Tensor]:
+        names = dict.fromkeys((*want, LSE_PARTS))
+        out = self.native.empty_stats(self.head.hidden, self.rows, names)
+        call.point_to(**out)
         return out
 
     def gradients(
         self,
         target: Tensor | None,
         options: RowOptions,
-        logsumexp: Tensor,
+        lse_parts: Tensor,
         coefficients: Coefficients,
         w: Tensor | None = None,
     ) -> None:
-        """Makes the logits again."""
-        count_gemms(self.head, self.rows, 1 + self.needs.hidden + self.needs.weight)
-        with _disable_current_modes():
-            call = _NativeCall(self, target, w, options)
-            k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
-            call.point_to(lse=logsumexp, **k)
-            call.execute()
-            self.made = call.gradients()
+        """From the logits that the statistics kept; the others are made again."""
+        if not self.needs:
+            return
+        kept, self._kept = self._kept, None
+        if kept is not None and self._ahead:
+            assert coefficients.a is not None
+            self.made = kept.gradients(coefficients.a)
+            return
+        there = 0 if kept is None else kept.record.stored + kept.record.more
+        again = 1 - there / max(self.rows, 1)
+        self.run.multiplied += self.rows * (again + self.needs.hidden + self.needs.weight)
+        if w is not None and w.dim() == 2:
+            w = w[self.start : self.stop]
+        call = _NativeCall(self, target, w, options, kept=kept)
+        k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
+        call.point_to(given_lse_parts=lse_parts, **k)
+        call.execute()
+        self.made = call.gradients()
 
 
 class _NativeCall:
     """A native call: the tensors whose addresses it holds, and its gradients."""
 
-    def __init__(self, run: VocabularyBlocks, target: Tensor | None, w: Tensor | None, options: RowOptions):
-        h, self.keep, self.needs = run.head, run.keep, run.needs
+    def __init__(
+        self,
+        run: BlockPart,
+        target: Tensor | None,
+        w: Tensor | None,
+        options: RowOptions,
+        needs: Needs | None = None,
+        kept: _NativeCall | None = None,
+    ):
+        """``needs``: None is the pass's. ``kept``: the call of the statistics, whose d weight holds logits."""
+        h, self.keep = run.head, run.keep
+        self.needs = run.needs if needs is None else needs
         self.native, self.rows, self.all_rows = run.native, run.rows, run.all_rows
         self.vocab, self.dim = h.weight.shape
         self.tensors: list[Tensor] = []
@@ -193,7 +336,7 @@ class _NativeCall:
         if hidden.stride(1) != 1:
             hidden = hidden.contiguous()
         self.operands = hidden, h.weight
-        self._make_gradients(hidden, h.weight)
+        self._make_gradients(run, hidden, kept)
         c = self.record = self.native.module.HeadCall()
         c.rows, c.vocab, c.dim = self.rows, self.vocab, self.dim
         c.width = block_width(self.native, self.vocab, self.dim)
@@ -207,6 +350,9 @@ class _NativeCall:
             target=target, bias=h.bias, w=w, keep=self.keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
             d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias,
         )  # fmt: skip
+        if kept is not None:
+            c.stored, c.more = kept.record.stored, kept.record.more
+            self.point_to(more_logits=kept.more_logits)
 
     def point_to(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
@@ -214,9 +360,12 @@ class _NativeCall:
                 self.tensors.append(tensor)
                 setattr(self.record, name, address(tensor))
 
-    def _make_gradients(self, hidden: Tensor, weight: Tensor) -> None:
+    def _make_gradients(self, run: BlockPart, hidden: Tensor, kept: _NativeCall | None) -> None:
         shape, device = (self.all_rows, self.dim), hidden.device
-        self.d_weight = new_gradient(weight.shape, weight.dtype, weight.device) if self.needs.weight else None
+        self.d_weight: Tensor | None = None
+        self.more_logits: Tensor | None = None
+        if self.needs.weight:
+            self.d_weight = run.weight_memory() if kept is None else kept.d_weight
         self.d_bias = torch.empty(self.vocab, dtype=torch.float32, device=device) if self.needs.bias else None
         self.d_hidden = torch.empty(shape, dtype=hidden.dtype, device=device) if self.needs.hidden else None
         # In low precision it is summed in float32: in its own memory as far as that goes, which is for half of the rows.
@@ -228,13 +377,14 @@ class _NativeCall:
         self.split = min(self.rows, self.all_rows // 2)
         self.rest = torch.empty((self.rows - self.split, self.dim), dtype=torch.float32, device=device)
 
-    def keep_more(self, rows: int) -> None:
-        """Of the rows after the first D, the logits of ``rows`` are kept, in memory of their own."""
-        weight = self.operands[1]
-        self.record.more = rows
-        self.point_to(
-            more_logits=new_gradient((self.vocab, rows), weight.dtype, weight.device) if rows else None
-        )
+    def keep_logits(self, more: int) -> None:
+        """Those of the first D rows stay in d weight's memory, and of the next ``more`` in memory of their own."""
+        c, weight = self.record, self.operands[1]
+        c.stored = min(self.rows, self.dim) if self.needs.weight else 0
+        c.more = min(self.rows - c.stored, more)
+        if c.more:
+            self.more_logits = new_gradient((self.vocab, c.more), weight.dtype, weight.device)
+            self.point_to(more_logits=self.more_logits)
 
     def execute(self) -> None:
         if not self.rows:
@@ -249,14 +399,24 @@ class _NativeCall:
         scratch = torch.empty(c.workspace_bytes(threads) + 64, dtype=torch.uint8, device=device)
         c.run(-(-address(scratch) // 64) * 64, threads)
 
-    def gradients(self) -> Grads:
-        """Those of an executed call."""
+    def gradients(self, row_factor: Tensor | None = None) -> Grads:
+        """Those of an executed call; d hidden of each row times ``row_factor``."""
         if self.d_hidden is not None and self.rest is not None and self.rows:
             x, split = self.d_hidden, self.split
+            if row_factor is not None:
+                sums = x.view(-1)[: 2 * split * self.dim].view(torch.float32).view(split, self.dim)
+                sums.mul_(row_factor[:split, None])
+                self.rest.mul_(row_factor[split:, None])
             # Front to back, so that no sum is overwritten before it is read.
             self.native.convert_in_place(x, split * self.dim, torch.float32)
             x[split : self.rows] = self.rest
             if self.keep is not None:
                 dense = x[: self.rows].clone()
                 x.zero_().index_copy_(0, self.keep, dense)
+        elif self.d_hidden is not None and row_factor is not None and self.rows:
+            if self.keep is None:
+                self.d_hidden.mul_(row_factor[:, None])
+            else:  # of the kept rows, which lie where hidden's do; the others are 0
+                factor = row_factor.new_zeros(self.all_rows).index_copy_(0, self.keep, row_factor)
+                self.d_hidden.mul_(factor[:, None])
         return Grads(self.d_hidden, self.d_weight, self.d_bias)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks
+from fastloss.engine import checks, head_blocks
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, segment_sum, upstream_scale
 from fastloss.engine.backend import Call, check_targets, is_traced, resolve_call
@@ -23,10 +23,10 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.definition import REFERENCE
-from fastloss.engine.head import Grads, Head, Needs, Schedule
+from fastloss.engine.head import Grads, Head, Limits, Needs, Schedule
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.sequences import Sequences, Tokens, packed_layout
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, RowOptions
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, RowOptions
 
 METRIC_STATS = ("entropy", "mean_logits", "is_top1")
 
@@ -62,7 +62,7 @@ class GroupedHead:
     bias: Tensor | None
     rows: GroupedRows
     options: RowOptions
-    chunk_size: int | None
+    limits: Limits
 
     @property
     def hidden(self) -> Tensor:
@@ -91,7 +91,7 @@ def check_grouped_head(
     linear_bias: Tensor | None,
     cu_seqlens: Tensor | None,
     options: RowOptions,
-    chunk_size: int | None,
+    limits: Limits,
     *,
     width: int,
 ) -> GroupedHead:
@@ -103,12 +103,11 @@ def check_grouped_head(
         raise ShapeError(f"input: expected shape {expected}, got {list(input.shape)}")
     rows = heads.check_head(input, linear_weight, linear_bias)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
-    checks.chunk_size_value(chunk_size)
     traced = is_traced(input)
     if not traced:
         check_targets(target.reshape(-1), linear_weight.shape[0], options.ignore_index)
     grouped = _grouped(target, cu_seqlens, width, options.ignore_index, ACC_DTYPES[input.dtype], traced)
-    return GroupedHead(rows, linear_weight, linear_bias, grouped, options, chunk_size)
+    return GroupedHead(rows, linear_weight, linear_bias, grouped, options, limits)
 
 
 def _grouped(
@@ -200,7 +199,7 @@ def reference_sums(
             dtype = heads.compute_dtype(hidden)
             head = heads.make_head(call.backend, hidden, ref_weight, ref_bias, dtype)
             n = heads.count_kept(hidden.shape[0], rows.target, options.ignore_index)
-            schedule = heads.chunked(n, ref_weight.shape[0], dtype, hidden.device, x.chunk_size)
+            schedule = heads.schedule_of(head, n, x.limits)
             logprobs = heads.stats(head, rows.target, options, ("logprobs",), schedule)[0]["logprobs"]
         return sum_tokens(call.backend, rows.tokens, logprobs.to(rows.tokens.lengths.dtype), tails)
 
@@ -219,49 +218,80 @@ def _transform(options: RowOptions) -> dict[str, Any]:
     }
 
 
+# (rows, groups) of parts of whole groups.
+Spans = tuple[list[tuple[int, int]], list[tuple[int, int]]]
+
+
 @dataclass(frozen=True)
 class GroupPlan:
     """How a call is computed."""
 
     call: Call
-    fused: bool  # 3 GEMMs, in chunks of whole groups
+    spans: (
+        Spans | None
+    )  # of the parts whose gradients follow on their statistics; None: a backward of its own makes them
     schedule: Schedule
     needs: Needs
     dtype: torch.dtype
 
 
-def plan_groups(function: str, x: GroupedHead, backend: str, *, coupled: bool, ref: bool) -> GroupPlan:
-    """Chooses backend and chunks, and announces them. ``coupled``: a group's coefficients depend on other groups."""
+def plan_groups(
+    function: str, x: GroupedHead, backend: str, *, coupled: bool, per_group: bool, ref: bool
+) -> GroupPlan:
+    """Chooses backend and chunks, and announces them. ``coupled``: a group's coefficients depend on other groups.
+    ``per_group``: a loss of each group is returned, whose upstream gradient is not known yet."""
     needs = heads.needs_of(x.input, x.weight, x.bias)
     dtype = heads.compute_dtype(x.input)
     call = resolve_call(function, backend, x.input, x.weight, x.bias, has_operators=False, dtype=dtype)
     head = Head(call.backend, x.input, x.weight, None, dtype)
     bounds = x.rows.bounds
-    fused, chunk, groups = False, 1, 0
-    if bounds is not None:
-        longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
-        usual = x.chunk_size or heads.default_chunk(bounds[-1], x.weight.shape[0], dtype, x.input.device)
-        # A chosen size is a limit; else a group may take as much as the weight and its gradient.
-        limit = x.chunk_size or max(usual, _affordable(head))
-        fused = bool((needs.weight or needs.bias) and not coupled and 0 < longest <= limit)
-        chunk = max(usual, longest) if fused else max(1, min(usual, bounds[-1]))
-        groups = len(_packed(bounds, chunk)[1]) if fused else 0
-        if fused:
-            chunk = max(stop - start for start, stop in _packed(bounds, chunk)[0])
-    one = needs == Needs(True, False, False)
+    if call.by_definition or bounds is None:
+        schedule, spans = heads.chunked(head, 1, x.limits), None
+    elif heads.goes_by_vocabulary(head):
+        schedule, spans = _in_blocks(head, x, needs, bounds, coupled, per_group)
+    else:
+        schedule, spans = _in_chunks(head, x, needs, bounds, coupled or per_group)
     if call.by_definition:
         call.announce()
-        return GroupPlan(call, False, Schedule(chunk), needs, dtype)
-    rows = (bounds or [0])[-1]
-    call.announce(
-        gemms=1 + (bool(needs) and not fused and not one) + needs.hidden + needs.weight,
-        ref_gemms=int(ref),
-        chunk_rows=chunk,
-        chunks=groups if fused else -(-rows // chunk),
-        rows=rows,
-        buffer_bytes=heads.buffer_bytes(head, chunk),
-    )
-    return GroupPlan(call, fused, Schedule(chunk), needs, dtype)
+        return GroupPlan(call, None, schedule, needs, dtype)
+    ahead = spans is not None or needs == Needs(True, False, False)
+    details = schedule.details(head, (bounds or [0])[-1], needs, bool(needs) and not ahead)
+    chunks = len(spans[0]) if spans is not None else -(-details["rows"] // max(1, details["chunk_rows"]))
+    call.announce(**details, ref_gemms=int(ref), chunks=chunks)
+    return GroupPlan(call, spans, schedule, needs, dtype)
+
+
+def _in_blocks(
+    head: Head, x: GroupedHead, needs: Needs, bounds: list[int], coupled: bool, per_group: bool
+) -> tuple[Schedule, Spans | None]:
+    """Blocks of the vocabulary: a part may have any number of rows, so that no group is too long for one."""
+    rows = bounds[-1]
+    schedule = heads.schedule_of_one_pass(head, rows, needs, x.limits, logprobs_only=True)
+    late = per_group or (coupled and schedule.part)
+    if late or not rows or not (needs.weight or needs.bias):
+        return heads.schedule_of(head, rows, x.limits), None
+    if not schedule.part:
+        return schedule, ([(0, rows)], [(0, len(bounds) - 1)])
+    longest = max(b - a for a, b in itertools.pairwise(bounds))
+    spans = _packed(bounds, max(schedule.part, longest))
+    part, dim = max(stop - start for start, stop in spans[0]), x.weight.shape[1]
+    more = 0 if x.limits.memory == "low" else min(max(0, part - dim), head_blocks.further_rows(x.weight))
+    return schedule._replace(part=part, more=more), spans
+
+
+def _in_chunks(
+    head: Head, x: GroupedHead, needs: Needs, bounds: list[int], coupled: bool
+) -> tuple[Schedule, Spans | None]:
+    """Chunks of rows: a group's logits must fit into one."""
+    rows = bounds[-1]
+    longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
+    usual = heads.chunked(head, rows, x.limits).chunk
+    # A chosen size is a limit; else a group may take as much as the weight and its gradient.
+    limit = x.limits.chunk_size or max(usual, _affordable(head))
+    if coupled or not (needs.weight or needs.bias) or not 0 < longest <= limit:
+        return Schedule(max(1, min(usual, rows))), None
+    spans = _packed(bounds, max(usual, longest))
+    return Schedule(max(stop - start for start, stop in spans[0])), spans
 
 
 def _affordable(head: Head) -> int:
@@ -296,7 +326,7 @@ def evaluate(
     """(loss, outputs) of all groups. Statistics in ``want`` that are metrics come with the outputs; the loss is divided by
     ``total`` (float16's coefficients are kept undivided until the end)."""
     kept = tuple(name for name in want if name in METRIC_STATS)
-    if plan.fused:
+    if plan.spans is not None:
         names = (*outputs, *kept)
         run = _Run(plan, x.rows, x.options, loss, want, names, total)
         value, *rest = _FusedGroups.apply(x.hidden, x.weight, x.bias, run)
@@ -307,9 +337,7 @@ def evaluate(
             x.hidden, x.weight, rows.target, linear_bias=x.bias, **_transform(x.options)
         )
     else:
-        once = StatsRun(
-            backend, x.options, want, plan.dtype, plan.schedule, plan.schedule, plan.needs, ("logprobs",)
-        )
+        once = StatsRun(backend, x.options, want, plan.dtype, plan.schedule, plan.needs, ("logprobs",))
         values = LinearTokenStatistics.apply(x.hidden, x.weight, x.bias, rows.target, once)
         stats = dict(zip(want, values, strict=True))
     logprobs = stats["logprobs"].to(rows.tokens.lengths.dtype)
@@ -335,7 +363,7 @@ def _again(ctx: Any) -> Any:
     hidden, weight, bias = ctx.saved_tensors
     target, layout = run.rows.target, run.rows.tokens.layout
     logits = heads.defined_logits(hidden, weight, bias, run.plan.dtype)
-    stats = REFERENCE.row_stats(logits, target, run.options, want=heads.with_logsumexp(run.want))
+    stats = REFERENCE.row_stats(logits, target, run.options, want=heads.with_lse_parts(run.want))
     span, groups = (0, layout.n), (0, run.rows.groups)
     loss, _ = run.loss.of_groups(REFERENCE, stats["logprobs"], stats, span, groups)
     return [loss, *[None] * len(run.outputs)], [hidden, weight, bias]
@@ -379,13 +407,13 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def _one_pass(head: Head, run: _Run) -> tuple[dict[str, Tensor], Grads]:
     """Chunk by chunk: statistics, the loss of the chunk's groups, its coefficients, the gradients."""
     plan, options = run.plan, run.options
-    assert run.rows.bounds is not None
-    chunks, groups = _packed(run.rows.bounds, plan.schedule.chunk)
+    assert plan.spans is not None
+    chunks, groups = plan.spans
     outs: list[dict[str, Tensor]] = []
-    with heads.begin(head, plan.needs, None, plan.schedule, chunks) as pass_:
+    with heads.begin(head, plan.needs, None, plan.schedule, chunks, logprobs_only=True) as pass_:
         for part, rows, group in zip(pass_.parts(), chunks, groups, strict=True):
             target = part.of(run.rows.target)
-            stats = part.stats(target, options, heads.with_logsumexp(run.want))
+            stats = part.stats(target, options, heads.with_lse_parts(run.want))
             # The graph of this loss is its own: hooks of an outer checkpoint have nothing to save or make again in it.
             own_graph = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
             with torch.enable_grad(), own_graph:
@@ -394,7 +422,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[dict[str, Tensor], Grads]:
             (a,) = torch.autograd.grad(loss, logprobs)
             if head.dtype in LATE_DTYPES:
                 a = a * run.total
-            part.gradients(target, options, stats["logsumexp"], Coefficients(a=a, b=-a))
+            part.gradients(target, options, stats[LSE_PARTS], Coefficients(a=a, b=-a))
             kept = {name: value for name, value in stats.items() if name in run.outputs}
             outs.append({"loss": loss.detach().reshape(1), **out, **kept})
         return pass_.collect(outs), pass_.grads()

@@ -246,7 +246,7 @@ class Chunk:
         self,
         target: Tensor | None,
         options: RowOptions,
-        logsumexp: Tensor,
+        lse_parts: Tensor,
         coefficients: Coefficients,
         w: Tensor | None = None,
     ) -> None:
@@ -258,7 +258,7 @@ class Chunk:
             w = w[self.start : self.stop]
         head = self.run.head
         head.backend.row_grad(
-            z, target, options, logsumexp=logsumexp, coefficients=coefficients, out=z, bias=head.bias, w=w
+            z, target, options, lse_parts=lse_parts, coefficients=coefficients, out=z, bias=head.bias, w=w
         )
         self.run.gemms.gradients(z, self.start, self.stop)
 

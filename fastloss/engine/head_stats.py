@@ -14,7 +14,7 @@ from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Needs, Saved, Schedule
-from fastloss.tables import DIFFERENTIABLE_STATS, RowOptions
+from fastloss.tables import DIFFERENTIABLE_STATS, LSE_PARTS, RowOptions
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class StatsRun:
     want: tuple[str, ...]
     dtype: torch.dtype
     schedule: Schedule
-    backward: Schedule
     needs: Needs
     differentiable: tuple[str, ...] = DIFFERENTIABLE_STATS
 
@@ -58,7 +57,7 @@ class LinearTokenStatistics(torch.autograd.Function):
         # With a frozen weight, and only logprobs to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
         ctx.ahead = differentiable == ["logprobs"] and run.needs == Needs(True, False, False)
         out, d_hidden = heads.stats(head, target, run.options, run.want, run.schedule, ctx.ahead)
-        ctx.save_for_backward(hidden, weight, bias, target, out["logsumexp"], out.get("entropy"), d_hidden)
+        ctx.save_for_backward(hidden, weight, bias, target, out[LSE_PARTS], out.get("entropy"), d_hidden)
         ctx.mark_non_differentiable(*[out[n] for n in run.want if n not in run.differentiable])
         return tuple(out[name] for name in run.want)
 
@@ -66,7 +65,7 @@ class LinearTokenStatistics(torch.autograd.Function):
     @differentiable_again(_again)
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         run: StatsRun = ctx.run
-        hidden, weight, bias, target, lse, entropy, d_hidden = ctx.saved_tensors
+        hidden, weight, bias, target, lse_parts, entropy, d_hidden = ctx.saved_tensors
         none = (None,) * 2
         if all(g is None for g in upstream):
             return (None, None, None, *none)
@@ -74,7 +73,7 @@ class LinearTokenStatistics(torch.autograd.Function):
             g = upstream[run.want.index("logprobs")]
             assert g is not None
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
-        k = of_upstream(run.want, upstream, entropy, lse.dtype)
+        k = of_upstream(run.want, upstream, entropy, lse_parts.dtype)
         head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
-        grads = heads.recompute(head, run.needs, run.backward, Saved(target, lse, k, run.options))
+        grads = heads.recompute(head, run.needs, run.schedule, Saved(target, lse_parts, k, run.options))
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend), *none)

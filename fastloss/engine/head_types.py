@@ -30,6 +30,13 @@ class Grads(NamedTuple):
     bias: Tensor | None
 
 
+class Limits(NamedTuple):
+    """What the caller says about memory: rows of logits at once (None: the engine's choice), and "auto", "low" or "fast"."""
+
+    chunk_size: int | None = None
+    memory: str = "auto"
+
+
 class Head(NamedTuple):
     """The operands of a call, detached. ``dtype`` is that of the GEMMs' operands."""
 

@@ -31,6 +31,7 @@ from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     ACC_DTYPES,
     DTYPE_CODES,
+    LSE_PARTS,
     NATIVE_TABLES,
     PAIR_SUMS,
     POLICY_OUT,
@@ -48,7 +49,7 @@ from fastloss.tables import (
     is_token_level,
 )
 
-_ROW_OUTPUTS = frozenset((*STATS, "loss"))
+_ROW_OUTPUTS = frozenset((*STATS, LSE_PARTS, "loss"))
 RUN = 4096  # tokens in a run, where sequences mean nothing
 
 
@@ -248,7 +249,11 @@ class NativeBackend:
         """The outputs of the statistics of ``rows`` rows of ``like``'s dtype and device."""
         acc, device = ACC_DTYPES[like.dtype], like.device
         out = {
-            name: torch.empty(rows, dtype=torch.uint8 if name == "is_top1" else acc, device=device)
+            name: torch.empty(
+                (rows, 2) if name == LSE_PARTS else (rows,),
+                dtype=torch.uint8 if name == "is_top1" else acc,
+                device=device,
+            )
             for name in want
         }
         if not _ROW_OUTPUTS.issuperset(out):  # nobody would write it
@@ -279,7 +284,7 @@ class NativeBackend:
         target: Tensor | None,
         options: RowOptions,
         *,
-        logsumexp: Tensor,
+        lse_parts: Tensor,
         coefficients: Coefficients,
         out: Tensor,
         bias: Tensor | None = None,
@@ -288,7 +293,7 @@ class NativeBackend:
         if not logits.shape[0]:
             return
         given = {
-            "logits": logits, "target": target, "bias": bias, "logsumexp": logsumexp, "w": w, "out": out,
+            "logits": logits, "target": target, "bias": bias, "lse_parts": lse_parts, "w": w, "out": out,
             "a": coefficients.a, "b": coefficients.b, "c": coefficients.c, "d": coefficients.d,
         }  # fmt: skip
         with self.context.guard(logits):
@@ -309,7 +314,7 @@ class NativeBackend:
         bias: Tensor | None = None,
         w: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        out = self.empty_stats(logits, logits.shape[0], dict.fromkeys((*want, "logsumexp", "loss")))
+        out = self.empty_stats(logits, logits.shape[0], dict.fromkeys((*want, LSE_PARTS, "loss")))
         if logits.shape[0]:
             given = {
                 "logits": logits, "target": target, "bias": bias, "w": w, "grad": grad, "factor_tensor": factor.tensor,
@@ -522,7 +527,7 @@ class NativeBackend:
         )
 
 
-_NO_STATS: dict[str, Tensor | None] = dict.fromkeys(STATS)
+_NO_STATS: dict[str, Tensor | None] = dict.fromkeys((*STATS, LSE_PARTS))
 
 
 def _size(logits: Tensor) -> dict[str, int]:

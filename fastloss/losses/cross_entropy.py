@@ -21,7 +21,14 @@ from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DIRECT_CODES, cpu_backend
 from fastloss.losses.token_stats import TokenStats, stats_from
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS, STATS_WITHOUT_TARGET, CrossEntropyOptions
+from fastloss.tables import (
+    ACC_DTYPES,
+    LATE_DTYPES,
+    LSE_PARTS,
+    STATS,
+    STATS_WITHOUT_TARGET,
+    CrossEntropyOptions,
+)
 
 
 def cross_entropy(
@@ -420,7 +427,7 @@ class CrossEntropy(torch.autograd.Function):
             ctx.save_for_backward(classes, w)
             ctx.grad = ctx.grad.detach()
         else:
-            ctx.save_for_backward(classes, w, logits, out["logsumexp"] if per_row else None)
+            ctx.save_for_backward(classes, w, logits, out[LSE_PARTS] if per_row else None)
         loss = (out["loss"] if per_row else run.backend.sum_rows(out["loss"], run.factor)).to(run.dtype)
         if not run.loss.want:
             return loss
@@ -434,11 +441,11 @@ class CrossEntropy(torch.autograd.Function):
         run: _Run = ctx.run
         none = (None,) * 3
         if run.loss.reduction == "none":
-            classes, w, logits, lse = ctx.saved_tensors
+            classes, w, logits, lse_parts = ctx.saved_tensors
             options = kernel_options(run.loss)
-            k = of_cross_entropy(upstream, lse, classes, w, logits.shape[1], options)
+            k = of_cross_entropy(upstream, lse_parts, classes, w, logits.shape[1], options)
             out = logits.detach() if run.inplace else new_gradient(logits.shape, logits.dtype, logits.device)
-            run.backend.row_grad(logits, classes, options, logsumexp=lse, coefficients=k, out=out, w=w)
+            run.backend.row_grad(logits, classes, options, lse_parts=lse_parts, coefficients=k, out=out, w=w)
             if run.inplace:
                 torch.autograd.graph.increment_version(logits)
             return (out, *none)

@@ -17,10 +17,11 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.definition import REFERENCE
-from fastloss.engine.head import NOTHING, Grads, Head, Needs, Saved, Schedule
+from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Saved, Schedule
 from fastloss.losses.cross_entropy import (
     LossOptions,
     constants_with_gradients,
+    cross_entropy,
     kernel_options,
     loss_factor,
     loss_options,
@@ -29,7 +30,10 @@ from fastloss.losses.cross_entropy import (
     z_loss_of_weighted_mean,
 )
 from fastloss.losses.token_stats import TokenStats
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, STATS
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS
+
+# Bytes of the logits of a K-dimensional loss up to which they are made whole.
+WHOLE_LOGITS = 16 << 20
 
 
 def linear_cross_entropy(
@@ -48,6 +52,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     normalizer: int | float | Tensor | None = None,
     chunk_size: int | None = None,
+    memory: str = "auto",
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -66,6 +71,8 @@ def linear_cross_entropy(
         ignore_index: None is -100 for classes; it must be None for class probabilities.
         options: torch's LinearCrossEntropyOptions; its ``batch_chunk_size``, where set, is honoured.
         chunk_size: rows of logits in memory at once; None chooses. ``fastloss.explain`` shows the choice.
+        memory: "fast" takes the fewest GEMMs, for memory of a float32 gradient of the weight at most; "low" the least memory, up
+            to 4 GEMMs; "auto" "low" up to 2 D rows and "fast" beyond.
 
     Raises:
         ValueError, IndexError: as :func:`cross_entropy`.
@@ -89,18 +96,18 @@ def linear_cross_entropy(
         raise ShapeError("ignore_index cannot be specified when target contains probabilities")
     if chunk_size is None and options is not None:
         chunk_size = getattr(options, "batch_chunk_size", None)
-    checks.chunk_size_value(chunk_size)
+    limits = heads.limits_of(chunk_size, memory)
     loss = loss_options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,
         normalizer, return_stats, input.device, probabilities,
     )  # fmt: skip
     _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input)
     if places:
-        return _k_dimensional(rows, linear_weight, target, linear_bias, weight, loss, chunk_size, backend)
+        return _k_dimensional(rows, linear_weight, target, linear_bias, weight, loss, limits, backend)
     if rows.dim() == 1:
         rows, target = rows.unsqueeze(0), target.unsqueeze(0)
     return loss.shaped(
-        _of_rows(rows, linear_weight, target, linear_bias, weight, loss, chunk_size, backend), lead
+        _of_rows(rows, linear_weight, target, linear_bias, weight, loss, limits, backend), lead
     )
 
 
@@ -134,7 +141,7 @@ def _of_rows(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     loss: LossOptions,
-    chunk_size: int | None,
+    limits: Limits,
     backend: str,
 ) -> Any:
     """The loss of ``input [N, D]``, or ``(loss, TokenStats)``."""
@@ -165,13 +172,13 @@ def _of_rows(
         factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
         out = compile_ops.linear_cross_entropy(
             input, linear_weight, linear_bias, classes, w, factor, kernel_options(loss), loss.reduction, loss.want,
-            NOTHING if again else needs, dtype, chunk_size, call.backend.name,
+            NOTHING if again else needs, dtype, limits, call.backend.name,
         )  # fmt: skip
         return loss.with_stats(out[0].to(loss_dtype), out[1:7], STATS)
     head = heads.make_head(call.backend, input, linear_weight, linear_bias, dtype)
     computed = rows if loss.probabilities else heads.count_kept(rows, target, loss.row.ignore_index)
     smooth = loss.probabilities or loss.row.label_smoothing > 0
-    schedule = heads.schedule_of_cross_entropy(head, computed, needs, chunk_size, per_row, smooth)
+    schedule = heads.schedule_of_cross_entropy(head, computed, needs, limits, per_row, smooth)
     call.announce(**schedule.details(head, computed, needs, again))
     classes, w = weights_of(target, weight, loss, acc)
     factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
@@ -264,7 +271,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         ctx.grads = (
             grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend)
         )
-        ctx.save_for_backward(hidden, weight, bias, classes, w, None if ctx.ahead else out["logsumexp"])
+        ctx.save_for_backward(hidden, weight, bias, classes, w, None if ctx.ahead else out[LSE_PARTS])
         loss = (out["loss"] if per_row else backend.sum_rows(out["loss"], run.factor)).to(run.loss_dtype)
         if not run.loss.want:
             return loss
@@ -276,15 +283,15 @@ class LinearCrossEntropy(torch.autograd.Function):
     @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
-        hidden, weight, bias, classes, w, lse = ctx.saved_tensors
+        hidden, weight, bias, classes, w, lse_parts = ctx.saved_tensors
         head = heads.make_head(ctx.backend, hidden, weight, bias, run.dtype)
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
         rest = (None,) * 4
         per_row = run.loss.reduction == "none"
         if not ctx.ahead:
             options = kernel_options(run.loss)
-            k = of_cross_entropy(upstream, lse, classes, w, weight.shape[0], options)
-            saved = Saved(classes, lse, k, options, w)
+            k = of_cross_entropy(upstream, lse_parts, classes, w, weight.shape[0], options)
+            saved = Saved(classes, lse_parts, k, options, w)
             grads = heads.recompute(head, run.needs, run.schedule, saved)
             return (*heads.finish(grads, dtypes, ctx.backend), *rest)
         grads, ctx.grads = ctx.grads, None
@@ -314,12 +321,30 @@ def _k_dimensional(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     loss: LossOptions,
-    chunk_size: int | None,
+    limits: Limits,
     backend: str,
 ) -> Any:
     """PyTorch's K-dimensional loss: ``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities
-    ``[N, C, d1, …]``), one head per place, one mean over all places."""
+    ``[N, C, d1, …]``), one head per place, one mean over all places. Small logits are made whole, in one GEMM over all places."""
     vocab, *places, dim = linear_weight.shape
+    if input.shape[0] * linear_weight.numel() // max(1, dim) * input.element_size() <= WHOLE_LOGITS:
+        bias = None if linear_bias is None else linear_bias.reshape(-1)
+        logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, dim), bias)
+        row = loss.row
+        return cross_entropy(
+            logits.view(input.shape[0], vocab, *places),
+            target,
+            weight,
+            ignore_index=row.ignore_index,
+            reduction=loss.reduction,
+            label_smoothing=row.label_smoothing,
+            z_loss=row.z_loss,
+            logit_scale=row.scale,
+            softcap=row.softcap or None,
+            normalizer=loss.normalizer,
+            return_stats=loss.return_stats,
+            backend=backend,
+        )
     weights = linear_weight.reshape(vocab, -1, dim)
     biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)
     targets = target.reshape(*target.shape[: 2 if loss.probabilities else 1], -1)
@@ -337,7 +362,7 @@ def _k_dimensional(
             None if biases is None else biases[:, k],
             weight,
             each,
-            chunk_size,
+            limits,
             backend,
         )
         for k in range(weights.shape[1])

@@ -19,8 +19,9 @@ from fastloss.tables import DIVERGENCES, PAIR_TERMS, Number, PairConstants, Pair
 
 CODES = {name: code for code, name in enumerate(PAIR_TERMS)}
 LOSS_TYPES = (*(name for name in CODES if name != "center"), "aot", "aot_unpaired")
-NEED_LENGTHS = {"ipo", "sft", "sigmoid_norm", "simpo", "orpo"}
-WITHOUT_REFERENCE = {"sft", "simpo", "orpo"}
+NEED_LENGTHS = {"ipo", "sft", "sigmoid_norm", "simpo", "orpo", "simper"}
+WITHOUT_REFERENCE = {"sft", "simpo", "orpo", "simper"}
+PER_TOKEN = {"simpo", "orpo", "simper"}  # their rewards are log-probs per token
 WITH_MARGIN = {"sigmoid", "hinge", "exo_pair", "robust", "discopop", "sigmoid_norm", "aot", "aot_unpaired"}
 # The reference's normaliser cancels in these, or plays no part: the ones TRL accepts an f-divergence for.
 WITH_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
@@ -118,7 +119,7 @@ def _parse(spec: PreferenceSpec) -> PreferenceOptions:
         )
     average_rewards = spec.average_rewards
     if average_rewards is None:
-        average_rewards = WITHOUT_REFERENCE.issuperset(weights) and ("simpo" in weights or "orpo" in weights)
+        average_rewards = WITHOUT_REFERENCE.issuperset(weights) and not PER_TOKEN.isdisjoint(weights)
     per_token = bool(spec.length_normalized or (shape and ("simpo" in weights or "ipo" in weights)))
     return PreferenceOptions(
         loss_weights=tuple(weights.items()),
@@ -134,7 +135,7 @@ def _parse(spec: PreferenceSpec) -> PreferenceOptions:
         needs_lengths=per_token or average_rewards or not NEED_LENGTHS.isdisjoint(weights),
         needs_reference=not WITHOUT_REFERENCE.issuperset(weights),
         one_launch=not (per_token or average_rewards or shape)
-        and not {"sft", "simpo", "orpo", *SORTED}.intersection(weights),
+        and not {"sft", *PER_TOKEN, *SORTED}.intersection(weights),
     )
 
 

@@ -89,7 +89,7 @@ def policy_loss(
             whatever it holds.
         ref_logprobs: those of the reference policy, for ``beta`` and the metric "kl".
         loss_type: "reinforce", "ppo", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gmpo", "cispo", "sapo", "vespo",
-            "luspo", "gpg", "rloo", "clip_cov", "kl_cov", "dppo_tv" or "dppo_kl".
+            "luspo", "gpg", "importance_sampling", "rloo", "clip_cov", "kl_cov", "dppo_tv" or "dppo_kl".
         clip_low, clip_high: ρ is clipped to [1 - clip_low, 1 + clip_high] (gmpo: log ρ to [-clip_low, clip_high]; dppo:
             the largest divergence where A < 0 and where A > 0); None: the paper's range.
         dual_clip: at most ``dual_clip · |A|`` is lost where A < 0 (> 1; 3 is common). delta: ρ is also clipped above at

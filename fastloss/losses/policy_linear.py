@@ -32,6 +32,7 @@ from fastloss.tables import (
     ACC_DTYPES,
     CORRECTIONS,
     LATE_DTYPES,
+    LSE_PARTS,
     POLICY_PLACE,
     PolicyOptions,
     RowOptions,
@@ -56,6 +57,7 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
+    memory: str = "auto",
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     weights: Tensor | None = None,
@@ -78,7 +80,7 @@ def linear_policy_loss(
         old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, weights, normalizer, cu_seqlens: as in
             :func:`policy_loss`.
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`; entropy is that of the tempered logits.
-        chunk_size: rows of logits in memory at once; None chooses.
+        chunk_size: rows that go together at most; None chooses. memory: as in :func:`linear_cross_entropy`.
         with_entropy: also the metric "entropy" where the loss does not need it.
         **options: the other keywords of :func:`policy_loss` (``loss_type``, ``clip_low``, ``beta``, …).
 
@@ -99,7 +101,7 @@ def linear_policy_loss(
         )
     hidden = heads.check_head(input, linear_weight, linear_bias)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
-    checks.chunk_size_value(chunk_size)
+    limits = heads.limits_of(chunk_size, memory)
     row = row_options(temperature, logit_scale, softcap, IGNORED)
     inputs = lay_flat(
         "target",
@@ -138,12 +140,16 @@ def linear_policy_loss(
     )
     needs = heads.needs_of(input, linear_weight, linear_bias)
     rows = 0 if call.by_definition else heads.count_kept(hidden.shape[0], classes, IGNORED)
-    schedule = heads.chunked(rows, linear_weight.shape[0], dtype, input.device, chunk_size)
+    head = Head(call.backend, hidden, linear_weight, None, dtype)
+    schedule = (
+        heads.schedule_of_one_pass(head, rows, needs, limits, logprobs_only=not resolved.entropy_coef)
+        if token_level and not call.by_definition
+        else heads.schedule_of(head, rows, limits)
+    )
     if call.by_definition:
         call.announce()
     else:
         ahead = token_level or (needs == Needs(True, False, False) and not entropy)
-        head = Head(call.backend, hidden, linear_weight, None, dtype)
         call.announce(**schedule.details(head, rows, needs, bool(needs) and not ahead))
     if call.by_definition or input.device.type != "cpu":
         # A masked row that stays in the GEMM adds 0 · hidden to the weight's gradient: NaN where its hidden state is NaN.
@@ -162,6 +168,7 @@ def linear_policy_loss(
             ignore_index=IGNORED,
             outputs=("logprobs", "entropy") if entropy else ("logprobs",),
             chunk_size=chunk_size,
+            memory=memory,
             backend=name,
         )
         assert stats.logprobs is not None
@@ -311,10 +318,11 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
         name: heads.pick(getattr(inputs, name), keep)
         for name in ("advantages", "mask", "old", "ref", "sampler", "token_weight")
     }
-    want = ("logsumexp", "logprobs", "entropy") if run.with_entropy else ("logsumexp", "logprobs")
+    want = (LSE_PARTS, "logprobs", "entropy") if run.with_entropy else (LSE_PARTS, "logprobs")
     outs: list[Tensor] = []
     bonuses: list[Tensor] = []
-    with heads.begin(head, run.needs, keep, run.schedule) as pass_:
+    logprobs_only = not (run.options.entropy_coef or run.bonus_coef)
+    with heads.begin(head, run.needs, keep, run.schedule, logprobs_only=logprobs_only) as pass_:
         for part in pass_.parts():
             own = part.of(target)
             if not own.shape[0]:
@@ -335,7 +343,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
                 bonuses.append((part.of(bonus_share) * entropy).sum())
                 d_entropy = part.of(d_bonus)
             k = of_token_stats(result.d_logprobs, d_entropy, None, entropy)
-            part.gradients(own, run.row, stats["logsumexp"], k)
+            part.gradients(own, run.row, stats[LSE_PARTS], k)
         grads = pass_.grads()
         out = _added(torch.stack(outs)) if outs else empty_out(run.share)
         loss = out[0] * run.scale if late else out[0].clone()

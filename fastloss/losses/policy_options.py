@@ -52,6 +52,7 @@ VARIANTS: dict[str, Variant] = {
     "vespo": Variant("vespo"),
     "luspo": Variant("clip", "sequence", "seq-mean-token-sum", (3e-4, 4e-4)),
     "gpg": Variant("logprob"),
+    "importance_sampling": Variant("ratio", aggregation="seq-mean-token-sum"),
     "rloo": Variant("clip", "sequence_sum", "seq-mean-token-mean"),
     "clip_cov": Variant("clip", clip=(1.0, 1.0), selects=True),
     "kl_cov": Variant("ratio", selects=True),

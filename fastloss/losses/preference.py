@@ -95,15 +95,15 @@ def preference_loss(
             T may differ), or packed ``[N]`` with ``chosen_cu_seqlens`` and ``rejected_cu_seqlens``. Any float dtype.
         ref_chosen_logps, ref_rejected_logps: the same of the reference model, ``[B]`` or of the policy's shape; constants.
         loss_type: "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-            "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "orpo"; or several, added
-            with ``loss_weights`` (MPO, arXiv:2411.10442).
+            "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "simpo", "orpo", "simper"; or
+            several, added with ``loss_weights`` (MPO, arXiv:2411.10442).
         beta: > 0; or one per pair, ``[B]`` (β-DPO, arXiv:2407.08639).
         label_smoothing: the probability that a label is wrong, in [0, 1]; or one per pair (an AI judge's doubt).
         reference_free: the reference is taken to be uniform, whatever is passed.
         f_divergence_type: "reverse_kl", "forward_kl", "js_divergence", "alpha_divergence" (arXiv:2309.16240).
         margin: what the contrast must exceed, in units of u; or one per pair (ODPO, arXiv:2402.10571).
         length_normalized: every term sees log-probs per token.
-        average_rewards: rewards per token; None: where every term is per token (simpo, orpo).
+        average_rewards: rewards per token; None: where every term is per token (simpo, orpo, simper).
         ld_alpha: weight in [0, 1] of the tokens past the shorter response's length (LD-DPO); needs token log-probs.
         chosen_lengths, rejected_lengths: tokens of each response, ``[B]``; known already where masks are given.
         chosen_mask, rejected_mask: bool or 0/1, of the token log-probs' shape; what is masked touches nothing.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
+from fastloss.engine import head as heads
 from fastloss.engine import head_groups as groups
 from fastloss.engine.autograd import segment_sum
 from fastloss.engine.contract import Backend
@@ -66,6 +67,7 @@ def linear_preference_loss(
     ignore_index: int = -100,
     token_metrics: bool = True,
     chunk_size: int | None = None,
+    memory: str = "auto",
     reduction: str = "mean",
     backend: str = "auto",
 ) -> PreferenceOutput:
@@ -86,7 +88,8 @@ def linear_preference_loss(
         weights: a constant factor of each pair's loss, ``[B]``.
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`, for both models.
         token_metrics: also entropy, mean_token_accuracy, logits/chosen, logits/rejected, from the same pass.
-        chunk_size: the most rows of logits in memory; None lets a pair's logits take as much as the weight and its gradient.
+        chunk_size: rows that go together at most; in chunks of rows None lets a pair's logits take as much as the weight and its
+            gradient. memory: as in :func:`linear_cross_entropy`.
 
     The other options are those of :func:`preference_loss`; lengths and masks come from the targets.
 
@@ -118,7 +121,14 @@ def linear_preference_loss(
     )
     options = row_options(temperature, logit_scale, softcap, ignore_index)
     x = groups.check_grouped_head(
-        input, linear_weight, target, linear_bias, cu_seqlens, options, chunk_size, width=2
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        cu_seqlens,
+        options,
+        heads.limits_of(chunk_size, memory),
+        width=2,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)
     lengths = x.rows.tokens.lengths
@@ -145,7 +155,12 @@ def linear_preference_loss(
     rr = constant("ref_rejected_logps", ref_rejected_logps, count, acc, device)
     with_ref = ref_input is not None and not reference_free
     plan = groups.plan_groups(
-        "linear_preference_loss", x, backend, coupled=reduction == "none" or o.has(*SORTED), ref=with_ref
+        "linear_preference_loss",
+        x,
+        backend,
+        coupled=o.has(*SORTED),
+        per_group=reduction == "none",
+        ref=with_ref,
     )
     tails = None
     if ld_alpha is not None:
@@ -157,10 +172,10 @@ def linear_preference_loss(
         rc, rr = ref[0::2].contiguous(), ref[1::2].contiguous()
     constants = replace(pairs.constants, ref_chosen=rc, ref_rejected=rr)
     pairs = replace(pairs, constants=constants)
-    if plan.fused and constants.chosen_lengths is not None:
+    if plan.spans is not None and constants.chosen_lengths is not None:
         pairs = replace(pairs, mean_tokens=constants.chosen_lengths.mean())
 
-    loss = _PairsOfHead(x, pairs, o, reduction, tails, use_weighting, part_by_part=plan.fused)
+    loss = _PairsOfHead(x, pairs, o, reduction, tails, use_weighting, part_by_part=plan.spans is not None)
     want = ("logprobs", *(("log_sum_sq_probs",) if use_weighting else ()))
     if token_metrics:
         want = (*want, *groups.METRIC_STATS)

@@ -18,7 +18,7 @@ from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Needs
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
-from fastloss.tables import DIFFERENTIABLE_STATS, STATS, STATS_WITHOUT_TARGET, RowOptions
+from fastloss.tables import DIFFERENTIABLE_STATS, LSE_PARTS, STATS, STATS_WITHOUT_TARGET, RowOptions
 
 
 class TokenStats(NamedTuple):
@@ -116,6 +116,7 @@ def linear_token_stats(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprobs",),
     chunk_size: int | None = None,
+    memory: str = "auto",
     backend: str = "auto",
 ) -> TokenStats:
     """:func:`token_stats` of ``input @ linear_weight.T + linear_bias``, without holding those logits.
@@ -126,7 +127,7 @@ def linear_token_stats(
         input: hidden states ``[..., D]``.
         linear_weight: ``[V, D]``. linear_bias: ``[V]``.
         target: int64 ``[...]``.
-        chunk_size: rows of logits in memory at once; None chooses.
+        chunk_size: rows that go together at most; None chooses. memory: as in :func:`linear_cross_entropy`.
 
     >>> import torch, fastloss
     >>> fastloss.linear_token_stats(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([2])).logprobs
@@ -137,14 +138,14 @@ def linear_token_stats(
     want = _wanted(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
-    checks.chunk_size_value(chunk_size)
+    limits = heads.limits_of(chunk_size, memory)
     options = row_options(temperature, logit_scale, softcap, ignore_index)
     flat = None if target is None else target.reshape(-1).contiguous()
     dtype = heads.compute_dtype(input)
     call = resolve_call("linear_token_stats", backend, input, linear_weight, linear_bias, target, dtype=dtype)
     if call.traced and not call.by_definition:
         values = compile_ops.linear_token_stats(
-            hidden, linear_weight, linear_bias, flat, options, want, dtype, chunk_size, call.backend.name
+            hidden, linear_weight, linear_bias, flat, options, want, dtype, limits, call.backend.name
         )
         return _shaped(dict(zip(STATS, values, strict=True)), want, lead)
     if call.by_definition:
@@ -157,12 +158,11 @@ def linear_token_stats(
     head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype)
     needs = heads.needs_of(input, linear_weight, linear_bias)
     rows = heads.count_kept(hidden.shape[0], flat, ignore_index)
-    schedule = heads.chunked(rows, vocab, dtype, input.device, chunk_size)
-    backward = heads.schedule_of(head, rows, needs, chunk_size)
+    schedule = heads.schedule_of(head, rows, limits)
     ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
     call.announce(**schedule.details(head, rows, needs, bool(needs) and not ahead))
     check_targets(flat, vocab, ignore_index)
-    run = StatsRun(call.backend, options, want, dtype, schedule, backward, needs)
+    run = StatsRun(call.backend, options, want, dtype, schedule, needs)
     values = LinearTokenStatistics.apply(hidden, linear_weight, linear_bias, flat, run)
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
@@ -266,10 +266,10 @@ class TokenStatistics(torch.autograd.Function):
         want: tuple[str, ...],
         inplace: bool,
     ) -> Any:
-        out = backend.row_stats(logits, target, options, want=heads.with_logsumexp(want))
+        out = backend.row_stats(logits, target, options, want=heads.with_lse_parts(want))
         ctx.call = backend, options, want, inplace
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, out["logsumexp"], out.get("entropy"))
+        ctx.save_for_backward(logits, target, out[LSE_PARTS], out.get("entropy"))
         ctx.mark_non_differentiable(*[out[n] for n in want if n not in DIFFERENTIABLE_STATS])
         return tuple(out[name] for name in want)
 
@@ -277,13 +277,13 @@ class TokenStatistics(torch.autograd.Function):
     @differentiable_again(_again)
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         backend, options, want, inplace = ctx.call
-        logits, target, lse, entropy = ctx.saved_tensors
+        logits, target, lse_parts, entropy = ctx.saved_tensors
         none = (None,) * 5
         if all(g is None for g in upstream):
             return (None, *none)
-        k = of_upstream(want, upstream, entropy, lse.dtype)
+        k = of_upstream(want, upstream, entropy, lse_parts.dtype)
         out = logits.detach() if inplace else new_gradient(logits.shape, logits.dtype, logits.device)
-        backend.row_grad(logits, target, options, logsumexp=lse, coefficients=k, out=out)
+        backend.row_grad(logits, target, options, lse_parts=lse_parts, coefficients=k, out=out)
         if inplace:
             torch.autograd.graph.increment_version(logits)
         return (out, *none)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
+from fastloss.engine import head as heads
 from fastloss.engine import head_groups as groups
 from fastloss.engine.autograd import differentiable_again, segment_sum
 from fastloss.engine.backend import resolve_call
@@ -368,6 +369,7 @@ def linear_kto_loss(
     ignore_index: int = -100,
     token_metrics: bool = True,
     chunk_size: int | None = None,
+    memory: str = "auto",
     reduction: str = "mean",
     backend: str = "auto",
 ) -> UnpairedOutput:
@@ -380,6 +382,7 @@ def linear_kto_loss(
         target: int64 ``[B, T]`` or ``[N]``; ``ignore_index`` on prompts and padding.
         desirable: bool ``[B]``.
         ref_input, ref_weight, ref_bias: the reference model's; or its log-probs ``ref_logps`` ``[B]``; neither: uniform.
+        chunk_size, memory: as in :func:`linear_preference_loss`.
         kl_logps, ref_kl_logps, kl: as in :func:`kto_loss`; :func:`linear_token_stats` gives the log-probs at 1 GEMM.
 
     >>> import torch, fastloss
@@ -392,7 +395,14 @@ def linear_kto_loss(
     o = _checked(loss_type, beta, desirable_weight, undesirable_weight, reduction)
     options = row_options(temperature, logit_scale, softcap, ignore_index)
     x = groups.check_grouped_head(
-        input, linear_weight, target, linear_bias, cu_seqlens, options, chunk_size, width=1
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        cu_seqlens,
+        options,
+        heads.limits_of(chunk_size, memory),
+        width=1,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)
     if ref_input is not None and ref_logps is not None:
@@ -403,7 +413,7 @@ def linear_kto_loss(
     ref = constant("ref_logps", ref_logps, count, acc, input.device)
     shift = _kto_kl(loss_type, kl, kl_logps, ref_kl_logps, acc, input.device)
     plan = groups.plan_groups(
-        "linear_kto_loss", x, backend, coupled=reduction == "none", ref=ref_input is not None
+        "linear_kto_loss", x, backend, coupled=False, per_group=reduction == "none", ref=ref_input is not None
     )
     if ref_input is not None:
         assert ref_weight is not None

@@ -12,7 +12,7 @@ from fastloss.reference.policy_gradient import (
     value_loss,
 )
 from fastloss.reference.preference import pair_loss, segment_sum, unpaired_loss
-from fastloss.reference.token_stats import linear_token_stats, token_stats
+from fastloss.reference.token_stats import linear_token_stats, lse_parts, token_stats
 
 __all__ = [
     "Sequences",
@@ -23,6 +23,7 @@ __all__ = [
     "kl_estimate",
     "linear_cross_entropy",
     "linear_token_stats",
+    "lse_parts",
     "pair_loss",
     "policy_loss",
     "row_gradient",

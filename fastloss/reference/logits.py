@@ -26,7 +26,7 @@ def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
 def row_gradient(
     logits: Tensor,
     target: Tensor | None,
-    logsumexp: Tensor,
+    lse_parts: Tensor,
     a: Tensor | None,
     b: Tensor | None,
     c: Tensor | None,
@@ -42,7 +42,7 @@ def row_gradient(
     x = logits.detach().requires_grad_()
     with torch.enable_grad():
         z = effective_logits(x, bias=bias, scale=scale, softcap=softcap)
-    logp = z.detach() - logsumexp.unsqueeze(-1)
+    logp = (z.detach() - lse_parts[:, :1]) - lse_parts[:, 1:]
     p = logp.exp()
     dz = torch.zeros_like(p)
     if b is not None:

@@ -158,6 +158,10 @@ def center(p: Pair) -> Tensor:
     return (p.c + p.r) ** 2
 
 
+def simper(p: Pair) -> Tensor:
+    return (p.r / p.lr).exp() - (p.c / p.lc).exp()
+
+
 PAIR_TERM = {
     term.__name__: term
     for term in (
@@ -177,6 +181,7 @@ PAIR_TERM = {
         simpo,
         orpo,
         center,
+        simper,
     )
 }
 

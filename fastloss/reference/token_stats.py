@@ -44,6 +44,22 @@ def token_stats(
     return stats
 
 
+def lse_parts(
+    logits: Tensor,
+    target: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """The largest logit of each row and log Σ e^(z - largest), ``[..., 2]``; 0 where the target is ignored."""
+    z = effective_logits(logits.detach(), bias=bias, scale=scale, softcap=softcap)
+    largest = z.amax(-1, keepdim=True)
+    parts = torch.cat([largest, (z - largest).exp().sum(-1, keepdim=True).log()], -1)
+    return parts if target is None else parts.masked_fill((target == ignore_index).unsqueeze(-1), 0)
+
+
 def linear_token_stats(
     input: Tensor,
     linear_weight: Tensor,

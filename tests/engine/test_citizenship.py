@@ -117,7 +117,7 @@ def test_opcheck(reduction: str) -> None:
         stats | {"dtype": torch.float32, "chunk": 0},
     )
     lse = logits.detach().logsumexp(-1)
-    given = (target, lse, lse, lse, None, None, None)
+    given = (target, torch.stack([lse, torch.zeros_like(lse)], -1), lse, lse, None, None, None)
     torch.library.opcheck(ops.row_grad.default, (logits.detach(), *given), row | {"softcap": 0.0})
     operands = (hidden.detach(), weight.detach(), bias.detach())
     torch.library.opcheck(

@@ -14,7 +14,7 @@ from fastloss.engine.native import DirectPairs
 from fastloss.tables import PAIR_TERMS
 
 B = 7
-LONG = ("ipo", "sft", "sigmoid_norm", "simpo", "orpo", "center")
+LONG = ("ipo", "sft", "sigmoid_norm", "simpo", "orpo", "center", "simper")
 OPTIONS: list[dict[str, Any]] = [
     *({"loss_type": name, "label_smoothing": 0.1} for name in PAIR_TERMS if name not in LONG),
     {"loss_type": ["sigmoid", "hinge", "apo_zero"], "loss_weights": [0.8, 0.2, 1], "beta": 1},
@@ -141,7 +141,7 @@ def test_one_leaf_or_none(taken: list[None]) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *({"loss_type": name} for name in ("sft", "simpo", "orpo", "ipo", "aot")),
+        *({"loss_type": name} for name in ("sft", "simpo", "orpo", "simper", "ipo", "aot")),
         {"loss_type": "sigmoid", "length_normalized": True},
         {"beta": torch.tensor(0.1)},
         {"margin": torch.zeros(B)},

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastloss.engine.native import CpuContext, NativeBackend, check_tables, cpu_backend
-from fastloss.tables import NATIVE_TABLES, PairOptions, RowOptions
+from fastloss.tables import LSE_PARTS, NATIVE_TABLES, PairOptions, RowOptions
 
 
 def module_with(**changed: tuple[str, ...]) -> ModuleType:
@@ -22,8 +22,8 @@ def test_tables_that_differ_are_an_import_error() -> None:
     check_tables(module_with())
     for changed, message in [
         (("sigmoid", "ipo", *terms[2:]), "expected 'hinge' as code 1 of 'pair_terms', got 'ipo'"),
-        (terms[:-1], "expected 'center' as code 15 of 'pair_terms', got nothing"),
-        ((*terms, "new"), "expected nothing as code 16 of 'pair_terms', got 'new'"),
+        (terms[:-1], f"expected {terms[-1]!r} as code {len(terms) - 1} of 'pair_terms', got nothing"),
+        ((*terms, "new"), f"expected nothing as code {len(terms)} of 'pair_terms', got 'new'"),
     ]:
         with pytest.raises(ImportError, match=message):
             NativeBackend("cpu", module_with(pair_terms=changed), CpuContext())
@@ -45,7 +45,7 @@ def test_memory_that_a_call_needs_cannot_be_0() -> None:
     module, x = cpu_backend().module, torch.zeros(3)
     place = x.data_ptr()
     rows = {"logits": place, "dtype": 0, "rows": 1, "vocab": 3, "row_stride": 3, "target": 0, "bias": 0}
-    stats = dict.fromkeys(NATIVE_TABLES["stats"], 0)
+    stats = dict.fromkeys((*NATIVE_TABLES["stats"], LSE_PARTS), 0)
     with pytest.raises(ValueError, match="logits: expected an address, got 0"):
         module.row_stats(**{**rows, "logits": 0}, options=RowOptions(), **stats, context=1)
     with pytest.raises(ValueError, match="target: logprobs and is_top1 need one"):

@@ -67,7 +67,7 @@ def row_grad(x, target, out, lse, a=None, b=None, c=None, d=None, w=None, thread
             x,
             target,
             RowOptions(**opt),
-            logsumexp=lse,
+            lse_parts=torch.stack([lse, torch.zeros_like(lse)], -1),
             coefficients=Coefficients(a, b, c, d),
             out=out,
             bias=bias,

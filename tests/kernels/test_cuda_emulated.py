@@ -165,7 +165,16 @@ def run_grad(
     **k: Tensor,
 ) -> None:
     options, coefficients = RowOptions(scale=scale, softcap=softcap), Coefficients(**k)
-    kernels().row_grad(x, target, options, logsumexp=lse, coefficients=coefficients, out=out, bias=bias, w=w)
+    kernels().row_grad(
+        x,
+        target,
+        options,
+        lse_parts=torch.stack([lse, torch.zeros_like(lse)], -1),
+        coefficients=coefficients,
+        out=out,
+        bias=bias,
+        w=w,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

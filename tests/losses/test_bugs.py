@@ -450,14 +450,14 @@ def test_rows_further_apart_than_32_bits(backend: str) -> None:
     F.cross_entropy(exact, t, reduction="sum").backward()
     for function in ("row_cross_entropy", "row_grad"):
         x.copy_(exact)
-        stats = kernels.row_stats(x, t, RowOptions(), want=("logprobs", "logsumexp"))
+        stats = kernels.row_stats(x, t, RowOptions(), want=("logprobs", "lse_parts"))
         torch.testing.assert_close(
             stats["logprobs"].double(), exact.log_softmax(-1)[[0, 1], t].detach(), rtol=1e-5, atol=1e-5
         )
         if function == "row_grad":
             one = torch.ones(2, device=DEVICE)
             k = Coefficients(a=-one, b=one)
-            kernels.row_grad(x, t, RowOptions(), logsumexp=stats["logsumexp"], coefficients=k, out=x)
+            kernels.row_grad(x, t, RowOptions(), lse_parts=stats["lse_parts"], coefficients=k, out=x)
         else:
             kernels.row_cross_entropy(x, t, CrossEntropyOptions(), grad=x)
         torch.testing.assert_close(x.double(), exact.grad, rtol=8e-3, atol=1e-6)

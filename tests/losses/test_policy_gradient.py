@@ -131,6 +131,8 @@ def by_hand(d: dict[str, Tensor], loss_type: str, low: float = 0.2, high: float 
         return (-a * lp * m).sum(-1).mean()
     if loss_type == "gpg":
         return mean(-a * lp)
+    if loss_type == "importance_sampling":
+        return (-a * lr.exp() * m).sum(-1).mean()
     if loss_type in ("ppo", "dapo", "bnpo"):
         return mean(clipped(lr.exp()))
     if loss_type == "grpo":

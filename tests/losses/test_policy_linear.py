@@ -188,7 +188,9 @@ def test_gemms(backend: str) -> None:
     assert plan(False, entropy_coef=0.1)["gemms"] == 3
     assert plan(False, loss_type="gspo")["gemms"] == 4 and plan(True, loss_type="gspo")["gemms"] == 2
     assert plan(True, loss_type="gspo", entropy_coef=0.1)["gemms"] == 3
-    assert plan(False)["chunk_rows"] == 5 and plan(False)["buffer_bytes"] == 5 * V * 4
+    assert plan(False)["chunk_rows"] == 5
+    if plan(False)["schedule"] == "chunks of rows":
+        assert plan(False)["buffer_bytes"] == 5 * V * 4
     if DEVICE == "cpu":
         assert plan(False)["rows"] == int(data["mask"].sum())
 
@@ -210,7 +212,10 @@ def test_upstream_retained_frozen_and_twice(backend: str, dtype: torch.dtype) ->
     assert all(torch.allclose(4 * a.float(), b.float(), **bounds) for a, b in zip(first, second, strict=True))
     frozen = fastloss.linear_policy_loss(hidden, weight.detach(), **kept, backend=backend).loss
     frozen.backward()
-    assert torch.equal(hidden.grad, first[0]) and weight.grad is None
+    # A frozen weight's d hidden may be made with the statistics, and multiplied with the coefficients after them.
+    size = first[0].float().abs().max().item()
+    torch.testing.assert_close(hidden.grad, first[0], rtol=4 * info.eps, atol=4 * info.eps * size)
+    assert weight.grad is None
 
 
 @pytest.mark.parametrize("backend", ALL)

@@ -132,6 +132,7 @@ def test_definitions_are_the_papers_formulas() -> None:
         "sigmoid_norm": -math.log(sigma(beta * (xc / 4 - xr / 8))),
         "simpo": -math.log(sigma(beta * (-5.0 / 4 + 7.0 / 8) - 0.5)),
         "orpo": -beta * math.log(sigma(math.log(odds[0] / odds[1]))),
+        "simper": math.exp(-7.0 / 8) - math.exp(-5.0 / 4),
         "aot": -math.log(sigma(u)),
         "aot_unpaired": -math.log(sigma(u)),
     }
@@ -157,6 +158,7 @@ TOKENS: list[dict[str, Any]] = [
     {"ld_alpha": 0.4, "loss_type": ["sigmoid", "sft"]},
     {"ld_alpha": 1.0},
     {"loss_type": "simpo", "reference_free": True},
+    {"loss_type": "simper", "reference_free": True},
 ]
 
 
