@@ -1,5 +1,16 @@
 """fastloss: losses for language models, fast, small and exact."""
 
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "fastloss needs PyTorch 2.8 or newer: install the build for this machine first (pytorch.org/get-started), "
+        "for a CPU: pip install torch --index-url https://download.pytorch.org/whl/cpu",
+        name="torch",
+    ) from None
+
 from fastloss import nn
 from fastloss._version import __version__
 from fastloss.engine.backend import backends, explain, use_backend, validate_targets
