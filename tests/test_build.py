@@ -301,6 +301,12 @@ def small_wheel(folder: Path, change: dict[str, bytes | None], name: str = "0.1.
     return path
 
 
+def test_a_wheel_has_what_is_asked_of_it() -> None:
+    assert (ROOT / "fastloss" / "py.typed").exists()
+    assert all((ROOT / licence).exists() for licence in check_wheel.LICENCES)
+    assert len(check_wheel.kernels()) > 5
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -2,11 +2,11 @@
 # Each Python named gets an environment of its own with the wheel of dist/ that fits: fastloss info, the README's first example, and
 # the quick tests, against what was installed. The environment is removed afterwards.
 #   tools/try_wheel.sh python3.10 python3.11 …
-# TORCH_ARGS as for make setup. FASTLOSS_TRY_DIST: another folder of wheels (dist/cpu). FASTLOSS_TRY_TESTS: other tests.
+# TORCH: which one (torch==2.13.0); TORCH_ARGS as for make setup. FASTLOSS_TRY_DIST: another folder of wheels (dist/cpu). FASTLOSS_TRY_TESTS: other tests.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 dist="${FASTLOSS_TRY_DIST:-$root/dist}"
-read -ra torch <<<"torch ${TORCH_ARGS:-}"
+read -ra torch <<<"${TORCH:-torch} ${TORCH_ARGS:-}"
 read -ra tests <<<"${FASTLOSS_TRY_TESTS:-tests/test_docstrings.py tests/test_scratch.py tests/losses/test_bugs.py}"
 failed=0
 for python in "$@"; do
