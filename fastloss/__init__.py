@@ -51,6 +51,7 @@ from fastloss.losses.token_stats import (
     entropy_from_logits,
     linear_token_stats,
     selective_log_softmax,
+    selective_log_softmax_and_entropy,
     token_stats,
 )
 from fastloss.losses.trust_region import trust_region_mask
@@ -108,6 +109,7 @@ __all__ = [
     "reward_model_loss",
     "rloo_advantages",
     "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
     "simpo_loss",
     "token_rewards",
     "token_stats",

@@ -64,7 +64,7 @@ def linear_cross_entropy(
     Args:
         input: hidden states ``[D]``, ``[N, D]``, or ``[…, D]`` with an int64 target of shape ``[…]``.
         linear_weight: ``[C, D]``; ``[C, d1, …, D]`` for a K-dimensional loss, as in PyTorch.
-        target: int64 classes ``[N]`` (``[N, d1, …]``), or class probabilities ``[N, C]``.
+        target: int64 or uint8 classes ``[N]`` (``[N, d1, …]``), or class probabilities ``[N, C]``.
         linear_bias: ``[C]`` (``[C, d1, …]``).
         weight, reduction, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats, backend: as in
             :func:`cross_entropy`.
@@ -85,6 +85,7 @@ def linear_cross_entropy(
     checks.is_floating("input", input)
     checks.is_floating("linear_weight", linear_weight)
     checks.is_tensor("target", target)
+    target = checks.wide_index(target)
     lead = input.shape[:-1]
     rows = input
     if input.dim() > 2 and target.dtype == torch.int64 and target.shape == lead and linear_weight.dim() == 2:
