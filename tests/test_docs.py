@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -115,6 +117,18 @@ def test_the_site_leads_to_every_page() -> None:
             reached |= set(base.parent.glob(base.name + suffix))
     pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/integrations/*.md"), *ROOT.glob("docs/api/*.rst")]
     assert [page.name for page in pages if page not in reached] == []
+
+
+def test_the_gpu_page_has_the_tables_that_its_tool_prints() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "gpu" / "floors.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    without_measured = re.sub(r"[^|\n]*\|$", "|", page, flags=re.M)
+    assert re.sub(r"[^|\n]*\|$", "|", done.stdout.strip(), flags=re.M) in without_measured
 
 
 def test_what_the_code_cites_is_there() -> None:

@@ -7,7 +7,7 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 dist="${FASTLOSS_TRY_DIST:-$root/dist}"
 read -ra torch <<<"${TORCH:-torch} ${TORCH_ARGS:-}"
-read -ra tests <<<"${FASTLOSS_TRY_TESTS:-tests/test_docstrings.py tests/test_scratch.py tests/losses/test_bugs.py}"
+read -ra tests <<<"${FASTLOSS_TRY_TESTS:-tests/test_docstrings.py tests/losses/test_bugs.py}"
 failed=0
 for python in "$@"; do
   work="$(mktemp -d)"
@@ -25,7 +25,8 @@ for python in "$@"; do
     "$python" -m fastloss info
     "$python" tools/first_example.py README.md
     PIP_DISABLE_PIP_VERSION_CHECK=1 python3 -m pip --python "$python" install -q pytest hypothesis numpy expecttest
-    "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+    # Without the emulation of CUDA, which is compiled from the sources.
+    "$python" -m pytest -q -p no:cacheprovider -k "not cuda" "${tests[@]}"
   ) || { echo "== $tag: FAILED"; failed=1; }
   rm -rf "$work"
 done
