@@ -118,7 +118,7 @@ def liger() -> Provider:
 
 
 def cut_cross_entropy() -> Provider:
-    """On a CPU with impl="torch_compile", which its documentation names for machines without its kernels."""
+    """On a CPU with impl="torch_compile", the one of its implementations that needs no GPU."""
     function, number = _function("cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy")
     impl = "cce" if torch.cuda.is_available() else "torch_compile"
 
