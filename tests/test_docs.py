@@ -25,7 +25,7 @@ PAGES = sorted(
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 TOP = ("fastloss", "csrc", "kernels", "tests", "docs", "tools", "benchmarks")
 # The package's own folders are also named without "fastloss/".
-INSIDE = ("losses", "engine", "reference", "integrations", "harness", "bench", "plan", "cli")
+INSIDE = ("losses", "engine", "reference", "integrations", "harness", "bench", "plan", "cli", "conformance")
 PATH = re.compile(rf"(?<![\w/.\-])(?:{'|'.join((*TOP, *INSIDE))})/[\w./*\-]*")
 FILE = re.compile(r"`(\w+\.(?:py|h|cpp|cu))`")
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")

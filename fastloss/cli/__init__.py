@@ -1,4 +1,4 @@
-"""The command line: ``fastloss info | bench | plan | train | demo``, a file per command."""
+"""The command line: ``fastloss info | bench | check | plan | train | demo``, a file per command."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ def main() -> None:
 
 def _mount(app) -> None:  # type: ignore[no-untyped-def]
     """The commands whose extras are installed; each of the others says what is missing."""
+    from fastloss.cli.check import check
     from fastloss.cli.info import info
     from fastloss.cli.plan import plan
 
+    app.command()(check)
     app.command()(info)
     app.command()(plan)
     try:

@@ -1,0 +1,61 @@
+"""``fastloss check``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fastloss import conformance
+from fastloss.cli.tables import console, show
+from fastloss.conformance import report
+from fastloss.conformance.providers import Missing
+
+HELP = ", ".join(conformance.provider_names()) + ", or module:function"
+
+
+def check(
+    provider: Annotated[list[str] | None, typer.Option(help=f"Any number of: {HELP}. Default: all.")] = None,
+    only: Annotated[str, typer.Option(help="Only the checks whose names contain this.")] = "",
+    form: Annotated[
+        str, typer.Option("--format", help="table, markdown, json, or sources (what is checked).")
+    ] = "table",
+) -> None:
+    """Does a loss have one of the ways of being silently wrong? Exit status 1 where a check fails."""
+    forms = ("table", "markdown", "json", "sources")
+    if form not in forms:
+        raise typer.BadParameter(f"expected one of {', '.join(forms)}, got {form!r}", param_hint="--format")
+    checks = [c for c in conformance.CHECKS if only in c.name]
+    if not checks:
+        raise typer.BadParameter(f"no check's name contains {only!r}", param_hint="--only")
+    if form == "sources":
+        print(report.sources(checks), end="")
+        return
+    providers, missing = [], {}
+    for name in provider or conformance.provider_names():
+        try:
+            providers.append(conformance.provider(name))
+        except Missing as error:
+            if provider:
+                raise typer.BadParameter(str(error), param_hint="--provider") from None
+            missing[name] = str(error)
+    results = list(conformance.run_all(checks, providers))
+    if form == "markdown":
+        print(report.markdown(checks, providers, results, missing), end="")
+    elif form == "json":
+        print(report.as_json(providers, results, missing))
+    else:
+        out = console(80 + 18 * len(providers))
+        show(
+            out,
+            report.machine(),
+            ["check", *(p.name for p in providers)],
+            report.cells(checks, providers, results),
+        )
+        for result in results:
+            if result.state == "fail":
+                print(f"FAIL {result.provider}  {result.check}  {result.detail}")
+        for name, why in missing.items():
+            print(f"not run: {name}: {why}")
+    if any(result.state == "fail" for result in results):
+        raise SystemExit(1)

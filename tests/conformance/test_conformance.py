@@ -1,0 +1,118 @@
+"""fastloss's backends pass every check or refuse with a word; a loss with a known bug fails the check of that bug."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from backends_under_test import ALL, DEVICE, need
+
+from fastloss import conformance
+from fastloss.conformance import report
+from fastloss.conformance.providers import Missing
+
+# What the kernels refuse, with a part of their word; "auto" hands torch.func's transforms to the definition.
+REFUSED = {"ce: a negative view": "negative"}
+REFUSED_BY_NAME = {
+    "ce: per-sample gradients": "through the definition",
+    "head: per-sample gradients": "through the definition",
+}
+
+
+SLOW = os.environ.get("FASTLOSS_TEST_SLOW", "") not in ("", "0")
+
+
+def _checks(backend: str) -> tuple[conformance.Check, ...]:
+    """Interpreted and emulated kernels take a minute for all: every sixth, without those of thousands of classes."""
+    if SLOW or backend in ("auto", "reference", "cpu"):
+        return conformance.CHECKS
+    return tuple(c for c in conformance.CHECKS[::6] if "8192" not in c.name)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the checks are on the CPU")
+@pytest.mark.parametrize("backend", ("auto", *ALL))
+def test_backend(backend: str) -> None:
+    if backend != "auto":
+        need(backend)
+    checks = _checks(backend)
+    results = list(conformance.run_all(checks, [conformance.provider(f"fastloss:{backend}")]))
+    assert len(results) == len(checks) > 15
+    assert [r for r in results if r.state == "fail"] == []
+    refused = {r.check: r.detail for r in results if r.state == "not supported"}
+    expected = REFUSED if backend == "auto" else {**REFUSED, **REFUSED_BY_NAME}
+    assert set(refused) <= set(expected), refused
+    for name, detail in refused.items():
+        assert expected[name] in detail
+
+
+class _ForgetsUpstream(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, target, reduction):
+        ctx.save_for_backward(logits, target)
+        return F.cross_entropy(logits, target, reduction=reduction)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        logits, target = ctx.saved_tensors
+        return (logits.softmax(1) - F.one_hot(target, logits.shape[1])) / len(target), None, None
+
+
+def forgets_upstream(logits, target, *, reduction="mean"):
+    return _ForgetsUpstream.apply(logits, target, reduction)
+
+
+def counts_ignored(logits, target, *, ignore_index=-100):
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum") / len(target)
+
+
+def absolute(logits, target):
+    """Keeps a float32 logsumexp of logits with an offset."""
+    return logits.gather(-1, target[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+@pytest.mark.parametrize(
+    ("function", "interface", "check"),
+    [
+        (forgets_upstream, "cross_entropy", "ce: an upstream gradient of 1024"),
+        (counts_ignored, "cross_entropy", "ce: mean over kept tokens"),
+        (absolute, "logprobs", "tokens: log-prob, offset of 1e4"),
+    ],
+)
+def test_a_bug_is_found(function, interface, check) -> None:
+    provider = conformance.Provider("mine", "1", {interface: function})
+    result = conformance.run(conformance.find(check), provider)
+    assert result.state == "fail" and "right" in result.detail
+    assert conformance.run(conformance.find("ce: value and gradient"), provider).state in (
+        "pass",
+        "not supported",
+    )
+
+
+def test_what_a_function_lacks_is_not_supported() -> None:
+    provider = conformance.provider("torch.nn.functional:cross_entropy")
+    result = conformance.run(conformance.find("ce: z-loss"), provider)
+    assert (result.state, result.detail) == ("not supported", "no option z_loss")
+    assert conformance.run(conformance.find("ce: class weights"), provider).state == "pass"
+    with pytest.raises(Missing, match="no_such"):
+        conformance.provider("torch.nn.functional:no_such")
+
+
+def test_reports_say_the_number_and_the_right_one() -> None:
+    mine = conformance.Provider("mine", "1", {"cross_entropy": counts_ignored})
+    checks = [conformance.find("ce: mean over kept tokens"), conformance.find("kl: k3")]
+    results = list(conformance.run_all(checks, [mine]))
+    page = report.markdown(checks, [mine], results, {"quack": "needs a GPU"})
+    assert "| ce: mean over kept tokens | FAIL |" in page and "| kl: k3 | – |" in page
+    assert "quack (needs a GPU)" in page and results[0].detail in page
+    data = json.loads(report.as_json([mine], results, {}))
+    assert [r["state"] for r in data["results"]] == ["fail", "not supported"]
+
+
+def test_every_check_names_its_source_and_its_tolerance() -> None:
+    names = [check.name for check in conformance.CHECKS]
+    assert len(set(names)) == len(names)
+    for check in conformance.CHECKS:
+        assert check.source and check.tolerance.reason and check.bug, check.name
