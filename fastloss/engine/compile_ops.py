@@ -283,7 +283,7 @@ def token_stats(
 # --- the linear head -----------------------------------------------------------------------------------------------
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
-_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, str backend"
+_HOW = "bool[] needs, ScalarType dtype, int chunk, str backend, str memory='auto'"
 
 
 def _schedule(head: Head, target: Tensor | None, ignore_index: int, limits: Limits) -> Schedule:
@@ -305,7 +305,23 @@ def _fake_grads(hidden, weight, bias, needs, dtypes):  # type: ignore[no-untyped
 
 @_operator("linear_row_grad", f"{_HEAD}, {_GIVEN}", RowOptions, _HOW, "Tensor[]")
 def _linear_row_grad(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, lse_parts, a, b, c, d, w, *, needs, dtype, chunk, memory, backend, **fields
+    hidden,
+    weight,
+    bias,
+    target,
+    lse_parts,
+    a,
+    b,
+    c,
+    d,
+    w,
+    *,
+    needs,
+    dtype,
+    chunk,
+    backend,
+    memory="auto",
+    **fields,
 ):
     options = _record(RowOptions, fields)
     needed = Needs(*needs)
@@ -352,14 +368,14 @@ def linear_row_grad(
 
 @_operator(
     "linear_cross_entropy",
-    f"{_HEAD}, Tensor? target, Tensor? w, Tensor? token_weight, Tensor? factor_tensor",
+    f"{_HEAD}, Tensor? target, Tensor? w, Tensor? factor_tensor, Tensor? token_weight=None",
     CrossEntropyOptions,
     f"{_LOSS}, {_HOW}",
     "Tensor[]",
 )
 def _linear_cross_entropy(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, token_weight, factor_tensor, *,
-    factor, reduction, want, needs, dtype, chunk, memory, backend, **fields,
+    hidden, weight, bias, target, w, factor_tensor, token_weight=None, *,
+    factor, reduction, want, needs, dtype, chunk, backend, memory="auto", **fields,
 ):  # fmt: skip
     options, needed, names = _record(CrossEntropyOptions, fields), Needs(*needs), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
@@ -393,7 +409,19 @@ def _grad_dtypes(
 
 @_linear_cross_entropy.register_fake
 def _(
-    hidden, weight, bias, target, w, token_weight, factor_tensor, *, reduction, want, needs, dtype, **fields
+    hidden,
+    weight,
+    bias,
+    target,
+    w,
+    factor_tensor,
+    token_weight=None,
+    *,
+    reduction,
+    want,
+    needs,
+    dtype,
+    **fields,
 ):  # type: ignore[no-untyped-def]
     rows = hidden.shape[0]
     loss = hidden.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[dtype])
@@ -402,7 +430,8 @@ def _(
 
 
 def _save_linear_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, token_weight, factor_tensor = inputs
+    hidden, weight, bias, target, w, factor_tensor, token_weight = (*inputs, None)[:7]
+    ctx.constants = len(inputs) - 3
     ctx.given = keyword_only_inputs
     ctx.needs = list(ctx.needs_input_grad[:3])
     ctx.dtypes = heads.leaf_dtypes(hidden, weight, bias)
@@ -428,9 +457,9 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
             g = g * token_weight
         k = _contiguous(of_cross_entropy(g, lse_parts, target, w, weight.shape[0], options))
         saved = Saved(target, lse_parts, k, options, w)
-        how = ctx.needs, dtype, Limits(given["chunk"] or None, given["memory"]), given["backend"]
+        how = ctx.needs, dtype, Limits(given["chunk"] or None, given.get("memory", "auto")), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
-    return (*grads, *[None] * 4)
+    return (*grads, *[None] * ctx.constants)
 
 
 _linear_cross_entropy.register_autograd(
@@ -461,8 +490,8 @@ def linear_cross_entropy(
         bias,
         target,
         w,
-        token_weight,
         factor.tensor,
+        token_weight,
         **_all_fields(options),
         factor=factor.value,
         reduction=reduction,
@@ -479,10 +508,12 @@ def linear_cross_entropy(
     "linear_token_stats",
     f"{_HEAD}, Tensor? target",
     RowOptions,
-    "str want, ScalarType dtype, int chunk, str memory, str backend",
+    "str want, ScalarType dtype, int chunk, str backend, str memory='auto'",
     "Tensor[]",
 )
-def _linear_token_stats(hidden, weight, bias, target, *, want, dtype, chunk, memory, backend, **fields):  # type: ignore[no-untyped-def]
+def _linear_token_stats(
+    hidden, weight, bias, target, *, want, dtype, chunk, backend, memory="auto", **fields
+):  # type: ignore[no-untyped-def]
     options, names = _record(RowOptions, fields), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
@@ -509,7 +540,12 @@ def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
     given = ctx.given
     k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse_parts.dtype)
     saved = Saved(target, lse_parts, k, _record(RowOptions, given))
-    how = ctx.needs, given["dtype"], Limits(given["chunk"] or None, given["memory"]), given["backend"]
+    how = (
+        ctx.needs,
+        given["dtype"],
+        Limits(given["chunk"] or None, given.get("memory", "auto")),
+        given["backend"],
+    )
     return (*linear_row_grad(hidden, weight, bias, saved, *how), None)
 
 

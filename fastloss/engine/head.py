@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastloss.engine import checks, head_blocks
@@ -197,6 +198,8 @@ class _Pass:
         if isinstance(run, RowChunks):
             count_gemms(run.head, run.rows, 1 + run.needs.hidden + run.needs.weight)
         self._stack.enter_context(_disable_current_modes())
+        # Nor does torch.compile trace what is computed here: with the modes gone it would begin with the next frame.
+        self._stack.callback(set_eval_frame, set_eval_frame(None))
         self._stack.enter_context(torch.autocast(device, enabled=False))
         self._stack.enter_context(torch.no_grad())
         return self

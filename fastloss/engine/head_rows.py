@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
+from fastloss.engine import devices
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Factor
@@ -103,15 +104,12 @@ class _Gemms:
 
     def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
         assert self.d_weight is not None
-        beta, self.weight_begun = int(self.weight_begun), True
-        if z.dtype == self.acc:
-            torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out=self.d_weight)
-        elif z.is_cuda:
-            torch.addmm(self.d_weight, z.t(), hidden, beta=beta, out_dtype=self.acc, out=self.d_weight)
-        elif z.dtype == torch.bfloat16 and supports_gemm_bf16() and hidden.stride(1) == 1:
-            gemm_bf16(self.d_weight, z, hidden, accumulate=bool(beta))
+        begun, self.weight_begun = self.weight_begun, True
+        on_cpu = z.device.type == "cpu"  # XPU, MPS … have addresses that CPU code must not see
+        if on_cpu and z.dtype == torch.bfloat16 and supports_gemm_bf16() and hidden.stride(1) == 1:
+            gemm_bf16(self.d_weight, z, hidden, accumulate=begun)
         else:
-            torch.addmm(self.d_weight, z.t().to(self.acc), hidden.to(self.acc), beta=beta, out=self.d_weight)
+            devices.add_transposed(self.d_weight, z, hidden, accumulate=begun)
 
     def finish(self) -> Grads:
         if self.d_weight is not None and not self.weight_begun:  # no rows

@@ -57,7 +57,10 @@ class LinearTokenStatistics(torch.autograd.Function):
         # With a frozen weight, and only logprobs to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
         ctx.ahead = differentiable == ["logprobs"] and run.needs == Needs(True, False, False)
         out, d_hidden = heads.stats(head, target, run.options, run.want, run.schedule, ctx.ahead)
-        ctx.save_for_backward(hidden, weight, bias, target, out[LSE_PARTS], out.get("entropy"), d_hidden)
+        entropy = out.get("entropy")
+        if entropy is not None:  # the caller may change what is returned in place
+            entropy = entropy.clone()
+        ctx.save_for_backward(hidden, weight, bias, target, out[LSE_PARTS], entropy, d_hidden)
         ctx.mark_non_differentiable(*[out[n] for n in run.want if n not in run.differentiable])
         return tuple(out[name] for name in run.want)
 

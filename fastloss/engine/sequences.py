@@ -89,7 +89,9 @@ def flat_mask(mask: Tensor | None, like: Tensor) -> Tensor:
     checks.has_shape("mask", mask, tuple(like.shape))
     checks.same_device("mask", mask, like.device)
     mask = mask if mask.dtype == torch.bool else mask != 0
-    return mask.reshape(-1).contiguous().view(torch.uint8)
+    mask = mask.reshape(-1).contiguous()
+    # torch.jit.trace cannot record a view of another dtype.
+    return mask.to(torch.uint8) if torch.jit.is_tracing() else mask.view(torch.uint8)
 
 
 @dataclass(frozen=True)

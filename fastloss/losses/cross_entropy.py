@@ -60,7 +60,7 @@ def cross_entropy(
 
     Args:
         input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, …]`` in float32, bfloat16, float16 or float64.
-        target: int64 classes, of ``input``'s shape without C; or class probabilities of ``input``'s shape.
+        target: int64 or uint8 classes, of ``input``'s shape without C; or class probabilities of ``input``'s shape.
         weight: ``[C]``, a weight per class.
         size_average, reduce: deprecated in PyTorch; honoured as there.
         ignore_index: targets of this value add nothing to the loss and get no gradient.
@@ -105,6 +105,7 @@ def cross_entropy(
         return _direct(input, target, ignore_index, reduction == "mean")
     if size_average is not None or reduce is not None:
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
+    target = checks.wide_index(target)
     probabilities = _check(input, target, weight, ignore_index, reduction)
     loss = loss_options(
         reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats,

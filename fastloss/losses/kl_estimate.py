@@ -14,7 +14,7 @@ from fastloss.tables import ACC_DTYPES, KL_KINDS, MAX_LOG_RATIO
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str = "k3", backend: str = "auto") -> Tensor:
     """A per-token estimate of KL(policy, reference) from sampled tokens, with gradient through ``logprobs``.
 
-    With t = clamp(ref - logprobs, -20, 20): k1 = -t, k2 = t²/2, k3 = e^t - 1 - t, abs = |t|, low_var_kl = clamp(k3, -10, 10)
+    With t = clamp(ref - logprobs, -20, 20): k1 = -t, k2 = t²/2, k3 = e^t - 1 - t, ``abs = |t|``, low_var_kl = clamp(k3, -10, 10)
     (joschu.net/blog/kl-approx.html). For a KL in the reward: ``rewards - beta * kl_estimate(old, ref, kind="k1")`` per
     token, or its masked sum per sequence.
 

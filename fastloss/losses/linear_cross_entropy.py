@@ -66,7 +66,7 @@ def linear_cross_entropy(
     Args:
         input: hidden states ``[D]``, ``[N, D]``, or ``[…, D]`` with an int64 target of shape ``[…]``.
         linear_weight: ``[C, D]``; ``[C, d1, …, D]`` for a K-dimensional loss, as in PyTorch.
-        target: int64 classes ``[N]`` (``[N, d1, …]``), or class probabilities ``[N, C]``.
+        target: int64 or uint8 classes ``[N]`` (``[N, d1, …]``), or class probabilities ``[N, C]``.
         linear_bias: ``[C]`` (``[C, d1, …]``).
         weight, reduction, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats, backend: as in
             :func:`cross_entropy`.
@@ -93,6 +93,7 @@ def linear_cross_entropy(
     checks.is_floating("input", input)
     checks.is_floating("linear_weight", linear_weight)
     checks.is_tensor("target", target)
+    target = checks.wide_index(target)
     lead = input.shape[:-1]
     rows = input
     if input.dim() > 2 and target.dtype == torch.int64 and target.shape == lead and linear_weight.dim() == 2:
@@ -386,7 +387,7 @@ def _k_dimensional(
     ``[N, C, d1, …]``), one head per place, one mean over all places. Small logits are made whole, in one GEMM over all places."""
     vocab, *places, dim = linear_weight.shape
     logits_bytes = input.shape[0] * linear_weight.numel() // max(1, dim) * input.element_size()
-    if logits_bytes <= WHOLE_LOGITS and extra == (None, None):
+    if logits_bytes <= WHOLE_LOGITS and extra.token_weight is None and extra.loss_dtype is None:
         bias = None if linear_bias is None else linear_bias.reshape(-1)
         logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, dim), bias)
         row = loss.row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,14 @@ from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Needs
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
-from fastloss.tables import DIFFERENTIABLE_STATS, LSE_PARTS, STATS, STATS_WITHOUT_TARGET, RowOptions
+from fastloss.tables import (
+    ACC_DTYPES,
+    DIFFERENTIABLE_STATS,
+    LSE_PARTS,
+    STATS,
+    STATS_WITHOUT_TARGET,
+    RowOptions,
+)
 
 
 class TokenStats(NamedTuple):
@@ -167,13 +175,23 @@ def linear_token_stats(
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
 
+# No index is ignored that is a class: one below every class can be none of them.
+_NONE = -(2**63)
+
+
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, temperature: float = 1.0, *, backend: str = "auto"
+    logits: Tensor,
+    index: Tensor,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """``log_softmax(logits / temperature)`` gathered at ``index``: TRL's name and meaning, without the softmax.
 
     Args:
         logits: ``[..., V]``. index: int64 ``[...]``, or ``[..., K]`` for K log-probabilities a position.
+        row_mask: bool or 0/1 ``[...]``: rows where it is 0 give 0 and take no gradient, whatever they hold.
 
     Returns:
         float32 (float64 for float64 logits) of ``index``'s shape.
@@ -185,31 +203,86 @@ def selective_log_softmax(
     checks.is_floating("logits", logits)
     checks.is_tensor("index", index)
     if index.dim() == logits.dim() and index.shape[:-1] == logits.shape[:-1]:
-        scale = row_options(temperature, 1.0, None, 0).scale
-        checks.index_target("index", index, tuple(index.shape), logits.device)
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
-            checks.reject_bad_targets(index, logits.shape[-1], 0)
-        lse = token_stats(
-            logits, None, temperature=temperature, outputs=("logsumexp",), backend=backend
-        ).logsumexp
-        assert lse is not None
-        return logits.gather(-1, index).to(lse.dtype) * scale - lse.unsqueeze(-1)
-    # No index is ignored here: one below every class can be none of them.
-    out = token_stats(logits, index, temperature=temperature, ignore_index=-(2**63), backend=backend).logprobs
+        return _of_several(logits, index, temperature, row_mask, backend)
+    index = _masked(index, row_mask)
+    out = token_stats(logits, index, temperature=temperature, ignore_index=_NONE, backend=backend).logprobs
     assert out is not None
     return out
 
 
-def entropy_from_logits(logits: Tensor, *, backend: str = "auto") -> Tensor:
+def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
+    if row_mask is None:
+        return index
+    checks.is_tensor("row_mask", row_mask)
+    checks.has_shape("row_mask", row_mask, tuple(index.shape))
+    return index.masked_fill(row_mask == 0, _NONE)
+
+
+def _of_several(
+    logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, backend: str
+) -> Tensor:
+    """``[..., K]``: the likeliest of a row's K, from the kernel, and the others by their distance to it, in which an offset of
+    all logits is no part."""
+    scale = row_options(temperature, 1.0, None, 0).scale
+    checks.index_target("index", index, tuple(index.shape), logits.device)
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        checks.reject_bad_targets(index, logits.shape[-1], _NONE)
+    if not index.shape[-1]:
+        return logits.new_zeros(index.shape, dtype=ACC_DTYPES[logits.dtype])
+    z = logits.gather(-1, index).to(ACC_DTYPES[logits.dtype])  # [..., K]
+    best = z.detach().argmax(-1, keepdim=True)
+    pivot = _masked(index.gather(-1, best).squeeze(-1), row_mask)
+    top = token_stats(logits, pivot, temperature=temperature, ignore_index=_NONE, backend=backend).logprobs
+    assert top is not None
+    out = top.unsqueeze(-1) + (z - z.gather(-1, best)) * scale
+    out = torch.where(z == -math.inf, -math.inf, out)  # where all are, their distance is NaN
+    return out if row_mask is None else torch.where((row_mask == 0).unsqueeze(-1), 0.0, out)
+
+
+def entropy_from_logits(logits: Tensor, chunk_size: int | None = None, *, backend: str = "auto") -> Tensor:
     """Shannon entropy (nats) of ``softmax(logits [..., V])``, ``[...]``, with gradient; one pass, no softmax held.
+
+    Args:
+        chunk_size: TRL's rows at a time; accepted, and without effect, for no more than a row is ever held.
 
     >>> import torch, fastloss
     >>> fastloss.entropy_from_logits(torch.zeros(1, 4))
     tensor([1.3863])
     """
+    checks.chunk_size_value(chunk_size)
     out = token_stats(logits, None, outputs=("entropy",), backend=backend).entropy
     assert out is not None
     return out
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """(:func:`selective_log_softmax`, entropy of ``softmax(logits / temperature)`` in nats), both ``[...]``, in one pass over the
+    logits: TRL's name and meaning. ``entropy_requires_grad=False``: the entropy is detached.
+
+    >>> import torch, fastloss
+    >>> logp, entropy = fastloss.selective_log_softmax_and_entropy(torch.zeros(2, 4), torch.tensor([0, 3]))
+    >>> entropy
+    tensor([1.3863, 1.3863])
+    """
+    checks.is_tensor("index", index)
+    out = token_stats(
+        logits,
+        _masked(index, row_mask),
+        temperature=temperature,
+        ignore_index=_NONE,
+        outputs=("logprobs", "entropy"),
+        backend=backend,
+    )
+    assert out.logprobs is not None and out.entropy is not None
+    return out.logprobs, out.entropy if entropy_requires_grad else out.entropy.detach()
 
 
 def row_options(
@@ -253,6 +326,11 @@ def _again(ctx: Any) -> Any:
     return [out[n] if n in DIFFERENTIABLE_STATS else None for n in want], [logits]
 
 
+def _kept(entropy: Tensor | None) -> Tensor | None:
+    """For the backward: the caller may change what is returned in place."""
+    return None if entropy is None else entropy.clone()
+
+
 class TokenStatistics(torch.autograd.Function):
     """(logits, target) -> the wanted statistics; logprobs, entropy and logsumexp carry gradients."""
 
@@ -269,7 +347,7 @@ class TokenStatistics(torch.autograd.Function):
         out = backend.row_stats(logits, target, options, want=heads.with_lse_parts(want))
         ctx.call = backend, options, want, inplace
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, out[LSE_PARTS], out.get("entropy"))
+        ctx.save_for_backward(logits, target, out[LSE_PARTS], _kept(out.get("entropy")))
         ctx.mark_non_differentiable(*[out[n] for n in want if n not in DIFFERENTIABLE_STATS])
         return tuple(out[name] for name in want)
 

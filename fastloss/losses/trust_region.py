@@ -28,7 +28,7 @@ def trust_region_mask(
 ) -> Tensor:
     """Rejects tokens or sequences whose divergence between trainer and sampler lies outside [low, high].
 
-    With p = exp(sampler), q = exp(old), t = clamp(old - sampler, ±20): "ratio" e^t, "k2" t²/2, "k3" e^t - 1 - t, "tv" |p - q|,
+    With p = exp(sampler), q = exp(old), t = clamp(old - sampler, ±20): "ratio" e^t, "k2" t²/2, "k3" e^t - 1 - t, "tv" ``|p - q|``,
     "binary_kl" p log(p/q) + (1-p) log((1-p)/(1-q)) with p, q within [1e-6, 1 - 1e-6]. Over a sequence the mean, sum or
     maximum of its unmasked tokens decides for all of them; of "ratio" the mean or sum of t, as the geometric mean or
     the product.

@@ -1,0 +1,42 @@
+"""What a device's library of products can do, asked of the device itself and kept: not of its name, nor of torch's version."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Columns of a product's first operand that are converted to the accumulator's dtype at a time, where the library cannot.
+CONVERT_BLOCK = 2048
+
+
+@functools.lru_cache(maxsize=64)
+def accumulates(device: torch.device, dtype: torch.dtype, acc: torch.dtype) -> bool:
+    """Whether ``device`` adds a product of ``dtype`` operands to an accumulator of ``acc``: CUDA does from torch 2.10 on, ROCm
+    and older ones do not."""
+    operand = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=acc, device=device)
+    try:
+        torch.addmm(out, operand, operand, out_dtype=acc, out=out)
+    except (RuntimeError, TypeError, ValueError):  # NotImplementedError is a RuntimeError
+        return False
+    return True
+
+
+def add_transposed(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """``out`` (+)= aᵀ b, rounded to the dtype of ``out`` and no sooner; without ``accumulate`` what ``out`` held is not read.
+
+    a: [rows, V], b: [rows, D], out: [V, D] in the accumulation dtype. No CPU code of fastloss is called: any device.
+    """
+    beta = int(accumulate)
+    if a.dtype == out.dtype:
+        torch.addmm(out, a.t(), b, beta=beta, out=out)
+    elif accumulates(out.device, a.dtype, out.dtype):
+        torch.addmm(out, a.t(), b, beta=beta, out_dtype=out.dtype, out=out)
+    else:
+        b = b.to(out.dtype)
+        for start in range(0, a.shape[1], CONVERT_BLOCK):
+            block = out[start : start + CONVERT_BLOCK]
+            columns = a[:, start : start + CONVERT_BLOCK].to(out.dtype)
+            torch.addmm(block, columns.t(), b, beta=beta, out=block)
