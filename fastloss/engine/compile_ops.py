@@ -430,8 +430,9 @@ def _(
 
 
 def _save_linear_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, factor_tensor, token_weight = (*inputs, None)[:7]
-    ctx.constants = len(inputs) - 3
+    hidden, weight, bias, target, w, factor_tensor, token_weight = inputs
+    # PyTorch drops a last argument that has its default, and expects no gradient of it.
+    ctx.constants = 3 if token_weight is None else 4
     ctx.given = keyword_only_inputs
     ctx.needs = list(ctx.needs_input_grad[:3])
     ctx.dtypes = heads.leaf_dtypes(hidden, weight, bias)
