@@ -45,6 +45,11 @@ def is_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {_dtype(value)}")
 
 
+def float_dtype(name: str, value: Any) -> None:
+    if value not in FLOATS:
+        raise TypeError(f"{name}: expected torch.float32, bfloat16, float16 or float64, got {value!r}")
+
+
 def is_one_of(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

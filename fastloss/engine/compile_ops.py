@@ -368,13 +368,13 @@ def linear_row_grad(
 
 @_operator(
     "linear_cross_entropy",
-    f"{_HEAD}, Tensor? target, Tensor? w, Tensor? factor_tensor",
+    f"{_HEAD}, Tensor? target, Tensor? w, Tensor? factor_tensor, Tensor? token_weight=None",
     CrossEntropyOptions,
     f"{_LOSS}, {_HOW}",
     "Tensor[]",
 )
 def _linear_cross_entropy(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, factor_tensor, *,
+    hidden, weight, bias, target, w, factor_tensor, token_weight=None, *,
     factor, reduction, want, needs, dtype, chunk, backend, memory="auto", **fields,
 ):  # fmt: skip
     options, needed, names = _record(CrossEntropyOptions, fields), Needs(*needs), _names(want)
@@ -388,7 +388,7 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     )
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
-        head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule
+        head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule, token_weight
     )
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)
     return [
@@ -408,7 +408,21 @@ def _grad_dtypes(
 
 
 @_linear_cross_entropy.register_fake
-def _(hidden, weight, bias, target, w, factor_tensor, *, reduction, want, needs, dtype, **fields):  # type: ignore[no-untyped-def]
+def _(
+    hidden,
+    weight,
+    bias,
+    target,
+    w,
+    factor_tensor,
+    token_weight=None,
+    *,
+    reduction,
+    want,
+    needs,
+    dtype,
+    **fields,
+):  # type: ignore[no-untyped-def]
     rows = hidden.shape[0]
     loss = hidden.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[dtype])
     grads = _fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))
@@ -416,18 +430,20 @@ def _(hidden, weight, bias, target, w, factor_tensor, *, reduction, want, needs,
 
 
 def _save_linear_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, factor_tensor = inputs
+    hidden, weight, bias, target, w, factor_tensor, token_weight = inputs
+    # PyTorch drops a last argument that has its default, and expects no gradient of it.
+    ctx.constants = 3 if token_weight is None else 4
     ctx.given = keyword_only_inputs
     ctx.needs = list(ctx.needs_input_grad[:3])
     ctx.dtypes = heads.leaf_dtypes(hidden, weight, bias)
     made = any(ctx.given["needs"])
-    operands = (None,) * 5 if made else (hidden, weight, bias, target, w)
+    operands = (None,) * 6 if made else (hidden, weight, bias, target, w, token_weight)
     grads = output[-3:] if made else (None,) * 3
     ctx.save_for_backward(*operands, *grads, None if made else output[_LSE_PARTS_AT], factor_tensor)
 
 
 def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, *made, lse_parts, factor_tensor = ctx.saved_tensors
+    hidden, weight, bias, target, w, token_weight, *made, lse_parts, factor_tensor = ctx.saved_tensors
     given, g = ctx.given, upstream[0]
     factor, dtype, per_row = given["factor"], given["dtype"], given["reduction"] == "none"
     if any(given["needs"]):
@@ -438,11 +454,13 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
         options = _record(CrossEntropyOptions, given)
         if not per_row:
             g = _times_factor(g, factor, factor_tensor, hidden.shape[0])
+        if token_weight is not None:
+            g = g * token_weight
         k = _contiguous(of_cross_entropy(g, lse_parts, target, w, weight.shape[0], options))
         saved = Saved(target, lse_parts, k, options, w)
         how = ctx.needs, dtype, Limits(given["chunk"] or None, given.get("memory", "auto")), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
-    return (*grads, *[None] * 3)
+    return (*grads, *[None] * ctx.constants)
 
 
 _linear_cross_entropy.register_autograd(
@@ -456,6 +474,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     target: Tensor | None,
     w: Tensor | None,
+    token_weight: Tensor | None,
     factor: Factor,
     options: CrossEntropyOptions,
     reduction: str,
@@ -473,6 +492,7 @@ def linear_cross_entropy(
         target,
         w,
         factor.tensor,
+        token_weight,
         **_all_fields(options),
         factor=factor.value,
         reduction=reduction,

@@ -56,8 +56,10 @@ class Part(Protocol):
         w: Tensor | None,
         factor: Factor,
         want: Sequence[str],
+        row_factors: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Losses and statistics; the gradients of their sum times ``factor`` are made on the way, if any is needed."""
+        """Losses, each times its entry of ``row_factors`` (acc), and statistics; the gradients of the losses' sum times ``factor``
+        are made on the way, if any is needed."""
         ...
 
     def gradients(
@@ -262,13 +264,17 @@ def cross_entropy(
     want: tuple[str, ...],
     factor: Factor,
     schedule: Schedule,
+    row_factors: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Grads]:
-    """Losses and statistics of all rows, and the gradients of their sum times ``factor``."""
+    """Losses, each times its entry of ``row_factors``, and statistics of all rows, and the gradients of the losses' sum times
+    ``factor``."""
     keep = kept_rows(classes, options.ignore_index)
-    classes = pick(classes, keep)
+    classes, row_factors = pick(classes, keep), pick(row_factors, keep)
     with begin(head, needs, keep, schedule) as run:
         outs = [
-            part.cross_entropy(part.of(classes), options, w=w, factor=factor, want=want)
+            part.cross_entropy(
+                part.of(classes), options, w=w, factor=factor, want=want, row_factors=part.of(row_factors)
+            )
             for part in run.parts()
         ]
         return run.collect(outs), run.grads()

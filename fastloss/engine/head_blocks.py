@@ -244,6 +244,7 @@ class BlockPart:
         w: Tensor | None,
         factor: Factor,
         want: Sequence[str],
+        row_factors: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses and statistics of the rows; the gradients of their sum times ``factor`` are made on the way."""
         dim = self.head.weight.shape[1]
@@ -253,6 +254,7 @@ class BlockPart:
         call = _NativeCall(self, target, w, options)
         out = self._outputs(call, (*want, "loss"))
         call.record.set_loss(options)
+        call.point_to(token_weight=row_factors)
         call.record.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
         call.keep_logits(self.more)
         call.execute()

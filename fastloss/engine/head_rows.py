@@ -16,11 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastloss.engine import devices
 from fastloss.engine.autograd import new_gradient
-from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Factor
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.native import multiply_bf16, supports_gemm_bf16
-from fastloss.tables import ACC_DTYPES, CrossEntropyOptions, RowOptions
+from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 # Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
 UPCAST_BLOCK = 2048
@@ -227,8 +227,11 @@ class Chunk:
         w: Tensor | None,
         factor: Factor,
         want: Sequence[str],
+        row_factors: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses and statistics; the gradients of their sum times ``factor`` are made on the way, if any is needed."""
+        if row_factors is not None:
+            return self._weighted_cross_entropy(target, options, w, factor, want, row_factors)
         head, z = self.run.head, self.logits
         grad = z if self.run.needs and z.shape[0] else None
         if w is not None and w.dim() == 2:
@@ -238,6 +241,28 @@ class Chunk:
         )
         if grad is not None:
             self.run.gemms.gradients(z, self.start, self.stop)
+        return out
+
+    def _weighted_cross_entropy(
+        self,
+        target: Tensor | None,
+        options: CrossEntropyOptions,
+        w: Tensor | None,
+        factor: Factor,
+        want: Sequence[str],
+        row_factors: Tensor,
+    ) -> dict[str, Tensor]:
+        """The losses first, then their gradients from coefficients: a row kernel has one factor for all rows."""
+        head, z = self.run.head, self.logits
+        own = w[self.start : self.stop] if w is not None and w.dim() == 2 else w
+        out = head.backend.row_cross_entropy(z, target, options, want=want, bias=head.bias, w=own)
+        out["loss"] = out["loss"] * row_factors
+        if self.run.needs and z.shape[0]:
+            upstream = row_factors * factor.value
+            if factor.tensor is not None:
+                upstream = upstream * factor.tensor
+            k = of_cross_entropy(upstream, out[LSE_PARTS], target, own, z.shape[1], options)
+            self.gradients(target, options, out[LSE_PARTS], k, w)
         return out
 
     def gradients(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     normalizer: int | float | Tensor | None = None,
+    token_weight: Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     memory: str = "auto",
     return_stats: bool = False,
@@ -70,12 +72,18 @@ def linear_cross_entropy(
             :func:`cross_entropy`.
         ignore_index: None is -100 for classes; it must be None for class probabilities.
         options: torch's LinearCrossEntropyOptions; its ``batch_chunk_size``, where set, is honoured.
+        token_weight: a factor of each token's loss and gradient, of the targets' shape (class probabilities: without C), any
+            float dtype; that of an ignored token may be anything, NaN too. A mean still divides by the number of targets or the
+            sum of their class weights; ``normalizer`` by what it says. As cheap as without, in 3 GEMMs; where it requires a
+            gradient, the definition computes the call.
+        loss_dtype: a float dtype of the returned loss; None is PyTorch's rule: the input's dtype, float32 under autocast.
         chunk_size: rows of logits in memory at once; None chooses. ``fastloss.explain`` shows the choice.
         memory: "fast" takes the fewest GEMMs, for memory of a float32 gradient of the weight at most; "low" the least memory, up
             to 4 GEMMs; "auto" "low" up to 2 D rows and "fast" beyond.
 
     Raises:
         ValueError, IndexError: as :func:`cross_entropy`.
+        ShapeError, TypeError: a token weight of another shape or not of floats; a loss_dtype that is no float dtype.
 
     >>> import torch, fastloss
     >>> hidden, weight = torch.zeros(3, 8), torch.zeros(5, 8, requires_grad=True)
@@ -103,13 +111,44 @@ def linear_cross_entropy(
         normalizer, return_stats, input.device, probabilities,
     )  # fmt: skip
     _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input)
+    if token_weight is not None:
+        checks.is_floating("token_weight", token_weight)
+        checks.same_device("token_weight", token_weight, input.device)
+        checks.has_shape("token_weight", token_weight, (*lead, *places))
+    if loss_dtype is not None:
+        checks.float_dtype("loss_dtype", loss_dtype)
+    extra = _Extra(token_weight, loss_dtype)
     if places:
-        return _k_dimensional(rows, linear_weight, target, linear_bias, weight, loss, limits, backend)
+        return _k_dimensional(rows, linear_weight, target, linear_bias, weight, loss, limits, backend, extra)
     if rows.dim() == 1:
         rows, target = rows.unsqueeze(0), target.unsqueeze(0)
+    if token_weight is not None:
+        extra = extra._replace(token_weight=token_weight.reshape(-1))
     return loss.shaped(
-        _of_rows(rows, linear_weight, target, linear_bias, weight, loss, limits, backend), lead
+        _of_rows(rows, linear_weight, target, linear_bias, weight, loss, limits, backend, extra), lead
     )
+
+
+class _Extra(NamedTuple):
+    """What PyTorch's function has not."""
+
+    token_weight: Tensor | None  # one for each row or place
+    loss_dtype: torch.dtype | None  # None: PyTorch's rule
+
+
+def _token_weight_with_gradient(token_weight: Tensor | None) -> str:
+    """Why no kernel can compute the call; empty if one can."""
+    if token_weight is not None and token_weight.requires_grad and torch.is_grad_enabled():
+        return "the token weights' own gradient is computed by the definition"
+    return ""
+
+
+def _factors(extra: _Extra, classes: Tensor | None, ignore_index: int, acc: torch.dtype) -> Tensor | None:
+    """The token weights as kernels read them: 0 where a row has no target, whatever was there."""
+    if extra.token_weight is None:
+        return None
+    factors = extra.token_weight.detach().to(acc)
+    return (factors if classes is None else factors.masked_fill(classes == ignore_index, 0)).contiguous()
 
 
 def _check_target(
@@ -144,11 +183,12 @@ def _of_rows(
     loss: LossOptions,
     limits: Limits,
     backend: str,
+    extra: _Extra,
 ) -> Any:
     """The loss of ``input [N, D]``, or ``(loss, TokenStats)``."""
     dtype = heads.compute_dtype(input)
     autocast = heads.autocasts(input.device.type) and dtype != torch.float64
-    loss_dtype = torch.float32 if autocast else dtype
+    loss_dtype = extra.loss_dtype or (torch.float32 if autocast else dtype)
     call = resolve_call(
         "linear_cross_entropy",
         backend,
@@ -157,12 +197,16 @@ def _of_rows(
         linear_bias,
         target,
         weight,
-        unsupported=constants_with_gradients(target, weight) or z_loss_of_weighted_mean(loss, weight, target),
+        extra.token_weight,
+        unsupported=constants_with_gradients(target, weight)
+        or _token_weight_with_gradient(extra.token_weight)
+        or z_loss_of_weighted_mean(loss, weight, target),
         dtype=dtype,
     )
     if call.by_definition:
         call.announce()
-        return _by_definition(call, input, linear_weight, target, linear_bias, weight, loss, loss_dtype)
+        own = extra._replace(loss_dtype=loss_dtype)
+        return _by_definition(call, input, linear_weight, target, linear_bias, weight, loss, own)
     rows, vocab, acc = input.shape[0], linear_weight.shape[0], ACC_DTYPES[dtype]
     needs = heads.needs_of(input, linear_weight, linear_bias)
     per_row = loss.reduction == "none"
@@ -171,8 +215,9 @@ def _of_rows(
     if call.traced:
         classes, w = weights_of(target, weight, loss, acc)
         factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
+        factors = _factors(extra, classes, loss.row.ignore_index, acc)
         out = compile_ops.linear_cross_entropy(
-            input, linear_weight, linear_bias, classes, w, factor, kernel_options(loss), loss.reduction, loss.want,
+            input, linear_weight, linear_bias, classes, w, factors, factor, kernel_options(loss), loss.reduction, loss.want,
             NOTHING if again else needs, dtype, limits, call.backend.name,
         )  # fmt: skip
         return loss.with_stats(out[0].to(loss_dtype), out[1:7], STATS)
@@ -184,7 +229,8 @@ def _of_rows(
     classes, w = weights_of(target, weight, loss, acc)
     factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
     run = _Run(loss, factor, loss_dtype, dtype, schedule, needs)
-    out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, call.backend, run)
+    factors = _factors(extra, classes, loss.row.ignore_index, acc)
+    out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, factors, call.backend, run)
     return loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
 
 
@@ -196,7 +242,7 @@ def _by_definition(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     loss: LossOptions,
-    dtype: torch.dtype,
+    extra: _Extra,
 ) -> Any:
     row = loss.row
     if not loss.probabilities:
@@ -216,8 +262,9 @@ def _by_definition(
         label_smoothing=row.label_smoothing,
         z_loss=row.z_loss,
         normalizer=loss.normalizer,
+        token_weight=extra.token_weight,
         **shared,
-    ).to(dtype)
+    ).to(extra.loss_dtype)
     if not loss.return_stats:
         return value
     with torch.no_grad():
@@ -240,15 +287,17 @@ class _Run:
 
 def _again(ctx: Any) -> Any:
     run: _Run = ctx.run
-    hidden, weight, bias, classes, w, _ = ctx.saved_tensors
+    hidden, weight, bias, classes, w, factors, _ = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype)
     out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
+    if factors is not None:
+        out = out * factors
     per_row = run.loss.reduction == "none"
     return [out if per_row else REFERENCE.sum_rows(out, run.factor)], [hidden, weight, bias]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, bias, classes, w) -> loss and detached statistics."""
+    """(hidden, weight, bias, classes, w, factors of the rows) -> loss and detached statistics."""
 
     @staticmethod
     def forward(
@@ -258,6 +307,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias: Tensor | None,
         classes: Tensor | None,
         w: Tensor | None,
+        factors: Tensor | None,
         backend: Any,
         run: _Run,
     ) -> Any:
@@ -267,12 +317,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         # With a frozen weight a row's d hidden is its upstream gradient times a vector that can be made now.
         ctx.ahead = not per_row or not (run.needs.weight or run.needs.bias)
         needs = run.needs if ctx.ahead else NOTHING
-        out, grads = _forward(head, run, needs, classes, w)
+        out, grads = _forward(head, run, needs, classes, w, factors)
         ctx.late = run.dtype in LATE_DTYPES and not per_row
         ctx.grads = (
             grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend)
         )
-        ctx.save_for_backward(hidden, weight, bias, classes, w, None if ctx.ahead else out[LSE_PARTS])
+        lse_parts = None if ctx.ahead else out[LSE_PARTS]
+        ctx.save_for_backward(hidden, weight, bias, classes, w, factors, lse_parts)
         loss = (out["loss"] if per_row else backend.sum_rows(out["loss"], run.factor)).to(run.loss_dtype)
         if not run.loss.want:
             return loss
@@ -284,20 +335,21 @@ class LinearCrossEntropy(torch.autograd.Function):
     @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
-        hidden, weight, bias, classes, w, lse_parts = ctx.saved_tensors
+        hidden, weight, bias, classes, w, factors, lse_parts = ctx.saved_tensors
         head = heads.make_head(ctx.backend, hidden, weight, bias, run.dtype)
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
-        rest = (None,) * 4
+        rest = (None,) * 5
         per_row = run.loss.reduction == "none"
         if not ctx.ahead:
             options = kernel_options(run.loss)
-            k = of_cross_entropy(upstream, lse_parts, classes, w, weight.shape[0], options)
+            own = upstream if factors is None else upstream * factors
+            k = of_cross_entropy(own, lse_parts, classes, w, weight.shape[0], options)
             saved = Saved(classes, lse_parts, k, options, w)
             grads = heads.recompute(head, run.needs, run.schedule, saved)
             return (*heads.finish(grads, dtypes, ctx.backend), *rest)
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # retain_graph: the first backward gave the buffers away
-            grads = _forward(head, run, run.needs, classes, w)[1]
+            grads = _forward(head, run, run.needs, classes, w, factors)[1]
         if per_row:
             column = upstream.to(torch.promote_types(run.dtype, upstream.dtype))[:, None]
             return (*heads.finish(grads, dtypes, ctx.backend, column), *rest)
@@ -306,13 +358,18 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def _forward(
-    head: Head, run: _Run, needs: Needs, classes: Tensor | None, w: Tensor | None
+    head: Head,
+    run: _Run,
+    needs: Needs,
+    classes: Tensor | None,
+    w: Tensor | None,
+    factors: Tensor | None,
 ) -> tuple[dict[str, Tensor], Grads]:
     """Losses and statistics of all rows, and the gradients of their sum times the factor (late for float16)."""
     early = run.loss.reduction != "none" and head.dtype not in LATE_DTYPES
     factor = run.factor if early else WHOLE
     options = kernel_options(run.loss)
-    return heads.cross_entropy(head, needs, classes, w, options, run.loss.want, factor, run.schedule)
+    return heads.cross_entropy(head, needs, classes, w, options, run.loss.want, factor, run.schedule, factors)
 
 
 def _k_dimensional(
@@ -324,11 +381,13 @@ def _k_dimensional(
     loss: LossOptions,
     limits: Limits,
     backend: str,
+    extra: _Extra,
 ) -> Any:
     """PyTorch's K-dimensional loss: ``linear_weight [C, d1, …, D]`` against ``target [N, d1, …]`` (probabilities
     ``[N, C, d1, …]``), one head per place, one mean over all places. Small logits are made whole, in one GEMM over all places."""
     vocab, *places, dim = linear_weight.shape
-    if input.shape[0] * linear_weight.numel() // max(1, dim) * input.element_size() <= WHOLE_LOGITS:
+    logits_bytes = input.shape[0] * linear_weight.numel() // max(1, dim) * input.element_size()
+    if logits_bytes <= WHOLE_LOGITS and extra.token_weight is None and extra.loss_dtype is None:
         bias = None if linear_bias is None else linear_bias.reshape(-1)
         logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, dim), bias)
         row = loss.row
@@ -349,6 +408,8 @@ def _k_dimensional(
     weights = linear_weight.reshape(vocab, -1, dim)
     biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)
     targets = target.reshape(*target.shape[: 2 if loss.probabilities else 1], -1)
+    factors = extra.token_weight
+    factors = None if factors is None else factors.reshape(input.shape[0], -1)
     count = None
     if loss.reduction == "mean" and loss.normalizer is None:
         count, kept = _count(target, weight, loss, vocab, weights.shape[1])
@@ -365,6 +426,7 @@ def _k_dimensional(
             each,
             limits,
             backend,
+            extra._replace(token_weight=None if factors is None else factors[:, k]),
         )
         for k in range(weights.shape[1])
     ]

@@ -21,8 +21,10 @@ def cross_entropy(
     softcap: float | None = None,
     normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
 ) -> Tensor:
-    """Loss of ``logits [rows, V]`` for int64 ``target [rows]`` or class probabilities ``[rows, V]``; in float32/64."""
+    """Loss of ``logits [rows, V]`` for int64 ``target [rows]`` or class probabilities ``[rows, V]``; in float32/64.
+    ``token_weight [rows]`` multiplies the rows' losses, and no count."""
     rows, vocab = logits.shape
     if target.is_floating_point():
         z = effective_logits(logits, bias=bias, scale=scale, softcap=softcap)
@@ -53,6 +55,9 @@ def cross_entropy(
         if kept is not None and weight is not None and reduction == "mean" and normalizer is None:
             penalty = penalty * (count / kept.sum())  # a z-loss has no class: its mean is over tokens
         loss = loss + penalty
+    if token_weight is not None:
+        factors = token_weight.to(loss.dtype)
+        loss = loss * (factors if kept is None else factors.masked_fill(~kept, 0))
     if kept is not None:
         loss = loss.masked_fill(~kept, 0)
     if reduction == "none":

@@ -1,0 +1,177 @@
+"""linear_cross_entropy's token weights and its loss's dtype: against a sum of losses that autograd differentiates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends_under_test import ALL, DEVICE, need
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastloss
+
+ROWS, DIM, VOCAB = 41, 16, 77
+
+
+def operands(dtype=torch.float32, probabilities=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(ROWS, DIM, generator=generator).to(dtype)
+    weight = (torch.randn(VOCAB, DIM, generator=generator) / DIM**0.5).to(dtype)
+    target = torch.randint(0, VOCAB, (ROWS,), generator=generator)
+    target[::5] = -100
+    if probabilities:
+        target = torch.randn(ROWS, VOCAB, generator=generator).softmax(-1).to(dtype)
+    factors = torch.rand(ROWS, generator=generator) * 2
+    factors[3] = 0
+    return [x.to(DEVICE) for x in (hidden, weight, target, factors)]
+
+
+def exact(hidden, weight, target, factors, reduction, class_weight=None, **options):
+    """In float64 from torch's own loss per row."""
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    own = target if target.dtype == torch.int64 else target.double()
+    cw = None if class_weight is None else class_weight.double()
+    rows = torch.nn.functional.cross_entropy(h @ w.T, own, cw, reduction="none", **options)
+    kept = rows.new_ones(ROWS) if own is not target or own.is_floating_point() else (target != -100).double()
+    count = (kept if cw is None or own.is_floating_point() else kept * cw[target.clamp(0)]).sum()
+    loss = rows * factors.double().nan_to_num()
+    total = loss.sum() / count if reduction == "mean" else loss.sum()
+    total.backward()
+    return (loss if reduction == "none" else total).detach(), h.grad, w.grad
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["classes", "smooth", "class weights", "probabilities"])
+def test_against_float64(backend, reduction, kind):
+    hidden, weight, target, factors = operands(probabilities=kind == "probabilities")
+    options = {"label_smoothing": 0.1} if kind == "smooth" else {}
+    cw = torch.linspace(0.5, 2, VOCAB, device=DEVICE) if kind == "class weights" else None
+    if kind != "probabilities":
+        factors[::5] = float("nan")  # of ignored tokens: it reaches nothing
+    want = exact(hidden, weight, target, factors, reduction, cw, **options)
+    runs = (
+        [(24, False), (None, True)]
+        if backend in ("cuda", "triton")
+        else [(None, False), (16, False), (None, True)]
+    )
+    for chunk, frozen in runs:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        loss = fastloss.linear_cross_entropy(
+            h, w, target, weight=cw, reduction=reduction, token_weight=factors, chunk_size=chunk,
+            backend=need(backend), **options,
+        )  # fmt: skip
+        loss.sum().backward()
+        got = loss.detach(), h.grad, want[2] if frozen else w.grad
+        for one, other in zip(got, want, strict=True):
+            torch.testing.assert_close(one.double(), other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_the_dtype_of_the_loss(backend, dtype):
+    hidden, weight, target, factors = operands(dtype)
+    want = exact(hidden, weight, target, factors, "mean")
+    for loss_dtype in (None, torch.float32):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = fastloss.linear_cross_entropy(
+            h, w, target, token_weight=factors.to(dtype), loss_dtype=loss_dtype, backend=need(backend)
+        )
+        assert loss.dtype == (loss_dtype or dtype)
+        loss.backward()
+        for one, other in zip((loss.detach(), h.grad, w.grad), want, strict=True):
+            torch.testing.assert_close(one.double(), other, atol=2e-2 * float(other.abs().max()), rtol=2e-2)
+
+
+def test_places_of_a_k_dimensional_loss():
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(9, 6, generator=generator), torch.randn(11, 4, 6, generator=generator)
+    target = torch.randint(0, 11, (9, 4), generator=generator)
+    factors = torch.rand(9, 4, generator=generator)
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    got = fastloss.linear_cross_entropy(*leaves, target, token_weight=factors, loss_dtype=torch.float64)
+    own = [x.double().requires_grad_() for x in (hidden, weight)]
+    logits = torch.einsum("nd,ckd->nck", *own)
+    want = (torch.nn.functional.cross_entropy(logits, target, reduction="none") * factors).mean()
+    got.backward()
+    want.backward()
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    for one, other in zip(leaves, own, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, atol=1e-5, rtol=1e-5)
+
+
+def test_tokens_of_any_shape_and_weights_of_one():
+    """A weight of 1 changes no bit of the losses of blocks, nor does the shape."""
+    hidden, weight, target, _ = operands()
+    hidden, target = hidden[:40], target[:40]
+    plain = fastloss.linear_cross_entropy(hidden, weight, target)
+    shaped = fastloss.linear_cross_entropy(
+        hidden.view(5, 8, DIM), weight, target.view(5, 8), token_weight=torch.ones(5, 8, device=DEVICE)
+    )
+    assert torch.equal(plain, shaped)
+
+
+def test_three_gemms():
+    hidden, weight, target, factors = operands()
+    target.clamp_(0)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    for options in ({}, {"chunk_size": 8}):
+        with FlopCounterMode(display=False) as counter:
+            loss = fastloss.linear_cross_entropy(
+                *leaves, target, token_weight=factors, memory="fast", **options
+            )
+            loss.backward()
+        assert counter.get_total_flops() == 3 * 2 * ROWS * DIM * VOCAB
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled(reduction, frozen):
+    hidden, weight, target, factors = operands()
+
+    def step(h, w, target, factors):
+        return fastloss.linear_cross_entropy(
+            h, w, target, token_weight=factors, reduction=reduction, loss_dtype=torch.float64
+        )
+
+    results = []
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+        loss = call(h, w, target, factors)
+        loss.sum().backward()
+        results.append([loss.detach(), h.grad, *([] if frozen else [w.grad])])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_second_derivatives_and_the_weights_own_gradient():
+    hidden, weight, target, factors = operands()
+    grads = []
+    for f in (factors, factors.clone().requires_grad_()):
+        h = hidden.clone().requires_grad_()
+        loss = fastloss.linear_cross_entropy(h, weight, target, token_weight=f)
+        (first,) = torch.autograd.grad(loss, h, create_graph=True)
+        grads.append(torch.autograd.grad(first.square().sum(), h)[0])
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-7, rtol=1e-4)
+    f = factors.clone().requires_grad_()
+    per_row = fastloss.linear_cross_entropy(hidden, weight, target, reduction="none")
+    fastloss.linear_cross_entropy(hidden, weight, target, reduction="sum", token_weight=f).backward()
+    torch.testing.assert_close(f.grad, per_row)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"token_weight": torch.ones(ROWS, dtype=torch.int64)}, "token_weight: expected float32"),
+        ({"token_weight": torch.ones(ROWS + 1)}, "token_weight: expected shape"),
+        ({"token_weight": torch.ones(ROWS, 1)}, "token_weight: expected shape"),
+        ({"token_weight": 2.0}, "token_weight: expected a torch.Tensor"),
+        ({"loss_dtype": torch.int32}, "loss_dtype: expected"),
+        ({"loss_dtype": "float32"}, "loss_dtype: expected"),
+    ],
+)
+def test_bad_input(change, message):
+    hidden, weight, target, _ = (x.cpu() for x in operands())
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        fastloss.linear_cross_entropy(hidden, weight, target, **change)
