@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fastloss.conformance.providers import named, ours, peers, pytorch
-from fastloss.conformance.providers.provider import Missing, Provider
+from fastloss.conformance.providers.interface import Missing, Provider
 
 _MAKE: dict[str, Callable[[], Provider]] = {
     "torch": pytorch.eager,

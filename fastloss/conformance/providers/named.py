@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 from fastloss.conformance.check import INTERFACES
-from fastloss.conformance.providers.provider import Missing, Provider
+from fastloss.conformance.providers.interface import Missing, Provider
 
 
 def function(name: str) -> Provider:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 import fastloss
-from fastloss.conformance.providers.provider import Missing, Provider
+from fastloss.conformance.providers.interface import Missing, Provider
 
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda")
 

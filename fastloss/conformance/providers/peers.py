@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.conformance.providers.provider import Missing, Provider
+from fastloss.conformance.providers.interface import Missing, Provider
 
 
 def _function(package: str, module: str, name: str) -> tuple[Any, str]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.conformance.check import Loss
-from fastloss.conformance.providers.provider import Missing, Provider
+from fastloss.conformance.providers.interface import Missing, Provider
 
 
 def cross_entropy(
