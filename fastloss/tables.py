@@ -247,28 +247,3 @@ NATIVE_TABLES: dict[str, tuple[str, ...]] = {
     "policy_out": POLICY_OUT,
     "policy_metrics": POLICY_METRICS,
 }
-
-
-# --- distillation (docs/distillation.md) ---------------------------------------------------------------------------
-
-DISTILLATION_DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "tvd",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "alpha",
-)
-
-
-@dataclass(frozen=True)
-class DistillationOptions:
-    """One divergence of a student from a teacher, times ``factor``, and a multiple of the cross-entropy beside it."""
-
-    divergence: str = "forward_kl"
-    interpolation: float = 0.5
-    temperature: float = 1.0
-    teacher_temperature: float = 1.0
-    factor: float = 1.0
-    hard_loss_coef: float = 0.0
