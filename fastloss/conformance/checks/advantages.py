@@ -19,7 +19,9 @@ WHITEN = "mean and sample's variance in float64"
 
 def steps(lengths: tuple[int, ...], padding: float = 0.0) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
-        rewards, values = torch.randn(2, len(lengths), 6, generator=generator)
+        rewards, values = torch.randn(
+            2, len(lengths), 6, generator=generator, dtype=torch.float32, device="cpu"
+        )
         mask = torch.arange(6) < torch.tensor(lengths)[:, None]
         return {
             "rewards": rewards.masked_fill(~mask, padding),
@@ -36,7 +38,7 @@ def rewards(*values: float) -> Callable[[Generator], Inputs]:
 
 def some(count: int) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
-        x = torch.randn(2, 5, generator=generator) * 3 + 100
+        x = torch.randn(2, 5, generator=generator, dtype=torch.float32, device="cpu") * 3 + 100
         return {"x": x, "mask": (torch.arange(10) < count).view(2, 5)}
 
     return make

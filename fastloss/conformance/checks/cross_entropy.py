@@ -28,7 +28,10 @@ def logits(
     offset: float = 0.0,
 ) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
-        z = (torch.randn(rows, classes, generator=generator) * scale + offset).to(dtype)
+        z = (
+            torch.randn(rows, classes, generator=generator, dtype=torch.float32, device="cpu") * scale
+            + offset
+        ).to(dtype)
         target = torch.randint(0, classes, (rows,), generator=generator)
         if ignored is not None:
             target[:some] = ignored
@@ -122,7 +125,7 @@ def row(
     )
 
 
-WEIGHT = torch.linspace(0.25, 2.0, 37)
+WEIGHT = torch.linspace(0.25, 2.0, 37, dtype=torch.float32, device="cpu")
 
 CHECKS = (
     row("value and gradient", "the plain case"),

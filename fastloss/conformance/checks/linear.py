@@ -25,8 +25,10 @@ def head(
     common: float = 0.0,
 ) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
-        hidden = torch.randn(rows, width, generator=generator).to(dtype)
-        weight = (torch.randn(classes, width, generator=generator) / 4 + common).to(dtype)
+        hidden = torch.randn(rows, width, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+        weight = (
+            torch.randn(classes, width, generator=generator, dtype=torch.float32, device="cpu") / 4 + common
+        ).to(dtype)
         target = torch.randint(0, classes, (rows,), generator=generator)
         target[:some] = -100
         return {"hidden": hidden, "linear_weight": weight, "target": target}
@@ -91,7 +93,11 @@ CHECKS = (
     row("frozen hidden states", "a gradient of the wrong leaf", leaves=("linear_weight",)),
     row("mean over kept tokens", "the mean counts ignored tokens", head(some=5)),
     row("all ignored, sum", "NaN in place of 0", head(some=12), reduction="sum"),
-    row("bias", "the bias is forgotten in the gradient", bias=torch.linspace(-1.0, 1.0, 37)),
+    row(
+        "bias",
+        "the bias is forgotten in the gradient",
+        bias=torch.linspace(-1.0, 1.0, 37, dtype=torch.float32, device="cpu"),
+    ),
     row("label smoothing", "the mean of logits misses the tail", head(some=5), label_smoothing=0.1),
     row(
         "z-loss",

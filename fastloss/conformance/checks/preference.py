@@ -20,7 +20,7 @@ K3 = "http://joschu.net/blog/kl-approx.html, in float64"
 
 def pairs(scale: float = 10.0) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
-        values = torch.randn(4, 5, generator=generator) * scale - 50
+        values = torch.randn(4, 5, generator=generator, dtype=torch.float32, device="cpu") * scale - 50
         return dict(zip(("chosen", "rejected", "ref_chosen", "ref_rejected"), values))
 
     return make
@@ -28,7 +28,7 @@ def pairs(scale: float = 10.0) -> Callable[[Generator], Inputs]:
 
 def answers(kinds: str) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
-        logps, ref = torch.randn(2, 4, generator=generator) * 5 - 30
+        logps, ref = torch.randn(2, 4, generator=generator, dtype=torch.float32, device="cpu") * 5 - 30
         desirable = {
             "both": torch.tensor([True, False, False, True]),
             "good": torch.ones(4, dtype=torch.bool),
@@ -48,9 +48,14 @@ def tokens(
 ) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
         shape = (len(lengths), 6)
-        logprobs = -torch.rand(shape, generator=generator) * 3 - 0.1
-        old = logprobs.clone() if on_policy else logprobs + torch.randn(shape, generator=generator) * spread
-        advantages = torch.randn(len(lengths), generator=generator)
+        logprobs = -torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") * 3 - 0.1
+        old = (
+            logprobs.clone()
+            if on_policy
+            else logprobs
+            + torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * spread
+        )
+        advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float32, device="cpu")
         if lowest is not None:
             advantages = advantages.clamp(max=lowest)
         mask = torch.arange(6) < torch.tensor(lengths)[:, None]
@@ -79,11 +84,11 @@ def row(
 
 
 def _two(generator: Generator) -> Inputs:
-    a, b = -torch.rand(2, 8, generator=generator) * 4
+    a, b = -torch.rand(2, 8, generator=generator, dtype=torch.float32, device="cpu") * 4
     return {"logprobs": a, "ref_logprobs": b}
 
 
-REF = torch.linspace(-3.0, -0.2, 18).view(3, 6)
+REF = torch.linspace(-3.0, -0.2, 18, dtype=torch.float32, device="cpu").view(3, 6)
 
 CHECKS = (
     row("value and gradients", "the reference's sign", "dpo", pairs(), DPO),
