@@ -14,6 +14,7 @@ from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Needs, Saved, Schedule
+from fastloss.engine.shards import Shards
 from fastloss.tables import DIFFERENTIABLE_STATS, LSE_PARTS, RowOptions
 
 
@@ -27,11 +28,13 @@ class StatsRun:
     dtype: torch.dtype
     schedule: Schedule
     needs: Needs
+    shards: Shards | None = None
     differentiable: tuple[str, ...] = DIFFERENTIABLE_STATS
 
 
 def _again(ctx: Any) -> Any:
     run: StatsRun = ctx.run
+    heads.again_only_whole(run.shards)
     hidden, weight, bias, target, *_ = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype)
     out = REFERENCE.row_stats(logits, target, run.options, want=run.want)
@@ -52,7 +55,7 @@ class LinearTokenStatistics(torch.autograd.Function):
     ) -> Any:
         ctx.run = run
         ctx.set_materialize_grads(False)
-        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
+        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
         differentiable = [name for name in run.want if name in run.differentiable]
         # With a frozen weight, and only logprobs to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
         ctx.ahead = differentiable == ["logprobs"] and run.needs == Needs(True, False, False)
@@ -77,6 +80,6 @@ class LinearTokenStatistics(torch.autograd.Function):
             assert g is not None
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = of_upstream(run.want, upstream, entropy, lse_parts.dtype)
-        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
+        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
         grads = heads.recompute(head, run.needs, run.schedule, Saved(target, lse_parts, k, run.options))
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend), *none)
