@@ -35,6 +35,7 @@ from fastloss.engine.head_rows import RowChunks, buffer_dtype, count_gemms, defa
 from fastloss.engine.head_shards import EmptyShard, ShardedRun
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
+from fastloss.engine.shards import Call as SharedCall
 from fastloss.engine.shards import Shards, of_group
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
@@ -139,11 +140,23 @@ def buffer_bytes(head: Head, rows: int) -> int:
     return rows * head.weight.shape[0] * buffer_dtype(head).itemsize
 
 
-def limits_of(chunk_size: int | None, memory: str, group: Any, linear_weight: Tensor) -> Limits:
+def limits_of(
+    chunk_size: int | None,
+    memory: str,
+    group: Any,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    ignore_index: int,
+) -> Limits:
     """The checked keywords of a public function."""
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
-    shards = None if group is None else of_group(group, linear_weight.shape[0], linear_weight.device)
+    if group is None:
+        return Limits(chunk_size, memory)
+    dim = input.shape[-1]
+    call = SharedCall(input.numel() // max(1, dim), dim, input.dtype, target, ignore_index)
+    shards = of_group(group, linear_weight.shape[0], linear_weight.device, call)
     return Limits(chunk_size, memory, shards)
 
 

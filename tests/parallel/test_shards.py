@@ -95,7 +95,13 @@ def test_dtensors_are_taken_and_given_back(found: list[dict[str, Any]]) -> None:
         ("no group", "TypeError: group: expected a ProcessGroup"),
         ("probabilities", "NotImplementedError: group:"),
         ("again", "NotImplementedError: group:"),
-        ("target of no shard", "IndexError: Target 1000000 is out of bounds"),
+        ("target of no shard", "IndexError: target: Target 1000000 of process 0 is out of bounds"),
+        ("target of one process", "IndexError: target: Target -1 of process 0 is out of bounds"),
+        (
+            "tokens of one process",
+            "ShapeError: group: expected the same tokens on every process, got process 0: 24, process 1: 23",
+        ),
+        ("dtype of one process", "ShapeError: group: expected the same dtype"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(found: list[dict[str, Any]], name: str, word: str) -> None:
@@ -109,3 +115,4 @@ def test_explain_tells_the_bytes_that_are_sent(found: list[dict[str, Any]]) -> N
         assert sum(told["vocabulary_shards"]) == 97
         assert told["gathered_bytes"] == counted["gathered"]
         assert told["reduced_bytes"] == counted["reduced"]
+        assert each["bytes"]["plan"]["planned"] == pytest.approx(each["bytes"]["plan"]["told"])
