@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
-WORKER = Path(__file__).with_name("shard_cases.py")
 # Roundings of the dtype along a sum of 16 products and of 97 classes; bfloat16's results are rounded to 8 bits.
 TOLERANCE = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2e-2}
 
@@ -20,31 +16,8 @@ TOLERANCE = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2e-2}
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process wrote."""
     world, folder = request.param, tmp_path_factory.mktemp("shards")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(WORKER),
-                str(folder / "store"),
-                str(rank),
-                str(world),
-                str(folder / f"{rank}.json"),
-            ],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    said = [process.communicate(timeout=400)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in said)
+    done = processes.run("shard_cases.py", world, folder / "store", str(folder / "{rank}.json"))
+    assert all(status == 0 for status, _ in done), "\n".join(text[-3000:] for _, text in done)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
