@@ -1,4 +1,5 @@
-"""What a device's library of products can do, asked of the device itself and kept: not of its name, nor of torch's version."""
+"""What a device is and what its library of products can do, asked of the device itself and kept: not of its name, nor of torch's
+version."""
 
 from __future__ import annotations
 
@@ -9,6 +10,16 @@ from torch import Tensor
 
 # Columns of a product's first operand that are converted to the accumulator's dtype at a time, where the library cannot.
 CONVERT_BLOCK = 2048
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether ``device`` has a library of its own with fast low-precision products, and works on while the host goes ahead."""
+    return device.type != "cpu"
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether a call may read a few numbers back from ``device``: a GPU then finishes first what it was given before."""
+    return not is_gpu(device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,212 @@
+"""The linear head as a GPU runs it: chunks, and d weight without an accumulator.
+
+A device of type "cuda" needs no GPU to ask what is done on it; to do it, ``devices.is_gpu`` takes the CPU's tensors for a GPU's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from backends_under_test import DEVICE, KERNELS, need
+from torch import Tensor
+
+import fastloss
+from fastloss.engine import devices, head, head_rows
+from fastloss.engine.backend import get_backend
+from fastloss.engine.head_types import Head, Limits, Needs
+
+IGNORE = -100
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+GPU_KERNELS = [name for name in KERNELS if name != "cpu"]
+EPS = {F32: 1e-5, BF16: 2**-7, F16: 2**-10}
+
+
+@pytest.fixture
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "is_gpu", lambda device: True)
+
+
+def operands(
+    rows: int = 37, dim: int = 24, vocab: int = 301, dtype: torch.dtype = F32
+) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows + dim)
+    hidden = torch.randn(rows, dim, generator=generator)
+    weight = torch.randn(vocab, dim, generator=generator) / dim**0.5
+    target = torch.randint(0, vocab, (rows,), generator=generator)
+    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), target.to(DEVICE)
+
+
+def step(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+    loss = fastloss.linear_cross_entropy(*leaves, target, **options)
+    loss.backward()
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    return loss.detach(), leaves[0].grad, leaves[1].grad
+
+
+def exact(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return step(hidden.double(), weight.double(), target, backend="reference", **options)
+
+
+def close(ours: tuple[Tensor, ...], right: tuple[Tensor, ...], eps: float) -> None:
+    for x, y in zip(ours, right, strict=True):
+        assert float((x.double() - y).abs().max()) <= 4 * eps * float(y.abs().max())
+
+
+# --- chunks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "vocab", "dtype", "weight_gradient", "chunk"),
+    [
+        (1024, 4096, 128256, BF16, True, 1024),
+        (8192, 4096, 128256, BF16, True, 8192),  # N = 2 D: the logits are as large as the accumulator
+        (8193, 4096, 128256, BF16, True, 4352),  # two equal chunks, a multiple of 256
+        (32768, 4096, 128256, BF16, True, 8192),
+        (8192, 4096, 128256, F32, True, 4096),  # logits of 4 bytes: N = D
+        (4096, 4096, 128256, F32, True, 4096),
+        (8192, 2304, 256000, BF16, True, 4096),  # 4608 = 18 · 256 rows at most
+        (16384, 768, 50257, BF16, True, 2048),  # a small weight: GEMMs need rows
+        (8192, 4096, 128256, BF16, False, 2048),  # no accumulator that pays for more
+        (8192, 4096, 1 << 20, BF16, False, 256),
+        (3, 4096, 128256, BF16, True, 3),
+        (0, 4096, 128256, BF16, True, 1),
+    ],
+)
+def test_chunk_on_a_gpu(
+    rows: int, dim: int, vocab: int, dtype: torch.dtype, weight_gradient: bool, chunk: int
+) -> None:
+    assert head_rows.default_chunk(rows, vocab, dim, dtype, CUDA, weight_gradient) == chunk
+
+
+@pytest.mark.parametrize("rows", [2049, 5000, 8193, 9999, 40000])
+def test_chunks_on_a_gpu_are_equal_multiples_within_the_accumulator(rows: int) -> None:
+    chunk = head_rows.default_chunk(rows, 128256, 1000, BF16, CUDA)
+    parts = [stop - start for start, stop in head_rows.equal_chunks(rows, chunk)]
+    assert chunk % 256 == 0 and chunk <= max(head_rows.accumulator_rows(1000, BF16), head_rows.GPU_ROWS)
+    assert sum(parts) == rows and len(parts) == -(-rows // head_rows.GPU_ROWS)
+
+
+def test_chunk_on_the_cpu_is_what_it_was() -> None:
+    assert head_rows.default_chunk(8192, 128256, 4096, BF16, CPU) == 256
+    assert head_rows.default_chunk(40, 128256, 4096, BF16, CPU) == 32
+
+
+def fake_head(dtype: torch.dtype, leaf: torch.dtype | None = None) -> Head:
+    hidden, weight = torch.empty(8, 64, dtype=leaf or dtype), torch.empty(1000, 64, dtype=leaf or dtype)
+    return Head(get_backend("reference"), hidden, weight, None, dtype)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "leaf", "chunks", "made"),
+    [
+        (BF16, None, 1, BF16),
+        (BF16, None, 2, F32),
+        (F16, None, 1, F32),  # waits, unscaled, for the upstream gradient
+        (BF16, F32, 1, F32),  # autocast: never rounded to bfloat16
+        (F32, None, 1, F32),
+        (torch.float64, None, 3, torch.float64),
+    ],
+)
+def test_dtype_of_the_weight_gradient(
+    as_gpu: None, dtype: torch.dtype, leaf: torch.dtype | None, chunks: int, made: torch.dtype
+) -> None:
+    operand = fake_head(dtype, leaf)
+    assert head_rows.weight_dtype(operand, chunks) == made
+    size = 0 if made == operand.weight.dtype else operand.weight.numel() * 4
+    assert head_rows.accumulator_bytes(operand, chunks) == size
+
+
+def test_an_accumulator_on_the_cpu_stays() -> None:
+    assert head_rows.weight_dtype(fake_head(BF16), 1) == F32
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_memory_means(as_gpu: None, trained: bool) -> None:
+    needs, operand = Needs(True, trained, False), fake_head(BF16)
+    limit = head_rows.accumulator_rows(64, BF16)
+
+    def chunk(rows: int, memory: str = "auto", chunk_size: int | None = None) -> int:
+        return head.chunked(operand, rows, needs, Limits(chunk_size, memory)).chunk
+
+    assert chunk(limit, "low") == (limit if trained else limit // 4)  # all rows spare the accumulator
+    assert chunk(9000) == 2048 and chunk(9000, "low") == 512 and chunk(9000, "fast") == 2048
+    assert chunk(9000, chunk_size=100) == 100 and chunk(50, chunk_size=100) == 50
+
+
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
+    """Of the products that make d weight from here on: which function, into which dtype."""
+    seen: list[tuple[str, torch.dtype]] = []
+    plain = devices.add_transposed
+
+    def spy(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+        seen.append(("add" if accumulate else "write", out.dtype))
+        plain(out, a, b, accumulate=accumulate)
+
+    monkeypatch.setattr(devices, "add_transposed", spy)
+    return seen
+
+
+@pytest.mark.parametrize("chunk_size", [None, 20])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+def test_weight_gradient_against_float64(
+    as_gpu: None, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype, chunk_size: int | None
+) -> None:
+    """One product in the leaf's dtype where all rows are one chunk; added up in float32 where they are not."""
+    need(backend)
+    hidden, weight, target = operands(dtype=dtype)
+    seen = products(monkeypatch)
+    ours = step(hidden, weight, target, chunk_size=chunk_size, backend=backend)
+    one = dtype if dtype != F16 else F32
+    assert seen == ([("write", one)] if chunk_size is None else [("write", F32), ("add", F32)])
+    assert [x.dtype for x in ours] == [dtype] * 3
+    close(ours[1:], exact(hidden, weight, target)[1:], EPS[dtype])
+
+
+def test_autocast_adds_up_in_the_leafs_float32(as_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    need("triton")
+    hidden, weight, target = operands()
+    seen = products(monkeypatch)
+    with torch.autocast(DEVICE, BF16):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+        fastloss.linear_cross_entropy(*leaves, target, backend="triton").backward()
+    assert seen == [("write", F32)] and leaves[1].grad is not None and leaves[1].grad.dtype == F32
+    close((leaves[1].grad,), exact(hidden, weight, target)[2:], EPS[BF16])
+
+
+@pytest.mark.parametrize("function", ["preference", "policy"])
+def test_other_losses_go_in_one_chunk(as_gpu: None, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    backend = need("triton")
+    hidden, weight, target = operands(24, dtype=BF16)
+    leaves = [x.requires_grad_() for x in (hidden.view(4, 6, -1), weight)]
+    target = target.view(4, 6)
+    seen = products(monkeypatch)
+
+    def loss() -> Any:
+        if function == "preference":
+            return fastloss.linear_simpo_loss(*leaves, target, backend=backend)
+        ones = torch.ones(4, device=DEVICE)
+        return fastloss.linear_policy_loss(*leaves, target, None, ones, None, backend=backend)
+
+    loss().loss.backward()
+    assert seen == [("write", BF16)]
+    assert leaves[1].grad is not None and leaves[1].grad.dtype == BF16
+
+
+def test_explain_tells_chunks_and_accumulator(as_gpu: None) -> None:
+    backend = need("triton")
+    hidden, weight, target = operands(dtype=BF16)
+
+    def plan(trained: bool = True, **options: Any) -> tuple[int, int, int]:
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)
+        told = fastloss.explain(fastloss.linear_cross_entropy, *leaves, target, backend=backend, **options)
+        return told["chunk_rows"], told["buffer_bytes"], told["accumulator_bytes"]
+
+    stride = 2 * 301
+    assert plan() == (37, 37 * stride, 0)
+    assert plan(chunk_size=20) == (20, 20 * stride, 4 * weight.numel())
+    assert plan(trained=False, chunk_size=20) == (20, 20 * stride, 0)
