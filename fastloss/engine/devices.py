@@ -4,12 +4,15 @@ version."""
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
 # Columns of a product's first operand that are converted to the accumulator's dtype at a time, where the library cannot.
 CONVERT_BLOCK = 2048
+# FASTLOSS_SKIP_IGNORED=0: on a GPU rows without a target are computed too, and no call waits for it.
+SKIP_IGNORED = os.environ.get("FASTLOSS_SKIP_IGNORED", "1") != "0"
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -18,8 +21,13 @@ def is_gpu(device: torch.device) -> bool:
 
 
 def may_wait(device: torch.device) -> bool:
-    """Whether a call may read a few numbers back from ``device``: a GPU then finishes first what it was given before."""
-    return not is_gpu(device)
+    """Whether a call may read a few numbers back from ``device``: a GPU then finishes first what it was given before. Not while
+    a CUDA graph is captured, nor where torch.compile traces, nor with ``FASTLOSS_SKIP_IGNORED=0``."""
+    if not is_gpu(device):
+        return True
+    if not SKIP_IGNORED or torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""The linear head as a GPU runs it: chunks, and d weight without an accumulator.
+"""The linear head as a GPU runs it: chunks, d weight without an accumulator, ignored rows.
 
 A device of type "cuda" needs no GPU to ask what is done on it; to do it, ``devices.is_gpu`` takes the CPU's tensors for a GPU's.
 """
@@ -210,3 +210,139 @@ def test_explain_tells_chunks_and_accumulator(as_gpu: None) -> None:
     assert plan() == (37, 37 * stride, 0)
     assert plan(chunk_size=20) == (20, 20 * stride, 4 * weight.numel())
     assert plan(trained=False, chunk_size=20) == (20, 20 * stride, 0)
+
+
+# --- rows without a target ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_a_gpu(as_gpu: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What makes the host wait, in order."""
+    waits: list[str] = []
+    nonzero = Tensor.nonzero
+
+    def spy(x: Tensor, **options: Any) -> Tensor:
+        waits.append("nonzero")
+        return nonzero(x, **options)
+
+    monkeypatch.setattr(Tensor, "nonzero", spy)
+    return waits
+
+
+def test_who_may_wait_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    assert devices.may_wait(CUDA) and devices.may_wait(CPU) and devices.may_wait(torch.device("xpu"))
+    capturing = True
+    assert not devices.may_wait(CUDA) and devices.may_wait(CPU)
+    capturing = False
+    monkeypatch.setattr(devices, "SKIP_IGNORED", False)
+    assert not devices.may_wait(CUDA) and devices.may_wait(CPU)
+    monkeypatch.setattr(devices, "SKIP_IGNORED", True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not devices.may_wait(CUDA) and devices.may_wait(CPU)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 8])
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+def test_ignored_rows_cost_one_wait_and_reach_nothing(
+    on_a_gpu: list[str], backend: str, chunk_size: int | None
+) -> None:
+    need(backend)
+    hidden, weight, target = operands()
+    target[::3] = IGNORE
+    hidden[::3] = float("nan")
+    keep = (target != IGNORE).nonzero().view(-1)
+    del on_a_gpu[:]
+    ours = step(hidden, weight, target, chunk_size=chunk_size, backend=backend)
+    assert on_a_gpu == ["nonzero"]
+    alone = step(hidden[keep], weight, target[keep], chunk_size=chunk_size, backend=backend)
+    assert torch.equal(ours[0], alone[0]) and torch.equal(ours[2], alone[2])
+    assert torch.equal(ours[1][keep], alone[1]) and not ours[1][::3].any()
+    close(alone, exact(hidden[keep], weight, target[keep]), EPS[F32])
+
+
+def test_a_backward_of_its_own_does_not_wait_again(on_a_gpu: list[str]) -> None:
+    backend = need("triton")
+    hidden, weight, target = operands()
+    target[5:30] = IGNORE
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    logprobs = fastloss.linear_token_stats(*leaves, target, backend=backend).logprobs
+    logprobs.square().sum().backward()
+    loss = fastloss.linear_cross_entropy(*leaves, target, reduction="none", backend=backend)
+    loss.sum().backward()
+    assert on_a_gpu == ["nonzero"] * 2
+
+
+def test_all_rows_are_computed_where_it_is_switched_off(
+    on_a_gpu: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = need("triton")
+    monkeypatch.setattr(devices, "SKIP_IGNORED", False)
+    hidden, weight, target = operands()
+    target[::3] = IGNORE
+    right = exact(hidden, weight, target)
+    del on_a_gpu[:]
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    assert fastloss.explain(fastloss.linear_cross_entropy, *leaves, target, backend=backend)["rows"] == 37
+    close(step(hidden, weight, target, backend=backend), right, EPS[F32])
+    assert on_a_gpu == []
+
+
+def test_prompts_of_pairs_are_left_out(on_a_gpu: list[str]) -> None:
+    backend = need("triton")
+    hidden, weight, target = operands(24)
+    hidden, target = hidden.view(4, 6, -1), target.view(4, 6)
+    target[:, :4] = IGNORE
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    plan = fastloss.explain(fastloss.linear_simpo_loss, *leaves, target, backend=backend)
+    assert plan["rows"] == 8
+    del on_a_gpu[:]
+    loss = fastloss.linear_simpo_loss(*leaves, target, backend=backend).loss
+    assert on_a_gpu == ["nonzero"]
+    loss.backward()
+    assert hidden.grad is not None and not hidden.grad[:, :4].any()
+    right = fastloss.linear_simpo_loss(
+        *(x.detach().double() for x in leaves), target, backend="reference"
+    ).loss
+    torch.testing.assert_close(loss.detach().double(), right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_masked_tokens_of_policies_are_left_out(on_a_gpu: list[str], frozen: bool) -> None:
+    backend = need("triton")
+    hidden, weight, target = operands(24)
+    hidden, target = hidden.view(4, 6, -1), target.view(4, 6)
+    mask = torch.ones(4, 6, dtype=torch.bool, device=DEVICE)
+    mask[:, :3] = False
+    hidden[:, :3] = float("nan")
+    old, advantages = -torch.rand(4, 6, device=DEVICE), torch.randn(4, device=DEVICE)
+    leaves = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    call = (target, old, advantages, mask)
+    assert fastloss.explain(fastloss.linear_policy_loss, *leaves, *call, backend=backend)["rows"] == 12
+    del on_a_gpu[:]
+    loss = fastloss.linear_policy_loss(*leaves, *call, backend=backend).loss
+    assert on_a_gpu == ["nonzero"]
+    loss.backward()
+    clean = (leaves[0].detach().nan_to_num(), leaves[1].detach())
+    right = fastloss.linear_policy_loss(*(x.double() for x in clean), *call, backend="reference").loss
+    torch.testing.assert_close(loss.detach().double(), right, rtol=1e-5, atol=1e-5)
+    assert hidden.grad is not None and hidden.grad.isfinite().all() and not hidden.grad[:, :3].any()
+
+
+def test_an_operator_of_a_compiled_graph_does_not_wait(on_a_gpu: list[str]) -> None:
+    backend = need("triton")
+    torch._dynamo.reset()
+    hidden, weight, target = operands()
+    target[::3] = IGNORE
+    function = torch.compile(
+        lambda h, w: fastloss.linear_cross_entropy(h, w, target, backend=backend), fullgraph=True, backend="aot_eager"
+    )  # fmt: skip
+    right = exact(hidden, weight, target)
+    del on_a_gpu[:]
+    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
+    loss = function(*leaves)
+    loss.backward()
+    assert on_a_gpu == []
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    close((loss.detach(), leaves[0].grad, leaves[1].grad), right, EPS[F32])
