@@ -39,6 +39,7 @@ from fastloss.engine.head_rows import (
     count_gemms,
     default_chunk,
     equal_chunks,
+    row_stride,
 )
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
@@ -129,7 +130,7 @@ class Schedule(NamedTuple):
 
 def buffer_bytes(head: Head, rows: int) -> int:
     """Memory of the logits of ``rows`` rows."""
-    return rows * head.weight.shape[0] * buffer_dtype(head).itemsize
+    return rows * row_stride(head.weight.shape[0], head.weight.device) * buffer_dtype(head).itemsize
 
 
 def limits_of(chunk_size: int | None, memory: str) -> Limits:

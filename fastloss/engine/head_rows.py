@@ -48,6 +48,7 @@ def buffer_dtype(head: Head) -> torch.dtype:
 # On a GPU: the memory of logits that no accumulator pays for, and rows that fill a wave of its tiles. Not tuned on one.
 GPU_BYTES, GPU_ROWS = 512 << 20, 2048
 GPU_MULTIPLE = 256  # of a chunk's rows, where there are several
+GPU_ALIGNMENT = 64  # elements: rows of logits begin at a multiple, for the fast products and 16-byte loads at any vocabulary
 
 
 def default_chunk(
@@ -92,6 +93,16 @@ def accumulator_bytes(head: Head, chunks: int) -> int:
     return 0 if made == head.weight.dtype else head.weight.numel() * made.itemsize
 
 
+def row_stride(vocab: int, device: torch.device) -> int:
+    """Elements from one row of logits in a buffer to the next."""
+    return -(-vocab // GPU_ALIGNMENT) * GPU_ALIGNMENT if devices.is_gpu(device) else vocab
+
+
+def new_logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer ``[rows, vocab]``; what lies between two rows is never read."""
+    return torch.empty((rows, row_stride(vocab, device)), dtype=dtype, device=device)[:, :vocab]
+
+
 def equal_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
     for start in range(0, rows, chunk):
         yield start, min(start + chunk, rows)
@@ -108,7 +119,7 @@ class _Gemms:
         self.hidden = head.hidden.to(head.dtype)
         self.weight = head.weight.to(head.dtype)
         self.acc = ACC_DTYPES[head.dtype]
-        self.buffer = torch.empty((min(chunk, rows), vocab), dtype=buffer_dtype(head), device=device)
+        self.buffer = new_logits(min(chunk, rows), vocab, buffer_dtype(head), device)
         new = torch.empty if keep is None else torch.zeros
         self.d_hidden = new((rows, dim), dtype=head.dtype, device=device) if needs.hidden else None
         # Its first chunk writes it: no zeros to make and read.

@@ -1,4 +1,4 @@
-"""The linear head as a GPU runs it: chunks, d weight without an accumulator, ignored rows.
+"""The linear head as a GPU runs it: chunks, d weight without an accumulator, ignored rows, padded logits.
 
 A device of type "cuda" needs no GPU to ask what is done on it; to do it, ``devices.is_gpu`` takes the CPU's tensors for a GPU's.
 """
@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from backends_under_test import DEVICE, KERNELS, need
+from backends_under_test import DEVICE, KERNELS, contract, dtypes, need
 from torch import Tensor
 
 import fastloss
 from fastloss.engine import devices, head, head_rows
 from fastloss.engine.backend import get_backend
+from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.head_types import Head, Limits, Needs
+from fastloss.tables import LSE_PARTS, CrossEntropyOptions
 
 IGNORE = -100
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -206,7 +208,7 @@ def test_explain_tells_chunks_and_accumulator(as_gpu: None) -> None:
         told = fastloss.explain(fastloss.linear_cross_entropy, *leaves, target, backend=backend, **options)
         return told["chunk_rows"], told["buffer_bytes"], told["accumulator_bytes"]
 
-    stride = 2 * 301
+    stride = 2 * 320  # 301 logits, padded to a multiple of 64
     assert plan() == (37, 37 * stride, 0)
     assert plan(chunk_size=20) == (20, 20 * stride, 4 * weight.numel())
     assert plan(trained=False, chunk_size=20) == (20, 20 * stride, 0)
@@ -346,3 +348,78 @@ def test_an_operator_of_a_compiled_graph_does_not_wait(on_a_gpu: list[str]) -> N
     assert on_a_gpu == []
     assert leaves[0].grad is not None and leaves[1].grad is not None
     close((loss.detach(), leaves[0].grad, leaves[1].grad), right, EPS[F32])
+
+
+# --- padded rows of logits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vocab", "stride"), [(50257, 50304), (128256, 128256), (64, 64), (1, 64), (65, 128)]
+)
+def test_rows_of_logits_begin_at_multiples_of_64(as_gpu: None, vocab: int, stride: int) -> None:
+    logits = head_rows.new_logits(3, vocab, BF16, CPU)
+    assert logits.shape == (3, vocab) and logits.stride() == (stride, 1)
+
+
+def test_rows_of_logits_on_the_cpu_are_dense() -> None:
+    assert head_rows.new_logits(3, 301, F32, CPU).is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", dtypes("cuda"), ids=str)
+@pytest.mark.parametrize("vocab", [1, 37, 301, 1031])
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+def test_padding_changes_no_bit_and_is_not_touched(backend: str, vocab: int, dtype: torch.dtype) -> None:
+    """Statistics, loss and gradient, in place, of rows 64 elements apart: those of dense rows, with NaN in between."""
+    kernels = contract(backend)
+    generator = torch.Generator().manual_seed(vocab)
+    dense = torch.randn(5, vocab, generator=generator).to(DEVICE, dtype)
+    target = torch.randint(0, vocab, (5,), generator=generator).to(DEVICE)
+    target[3] = IGNORE
+    stride = -(-vocab // 64) * 64 + 64 * (vocab % 64 == 0)
+    options = CrossEntropyOptions(label_smoothing=0.1, z_loss=1e-3)
+    want = ("logprobs", "entropy", "mean_logits")
+
+    def padded() -> tuple[Tensor, Tensor]:
+        memory = torch.full((5, stride), float("nan"), device=DEVICE, dtype=dtype)
+        memory[:, :vocab] = dense
+        return memory[:, :vocab], memory
+
+    def everything(rows: Tensor, other: Tensor) -> list[Tensor]:
+        stats = kernels.row_stats(rows, target, options, want=(*want, LSE_PARTS))
+        out = kernels.row_cross_entropy(rows, target, options, grad=rows, want=want)
+        one = torch.ones(5, device=DEVICE)
+        k = Coefficients(a=one, b=-one, c=one)
+        kernels.row_grad(other, target, options, lse_parts=stats[LSE_PARTS], coefficients=k, out=other)
+        return [*stats.values(), out["loss"], *(out[name] for name in want), rows, other]
+
+    (first, memory), (second, memory_too) = padded(), padded()
+    for ours, theirs in zip(everything(first, second), everything(dense.clone(), dense.clone()), strict=True):
+        assert torch.equal(ours, theirs) and ours.isfinite().all()
+    assert memory[:, vocab:].isnan().all() and memory_too[:, vocab:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+def test_a_head_over_padded_logits(
+    as_gpu: None, monkeypatch: pytest.MonkeyPatch, backend: str, dtype: torch.dtype
+) -> None:
+    """Of 301 logits, in chunks, with a bias: the buffer is full of NaN before, and its padding afterwards."""
+    need(backend)
+    hidden, weight, target = operands(dtype=dtype)
+    bias = torch.randn(301, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+    plain, buffers = head_rows.new_logits, []
+
+    def filled(*given: Any) -> Tensor:
+        buffers.append(plain(*given))
+        base = buffers[-1]._base
+        assert base is not None
+        base.fill_(float("nan"))
+        return buffers[-1]
+
+    monkeypatch.setattr(head_rows, "new_logits", filled)
+    leaf = bias.clone().requires_grad_()
+    ours = (*step(hidden, weight, target, linear_bias=leaf, chunk_size=16, backend=backend), leaf.grad)
+    assert [x.stride(0) for x in buffers] == [320] and buffers[0]._base[:, 301:].isnan().all()
+    right_bias = bias.double().requires_grad_()
+    right = (*exact(hidden, weight, target, linear_bias=right_bias), right_bias.grad)
+    close(ours, right, EPS[dtype])
