@@ -40,9 +40,12 @@ from fastloss.engine.head_rows import (
     default_chunk,
     equal_chunks,
     row_stride,
+    weight_dtype,
 )
+from fastloss.engine.head_shards import EmptyShard, ShardedRun
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
+from fastloss.engine.shards import Shards, of_group
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 
@@ -95,13 +98,26 @@ class Schedule(NamedTuple):
     def by_vocabulary(self) -> bool:
         return self.chunk == 0
 
-    def details(self, head: Head, rows: int, needs: Needs, recompute: bool) -> dict[str, Any]:
-        """What ``explain`` tells. ``recompute``: the backward makes the logits again."""
+    def details(
+        self,
+        head: Head,
+        rows: int,
+        needs: Needs,
+        recompute: bool,
+        want: Sequence[str] = ("logprobs",),
+    ) -> dict[str, Any]:
+        """What ``explain`` tells. ``recompute``: the backward makes the logits again. ``want``: statistics that are made."""
         gemms: float = 1 + recompute + needs.hidden + needs.weight
         vocab, dim = head.weight.shape
+        sent: dict[str, Any] = {}
+        if head.shards is not None:
+            sent = head.shards.details(
+                rows, want, ACC_DTYPES[head.dtype], head.hidden if needs.hidden else None
+            )
         if not self.by_vocabulary:
             chunk = min(self.chunk, rows)
             return {
+                **sent,
                 "schedule": "chunks of rows",
                 "gemms": gemms,
                 "rows": rows,
@@ -119,6 +135,7 @@ class Schedule(NamedTuple):
             extra = max(0, min(self.more, part - dim)) * vocab * head.weight.dtype.itemsize
             extra += vocab * dim * torch.float32.itemsize if part < rows else 0
         return {
+            **sent,
             "schedule": "blocks of the vocabulary",
             "gemms": gemms,
             "rows": rows,
@@ -133,22 +150,30 @@ def buffer_bytes(head: Head, rows: int) -> int:
     return rows * row_stride(head.weight.shape[0], head.weight.device) * buffer_dtype(head).itemsize
 
 
-def limits_of(chunk_size: int | None, memory: str) -> Limits:
+def limits_of(chunk_size: int | None, memory: str, group: Any, linear_weight: Tensor) -> Limits:
     """The checked keywords of a public function."""
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
-    return Limits(chunk_size, memory)
+    shards = None if group is None else of_group(group, linear_weight.shape[0], linear_weight.device)
+    return Limits(chunk_size, memory, shards)
+
+
+def vocab_of(linear_weight: Tensor, limits: Limits) -> int:
+    """Classes of the whole vocabulary."""
+    return linear_weight.shape[0] if limits.shards is None else limits.shards.vocab
 
 
 def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule in chunks of rows. "fast": as many as take the memory of a float32 gradient of the weight; "low": a
     quarter of the usual, but all rows at once where that spares an accumulator as large as their logits."""
     vocab, dim = head.weight.shape
+    if head.shards is not None:  # every process of a group takes the same chunks
+        vocab = max(head.shards.sizes)
     chunk = limits.chunk_size or default_chunk(rows, vocab, dim, head.dtype, head.weight.device, needs.weight)
     if limits.chunk_size is None and limits.memory == "fast":
         chunk = max(chunk, head_blocks.further_rows(head.weight))
     if limits.chunk_size is None and limits.memory == "low":
-        spared = needs.weight and accumulator_bytes(head, 2) > accumulator_bytes(head, 1)
+        spared = needs.weight and weight_dtype(head, 2) != weight_dtype(head, 1)
         if not (spared and rows <= accumulator_rows(dim, head.dtype)):
             chunk = max(min(chunk, 32), chunk // 4)
     return Schedule(min(chunk, max(rows, 1)))
@@ -182,6 +207,8 @@ def schedule_of_cross_entropy(
 ) -> Schedule:
     """The schedule of cross-entropy. ``per_row``: the loss of each row is returned; ``smooth``: every token is a target."""
     why_not = head_blocks.why_not_cross_entropy(needs, per_row, smooth)
+    if head.shards is not None and smooth:
+        why_not = "label smoothing over a vocabulary that is cut"
     if why_not or not goes_by_vocabulary(head):
         return chunked(head, rows, needs, limits)
     if not needs or per_row:
@@ -190,23 +217,30 @@ def schedule_of_cross_entropy(
 
 
 def make_head(
-    backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    backend: Backend,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    shards: Shards | None = None,
 ) -> Head:
     """The operands, detached. ``dtype`` is that of the GEMMs."""
     acc = ACC_DTYPES[dtype]
     dense = None if bias is None else bias.detach().to(acc).contiguous()
-    return Head(backend, hidden.detach(), weight.detach(), dense, dtype)
+    return Head(backend, hidden.detach(), weight.detach(), dense, dtype, shards)
 
 
 class _Pass:
     """One pass over the rows; what it computes has no gradient of its own, and autocast changes none of its dtypes."""
 
-    def __init__(self, run: RowChunks | VocabularyBlocks):
-        self._run = run
+    def __init__(self, run: RowChunks | VocabularyBlocks | EmptyShard, by_rows: bool):
+        shards = run.head.shards
+        self._inner = run
+        self._run = run if shards is None else ShardedRun(run, shards, by_rows)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Pass:
-        run = self._run
+        run = self._inner
         device = run.head.hidden.device.type
         if isinstance(run, RowChunks):
             count_gemms(run.head, run.rows, 1 + run.needs.hidden + run.needs.weight)
@@ -219,8 +253,9 @@ class _Pass:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        if isinstance(self._run, VocabularyBlocks):
-            count_gemms(self._run.head, self._run.rows, self._run.multiplied / max(1, self._run.rows))
+        run = self._inner
+        if isinstance(run, VocabularyBlocks):
+            count_gemms(run.head, run.rows, run.multiplied / max(1, run.rows))
 
     def parts(self) -> Iterator[Any]:
         return iter(self._run.parts())
@@ -254,13 +289,25 @@ def begin(
     that is needed. The other rows' statistics and d hidden are 0, and nothing of their hidden states, NaN included,
     reaches anything. ``bounds`` are the chunks or parts, of at most as many rows as the schedule's; None is equal ones.
     ``logprobs_only``: the coefficients will be those of log-probs, ``a = -b``."""
+    shards = head.shards
+    if shards is not None:
+        logprobs_only = False  # a shard's log-probs are not yet those of the row
+        if not shards.own:
+            rows = head.hidden.shape[0] if keep is None else keep.numel()
+            chunks = (
+                equal_chunks(rows, schedule.chunk or max(1, schedule.part or rows))
+                if bounds is None
+                else bounds
+            )
+            return _Pass(EmptyShard(head, needs, keep, list(chunks)), not schedule.by_vocabulary)
     if schedule.by_vocabulary:
         rows = head.hidden.shape[0] if keep is None else keep.numel()
         if bounds is None and schedule.part:
             bounds = equal_chunks(rows, schedule.part)
-        return _Pass(VocabularyBlocks(head, needs, keep, list(bounds or ()), schedule.more, logprobs_only))
+        blocks = VocabularyBlocks(head, needs, keep, list(bounds or ()), schedule.more, logprobs_only)
+        return _Pass(blocks, by_rows=False)
     with _disable_current_modes():
-        return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
+        return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds), by_rows=True)
 
 
 def with_lse_parts(want: tuple[str, ...]) -> tuple[str, ...]:
@@ -315,6 +362,12 @@ def stats(
                 part.gradients(own, options, parts, Coefficients(a=one, b=-one))
             outs.append(out)
         return run.collect(outs), run.grads().hidden
+
+
+def again_only_whole(shards: Shards | None) -> None:
+    """Refuses to differentiate a gradient again where no process has the whole of it."""
+    if shards is not None:
+        raise NotImplementedError("group: a gradient of a vocabulary that is cut is not differentiable again")
 
 
 def defined_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -274,6 +274,15 @@ class Chunk:
         head = self.run.head
         return head.backend.row_stats(self.logits, target, options, want=want, bias=head.bias)
 
+    def distances(
+        self, target: Tensor | None, options: CrossEntropyOptions, w: Tensor | None, want: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The losses alone, named "distance", and statistics; no gradient is made."""
+        head = self.run.head
+        out = head.backend.row_cross_entropy(self.logits, target, options, want=want, bias=head.bias, w=w)
+        out["distance"] = out.pop("loss")
+        return out
+
     def cross_entropy(
         self,
         target: Tensor | None,

@@ -1,0 +1,111 @@
+"""Vocabularies and sequences that are cut over 2 and 4 processes (gloo) against whole ones in float64: tests/parallel/shard_cases.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WORKER = Path(__file__).with_name("shard_cases.py")
+# Roundings of the dtype along a sum of 16 products and of 97 classes; bfloat16's results are rounded to 8 bits.
+TOLERANCE = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2e-2}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process wrote."""
+    world, folder = request.param, tmp_path_factory.mktemp("shards")
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+    }
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(WORKER),
+                str(folder / "store"),
+                str(rank),
+                str(world),
+                str(folder / f"{rank}.json"),
+            ],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    said = [process.communicate(timeout=400)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in said)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def test_every_loss_of_a_cut_vocabulary_is_that_of_the_whole(found: list[dict[str, Any]]) -> None:
+    wrong = []
+    for rank, each in enumerate(found):
+        for name, numbers in each["cases"].items():
+            worst = max(value for key, value in numbers.items() if key != "bits")
+            if not worst <= TOLERANCE[name.split(", ")[1]]:
+                wrong.append((rank, name, numbers))
+    assert len(found[0]["cases"]) > 80
+    assert not wrong
+
+
+def test_every_process_has_the_same_bits(found: list[dict[str, Any]]) -> None:
+    for name, numbers in found[0]["cases"].items():
+        assert all(each["cases"][name]["bits"] == numbers["bits"] for each in found), name
+
+
+def test_targets_cross_the_border_of_a_shard_of_sequences(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert len(each["sequences"]) == 6
+        for name, numbers in each["sequences"].items():
+            assert numbers["same targets"], name
+            assert numbers["tokens"][0] == numbers["tokens"][1], name
+            assert all(numbers[key] <= 1e-12 for key in ("loss", "gradient", "DPO", "DPO gradient")), (
+                name,
+                numbers,
+            )
+
+
+def test_dtensors_are_taken_and_given_back(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        for name in ("replicated", "tokens", "whole"):
+            numbers = each["dtensors"][name]
+            assert numbers["kinds"] == [True, True, True], name
+            assert max(numbers["loss"], numbers["hidden"], numbers["weight"]) <= 1e-12, (name, numbers)
+        assert each["dtensors"]["statistics"] <= 1e-12
+        assert each["dtensors"]["torch's loss_parallel"] <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("weight by columns", "ValueError: linear_weight: expected placements Shard(0)"),
+        ("group beside it", "ValueError: group: expected None beside"),
+        ("tokens without a cut", "ValueError: input: expected Replicate()"),
+        ("no group", "TypeError: group: expected a ProcessGroup"),
+        ("probabilities", "NotImplementedError: group:"),
+        ("again", "NotImplementedError: group:"),
+        ("target of no shard", "IndexError: Target 1000000 is out of bounds"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(found: list[dict[str, Any]], name: str, word: str) -> None:
+    for each in found:
+        assert each["dtensors"][name].startswith(word), each["dtensors"][name]
+
+
+def test_explain_tells_the_bytes_that_are_sent(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        counted, told = each["bytes"]["counted"], each["bytes"]["told"]
+        assert sum(told["vocabulary_shards"]) == 97
+        assert told["gathered_bytes"] == counted["gathered"]
+        assert told["reduced_bytes"] == counted["reduced"]
