@@ -21,7 +21,7 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
-from fastloss.engine.head import Head, Limits, Needs, Saved, Schedule
+from fastloss.engine.head import NOTHING, Head, Limits, Needs, Saved, Schedule
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS, CrossEntropyOptions, RowOptions
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
@@ -286,9 +286,12 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _HOW = "bool[] needs, ScalarType dtype, int chunk, str backend, str memory='auto'"
 
 
-def _schedule(head: Head, target: Tensor | None, ignore_index: int, limits: Limits) -> Schedule:
-    rows = heads.count_kept(head.hidden.shape[0], target, ignore_index)
-    return heads.schedule_of(head, rows, limits)
+def _schedule(
+    head: Head, target: Tensor | None, ignore_index: int, needs: Needs, limits: Limits
+) -> tuple[Schedule, Tensor | None]:
+    """The schedule, and the rows that are computed."""
+    keep = heads.kept_rows(target, ignore_index, traced=True)
+    return heads.schedule_of(head, heads.count_kept(head.hidden.shape[0], keep), needs, limits), keep
 
 
 def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -326,8 +329,8 @@ def _linear_row_grad(  # type: ignore[no-untyped-def]
     options = _record(RowOptions, fields)
     needed = Needs(*needs)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
-    saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, w)
+    schedule, keep = _schedule(head, target, options.ignore_index, needed, Limits(chunk or None, memory))
+    saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, keep, w)
     grads = heads.recompute(head, needed, schedule, saved)
     dtypes = heads.leaf_dtypes(hidden, weight, bias)
     return _or_nothing(hidden, heads.finish(grads, dtypes, head.backend))
@@ -381,14 +384,24 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     per_row = reduction == "none"
-    rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
+    keep = heads.kept_rows(target, options.ignore_index, traced=True)
+    rows = heads.count_kept(hidden.shape[0], keep)
     smooth = target is None or options.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(
         head, rows, needed, Limits(chunk or None, memory), per_row, smooth
     )
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
-        head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule, token_weight
+        head,
+        needed,
+        target,
+        w,
+        options,
+        names,
+        WHOLE if dtype in LATE_DTYPES else f,
+        schedule,
+        keep,
+        token_weight,
     )
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)
     return [
@@ -457,7 +470,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
         if token_weight is not None:
             g = g * token_weight
         k = _contiguous(of_cross_entropy(g, lse_parts, target, w, weight.shape[0], options))
-        saved = Saved(target, lse_parts, k, options, w)
+        saved = Saved(target, lse_parts, k, options, None, w)
         how = ctx.needs, dtype, Limits(given["chunk"] or None, given.get("memory", "auto")), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
     return (*grads, *[None] * ctx.constants)
@@ -518,8 +531,8 @@ def _linear_token_stats(
     options, names = _record(RowOptions, fields), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
-    out, _ = heads.stats(head, target, options, names, schedule)
+    schedule, keep = _schedule(head, target, options.ignore_index, NOTHING, Limits(chunk or None, memory))
+    out, _ = heads.stats(head, target, options, names, schedule, keep)
     return _pack(out, names, out[LSE_PARTS], dtype)
 
 
@@ -540,7 +553,7 @@ def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, lse_parts, entropy = ctx.saved_tensors
     given = ctx.given
     k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse_parts.dtype)
-    saved = Saved(target, lse_parts, k, _record(RowOptions, given))
+    saved = Saved(target, lse_parts, k, _record(RowOptions, given), None)
     how = (
         ctx.needs,
         given["dtype"],

@@ -25,13 +25,23 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastloss.engine import checks, head_blocks
+from fastloss.engine import checks, devices, head_blocks
 from fastloss.engine.autograd import scale_in_place
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
-from fastloss.engine.head_rows import RowChunks, buffer_dtype, count_gemms, default_chunk, equal_chunks
+from fastloss.engine.head_rows import (
+    RowChunks,
+    accumulator_bytes,
+    accumulator_rows,
+    buffer_dtype,
+    count_gemms,
+    default_chunk,
+    equal_chunks,
+    row_stride,
+    weight_dtype,
+)
 from fastloss.engine.head_shards import EmptyShard, ShardedRun
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
@@ -114,6 +124,7 @@ class Schedule(NamedTuple):
                 "rows": rows,
                 "chunk_rows": chunk,
                 "buffer_bytes": buffer_bytes(head, chunk),
+                "accumulator_bytes": accumulator_bytes(head, -(-rows // max(1, chunk))) * needs.weight,
             }
         assert isinstance(head.backend, NativeBackend)
         width = head_blocks.block_width(head.backend, vocab, dim)
@@ -137,7 +148,7 @@ class Schedule(NamedTuple):
 
 def buffer_bytes(head: Head, rows: int) -> int:
     """Memory of the logits of ``rows`` rows."""
-    return rows * head.weight.shape[0] * buffer_dtype(head).itemsize
+    return rows * row_stride(head.weight.shape[0], head.weight.device) * buffer_dtype(head).itemsize
 
 
 def limits_of(
@@ -165,16 +176,19 @@ def vocab_of(linear_weight: Tensor, limits: Limits) -> int:
     return linear_weight.shape[0] if limits.shards is None else limits.shards.vocab
 
 
-def chunked(head: Head, rows: int, limits: Limits) -> Schedule:
+def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule in chunks of rows. "fast": as many as take the memory of a float32 gradient of the weight; "low": a
-    quarter of the usual."""
-    # Every process of a group takes the same chunks.
-    vocab = head.weight.shape[0] if head.shards is None else max(head.shards.sizes)
-    chunk = limits.chunk_size or default_chunk(rows, vocab, head.dtype, head.weight.device)
+    quarter of the usual, but all rows at once where that spares an accumulator as large as their logits."""
+    vocab, dim = head.weight.shape
+    if head.shards is not None:  # every process of a group takes the same chunks
+        vocab = max(head.shards.sizes)
+    chunk = limits.chunk_size or default_chunk(rows, vocab, dim, head.dtype, head.weight.device, needs.weight)
     if limits.chunk_size is None and limits.memory == "fast":
         chunk = max(chunk, head_blocks.further_rows(head.weight))
     if limits.chunk_size is None and limits.memory == "low":
-        chunk = max(min(chunk, 32), chunk // 4)
+        spared = needs.weight and weight_dtype(head, 2) != weight_dtype(head, 1)
+        if not (spared and rows <= accumulator_rows(dim, head.dtype)):
+            chunk = max(min(chunk, 32), chunk // 4)
     return Schedule(min(chunk, max(rows, 1)))
 
 
@@ -183,11 +197,11 @@ def goes_by_vocabulary(head: Head) -> bool:
     return head_blocks.why_not(head.backend, head.dtype, head.weight) == ""
 
 
-def schedule_of(head: Head, rows: int, limits: Limits) -> Schedule:
+def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule of statistics alone, or of a backward whose coefficients are given, over ``rows`` computed rows."""
     if goes_by_vocabulary(head):
         return Schedule(0, min(limits.chunk_size or 0, rows))
-    return chunked(head, rows, limits)
+    return chunked(head, rows, needs, limits)
 
 
 def schedule_of_one_pass(
@@ -195,7 +209,7 @@ def schedule_of_one_pass(
 ) -> Schedule:
     """The schedule of a pass whose gradients follow on its statistics, part by part."""
     if not goes_by_vocabulary(head):
-        return chunked(head, rows, limits)
+        return chunked(head, rows, needs, limits)
     parts = head_blocks.parts_of(head, rows, needs, limits.memory, logprobs_only)
     part = min(parts.rows, limits.chunk_size) if limits.chunk_size else parts.rows
     return Schedule(0, 0 if part >= rows else part, parts.more)
@@ -209,9 +223,9 @@ def schedule_of_cross_entropy(
     if head.shards is not None and smooth:
         why_not = "label smoothing over a vocabulary that is cut"
     if why_not or not goes_by_vocabulary(head):
-        return chunked(head, rows, limits)
+        return chunked(head, rows, needs, limits)
     if not needs or per_row:
-        return schedule_of(head, rows, limits)
+        return schedule_of(head, rows, needs, limits)
     return schedule_of_one_pass(head, rows, needs, limits, logprobs_only=True)
 
 
@@ -323,11 +337,11 @@ def cross_entropy(
     want: tuple[str, ...],
     factor: Factor,
     schedule: Schedule,
+    keep: Tensor | None,
     row_factors: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], Grads]:
     """Losses, each times its entry of ``row_factors``, and statistics of all rows, and the gradients of the losses' sum times
-    ``factor``."""
-    keep = kept_rows(classes, options.ignore_index)
+    ``factor``. ``keep``: :func:`kept_rows`."""
     classes, row_factors = pick(classes, keep), pick(row_factors, keep)
     with begin(head, needs, keep, schedule) as run:
         outs = [
@@ -345,10 +359,10 @@ def stats(
     options: RowOptions,
     want: tuple[str, ...],
     schedule: Schedule,
+    keep: Tensor | None,
     with_gradient: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Statistics of all rows, and d hidden of the sum of their log-probabilities where asked for."""
-    keep = kept_rows(target, options.ignore_index)
+    """Statistics of all rows, and d hidden of the sum of their log-probabilities where asked for. ``keep``: :func:`kept_rows`."""
     target = pick(target, keep)
     outs: list[dict[str, Tensor]] = []
     with begin(head, Needs(with_gradient, False, False), keep, schedule, logprobs_only=True) as run:
@@ -383,13 +397,14 @@ class Saved(NamedTuple):
     lse_parts: Tensor
     coefficients: Coefficients
     options: RowOptions
+    keep: Tensor | None  # kept_rows of the forward
     w: Tensor | None = None
 
 
 def recompute(head: Head, needs: Needs, schedule: Schedule, saved: Saved) -> Grads:
     """The gradients of rows whose coefficients became known after their forward: 1 GEMM for the logits, and one for each
     of d hidden and d weight."""
-    keep = kept_rows(saved.target, saved.options.ignore_index)
+    keep = saved.keep
     target, lse_parts = pick(saved.target, keep), pick(saved.lse_parts, keep)
     k = Coefficients(*(pick(x, keep) for x in saved.coefficients))
     with begin(head, needs, keep, schedule) as run:
@@ -399,20 +414,18 @@ def recompute(head: Head, needs: Needs, schedule: Schedule, saved: Saved) -> Gra
         return run.grads()
 
 
-def kept_rows(target: Tensor | None, ignore_index: int) -> Tensor | None:
-    """The rows that carry a target, int64 and ascending; None where all do, or where counting them would make a GPU
-    wait for the CPU."""
-    if target is None or target.device.type != "cpu":
+def kept_rows(target: Tensor | None, ignore_index: int, traced: bool = False) -> Tensor | None:
+    """The rows that carry a target, int64 and ascending; None where all do, or where nobody may ask: a GPU is waited for
+    (:func:`fastloss.engine.devices.may_wait`), once a call, but not by an operator of a compiled graph (``traced``)."""
+    if target is None or not devices.may_wait(target.device) or (traced and devices.is_gpu(target.device)):
         return None
     keep = (target != ignore_index).nonzero().view(-1)
     return None if keep.numel() == target.numel() else keep
 
 
-def count_kept(rows: int, target: Tensor | None, ignore_index: int) -> int:
-    """How many of ``rows`` are computed: all of them where :func:`kept_rows` is None."""
-    if target is None or target.device.type != "cpu":
-        return rows
-    return int((target != ignore_index).sum())
+def count_kept(rows: int, keep: Tensor | None) -> int:
+    """How many of ``rows`` are computed."""
+    return rows if keep is None else keep.numel()
 
 
 def pick(per_row: Tensor | None, keep: Tensor | None) -> Tensor | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, head_blocks
+from fastloss.engine import checks, devices, head_blocks
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, segment_sum, upstream_scale
 from fastloss.engine.backend import Call, check_targets, is_traced, resolve_call
@@ -23,7 +23,7 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.definition import REFERENCE
-from fastloss.engine.head import Grads, Head, Limits, Needs, Schedule
+from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Schedule
 from fastloss.engine.head_rows import buffer_dtype
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.sequences import Sequences, Tokens, packed_layout
@@ -141,9 +141,10 @@ def _grouped(
     so_far = torch.cat([offsets.new_zeros(1), kept.cumsum(0)])
     tokens = so_far[offsets].diff().to(acc)
     mask: Tensor | None = kept.to(acc)
-    # Prompts need no GEMM. On a GPU counting them would wait for the device; packed rows have made it wait already.
-    if not traced and (device.type == "cpu" or cu_seqlens is not None):
-        index, target, offsets, mask = index[kept], target[kept], so_far[offsets], None
+    # Prompts need no GEMM; packed rows have made a GPU wait already.
+    if not traced and (devices.may_wait(device) or cu_seqlens is not None):
+        places = kept.nonzero().view(-1)
+        index, target, offsets, mask = index[places], target[places], so_far[offsets], None
     bounds = None
     if not traced:
         steps = range(0, count + 1, width)
@@ -205,9 +206,8 @@ def reference_sums(
         else:
             dtype = heads.compute_dtype(hidden)
             head = heads.make_head(call.backend, hidden, ref_weight, ref_bias, dtype, shards)
-            n = heads.count_kept(hidden.shape[0], rows.target, options.ignore_index)
-            schedule = heads.schedule_of(head, n, x.limits)
-            logprobs = heads.stats(head, rows.target, options, ("logprobs",), schedule)[0]["logprobs"]
+            schedule = heads.schedule_of(head, hidden.shape[0], NOTHING, x.limits)
+            logprobs = heads.stats(head, rows.target, options, ("logprobs",), schedule, None)[0]["logprobs"]
         return sum_tokens(call.backend, rows.tokens, logprobs.to(rows.tokens.lengths.dtype), tails)
 
 
@@ -253,7 +253,7 @@ def plan_groups(
     head = Head(call.backend, x.input, x.weight, None, dtype, x.limits.shards)
     bounds = x.rows.bounds
     if call.by_definition or bounds is None:
-        schedule, spans = heads.chunked(head, 1, x.limits), None
+        schedule, spans = heads.chunked(head, 1, needs, x.limits), None
     elif heads.goes_by_vocabulary(head):
         schedule, spans = _in_blocks(head, x, needs, bounds, coupled, per_group)
     else:
@@ -276,7 +276,7 @@ def _in_blocks(
     schedule = heads.schedule_of_one_pass(head, rows, needs, x.limits, logprobs_only=True)
     late = per_group or (coupled and schedule.part)
     if late or not rows or not (needs.weight or needs.bias):
-        return heads.schedule_of(head, rows, x.limits), None
+        return heads.schedule_of(head, rows, needs, x.limits), None
     if not schedule.part:
         return schedule, ([(0, rows)], [(0, len(bounds) - 1)])
     longest = max(b - a for a, b in itertools.pairwise(bounds))
@@ -292,7 +292,7 @@ def _in_chunks(
     """Chunks of rows: a group's logits must fit into one."""
     rows = bounds[-1]
     longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
-    usual = heads.chunked(head, rows, x.limits).chunk
+    usual = heads.chunked(head, rows, needs, x.limits).chunk
     # A chosen size is a limit; else a group may take as much as the weight and its gradient.
     limit = x.limits.chunk_size or max(usual, _affordable(head))
     if coupled or not (needs.weight or needs.bias) or not 0 < longest <= limit:
@@ -348,7 +348,7 @@ def evaluate(
     else:
         shards, differentiable = x.limits.shards, ("logprobs",)
         once = StatsRun(
-            backend, x.options, want, plan.dtype, plan.schedule, plan.needs, shards, differentiable
+            backend, x.options, want, plan.dtype, plan.schedule, plan.needs, None, shards, differentiable
         )
         values = LinearTokenStatistics.apply(x.hidden, x.weight, x.bias, rows.target, once)
         stats = dict(zip(want, values, strict=True))

@@ -28,6 +28,7 @@ class StatsRun:
     dtype: torch.dtype
     schedule: Schedule
     needs: Needs
+    keep: Tensor | None  # kept_rows
     shards: Shards | None = None
     differentiable: tuple[str, ...] = DIFFERENTIABLE_STATS
 
@@ -59,7 +60,7 @@ class LinearTokenStatistics(torch.autograd.Function):
         differentiable = [name for name in run.want if name in run.differentiable]
         # With a frozen weight, and only logprobs to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
         ctx.ahead = differentiable == ["logprobs"] and run.needs == Needs(True, False, False)
-        out, d_hidden = heads.stats(head, target, run.options, run.want, run.schedule, ctx.ahead)
+        out, d_hidden = heads.stats(head, target, run.options, run.want, run.schedule, run.keep, ctx.ahead)
         entropy = out.get("entropy")
         if entropy is not None:  # the caller may change what is returned in place
             entropy = entropy.clone()
@@ -81,5 +82,6 @@ class LinearTokenStatistics(torch.autograd.Function):
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = of_upstream(run.want, upstream, entropy, lse_parts.dtype)
         head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
-        grads = heads.recompute(head, run.needs, run.schedule, Saved(target, lse_parts, k, run.options))
+        saved = Saved(target, lse_parts, k, run.options, run.keep)
+        grads = heads.recompute(head, run.needs, run.schedule, saved)
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend), *none)

@@ -329,9 +329,10 @@ def loss_factor(
     rows: int,
     vocab: int,
     acc: torch.dtype,
+    counted: int | None = None,
 ) -> tuple[Factor, LossOptions]:
     """The reduction's factor, and the options whose z-loss it reduces to a mean over tokens; on the way, targets are checked (on
-    a GPU only with ``validate_targets(True)``)."""
+    a GPU only with ``validate_targets(True)``). ``counted``: how many are not ignored, where that is known."""
     on_cpu = not call.traced and (classes is None or classes.device.type == "cpu")
     valid, ignore_index, normalizer = rows, loss.row.ignore_index, loss.normalizer
     if classes is not None and not call.traced and (on_cpu or backends.targets_are_validated()):
@@ -348,8 +349,8 @@ def loss_factor(
     if classes is None:
         return Factor(_reciprocal(rows), of_count=True), loss
     if w is None:
-        if on_cpu:
-            return Factor(_reciprocal(valid), of_count=True), loss
+        if on_cpu or counted is not None:
+            return Factor(_reciprocal(valid if counted is None else counted), of_count=True), loss
         return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal(), of_count=True), loss
     kept = classes != ignore_index
     total = (w[classes.clamp(0, vocab - 1)] * kept).sum()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops
+from fastloss.engine import checks, compile_ops, devices
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, upstream_scale
 from fastloss.engine.backend import Call, check_targets, resolve_call
@@ -65,7 +65,7 @@ def linear_cross_entropy(
     """Drop-in for ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) that never holds the whole logits.
 
     Equal to ``cross_entropy(input @ linear_weight.T + linear_bias, target, …)``, in 3 GEMMs (2 with a frozen weight,
-    1 without gradient); the weight's gradient is accumulated in float32. Follows autocast.
+    1 without gradient); the weight's gradient is summed in float32. Follows autocast.
 
     Args:
         input: hidden states ``[D]``, ``[N, D]``, or ``[…, D]`` with an int64 target of shape ``[…]``.
@@ -242,14 +242,16 @@ def _of_rows(
         )  # fmt: skip
         return loss.with_stats(out[0].to(loss_dtype), out[1:7], STATS)
     head = heads.make_head(call.backend, input, linear_weight, linear_bias, dtype, limits.shards)
-    computed = rows if loss.probabilities else heads.count_kept(rows, target, loss.row.ignore_index)
+    keep = None if loss.probabilities else heads.kept_rows(target, loss.row.ignore_index)
+    computed = heads.count_kept(rows, keep)
     smooth = loss.probabilities or loss.row.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(head, computed, needs, limits, per_row, smooth)
     sent = ("logprobs", *loss.want, *(("distance",) if loss.row.label_smoothing else ()))
     call.announce(**schedule.details(head, computed, needs, again, sent))
     classes, w = weights_of(target, weight, loss, acc)
-    factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
-    run = _Run(loss, factor, loss_dtype, dtype, schedule, needs, limits.shards)
+    counted = computed if devices.may_wait(target.device) else None
+    factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc, counted)
+    run = _Run(loss, factor, loss_dtype, dtype, schedule, needs, keep, limits.shards)
     factors = _factors(extra, classes, loss.row.ignore_index, acc)
     out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, factors, call.backend, run)
     return loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
@@ -304,6 +306,7 @@ class _Run:
     dtype: torch.dtype  # of the GEMMs
     schedule: Schedule
     needs: Needs
+    keep: Tensor | None  # kept_rows
     shards: Shards | None
 
 
@@ -368,7 +371,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             own = upstream if factors is None else upstream * factors
             vocab = weight.shape[0] if run.shards is None else run.shards.vocab
             k = of_cross_entropy(own, lse_parts, classes, w, vocab, options)
-            saved = Saved(classes, lse_parts, k, options, w)
+            saved = Saved(classes, lse_parts, k, options, run.keep, w)
             grads = heads.recompute(head, run.needs, run.schedule, saved)
             return (*heads.finish(grads, dtypes, ctx.backend), *rest)
         grads, ctx.grads = ctx.grads, None
@@ -393,7 +396,9 @@ def _forward(
     early = run.loss.reduction != "none" and head.dtype not in LATE_DTYPES
     factor = run.factor if early else WHOLE
     options = kernel_options(run.loss)
-    return heads.cross_entropy(head, needs, classes, w, options, run.loss.want, factor, run.schedule, factors)
+    return heads.cross_entropy(
+        head, needs, classes, w, options, run.loss.want, factor, run.schedule, run.keep, factors
+    )
 
 
 def _k_dimensional(

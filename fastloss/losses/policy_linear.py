@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.engine import checks
+from fastloss.engine import checks, devices
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, upstream_scale
 from fastloss.engine.backend import check_targets, resolve_call
@@ -143,12 +143,13 @@ def linear_policy_loss(
         dtype=dtype,
     )
     needs = heads.needs_of(input, linear_weight, linear_bias)
-    rows = 0 if call.by_definition else heads.count_kept(hidden.shape[0], classes, IGNORED)
+    keep = None if call.by_definition else heads.kept_rows(classes, IGNORED)
+    rows = heads.count_kept(hidden.shape[0], keep)
     head = Head(call.backend, hidden, linear_weight, None, dtype, limits.shards)
     schedule = (
         heads.schedule_of_one_pass(head, rows, needs, limits, logprobs_only=not resolved.entropy_coef)
         if token_level and not call.by_definition
-        else heads.schedule_of(head, rows, limits)
+        else heads.schedule_of(head, rows, needs, limits)
     )
     if call.by_definition:
         call.announce()
@@ -163,7 +164,7 @@ def linear_policy_loss(
                 ("logprobs", "entropy") if entropy else ("logprobs",),
             )
         )
-    if call.by_definition or input.device.type != "cpu":
+    if call.by_definition or not devices.may_wait(classes.device):
         # A masked row that stays in the GEMM adds 0 · hidden to the weight's gradient: NaN where its hidden state is NaN.
         hidden = hidden.masked_fill((inputs.mask == 0).unsqueeze(-1), 0)
         input = hidden.view(input.shape)
@@ -229,6 +230,7 @@ def linear_policy_loss(
         dtype=dtype,
         schedule=schedule,
         needs=needs,
+        keep=keep,
         shards=limits.shards,
     )
     loss, out = _LinearPolicyLoss.apply(hidden, linear_weight, linear_bias, run)
@@ -270,6 +272,7 @@ class _Run:
     dtype: torch.dtype
     schedule: Schedule
     needs: Needs
+    keep: Tensor | None  # kept_rows
     shards: Shards | None
 
 
@@ -323,7 +326,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
     """Loss, ``out [16]`` and the gradients of the loss (without the scale where that is late: float16). A token's share of
     the aggregate is known from the mask, so its coefficients are made as soon as its logits are."""
-    keep = heads.kept_rows(run.target, IGNORED)
+    keep = run.keep
     late = head.dtype in LATE_DTYPES
     target, share = heads.pick(run.target, keep), heads.pick(run.share, keep)
     assert share is not None

@@ -77,7 +77,7 @@ def linear_preference_loss(
     """:func:`preference_loss` of ``input @ linear_weight.T + linear_bias``, without ever holding those logits.
 
     The reference costs 1 GEMM, the policy 3 (2 with a frozen head): chunked by whole pairs, a pair's gradient is made while
-    its logits are still in the buffer. Tokens without a target cost nothing on the CPU. 4 GEMMs, the backward making the
+    its logits are still in the buffer. Tokens without a target cost nothing. 4 GEMMs, the backward making the
     logits again, where a pair is longer than the buffer, for aot and aot_unpaired, and with ``reduction="none"``.
 
     Args:

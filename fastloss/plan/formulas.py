@@ -133,10 +133,10 @@ TORCH_WAITING = 4
 
 def loss_layer(model: Model, rows: int, losses: int = 1) -> LossLayer:
     """``losses`` over the same vocabulary in one step: multi-token prediction has one per token predicted."""
-    chunk = internals.gpu_chunk(rows, model.vocab, torch.bfloat16)
+    chunk = internals.gpu_chunk(rows, model.vocab, model.hidden, torch.bfloat16)
     logits = rows * model.vocab
-    # The weight's gradient is added up in float32 and leaves in bfloat16.
-    accumulator = (F32 - BF16) * model.vocab * model.hidden
+    # Over several chunks the weight's gradient is added up in float32 and leaves in bfloat16.
+    accumulator = (F32 - BF16) * model.vocab * model.hidden if chunk < rows else 0
     return LossLayer(
         float((TORCH_PEAK + TORCH_WAITING * (losses - 1)) * logits),
         float(BF16 * chunk * model.vocab + accumulator),

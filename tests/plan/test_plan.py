@@ -366,13 +366,14 @@ def test_a_second_loss_waits_for_the_backward_with_its_log_softmax() -> None:
     assert found == pytest.approx(bytes_per_logit * rows * vocab, rel=0.02)
 
 
-def test_what_fastloss_holds_is_the_chunk_and_the_accumulator() -> None:
+@pytest.mark.parametrize(("rows", "chunk_rows", "times"), [(8192, 8192, 6), (32768, 8192, 18)])
+def test_what_fastloss_holds_is_the_chunk_and_the_accumulator(rows: int, chunk_rows: int, times: int) -> None:
     model = config.load("llama-3-8b")
-    layer = formulas.loss_layer(model, 8192)
-    assert layer.chunk_rows < 8192
-    chunk, accumulator = 2 * layer.chunk_rows * 128256, 2 * 128256 * 4096
+    layer = formulas.loss_layer(model, rows)
+    assert layer.chunk_rows == chunk_rows
+    chunk, accumulator = 2 * layer.chunk_rows * 128256, 2 * 128256 * 4096 * (rows > chunk_rows)
     assert layer.fastloss_bytes == chunk + accumulator
-    assert layer.torch_bytes == 14 * 8192 * 128256 > 4 * layer.fastloss_bytes
+    assert layer.torch_bytes == 14 * rows * 128256 > times * layer.fastloss_bytes
 
 
 def test_activations_are_the_least_that_a_model_keeps() -> None:
