@@ -143,9 +143,8 @@ def cross_entropy(
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if call.traced:
         out = compile_ops.cross_entropy(
-            logits, classes, w, factor, loss.row, loss.reduction, loss.want,
-            needs_grad and loss.reduction != "none", call.backend.name,
-        )  # fmt: skip
+            logits, classes, w, factor, loss.row, loss.reduction, loss.want, call.backend.name
+        )
         return loss.shaped(loss.with_stats(out[0].to(dtype), out[1:7], STATS), shape)
     run = _Run(call.backend, loss, factor, inplace, dtype, needs_grad)
     out = CrossEntropy.apply(logits, classes, w, run)
