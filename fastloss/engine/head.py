@@ -45,6 +45,7 @@ from fastloss.engine.head_rows import (
 from fastloss.engine.head_shards import EmptyShard, ShardedRun
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
+from fastloss.engine.shards import Call as SharedCall
 from fastloss.engine.shards import Shards, of_group
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
@@ -150,11 +151,23 @@ def buffer_bytes(head: Head, rows: int) -> int:
     return rows * row_stride(head.weight.shape[0], head.weight.device) * buffer_dtype(head).itemsize
 
 
-def limits_of(chunk_size: int | None, memory: str, group: Any, linear_weight: Tensor) -> Limits:
+def limits_of(
+    chunk_size: int | None,
+    memory: str,
+    group: Any,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    ignore_index: int,
+) -> Limits:
     """The checked keywords of a public function."""
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
-    shards = None if group is None else of_group(group, linear_weight.shape[0], linear_weight.device)
+    if group is None:
+        return Limits(chunk_size, memory)
+    dim = input.shape[-1]
+    call = SharedCall(input.numel() // max(1, dim), dim, input.dtype, target, ignore_index)
+    shards = of_group(group, linear_weight.shape[0], linear_weight.device, call)
     return Limits(chunk_size, memory, shards)
 
 
@@ -467,6 +480,7 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
     """Shapes, dtypes and devices that do not fit, in PyTorch's words."""
     if input.dim() < 1 or input.dim() > 2:
         raise ShapeError(f"input: expected input with dimensionality 1 or 2, got {input.dim()}")
+    _is_there(linear_weight)
     if linear_weight.dim() < 2:
         raise ShapeError(
             f"linear_weight: expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
@@ -495,10 +509,20 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
         )
 
 
+def _is_there(linear_weight: Tensor) -> None:
+    """ZeRO-3 leaves a parameter of shape [0] in place of one whose parts it has not gathered."""
+    if linear_weight.dim() == 1 and not linear_weight.numel():
+        raise ShapeError(
+            "linear_weight: expected shape [V, D], got an empty one, as ZeRO-3 leaves where a parameter is not gathered; call inside "
+            "deepspeed.zero.GatheredParameters, or through the module that owns it"
+        )
+
+
 def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """The checks of a loss over tokens ``[..., D]`` and one matrix ``[V, D]``; returns the rows ``[N, D]``."""
     checks.is_floating("input", input)
     checks.is_floating("linear_weight", linear_weight)
+    _is_there(linear_weight)
     if input.dim() < 1 or linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
         raise ShapeError(
             f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}"

@@ -19,14 +19,14 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastloss.engine.checks import ShapeError
-from fastloss.tables import LSE_PARTS, RowOptions
+from fastloss.tables import DTYPE_CODES, LSE_PARTS, RowOptions
 
 # Its name since torch 2.13, and the one before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -112,22 +112,64 @@ class Shards:
         }
 
 
-def of_group(group: Any, own: int, device: torch.device) -> Shards:
-    """The shards of a group, of which this process has ``own`` classes. A DeviceMesh of one dimension is its group.
+class Call(NamedTuple):
+    """What the processes of a group must have in common to compute one call together."""
+
+    rows: int
+    dim: int  # of the hidden states; 0 where logits are given
+    dtype: torch.dtype
+    target: Tensor | None
+    ignore_index: int
+
+
+def of_group(group: Any, own: int, device: torch.device, call: Call | None = None) -> Shards:
+    """The shards of a group, of which this process has ``own`` classes. A DeviceMesh of one dimension is its group; Shards are
+    what they are. One all-gather of a few integers, by which all processes find out, and say, that one of them has other tokens
+    or a bad target: none is left waiting for it.
 
     Raises:
         TypeError: it is neither a process group nor such a mesh. ValueError: this process is not in it.
+        ShapeError: the processes have other numbers of tokens, hidden sizes or dtypes.
+        IndexError: on a CPU, a process has a target that is no class.
     """
     if isinstance(group, Shards):
         if group.own != own:
-            raise ShapeError(f"linear_weight: expected the {group.own} classes of this shard, got {own}")
+            raise ShapeError(f"group: expected the {group.own} classes of this process's shard, got {own}")
         return group
     group = process_group(group)
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("group: expected a group that this process belongs to")
-    mine = torch.tensor([own], dtype=torch.int64, device=device)
-    return Shards(tuple(all_gather(mine, group).view(-1).tolist()), rank, group)
+    low, high = _range(call)
+    rows, dim, code = (-1, -1, -1) if call is None else (call.rows, call.dim, DTYPE_CODES.get(call.dtype, -1))
+    mine = torch.tensor([own, rows, dim, code, low, high], dtype=torch.int64, device=device)
+    everyone = all_gather(mine, group).view(-1, 6).tolist()
+    shards = Shards(tuple(each[0] for each in everyone), rank, group)
+    _agree(everyone, shards.vocab)
+    return shards
+
+
+def _range(call: Call | None) -> tuple[int, int]:
+    """The least and the largest target; (0, 0) where there is none, or where a GPU would be waited for."""
+    if call is None or call.target is None or call.target.device.type != "cpu":
+        return 0, 0
+    learned = call.target[call.target != call.ignore_index]
+    return (int(learned.min()), int(learned.max())) if learned.numel() else (0, 0)
+
+
+def _agree(everyone: list[list[int]], vocab: int) -> None:
+    names = {1: "tokens", 2: "numbers in a hidden state", 3: "dtype (a position in fastloss.tables.DTYPES)"}
+    for place, name in names.items():
+        values = [each[place] for each in everyone]
+        if len(set(values)) > 1:
+            told = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(values))
+            raise ShapeError(f"group: expected the same {name} on every process, got {told}")
+    for rank, (*_, low, high) in enumerate(everyone):
+        if low < 0 or high > max(0, vocab - 1):
+            bad = low if low < 0 else high
+            raise IndexError(
+                f"target: Target {bad} of process {rank} is out of bounds: expected a class in [0, {vocab})"
+            )
 
 
 def process_group(group: Any) -> Any:

@@ -114,7 +114,10 @@ def linear_cross_entropy(
         raise ShapeError("ignore_index cannot be specified when target contains probabilities")
     if chunk_size is None and options is not None:
         chunk_size = getattr(options, "batch_chunk_size", None)
-    limits = heads.limits_of(chunk_size, memory, group, linear_weight)
+    limits = heads.limits_of(
+        chunk_size, memory, group, rows, linear_weight,
+        target if target.dtype == torch.int64 else None, -100 if ignore_index is None else ignore_index,
+    )  # fmt: skip
     loss = loss_options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,
         normalizer, return_stats, input.device, probabilities,

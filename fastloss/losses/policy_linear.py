@@ -105,7 +105,7 @@ def linear_policy_loss(
         )
     hidden = heads.check_head(input, linear_weight, linear_bias)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
-    limits = heads.limits_of(chunk_size, memory, group, linear_weight)
+    limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, None, 0)
     row = row_options(temperature, logit_scale, softcap, IGNORED)
     inputs = lay_flat(
         "target",

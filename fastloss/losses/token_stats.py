@@ -21,6 +21,7 @@ from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import Needs
 from fastloss.engine.head_shards import of_columns
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
+from fastloss.engine.shards import Call as SharedCall
 from fastloss.engine.shards import Shards, of_group, whole
 from fastloss.tables import (
     ACC_DTYPES,
@@ -94,7 +95,10 @@ def token_stats(
     if logits.dim() < 1:
         raise ShapeError("logits: expected at least 1 dimension, got a 0-d tensor")
     lead, vocab = logits.shape[:-1], logits.shape[-1]
-    shards = None if group is None else of_group(group, vocab, logits.device)
+    shards = None
+    if group is not None:
+        together = SharedCall(math.prod(lead), 0, logits.dtype, target, ignore_index)
+        shards = of_group(group, vocab, logits.device, together)
     all_vocab = vocab if shards is None else shards.vocab
     want = _wanted(outputs, target)
     if target is not None:
@@ -164,7 +168,7 @@ def linear_token_stats(
     want = _wanted(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
-    limits = heads.limits_of(chunk_size, memory, group, linear_weight)
+    limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index)
     vocab, shards = heads.vocab_of(linear_weight, limits), limits.shards
     options = row_options(temperature, logit_scale, softcap, ignore_index)
     flat = None if target is None else target.reshape(-1).contiguous()

@@ -404,7 +404,7 @@ def linear_kto_loss(
         linear_bias,
         cu_seqlens,
         options,
-        heads.limits_of(chunk_size, memory, group, linear_weight),
+        heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index),
         width=1,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)

@@ -4,6 +4,12 @@ The ``linear_*`` functions take ``group=`` (or DTensors) for a vocabulary matrix
 """
 
 from fastloss.parallel.sequence import SequenceShard, sequence_shard, sum_over_shards
-from fastloss.parallel.vocabulary import vocab_parallel_cross_entropy
+from fastloss.parallel.vocabulary import vocab_parallel_cross_entropy, vocab_shards
 
-__all__ = ["SequenceShard", "sequence_shard", "sum_over_shards", "vocab_parallel_cross_entropy"]
+__all__ = [
+    "SequenceShard",
+    "sequence_shard",
+    "sum_over_shards",
+    "vocab_parallel_cross_entropy",
+    "vocab_shards",
+]

@@ -17,10 +17,31 @@ from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Backend, Factor
 from fastloss.engine.head import again_only_whole
 from fastloss.engine.head_shards import of_columns
-from fastloss.engine.shards import Shards, of_group, whole
+from fastloss.engine.shards import Call, Shards, of_group, whole
 from fastloss.losses.cross_entropy import LossOptions, kernel_options, loss_factor, loss_options, weights_of
 from fastloss.losses.token_stats import TokenStats
 from fastloss.tables import ACC_DTYPES, LSE_PARTS
+
+
+def vocab_shards(linear_weight: Tensor, group: Any) -> Shards:
+    """Which process has how many classes, to be given as ``group=`` in place of the group.
+
+    A call with a group exchanges that, and whether all have the same tokens, on the way in: a message of 48 bytes, for which a GPU
+    is waited for. With this it is done once, and nothing is checked any more.
+
+    Args:
+        linear_weight: this process's rows ``[V_r, D]`` (or columns of logits, transposed).
+        group: a ProcessGroup, or a DeviceMesh of one dimension. All its processes must call.
+
+    >>> import torch, fastloss.parallel
+    >>> import torch.distributed as dist
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> fastloss.parallel.vocab_shards(torch.zeros(5, 8), dist.group.WORLD).sizes
+    (5,)
+    >>> dist.destroy_process_group()
+    """
+    checks.is_floating("linear_weight", linear_weight)
+    return of_group(group, linear_weight.shape[0], linear_weight.device)
 
 
 def vocab_parallel_cross_entropy(
@@ -48,7 +69,7 @@ def vocab_parallel_cross_entropy(
     Args:
         logits: this process's columns ``[..., V_r]``, those of rank 0 first; V_r may differ from process to process, and be 0.
         target: int64 ``[...]``, classes of the whole vocabulary, the same on each process.
-        group: a ProcessGroup, or a DeviceMesh of one dimension. All its processes must call.
+        group: a ProcessGroup, a DeviceMesh of one dimension, or :func:`vocab_shards`. All its processes must call.
         weight: ``[V]``, a weight for each class of the whole vocabulary.
         ignore_index, reduction, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats, backend: as in
             :func:`fastloss.cross_entropy`.
@@ -74,7 +95,8 @@ def vocab_parallel_cross_entropy(
         raise ShapeError("logits: expected at least 1 dimension, got a 0-d tensor")
     lead = tuple(logits.shape[:-1])
     checks.index_target("target", target, lead, logits.device)
-    shards = of_group(group, logits.shape[-1], logits.device)
+    together = Call(target.numel(), 0, logits.dtype, target, ignore_index)
+    shards = of_group(group, logits.shape[-1], logits.device, together)
     loss = loss_options(
         reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats,
         logits.device, False,

@@ -23,6 +23,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 import fastloss
 from fastloss.engine import shards
 from fastloss.parallel import SequenceShard, sequence_shard, sum_over_shards, vocab_parallel_cross_entropy
+from fastloss.plan import config, formulas
 
 ROWS, DIM, VOCAB = 24, 16, 97
 PAIRS, LENGTH = 3, 4
@@ -416,6 +417,13 @@ def dtensors() -> dict[str, Any]:
         ),
         "again": lambda: torch.autograd.grad(ce(h, w, target, group=group), h, create_graph=True),
         "target of no shard": lambda: ce(h, w, torch.full((ROWS,), 10**6), group=group),
+        "target of one process": lambda: ce(
+            h, w, target if dist.get_rank() else target.clamp(min=-1), group=group
+        ),
+        "tokens of one process": lambda: ce(h[dist.get_rank() :], w, target[dist.get_rank() :], group=group),
+        "dtype of one process": lambda: ce(
+            *((h, w) if dist.get_rank() else (h.float(), w.float())), target, group=group
+        ),
     }
     for name, call in wrong.items():
         try:
@@ -451,10 +459,30 @@ def communicated() -> dict[str, Any]:
         fastloss.linear_cross_entropy(hidden, weight, x["target"], **how).backward()
     finally:
         shards._all_gather, dist.all_reduce = gather, reduce
-    counted["gathered"] -= (world - 1) * torch.int64.itemsize  # how many classes each process has
+    counted["gathered"] -= (world - 1) * 6 * torch.int64.itemsize  # the agreement before it
     return {
+        "plan": plan_bytes(x["target"]),
         "counted": counted,
         "told": {k: told[k] for k in ("vocabulary_shards", "gathered_bytes", "reduced_bytes")},
+    }
+
+
+def plan_bytes(target: Tensor) -> dict[str, list[float]]:
+    """What fastloss plan says that a bfloat16 head sends, and what explain says of one: (statistics, d hidden)."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model = config.from_config(
+        {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 1, "num_attention_heads": 1,
+         "intermediate_size": DIM}
+    )  # fmt: skip
+    rows = int((target != -100).sum())
+    planned = formulas.vocabulary_parallel(model, rows, world, formulas.Link(1.0, 1.0, 0.0))
+    weight = torch.zeros(SIZES["uneven"][world][rank], DIM, dtype=torch.bfloat16, requires_grad=True)
+    hidden = torch.zeros(rows, DIM, dtype=torch.bfloat16, requires_grad=True)
+    learned = target[target != -100]
+    told = fastloss.explain(fastloss.linear_cross_entropy, hidden, weight, learned, group=dist.group.WORLD)
+    return {
+        "planned": [planned.statistics_bytes, planned.gradient_bytes],
+        "told": [told["gathered_bytes"], told["reduced_bytes"]],
     }
 
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
-WORKER = Path(__file__).with_name("shard_cases.py")
 # Roundings of the dtype along a sum of 16 products and of 97 classes; bfloat16's results are rounded to 8 bits.
 TOLERANCE = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2e-2}
 
@@ -20,31 +16,8 @@ TOLERANCE = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2e-2}
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process wrote."""
     world, folder = request.param, tmp_path_factory.mktemp("shards")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(WORKER),
-                str(folder / "store"),
-                str(rank),
-                str(world),
-                str(folder / f"{rank}.json"),
-            ],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    said = [process.communicate(timeout=400)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(text[-3000:] for text in said)
+    done = processes.run("shard_cases.py", world, folder / "store", str(folder / "{rank}.json"))
+    assert all(status == 0 for status, _ in done), "\n".join(text[-3000:] for _, text in done)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
 
 
@@ -95,7 +68,13 @@ def test_dtensors_are_taken_and_given_back(found: list[dict[str, Any]]) -> None:
         ("no group", "TypeError: group: expected a ProcessGroup"),
         ("probabilities", "NotImplementedError: group:"),
         ("again", "NotImplementedError: group:"),
-        ("target of no shard", "IndexError: Target 1000000 is out of bounds"),
+        ("target of no shard", "IndexError: target: Target 1000000 of process 0 is out of bounds"),
+        ("target of one process", "IndexError: target: Target -1 of process 0 is out of bounds"),
+        (
+            "tokens of one process",
+            "ShapeError: group: expected the same tokens on every process, got process 0: 24, process 1: 23",
+        ),
+        ("dtype of one process", "ShapeError: group: expected the same dtype"),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(found: list[dict[str, Any]], name: str, word: str) -> None:
@@ -109,3 +88,4 @@ def test_explain_tells_the_bytes_that_are_sent(found: list[dict[str, Any]]) -> N
         assert sum(told["vocabulary_shards"]) == 97
         assert told["gathered_bytes"] == counted["gathered"]
         assert told["reduced_bytes"] == counted["reduced"]
+        assert each["bytes"]["plan"]["planned"] == pytest.approx(each["bytes"]["plan"]["told"])

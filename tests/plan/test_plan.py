@@ -429,7 +429,14 @@ def test_past_a_node_the_network_is_paid_for_an_eighth_of_the_message() -> None:
     assert seconds - t_inside == pytest.approx((sent - inside) / 1e8)
     model = config.load("llama-3-8b")
     parallel = formulas.vocabulary_parallel(model, 100, 8, link)
-    assert parallel.statistics_bytes == pytest.approx(2 * 7 / 8 * 12 * 100)
+    assert parallel.statistics_bytes == pytest.approx(7 * 12 * 100)
+    assert parallel.state_bytes == pytest.approx(18 * 128256 / 8 * 4096)
+    timed = [formulas.vocabulary_parallel(model, 8192, n, link, speed=4e14) for n in (1, 8)]
+    assert timed[0].seconds == timed[0].gemm_seconds == pytest.approx(6 * 8192 * 128256 * 4096 / 4e14)
+    assert timed[1].gemm_seconds == pytest.approx(timed[0].gemm_seconds / 8)
+    assert timed[1].seconds == pytest.approx(
+        timed[1].gemm_seconds + timed[1].statistics_seconds + timed[1].gradient_seconds
+    )
     assert parallel.gradient_bytes == pytest.approx(2 * 7 / 8 * 2 * 4096 * 100)
     assert parallel.gather_bytes == pytest.approx(7 / 8 * 2 * 128256 * 100)
     assert formulas.all_reduce(800.0, 1, link) == (0.0, 0.0)
