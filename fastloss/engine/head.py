@@ -273,16 +273,20 @@ class _Pass:
     def parts(self) -> Iterator[Any]:
         return iter(self._run.parts())
 
-    def collect(self, outs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The parts' statistics as those of all rows, 0 for the rows that were left out."""
+    def collect(
+        self, outs: list[dict[str, Tensor]], computed: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        """The parts' statistics as those of all rows, 0 for the rows that were left out; ``computed`` are of the others alone."""
         run = self._run
-        out = outs[0]
+        out = {name: x for name, x in outs[0].items() if name not in without}
         if len(outs) > 1:
             out = {name: torch.cat([part[name] for part in outs]) for name in out}
         if run.keep is None:
             return out
         return {
-            name: x.new_zeros((run.all_rows, *x.shape[1:])).index_copy_(0, run.keep, x)
+            name: x
+            if name in computed
+            else x.new_zeros((run.all_rows, *x.shape[1:])).index_copy_(0, run.keep, x)
             for name, x in out.items()
         }
 
@@ -339,9 +343,10 @@ def cross_entropy(
     schedule: Schedule,
     keep: Tensor | None,
     row_factors: Tensor | None = None,
+    summed: bool = False,
 ) -> tuple[dict[str, Tensor], Grads]:
     """Losses, each times its entry of ``row_factors``, and statistics of all rows, and the gradients of the losses' sum times
-    ``factor``. ``keep``: :func:`kept_rows`."""
+    ``factor``. ``keep``: :func:`kept_rows`. ``summed``: the losses of the computed rows are enough, and no "lse_parts"."""
     classes, row_factors = pick(classes, keep), pick(row_factors, keep)
     with begin(head, needs, keep, schedule) as run:
         outs = [
@@ -350,7 +355,8 @@ def cross_entropy(
             )
             for part in run.parts()
         ]
-        return run.collect(outs), run.grads()
+        out = run.collect(outs, ("loss",), (LSE_PARTS,)) if summed else run.collect(outs)
+        return out, run.grads()
 
 
 def stats(

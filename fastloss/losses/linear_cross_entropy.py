@@ -397,8 +397,9 @@ def _forward(
     factor = run.factor if early else WHOLE
     options = kernel_options(run.loss)
     return heads.cross_entropy(
-        head, needs, classes, w, options, run.loss.want, factor, run.schedule, run.keep, factors
-    )
+        head, needs, classes, w, options, run.loss.want, factor, run.schedule, run.keep, factors,
+        summed=run.loss.reduction != "none",
+    )  # fmt: skip
 
 
 def _k_dimensional(
