@@ -12,7 +12,7 @@ from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
-from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
@@ -50,6 +50,7 @@ def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
     )
 
 
+@resolves_views
 def token_stats(
     logits: Tensor,
     target: Tensor | None,
@@ -87,6 +88,8 @@ def token_stats(
     if logits.dim() < 1:
         raise ShapeError("logits: expected at least 1 dimension, got a 0-d tensor")
     lead, vocab = logits.shape[:-1], logits.shape[-1]
+    if vocab == 0:
+        raise ShapeError("logits: expected at least one class, got 0")
     want = _wanted(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), logits.device)
@@ -99,8 +102,6 @@ def token_stats(
     if call.by_definition:
         out = reference.token_stats(rows, flat, **_transform(options))
         return _shaped({name: out[name] for name in want}, want, lead)
-    if vocab == 0:
-        raise ShapeError("logits: expected at least one class, got 0")
     if rows.stride(1) != 1 and vocab > 1:
         rows = rows.contiguous()
     elif inplace and not call.traced:
@@ -112,6 +113,7 @@ def token_stats(
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
 
+@resolves_views
 def linear_token_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -143,6 +145,8 @@ def linear_token_stats(
     """
     hidden = heads.check_head(input, linear_weight, linear_bias)
     lead, vocab = input.shape[:-1], linear_weight.shape[0]
+    if vocab == 0:
+        raise ShapeError("linear_weight: expected at least one class, got 0")
     want = _wanted(outputs, target)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
