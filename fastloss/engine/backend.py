@@ -191,10 +191,13 @@ def resolves_views(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         if torch.compiler.is_compiling():  # traces of a view read its numbers
             return function(*args, **kwargs)
-        try:
-            return function(*args, **kwargs)
-        except LazyView:
-            pass
+        if (
+            kwargs.get("group") is None
+        ):  # the ranks of a group go through their collectives once, and together
+            try:
+                return function(*args, **kwargs)
+            except LazyView:
+                pass
         # At most some work was lost. A second LazyView is of no argument: the caller's to see.
         return function(*[_resolved(x) for x in args], **{name: _resolved(x) for name, x in kwargs.items()})  # type: ignore[arg-type]
 
@@ -282,8 +285,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
     """Which path ``fn(*args, **kwargs)`` would take, and why, without computing it.
 
     Returns:
-        a dict with ``function``, ``backend``, ``reason`` and, for the linear head, ``gemms``, ``chunk_rows``
-        and ``buffer_bytes``.
+        a dict with ``function``, ``backend``, ``reason`` and, for the linear head, ``gemms``, ``chunk_rows``,
+        ``buffer_bytes`` and, in chunks of rows, ``accumulator_bytes`` (of a float32 gradient of the weight beside its own).
 
     >>> import torch, fastloss
     >>> plan = fastloss.explain(fastloss.cross_entropy, torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
