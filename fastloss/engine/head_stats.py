@@ -31,6 +31,15 @@ class StatsRun:
     keep: Tensor | None  # kept_rows
     shards: Shards | None = None
     differentiable: tuple[str, ...] = DIFFERENTIABLE_STATS
+    all_come: bool = False  # every one of them will be differentiated
+
+    @property
+    def ahead(self) -> bool:
+        """Whether d hidden of the log-probs is made with the statistics."""
+        frozen = self.needs == Needs(True, False, False)
+        here = "logprobs" in self.want and "logprobs" in self.differentiable
+        alone = set(self.want) & set(self.differentiable) == {"logprobs"}
+        return frozen and here and (alone or not self.all_come)
 
 
 def _again(ctx: Any) -> Any:
@@ -57,9 +66,9 @@ class LinearTokenStatistics(torch.autograd.Function):
         ctx.run = run
         ctx.set_materialize_grads(False)
         head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
-        differentiable = [name for name in run.want if name in run.differentiable]
-        # With a frozen weight, and only logprobs to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
-        ctx.ahead = differentiable == ["logprobs"] and run.needs == Needs(True, False, False)
+        # With a frozen weight d hidden of the log-probs is made now: 2 GEMMs in place of 3. Where a gradient of the entropy comes
+        # after all (trainers ask for it as a metric, and seldom differentiate it) the logits are made again: 4.
+        ctx.ahead = run.ahead
         out, d_hidden = heads.stats(head, target, run.options, run.want, run.schedule, run.keep, ctx.ahead)
         entropy = out.get("entropy")
         if entropy is not None:  # the caller may change what is returned in place
@@ -76,9 +85,8 @@ class LinearTokenStatistics(torch.autograd.Function):
         none = (None,) * 2
         if all(g is None for g in upstream):
             return (None, None, None, *none)
-        if ctx.ahead:
-            g = upstream[run.want.index("logprobs")]
-            assert g is not None
+        g = upstream[run.want.index("logprobs")] if ctx.ahead else None
+        if g is not None and sum(x is not None for x in upstream) == 1:
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = of_upstream(run.want, upstream, entropy, lse_parts.dtype)
         head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)

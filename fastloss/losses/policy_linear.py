@@ -163,7 +163,7 @@ def linear_policy_loss(
     if call.by_definition:
         call.announce()
     else:
-        ahead = token_level or (needs == Needs(True, False, False) and not entropy)
+        ahead = token_level or (needs == Needs(True, False, False) and not resolved.entropy_coef)
         call.announce(
             **schedule.details(
                 head,
@@ -189,6 +189,7 @@ def linear_policy_loss(
             softcap=softcap,
             ignore_index=IGNORED,
             outputs=("logprobs", "entropy") if entropy else ("logprobs",),
+            detach=("entropy",) if entropy and not resolved.entropy_coef else (),
             chunk_size=chunk_size,
             memory=memory,
             group=limits.shards,

@@ -18,7 +18,6 @@ from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
-from fastloss.engine.head import Needs
 from fastloss.engine.head_shards import of_columns
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.shards import Call as SharedCall
@@ -65,7 +64,7 @@ def token_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprobs",),
-    detach: tuple[str, ...] = (),
+    detach: tuple[str, ...] | None = None,
     inplace: bool = False,
     group: Any = None,
     backend: str = "auto",
@@ -81,7 +80,8 @@ def token_stats(
         ignore_index: tokens with this target give 0 and no gradient.
         outputs: of "logprobs" (log p of the target, nats), "entropy" (nats), "logsumexp", "log_sum_sq_probs"
             (log Σ p²), "mean_logits" (Σ z / V), "is_top1" (no logit is larger than the target's).
-        detach: of the outputs, those that nobody differentiates (a metric); they come without a gradient.
+        detach: of the outputs, those that nobody differentiates (a metric); they come without a gradient. () says that all
+            are differentiated, None that it is not known: see :func:`linear_token_stats`.
         inplace: the backward writes its gradient over ``logits``.
         group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some columns of the logits, one after
             the other; targets and results are the same on each, and all must call.
@@ -149,7 +149,7 @@ def linear_token_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprobs",),
-    detach: tuple[str, ...] = (),
+    detach: tuple[str, ...] | None = None,
     chunk_size: int | None = None,
     memory: str = "auto",
     group: Any = None,
@@ -157,8 +157,8 @@ def linear_token_stats(
 ) -> TokenStats:
     """:func:`token_stats` of ``input @ linear_weight.T + linear_bias``, without holding those logits.
 
-    1 GEMM without gradient; 2 with a frozen weight and gradients of logprobs alone (``detach`` the others, which then cost
-    none); else the backward recomputes (4 GEMMs).
+    1 GEMM without gradient; 2 with a frozen weight, unless a gradient of entropy or logsumexp comes too: then the backward
+    recomputes (4 GEMMs; 3 if ``detach=()`` said so), as it does for the weight's gradient (4 GEMMs).
 
     Args:
         input: hidden states ``[..., D]``.
@@ -204,12 +204,12 @@ def linear_token_stats(
     keep = heads.kept_rows(flat, ignore_index)
     rows = heads.count_kept(hidden.shape[0], keep)
     schedule = heads.schedule_of(head, rows, needs, limits)
-    ahead = needs == Needs(True, False, False) and kept == ("logprobs",)
+    all_come = detach is not None
+    run = StatsRun(call.backend, options, want, dtype, schedule, needs, keep, shards, kept, all_come)
     # Over blocks, a shard's d hidden waits for the sums of the whole row, and the logits are made again.
-    again = bool(needs) and not (ahead and (shards is None or not schedule.by_vocabulary))
+    again = bool(needs) and not (run.ahead and (shards is None or not schedule.by_vocabulary))
     call.announce(**schedule.details(head, rows, needs, again, want))
     check_targets(flat, vocab, ignore_index)
-    run = StatsRun(call.backend, options, want, dtype, schedule, needs, keep, shards, kept)
     values = LinearTokenStatistics.apply(hidden, linear_weight, linear_bias, flat, run)
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
@@ -353,14 +353,15 @@ def _wanted(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(outputs))
 
 
-def _differentiable(want: tuple[str, ...], detach: tuple[str, ...]) -> tuple[str, ...]:
+def _differentiable(want: tuple[str, ...], detach: tuple[str, ...] | None) -> tuple[str, ...]:
     """The wanted statistics that carry a gradient."""
+    detach = () if detach is None else detach
     if isinstance(detach, str) or not set(detach) <= set(want):
         raise ValueError(f"detach: expected a tuple of names that are in outputs, got {detach!r}")
     return tuple(name for name in want if name in DIFFERENTIABLE_STATS and name not in detach)
 
 
-def _cut_off(out: dict[str, Tensor], detach: tuple[str, ...]) -> dict[str, Tensor]:
+def _cut_off(out: dict[str, Tensor], detach: tuple[str, ...] | None) -> dict[str, Tensor]:
     return {name: x.detach() if name in detach else x for name, x in out.items()} if detach else out
 
 

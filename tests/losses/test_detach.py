@@ -8,6 +8,7 @@ import pytest
 import torch
 from backends_under_test import ALL, DEVICE, need
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
 from fastloss import TokenStats
@@ -58,21 +59,37 @@ def test_values_stay_and_gradients_go(backend: str, kind: str, frozen: bool, det
         torch.testing.assert_close(w1, w0)
 
 
-def test_a_detached_entropy_costs_no_gemm_of_a_frozen_head() -> None:
-    hidden, weight, target = operands()
+@pytest.mark.parametrize(
+    ("detach", "used", "gemms"),
+    [
+        (None, ("logprobs",), 2),
+        (("entropy",), ("logprobs",), 2),
+        (None, ("entropy",), 4),
+        (None, ("logprobs", "entropy"), 4),
+        ((), ("logprobs", "entropy"), 3),
+    ],
+)
+@pytest.mark.parametrize("memory", ["auto", "low"])
+def test_an_entropy_without_a_gradient_costs_no_gemm_of_a_frozen_head(
+    detach: tuple[str, ...] | None, used: tuple[str, ...], gemms: int, memory: str
+) -> None:
+    """Trainers ask for the entropy as a metric."""
+    hidden, weight, _ = operands()
+    target = torch.arange(N, device=DEVICE)  # every row counts
     hidden.requires_grad_()
-    plans = [
-        fastloss.explain(
-            fastloss.linear_token_stats,
-            hidden,
-            weight,
-            target,
-            outputs=("logprobs", "entropy"),
-            detach=detach,
-        )
-        for detach in ((), ("entropy",))
-    ]
-    assert [plan["gemms"] for plan in plans] == [3, 2]
+    how = {"outputs": ("logprobs", "entropy"), "detach": detach, "memory": memory}
+    with FlopCounterMode(display=False) as counter:
+        out = fastloss.linear_token_stats(hidden, weight, target, **how)
+        torch.stack([getattr(out, name) for name in used]).sum().backward()
+    assert counter.get_total_flops() == gemms * 2 * N * D * V
+    told = fastloss.explain(fastloss.linear_token_stats, hidden, weight, target, **how)["gemms"]
+    assert told == (3 if detach == () else 2)
+    right = hidden.detach().double().requires_grad_()
+    stats = fastloss.linear_token_stats(
+        right, weight.double(), target, outputs=("logprobs", "entropy"), backend="reference"
+    )
+    torch.stack([getattr(stats, name) for name in used]).sum().backward()
+    torch.testing.assert_close(hidden.grad.double(), right.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("detach", ["entropy", ("mean_logits",), ("loss",)])
