@@ -22,7 +22,7 @@ from fastloss.engine import head as heads
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.distillation import log_sums, of_heads
-from fastloss.engine.head import Head, Limits, Needs, Saved, Schedule
+from fastloss.engine.head import NOTHING, Head, Limits, Needs, Saved, Schedule
 from fastloss.tables import (
     ACC_DTYPES,
     DISTILLATION_SUMS,
@@ -171,58 +171,42 @@ _LOSS = "float factor, str reduction, str want"
     "cross_entropy",
     "Tensor logits, Tensor? target, Tensor? w, Tensor? factor_tensor",
     CrossEntropyOptions,
-    f"{_LOSS}, bool with_grad, str backend",
+    f"{_LOSS}, str backend",
     "Tensor[]",
 )
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, target, w, factor_tensor, *, factor, reduction, want, with_grad, backend, **fields
+    logits, target, w, factor_tensor, *, factor, reduction, want, backend, **fields
 ):
-    options = _record(CrossEntropyOptions, fields)
+    options, names = _record(CrossEntropyOptions, fields), _names(want)
     _check_targets(target, logits.shape[1], options.ignore_index)
-    f = Factor(factor, factor_tensor)
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if with_grad else None
-    out = backends.runnable(backend).row_cross_entropy(
-        logits,
-        target,
-        options,
-        factor=WHOLE if grad is None or logits.dtype in LATE_DTYPES else f,
-        grad=grad,
-        want=_names(want),
-        w=w,
-    )
-    stats = _pack(out, _names(want), logits, logits.dtype)
-    return [_sum(backend, out["loss"], reduction, f), *stats, logits.new_empty(0) if grad is None else grad]
+    out = backends.runnable(backend).row_cross_entropy(logits, target, options, want=names, w=w)
+    total = _sum(backend, out["loss"], reduction, Factor(factor, factor_tensor))
+    return [total, *_pack(out, names, logits, logits.dtype)]
 
 
 @_cross_entropy.register_fake
-def _(logits, target, w, factor_tensor, *, reduction, want, with_grad, **fields):  # type: ignore[no-untyped-def]
+def _(logits, target, w, factor_tensor, *, reduction, want, **fields):  # type: ignore[no-untyped-def]
     rows = logits.shape[0]
     loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[logits.dtype])
-    stats = _fake_stats(logits, rows, _names(want), logits.dtype)
-    return [loss, *stats, logits.new_empty(logits.shape if with_grad else (0,))]
+    return [loss, *_fake_stats(logits, rows, _names(want), logits.dtype)]
 
 
 def _save_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    logits, target, w, factor_tensor = inputs
     ctx.given = keyword_only_inputs
-    made = ctx.given["with_grad"]
-    saved = (output[-1], None, None) if made else (None, logits, output[_LSE_PARTS_AT])
-    ctx.dtype = logits.dtype
-    ctx.save_for_backward(*saved, target, w, factor_tensor)
+    ctx.save_for_backward(*inputs, output[_LSE_PARTS_AT])
 
 
 def _backward_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
-    grad, logits, lse_parts, target, w, factor_tensor = ctx.saved_tensors
+    """The gradient is made here, of the upstream one, and not in the forward: multiplying it afterwards would be another pass
+    over all logits, into memory of its own. A graph may not write into what it saved (retain_graph runs it twice, and
+    functionalisation copies what an operator writes to), so that eager's multiplication in place is no way out."""
+    logits, target, w, factor_tensor, lse_parts = ctx.saved_tensors
     given, g = ctx.given, upstream[0]
-    if given["with_grad"]:
-        out = (grad * (g * _late(ctx.dtype, given["factor"], factor_tensor))).to(ctx.dtype)
-    else:
-        options = _record(CrossEntropyOptions, given)
-        if given["reduction"] != "none":
-            g = _times_factor(g, given["factor"], factor_tensor, logits.shape[0])
-        k = _contiguous(of_cross_entropy(g, lse_parts, target, w, logits.shape[1], options))
-        out = row_grad(logits, target, lse_parts, k, w, options, given["backend"])
-    return out, None, None, None
+    options = _record(CrossEntropyOptions, given)
+    if given["reduction"] != "none":
+        g = _times_factor(g, given["factor"], factor_tensor, logits.shape[0])
+    k = _contiguous(of_cross_entropy(g, lse_parts, target, w, logits.shape[1], options))
+    return row_grad(logits, target, lse_parts, k, w, options, given["backend"]), None, None, None
 
 
 _cross_entropy.register_autograd(_backward_cross_entropy, setup_context=_save_cross_entropy)
@@ -236,10 +220,9 @@ def cross_entropy(
     options: CrossEntropyOptions,
     reduction: str,
     want: tuple[str, ...],
-    with_grad: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[loss, statistics …, lse_parts, gradient or nothing]."""
+    """[loss, statistics …, lse_parts]."""
     return _cross_entropy(
         logits,
         target,
@@ -249,7 +232,6 @@ def cross_entropy(
         factor=factor.value,
         reduction=reduction,
         want=",".join(want),
-        with_grad=with_grad,
         backend=backend,
     )
 
@@ -296,9 +278,12 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _HOW = "bool[] needs, ScalarType dtype, int chunk, str backend, str memory='auto'"
 
 
-def _schedule(head: Head, target: Tensor | None, ignore_index: int, limits: Limits) -> Schedule:
-    rows = heads.count_kept(head.hidden.shape[0], target, ignore_index)
-    return heads.schedule_of(head, rows, limits)
+def _schedule(
+    head: Head, target: Tensor | None, ignore_index: int, needs: Needs, limits: Limits
+) -> tuple[Schedule, Tensor | None]:
+    """The schedule, and the rows that are computed."""
+    keep = heads.kept_rows(target, ignore_index, traced=True)
+    return heads.schedule_of(head, heads.count_kept(head.hidden.shape[0], keep), needs, limits), keep
 
 
 def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -336,8 +321,8 @@ def _linear_row_grad(  # type: ignore[no-untyped-def]
     options = _record(RowOptions, fields)
     needed = Needs(*needs)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
-    saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, w)
+    schedule, keep = _schedule(head, target, options.ignore_index, needed, Limits(chunk or None, memory))
+    saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, keep, w)
     grads = heads.recompute(head, needed, schedule, saved)
     dtypes = heads.leaf_dtypes(hidden, weight, bias)
     return _or_nothing(hidden, heads.finish(grads, dtypes, head.backend))
@@ -391,14 +376,24 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     per_row = reduction == "none"
-    rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
+    keep = heads.kept_rows(target, options.ignore_index, traced=True)
+    rows = heads.count_kept(hidden.shape[0], keep)
     smooth = target is None or options.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(
         head, rows, needed, Limits(chunk or None, memory), per_row, smooth
     )
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
-        head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule, token_weight
+        head,
+        needed,
+        target,
+        w,
+        options,
+        names,
+        WHOLE if dtype in LATE_DTYPES else f,
+        schedule,
+        keep,
+        token_weight,
     )
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)
     return [
@@ -459,7 +454,8 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
     if any(given["needs"]):
         scale = g[:, None] if per_row else g * _late(dtype, factor, factor_tensor)
         needs = zip(made, given["needs"], ctx.dtypes, strict=True)
-        grads = [(x * scale).to(t) if need else None for x, need, t in needs]
+        acc = ACC_DTYPES[dtype]  # a scalar is not rounded to the gradient's dtype first
+        grads = [(x.to(acc) * scale.to(acc)).to(t) if need else None for x, need, t in needs]
     else:
         options = _record(CrossEntropyOptions, given)
         if not per_row:
@@ -467,7 +463,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
         if token_weight is not None:
             g = g * token_weight
         k = _contiguous(of_cross_entropy(g, lse_parts, target, w, weight.shape[0], options))
-        saved = Saved(target, lse_parts, k, options, w)
+        saved = Saved(target, lse_parts, k, options, None, w)
         how = ctx.needs, dtype, Limits(given["chunk"] or None, given.get("memory", "auto")), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
     return (*grads, *[None] * ctx.constants)
@@ -528,8 +524,8 @@ def _linear_token_stats(
     options, names = _record(RowOptions, fields), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
-    out, _ = heads.stats(head, target, options, names, schedule)
+    schedule, keep = _schedule(head, target, options.ignore_index, NOTHING, Limits(chunk or None, memory))
+    out, _ = heads.stats(head, target, options, names, schedule, keep)
     return _pack(out, names, out[LSE_PARTS], dtype)
 
 
@@ -550,7 +546,7 @@ def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, lse_parts, entropy = ctx.saved_tensors
     given = ctx.given
     k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse_parts.dtype)
-    saved = Saved(target, lse_parts, k, _record(RowOptions, given))
+    saved = Saved(target, lse_parts, k, _record(RowOptions, given), None)
     how = (
         ctx.needs,
         given["dtype"],

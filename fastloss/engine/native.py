@@ -570,8 +570,7 @@ class NativeBackend:
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
         if not self.has_head or factor.tensor is not None:
-            total = values.sum() * factor.value
-            return total if factor.tensor is None else total * factor.tensor
+            return factor.times(values.sum())
         # Added in order in double: the same bits for any number of threads.
         out = torch.empty((), dtype=values.dtype, device=values.device)
         self.module.sum_rows(

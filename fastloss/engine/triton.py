@@ -151,8 +151,7 @@ class TritonBackend:
         )  # fmt: skip
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
-        total = values.sum() * factor.value
-        return total if factor.tensor is None else total * factor.tensor
+        return factor.times(values.sum())
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
         _kernels().scale_in_place(x, scale)

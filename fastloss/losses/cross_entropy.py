@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import autograd, checks, compile_ops
+from fastloss.engine import autograd, checks, compile_ops, devices
 from fastloss.engine import backend as backends
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient
@@ -143,9 +143,8 @@ def cross_entropy(
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if call.traced:
         out = compile_ops.cross_entropy(
-            logits, classes, w, factor, loss.row, loss.reduction, loss.want,
-            needs_grad and loss.reduction != "none", call.backend.name,
-        )  # fmt: skip
+            logits, classes, w, factor, loss.row, loss.reduction, loss.want, call.backend.name
+        )
         return loss.shaped(loss.with_stats(out[0].to(dtype), out[1:7], STATS), shape)
     run = _Run(call.backend, loss, factor, inplace, dtype, needs_grad)
     out = CrossEntropy.apply(logits, classes, w, run)
@@ -329,10 +328,11 @@ def loss_factor(
     rows: int,
     vocab: int,
     acc: torch.dtype,
+    counted: int | None = None,
 ) -> tuple[Factor, LossOptions]:
     """The reduction's factor, and the options whose z-loss it reduces to a mean over tokens; on the way, targets are checked (on
-    a GPU only with ``validate_targets(True)``)."""
-    on_cpu = not call.traced and (classes is None or classes.device.type == "cpu")
+    a GPU only with ``validate_targets(True)``). ``counted``: how many are not ignored, where that is known."""
+    on_cpu = not call.traced and (classes is None or not devices.is_gpu(classes.device))
     valid, ignore_index, normalizer = rows, loss.row.ignore_index, loss.normalizer
     if classes is not None and not call.traced and (on_cpu or backends.targets_are_validated()):
         valid = backends.count_targets(classes, vocab, ignore_index)
@@ -348,9 +348,9 @@ def loss_factor(
     if classes is None:
         return Factor(_reciprocal(rows), of_count=True), loss
     if w is None:
-        if on_cpu:
-            return Factor(_reciprocal(valid), of_count=True), loss
-        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal(), of_count=True), loss
+        if on_cpu or counted is not None:
+            return Factor(_reciprocal(valid if counted is None else counted), of_count=True), loss
+        return Factor(tensor=(classes != ignore_index).sum(dtype=acc).reciprocal(), of_count=True), loss
     kept = classes != ignore_index
     total = (w[classes.clamp(0, vocab - 1)] * kept).sum()
     if not on_cpu:

@@ -16,6 +16,7 @@ from fastloss.engine.backend import resolve_call
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
 from fastloss.losses.token_stats import row_options
@@ -343,6 +344,7 @@ def _kto_kl(
     return (difference.sum() / max(difference.numel(), 1)).clamp(min=0).reshape(1)
 
 
+@takes_dtensors("linear_weight")
 def linear_kto_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -370,6 +372,7 @@ def linear_kto_loss(
     token_metrics: bool = True,
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> UnpairedOutput:
@@ -382,7 +385,7 @@ def linear_kto_loss(
         target: int64 ``[B, T]`` or ``[N]``; ``ignore_index`` on prompts and padding.
         desirable: bool ``[B]``.
         ref_input, ref_weight, ref_bias: the reference model's; or its log-probs ``ref_logps`` ``[B]``; neither: uniform.
-        chunk_size, memory: as in :func:`linear_preference_loss`.
+        chunk_size, memory, group: as in :func:`linear_preference_loss`.
         kl_logps, ref_kl_logps, kl: as in :func:`kto_loss`; :func:`linear_token_stats` gives the log-probs at 1 GEMM.
 
     >>> import torch, fastloss
@@ -401,7 +404,7 @@ def linear_kto_loss(
         linear_bias,
         cu_seqlens,
         options,
-        heads.limits_of(chunk_size, memory),
+        heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index),
         width=1,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)
