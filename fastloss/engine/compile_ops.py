@@ -682,9 +682,10 @@ def _linear_distillation(  # type: ignore[no-untyped-def]
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
     teacher = heads.make_head(kernels, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
-    kept = heads.count_kept(hidden.shape[0], target, options.ignore_index)
-    schedule = heads.chunked(head, kept, Limits(chunk or None, memory))
-    sums, grads = of_heads(head, teacher, Needs(*needs), target, factors, options, schedule)
+    keep, needed = heads.kept_rows(target, options.ignore_index, traced=True), Needs(*needs)
+    rows = heads.count_kept(hidden.shape[0], keep)
+    schedule = heads.chunked(head, rows, needed, Limits(chunk or None, memory))
+    sums, grads = of_heads(head, teacher, needed, target, factors, options, schedule, keep)
     loss = sums[:, 0]
     total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)

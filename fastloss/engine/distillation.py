@@ -57,9 +57,10 @@ def of_heads(
     factors: Tensor | None,
     options: DistillationOptions,
     schedule: Schedule,
+    keep: Tensor | None,
 ) -> tuple[Tensor, Grads]:
-    """The sums ``[rows, 8]`` (fastloss.tables.DISTILLATION_SUMS) of all rows, and the gradients of Σ factors · loss."""
-    keep = heads.kept_rows(target, options.ignore_index)
+    """The sums ``[rows, 8]`` (fastloss.tables.DISTILLATION_SUMS) of all rows, and the gradients of Σ factors · loss.
+    ``keep``: :func:`fastloss.engine.head.kept_rows`."""
     target, factors = heads.pick(target, keep), heads.pick(factors, keep)
     backend, outs = head.backend, []
     # Once the student's pass hides its GEMMs from dispatch modes, the teacher's would not be counted.

@@ -18,7 +18,7 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import WHOLE, Backend
 from fastloss.engine.distillation import details, log_sums, of_heads
 from fastloss.engine.head import Schedule
-from fastloss.engine.head_types import NOTHING, Head, Needs
+from fastloss.engine.head_types import NOTHING, Head, Limits, Needs
 from fastloss.tables import (
     ACC_DTYPES,
     DISTILLATION_DIVERGENCES,
@@ -165,7 +165,9 @@ def linear_distillation_loss(
     """
     rows = heads.check_head(input, linear_weight, linear_bias)
     frozen = _check_teacher(input, teacher_input, teacher_weight, teacher_bias)
-    limits = heads.limits_of(chunk_size, memory)
+    checks.chunk_size_value(chunk_size)
+    checks.memory_value(memory)
+    limits = Limits(chunk_size, memory)
     options = _options(
         divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index
     )  # fmt: skip
@@ -208,11 +210,12 @@ def linear_distillation_loss(
     else:
         student = heads.make_head(call.backend, rows, weight, bias, dtype)
         teacher = heads.make_head(call.backend, *theirs, teacher_dtype)
-        kept = heads.count_kept(rows.shape[0], tokens.target, ignore_index)
-        schedule = heads.chunked(student, kept, limits)
+        keep = heads.kept_rows(tokens.target, ignore_index)
+        kept = heads.count_kept(rows.shape[0], keep)
+        schedule = heads.chunked(student, kept, needs, limits)
         call.announce(**details(student, teacher, schedule, kept, needs, per_row and bool(needs)))
         check_targets(tokens.target, classes, ignore_index)
-        run = _Run(call.backend, options, dtype, teacher_dtype, schedule, needs, per_row)
+        run = _Run(call.backend, options, dtype, teacher_dtype, schedule, keep, needs, per_row)
         loss, sums = LinearDistillation.apply(*operands, tokens.target, factors, run)
     if per_row:
         return _output(loss, _columns(sums), tokens, reduction, lead)
@@ -409,6 +412,7 @@ class _Run:
     dtype: torch.dtype  # of the student's GEMMs
     teacher_dtype: torch.dtype
     schedule: Schedule
+    keep: Tensor | None  # the rows that are computed; None: all
     needs: Needs
     per_row: bool
 
@@ -449,7 +453,9 @@ class LinearDistillation(torch.autograd.Function):
         operands = hidden, weight, bias, *savable(teacher_hidden, teacher_weight, teacher_bias)
         ctx.run, ctx.ahead = run, not run.per_row
         needs = run.needs if ctx.ahead else NOTHING
-        sums, grads = of_heads(*run.heads(*operands), needs, target, factors, run.options, run.schedule)
+        sums, grads = of_heads(
+            *run.heads(*operands), needs, target, factors, run.options, run.schedule, run.keep
+        )
         ctx.late = run.dtype in LATE_DTYPES
         ctx.grads = (
             grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend)
@@ -474,5 +480,5 @@ class LinearDistillation(torch.autograd.Function):
         if not ctx.ahead or grads is None:  # retain_graph: the first backward gave the buffers away
             factors = factors if ctx.ahead else upstream.contiguous()
             pair = run.heads(*operands)
-            _, grads = of_heads(*pair, run.needs, target, factors, run.options, run.schedule)
+            _, grads = of_heads(*pair, run.needs, target, factors, run.options, run.schedule, run.keep)
         return (*heads.finish(grads, dtypes, run.backend, scale), *rest)
