@@ -12,7 +12,7 @@ from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
-from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
@@ -55,6 +55,7 @@ def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
 
 
 @takes_dtensors("logits")
+@resolves_views
 def token_stats(
     logits: Tensor,
     target: Tensor | None,
@@ -102,6 +103,8 @@ def token_stats(
         together = SharedCall(math.prod(lead), 0, logits.dtype, target, ignore_index)
         shards = of_group(group, vocab, logits.device, together)
     all_vocab = vocab if shards is None else shards.vocab
+    if all_vocab == 0:
+        raise ShapeError("logits: expected at least one class, got 0")
     want = _wanted(outputs, target)
     kept = _differentiable(want, detach)
     if target is not None:
@@ -122,8 +125,6 @@ def token_stats(
             rows = columns.t()
         out = reference.token_stats(rows, flat, **_transform(options))
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
-    if all_vocab == 0:
-        raise ShapeError("logits: expected at least one class, got 0")
     if rows.stride(1) != 1 and vocab > 1:
         rows = rows.contiguous()
     elif inplace and not call.traced:
@@ -136,6 +137,7 @@ def token_stats(
 
 
 @takes_dtensors("linear_weight")
+@resolves_views
 def linear_token_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -177,6 +179,8 @@ def linear_token_stats(
         checks.index_target("target", target, tuple(lead), input.device)
     limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index)
     vocab, shards = heads.vocab_of(linear_weight, limits), limits.shards
+    if vocab == 0:
+        raise ShapeError("linear_weight: expected at least one class, got 0")
     options = row_options(temperature, logit_scale, softcap, ignore_index)
     flat = None if target is None else target.reshape(-1).contiguous()
     dtype = heads.compute_dtype(input)
