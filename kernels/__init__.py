@@ -7,6 +7,7 @@ a tensor that a kernel cannot read.
 
 from .pairs import pair_loss, segment_expand, segment_sum, unpaired_loss
 from .policy import policy_loss
+from .reduce import reciprocal_count, sum_rows
 from .rows import row_cross_entropy, row_grad, row_stats
 from .scale import scale_in_place
 from .scan import discounted_returns, gae
@@ -16,11 +17,13 @@ __all__ = [
     "gae",
     "pair_loss",
     "policy_loss",
+    "reciprocal_count",
     "row_cross_entropy",
     "row_grad",
     "row_stats",
     "scale_in_place",
     "segment_expand",
     "segment_sum",
+    "sum_rows",
     "unpaired_loss",
 ]
