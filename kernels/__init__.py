@@ -5,6 +5,7 @@ float16): outputs allocated, one launch each (policy_loss: two), ValueError for 
 a tensor that a kernel cannot read.
 """
 
+from .divergences import row_divergence, row_divergence_grad
 from .pairs import pair_loss, segment_expand, segment_sum, unpaired_loss
 from .policy import policy_loss
 from .reduce import reciprocal_count, sum_rows
@@ -19,6 +20,8 @@ __all__ = [
     "policy_loss",
     "reciprocal_count",
     "row_cross_entropy",
+    "row_divergence",
+    "row_divergence_grad",
     "row_grad",
     "row_stats",
     "scale_in_place",

@@ -13,6 +13,7 @@
 namespace fastloss::cuda {
 void bind_pairs(pybind11::module_&);
 void bind_policy(pybind11::module_&);
+void bind_divergences(pybind11::module_&);
 
 namespace {
 
@@ -80,4 +81,5 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
   fastloss::define(m, "reciprocal_count", &cuda::count, "target", "n", "ignore_index", "out", "context");
   cuda::bind_pairs(m);
   cuda::bind_policy(m);
+  cuda::bind_divergences(m);
 }

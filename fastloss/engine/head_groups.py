@@ -243,13 +243,21 @@ class GroupPlan:
 
 
 def plan_groups(
-    function: str, x: GroupedHead, backend: str, *, coupled: bool, per_group: bool, ref: bool
+    function: str,
+    x: GroupedHead,
+    backend: str,
+    constants: tuple[Any, ...],
+    *,
+    coupled: bool,
+    per_group: bool,
+    ref: bool,
 ) -> GroupPlan:
-    """Chooses backend and chunks, and announces them. ``coupled``: a group's coefficients depend on other groups.
+    """Chooses backend and chunks, and announces them. ``constants``: the loss's other tensors. ``coupled``: a group's coefficients depend on other groups.
     ``per_group``: a loss of each group is returned, whose upstream gradient is not known yet."""
     needs = heads.needs_of(x.input, x.weight, x.bias)
     dtype = heads.compute_dtype(x.input)
-    call = resolve_call(function, backend, x.input, x.weight, x.bias, has_operators=False, dtype=dtype)
+    operands = x.input, x.weight, x.bias, x.rows.target
+    call = resolve_call(function, backend, *operands, *constants, has_operators=False, dtype=dtype)
     head = Head(call.backend, x.input, x.weight, None, dtype, x.limits.shards)
     bounds = x.rows.bounds
     if call.by_definition or bounds is None:

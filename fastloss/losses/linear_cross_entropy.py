@@ -12,7 +12,7 @@ from fastloss import reference
 from fastloss.engine import checks, compile_ops, devices
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, upstream_scale
-from fastloss.engine.backend import Call, check_targets, resolve_call
+from fastloss.engine.backend import Call, check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
@@ -39,6 +39,7 @@ WHOLE_LOGITS = 16 << 20
 
 
 @takes_dtensors("linear_weight")
+@resolves_views
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -80,7 +81,7 @@ def linear_cross_entropy(
             float dtype; that of an ignored token may be anything, NaN too. A mean still divides by the number of targets or the
             sum of their class weights; ``normalizer`` by what it says. As cheap as without, in 3 GEMMs; where it requires a
             gradient, the definition computes the call.
-        loss_dtype: a float dtype of the returned loss; None is PyTorch's rule: the input's dtype, float32 under autocast.
+        loss_dtype: a float dtype of the returned loss; None is PyTorch's rule, that of :func:`cross_entropy`.
         chunk_size: rows of logits in memory at once; None chooses. ``fastloss.explain`` shows the choice.
         memory: "fast" takes the fewest GEMMs, for memory of a float32 gradient of the weight at most; "low" the least memory, up
             to 4 GEMMs; "auto" "low" up to 2 D rows and "fast" beyond.
@@ -190,6 +191,8 @@ def _check_target(
         checks.is_floating("weight", weight)
         checks.same_device("weight", weight, input.device)
         checks.has_shape("weight", weight, (logits_shape[1] if batched else logits_shape[0],))
+        if not probabilities:
+            checks.class_weight_dtype(weight, input)
 
 
 def _of_rows(
@@ -205,8 +208,7 @@ def _of_rows(
 ) -> Any:
     """The loss of ``input [N, D]``, or ``(loss, TokenStats)``."""
     dtype = heads.compute_dtype(input)
-    autocast = heads.autocasts(input.device.type) and dtype != torch.float64
-    loss_dtype = extra.loss_dtype or (torch.float32 if autocast else dtype)
+    loss_dtype = extra.loss_dtype or checks.loss_dtype(input, target, weight)
     call = resolve_call(
         "linear_cross_entropy",
         backend,
@@ -216,11 +218,16 @@ def _of_rows(
         target,
         weight,
         extra.token_weight,
+        loss.normalizer,
         unsupported=constants_with_gradients(target, weight)
         or _token_weight_with_gradient(extra.token_weight)
         or z_loss_of_weighted_mean(loss, weight, target),
         dtype=dtype,
     )
+    if not heads.vocab_of(linear_weight, limits):
+        if loss.return_stats:
+            raise ShapeError("linear_weight: expected at least one class for return_stats, got 0")
+        call = call.without_kernels("there is no class")
     if call.by_definition:
         call.announce()
         own = extra._replace(loss_dtype=loss_dtype)

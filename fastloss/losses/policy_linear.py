@@ -11,7 +11,7 @@ from torch import Tensor
 from fastloss.engine import checks, devices
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, upstream_scale
-from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_token_stats
 from fastloss.engine.contract import Backend, Factor, PolicyInputs
@@ -47,6 +47,7 @@ _SCALE, _POLICY, _CUT = (POLICY_PLACE[name] for name in ("scale", "policy", "cut
 
 
 @takes_dtensors("linear_weight")
+@resolves_views
 def linear_policy_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -139,6 +140,14 @@ def linear_policy_loss(
         linear_weight,
         linear_bias,
         target,
+        old_logprobs,
+        advantages,
+        mask,
+        ref_logprobs,
+        sampler_logprobs,
+        weights,
+        normalizer,
+        cu_seqlens,
         has_operators=False,
         dtype=dtype,
     )

@@ -13,6 +13,7 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine import head_groups as groups
 from fastloss.engine.autograd import segment_sum
+from fastloss.engine.backend import resolves_views
 from fastloss.engine.contract import Backend
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.losses import pair_terms
@@ -34,6 +35,7 @@ _OUTPUTS = ("chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logp
 
 
 @takes_dtensors("linear_weight")
+@resolves_views
 def linear_preference_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -161,6 +163,7 @@ def linear_preference_loss(
         "linear_preference_loss",
         x,
         backend,
+        (beta, label_smoothing, margin, weights, rc, rr, ref_input, ref_weight, ref_bias, cu_seqlens),
         coupled=o.has(*SORTED),
         per_group=reduction == "none",
         ref=with_ref,

@@ -12,7 +12,7 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine import head_groups as groups
 from fastloss.engine.autograd import differentiable_again, segment_sum
-from fastloss.engine.backend import resolve_call
+from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
@@ -39,6 +39,7 @@ class UnpairedOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@resolves_views
 def kto_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
@@ -101,6 +102,7 @@ def kto_loss(
     )
 
 
+@resolves_views
 def bco_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
@@ -206,7 +208,9 @@ def _unpaired(
     good = _labels(desirable, count, x.device)
     weight = constant("weights", weights, count, acc, x.device)
     kl = shift(acc, x.device)
-    call = resolve_call(function, backend, x, ref_logps, has_operators=False)
+    call = resolve_call(
+        function, backend, x, ref_logps, desirable, weights, mask, cu_seqlens, kl, has_operators=False
+    )
     call.announce()
     if tokens is not None:
         x = groups.sum_tokens(call.backend, tokens, x)
@@ -345,6 +349,7 @@ def _kto_kl(
 
 
 @takes_dtensors("linear_weight")
+@resolves_views
 def linear_kto_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -416,7 +421,13 @@ def linear_kto_loss(
     ref = constant("ref_logps", ref_logps, count, acc, input.device)
     shift = _kto_kl(loss_type, kl, kl_logps, ref_kl_logps, acc, input.device)
     plan = groups.plan_groups(
-        "linear_kto_loss", x, backend, coupled=False, per_group=reduction == "none", ref=ref_input is not None
+        "linear_kto_loss",
+        x,
+        backend,
+        (desirable, weights, shift, ref_logps, ref_input, ref_weight, ref_bias, cu_seqlens),
+        coupled=False,
+        per_group=reduction == "none",
+        ref=ref_input is not None,
     )
     if ref_input is not None:
         assert ref_weight is not None
