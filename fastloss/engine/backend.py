@@ -352,7 +352,12 @@ def are_alike(like: Tensor, *tensors: Any) -> bool:
     dtype, size = like.dtype, like.shape
     for x in tensors:
         if x is not None and not (
-            type(x) in PLAIN and x.dtype is dtype and x.is_cpu and x.shape == size and x.is_contiguous()
+            type(x) in PLAIN
+            and x.dtype is dtype
+            and x.is_cpu
+            and x.shape == size
+            and x.is_contiguous()
+            and not x.is_neg()
         ):
             return False
     return True

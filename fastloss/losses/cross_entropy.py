@@ -501,6 +501,7 @@ def _is_direct(logits: Any, target: Any, backend: str) -> bool:
         and logits.is_contiguous()
         and target.is_contiguous()
         and not _autocast("cpu")
+        and not logits.is_neg()
         and backends.is_direct(backend)
     )
 

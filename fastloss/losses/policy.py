@@ -416,6 +416,7 @@ def _is_direct(
         and advantages.is_cpu
         and advantages.is_contiguous()
         and (advantages.shape == size[:1] or advantages.shape == size)
+        and not (logprobs.is_neg() or advantages.is_neg())
         and backends.are_alike(logprobs, *others)
         and backends.is_direct(backend)
     )
