@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastloss
+import fastloss.parallel
 from fastloss import nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +104,7 @@ def test_the_reference_has_every_public_name() -> None:
     modules = [
         f"nn.{name}" for name, value in vars(nn).items() if getattr(value, "__module__", "") == nn.__name__
     ]
+    modules += [f"parallel.{name}" for name in fastloss.parallel.__all__]
     public = [name for name in fastloss.__all__ if name not in ("__version__", "nn")] + modules
     assert sorted(_reference()) == sorted(public)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fastloss
+import fastloss.parallel
 from fastloss import nn
 
 
@@ -21,14 +22,18 @@ def documented() -> Iterator[tuple[str, object]]:
     for name, value in vars(nn).items():
         if inspect.isclass(value) and value.__module__ == nn.__name__:
             yield f"fastloss.nn.{name}", value
+    for name in fastloss.parallel.__all__:
+        yield f"fastloss.parallel.{name}", getattr(fastloss.parallel, name)
 
 
 PUBLIC = dict(documented())
 # A result's type and torch's own machinery need no example.
 WITHOUT_EXAMPLE = {
+    "DistillationOutput",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
+    "SequenceShard",
     "TokenStats",
     "UnpairedOutput",
     "ValueOutput",

@@ -13,9 +13,9 @@ def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
     return head_rows.upcasts(device, dtype)
 
 
-def gpu_chunk(rows: int, vocab: int, dtype: torch.dtype) -> int:
-    """Rows of logits that a linear head on a GPU holds at a time."""
-    return head_rows.default_chunk(rows, vocab, dtype, torch.device("cuda"))
+def gpu_chunk(rows: int, vocab: int, dim: int, dtype: torch.dtype) -> int:
+    """Rows of logits that a linear head on a GPU holds at a time where its weight is trained."""
+    return head_rows.default_chunk(rows, vocab, dim, dtype, torch.device("cuda"))
 
 
 def cpu_instruction_sets() -> tuple[str, list[str]] | None:

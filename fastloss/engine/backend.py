@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fastloss.engine import checks
 from fastloss.engine.checks import PLAIN
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
-from fastloss.engine.gate import check
+from fastloss.engine.gate import LazyView, address
 from fastloss.engine.native import NativeBackend, cpu_backend, cuda_backend
 from fastloss.engine.triton import TritonBackend
 
@@ -134,6 +135,10 @@ class Call(NamedTuple):
     traced: bool
     by_definition: bool  # no kernel: the definition, which autograd differentiates
 
+    def without_kernels(self, reason: str) -> Call:
+        """The same call by the definition, whatever backend was asked for."""
+        return Call(self.function, REFERENCE, reason, self.traced, True)
+
     def announce(self, **details: Any) -> None:
         """Tell the log, and ``explain`` if it is asking, which path the call takes; before anything is computed."""
         if self.traced:
@@ -149,7 +154,7 @@ def resolve_call(
     function: str,
     backend: str,
     tensor: Tensor,
-    *tensors: Tensor | None,
+    *tensors: Any,
     unsupported: str = "",
     has_operators: bool = True,
     dtype: torch.dtype | None = None,
@@ -157,7 +162,7 @@ def resolve_call(
     """Chooses who computes a call on ``tensor``.
 
     Args:
-        tensors: the other arguments that a kernel would take.
+        tensors: the other arguments that a kernel would take, constants among them; what is no tensor is no matter.
         unsupported: why no kernel can do this call (empty: they can).
         has_operators: False where torch.compile traces the definition, because the kernels have no torch.library operator.
         dtype: that of the kernel's operands where it is not ``tensor``'s (autocast).
@@ -170,6 +175,37 @@ def resolve_call(
         return Call(function, REFERENCE, unsupported or "traced as the definition", True, True)
     chosen, reason = choose(backend, tensor, unsupported or tracing_reason(tensor, *tensors))
     return Call(function, chosen, reason, False, chosen.differentiable)
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def resolves_views(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """``function``, with every negative or conjugate view among its tensors made its own memory where no kernel could read it.
+
+    Those are rare and cost a copy; a call without one pays for no question about them.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if torch.compiler.is_compiling():  # traces of a view read its numbers
+            return function(*args, **kwargs)
+        if (
+            kwargs.get("group") is None
+        ):  # the ranks of a group go through their collectives once, and together
+            try:
+                return function(*args, **kwargs)
+            except LazyView:
+                pass
+        # At most some work was lost. A second LazyView is of no argument: the caller's to see.
+        return function(*[_resolved(x) for x in args], **{name: _resolved(x) for name, x in kwargs.items()})  # type: ignore[arg-type]
+
+    return call
+
+
+def _resolved(value: Any) -> Any:
+    return value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value
 
 
 def announce_pointwise(function: str, backend: str) -> None:
@@ -249,8 +285,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
     """Which path ``fn(*args, **kwargs)`` would take, and why, without computing it.
 
     Returns:
-        a dict with ``function``, ``backend``, ``reason`` and, for the linear head, ``gemms``, ``chunk_rows``
-        and ``buffer_bytes``.
+        a dict with ``function``, ``backend``, ``reason`` and, for the linear head, ``gemms``, ``chunk_rows``,
+        ``buffer_bytes`` and, in chunks of rows, ``accumulator_bytes`` (of a float32 gradient of the weight beside its own).
 
     >>> import torch, fastloss
     >>> plan = fastloss.explain(fastloss.cross_entropy, torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
@@ -267,7 +303,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
     raise ValueError(f"explain: expected a fastloss function, got {getattr(fn, '__name__', fn)!r}")
 
 
-def tracing_reason(*tensors: Tensor | None) -> str:
+def tracing_reason(*tensors: Any) -> str:
     """Why no kernel can take a call: somebody transforms or traces it, or a tensor is not its own dense memory. Then the
     definition computes it, whose every operation PyTorch knows."""
     if _interpreter() is not None:
@@ -278,7 +314,7 @@ def tracing_reason(*tensors: Tensor | None) -> str:
         return "make_fx records the definition"
     dual = forward_ad._current_level >= 0
     for tensor in tensors:
-        if tensor is None:
+        if not isinstance(tensor, Tensor):
             continue
         if reason := not_dense(tensor):
             return f"{reason} is computed through the definition"
@@ -288,18 +324,17 @@ def tracing_reason(*tensors: Tensor | None) -> str:
 
 
 def not_dense(tensor: Tensor) -> str:
-    """What a tensor is that is not its own dense memory; empty for a plain one. ValueError where its memory was freed."""
+    """What a tensor is that is not its own dense memory; empty for a plain one. ValueError where its memory was freed, LazyView
+    for a negative or conjugate view."""
     if type(tensor) not in PLAIN:
         return f"a {type(tensor).__name__}"
     if tensor.layout != torch.strided:
         return f"a tensor of layout {tensor.layout}"
     if tensor.is_meta:
         return "a meta tensor"
-    if tensor.is_neg() or tensor.is_conj():
-        return "a negative or conjugate view"
     if tensor._is_zerotensor():
         return "a zero tensor of autograd"
-    check(tensor)
+    address(tensor)  # the gate's own question, quick for contiguous memory
     return ""
 
 
@@ -352,12 +387,7 @@ def are_alike(like: Tensor, *tensors: Any) -> bool:
     dtype, size = like.dtype, like.shape
     for x in tensors:
         if x is not None and not (
-            type(x) in PLAIN
-            and x.dtype is dtype
-            and x.is_cpu
-            and x.shape == size
-            and x.is_contiguous()
-            and not x.is_neg()
+            type(x) in PLAIN and x.dtype is dtype and x.is_cpu and x.shape == size and x.is_contiguous()
         ):
             return False
     return True

@@ -80,6 +80,42 @@ def softcap_value(softcap: float | None) -> float:
     return 0.0 if softcap is None else number("softcap", softcap, low=0.0, open_low=True)
 
 
+_SCALAR_TYPES = {
+    torch.float32: "Float",
+    torch.float64: "Double",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+}
+
+
+def class_weight_dtype(weight: Tensor, input: Tensor) -> None:
+    """PyTorch's rule for class weights beside classes (beside class probabilities any float dtype is taken): that of the logits,
+    where autocast makes both float32 unless they are float64. In PyTorch's words."""
+    expected, got = (autocast_dtype(x.dtype, input.device.type) for x in (input, weight))
+    if expected != got:
+        raise ShapeError(
+            f"weight: expected scalar type {_SCALAR_TYPES[expected]} but found {_SCALAR_TYPES[got]}"
+        )
+
+
+def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What PyTorch's cross-entropy makes of a float argument: float32 under autocast, but for float64."""
+    autocast = dtype != torch.float64 and torch.is_autocast_enabled(device)
+    return torch.float32 if autocast else dtype
+
+
+def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """The dtype of PyTorch's cross-entropy: the input's, float32 under autocast; of class probabilities the widest of all."""
+    device = input.device.type
+    dtype = autocast_dtype(input.dtype, device)
+    if not target.is_floating_point():
+        return dtype
+    for other in (target, weight):
+        if other is not None:
+            dtype = torch.promote_types(dtype, autocast_dtype(other.dtype, device))
+    return dtype
+
+
 def same_device(name: str, value: Tensor, device: torch.device) -> None:
     if value.device != device:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")

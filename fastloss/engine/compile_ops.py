@@ -21,8 +21,18 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
-from fastloss.engine.head import Head, Limits, Needs, Saved, Schedule
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS, CrossEntropyOptions, RowOptions
+from fastloss.engine.distillation import log_sums, of_heads
+from fastloss.engine.head import NOTHING, Head, Limits, Needs, Saved, Schedule
+from fastloss.tables import (
+    ACC_DTYPES,
+    DISTILLATION_SUMS,
+    LATE_DTYPES,
+    LSE_PARTS,
+    STATS,
+    CrossEntropyOptions,
+    DistillationOptions,
+    RowOptions,
+)
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
 
@@ -150,7 +160,7 @@ def _row_fields(options: RowOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _ROW_FIELDS}
 
 
-def _all_fields(options: RowOptions) -> dict[str, Any]:
+def _all_fields(options: RowOptions | DistillationOptions) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
 
@@ -161,58 +171,42 @@ _LOSS = "float factor, str reduction, str want"
     "cross_entropy",
     "Tensor logits, Tensor? target, Tensor? w, Tensor? factor_tensor",
     CrossEntropyOptions,
-    f"{_LOSS}, bool with_grad, str backend",
+    f"{_LOSS}, str backend",
     "Tensor[]",
 )
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, target, w, factor_tensor, *, factor, reduction, want, with_grad, backend, **fields
+    logits, target, w, factor_tensor, *, factor, reduction, want, backend, **fields
 ):
-    options = _record(CrossEntropyOptions, fields)
+    options, names = _record(CrossEntropyOptions, fields), _names(want)
     _check_targets(target, logits.shape[1], options.ignore_index)
-    f = Factor(factor, factor_tensor)
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device) if with_grad else None
-    out = backends.runnable(backend).row_cross_entropy(
-        logits,
-        target,
-        options,
-        factor=WHOLE if grad is None or logits.dtype in LATE_DTYPES else f,
-        grad=grad,
-        want=_names(want),
-        w=w,
-    )
-    stats = _pack(out, _names(want), logits, logits.dtype)
-    return [_sum(backend, out["loss"], reduction, f), *stats, logits.new_empty(0) if grad is None else grad]
+    out = backends.runnable(backend).row_cross_entropy(logits, target, options, want=names, w=w)
+    total = _sum(backend, out["loss"], reduction, Factor(factor, factor_tensor))
+    return [total, *_pack(out, names, logits, logits.dtype)]
 
 
 @_cross_entropy.register_fake
-def _(logits, target, w, factor_tensor, *, reduction, want, with_grad, **fields):  # type: ignore[no-untyped-def]
+def _(logits, target, w, factor_tensor, *, reduction, want, **fields):  # type: ignore[no-untyped-def]
     rows = logits.shape[0]
     loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[logits.dtype])
-    stats = _fake_stats(logits, rows, _names(want), logits.dtype)
-    return [loss, *stats, logits.new_empty(logits.shape if with_grad else (0,))]
+    return [loss, *_fake_stats(logits, rows, _names(want), logits.dtype)]
 
 
 def _save_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    logits, target, w, factor_tensor = inputs
     ctx.given = keyword_only_inputs
-    made = ctx.given["with_grad"]
-    saved = (output[-1], None, None) if made else (None, logits, output[_LSE_PARTS_AT])
-    ctx.dtype = logits.dtype
-    ctx.save_for_backward(*saved, target, w, factor_tensor)
+    ctx.save_for_backward(*inputs, output[_LSE_PARTS_AT])
 
 
 def _backward_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
-    grad, logits, lse_parts, target, w, factor_tensor = ctx.saved_tensors
+    """The gradient is made here, of the upstream one, and not in the forward: multiplying it afterwards would be another pass
+    over all logits, into memory of its own. A graph may not write into what it saved (retain_graph runs it twice, and
+    functionalisation copies what an operator writes to), so that eager's multiplication in place is no way out."""
+    logits, target, w, factor_tensor, lse_parts = ctx.saved_tensors
     given, g = ctx.given, upstream[0]
-    if given["with_grad"]:
-        out = (grad * (g * _late(ctx.dtype, given["factor"], factor_tensor))).to(ctx.dtype)
-    else:
-        options = _record(CrossEntropyOptions, given)
-        if given["reduction"] != "none":
-            g = _times_factor(g, given["factor"], factor_tensor, logits.shape[0])
-        k = _contiguous(of_cross_entropy(g, lse_parts, target, w, logits.shape[1], options))
-        out = row_grad(logits, target, lse_parts, k, w, options, given["backend"])
-    return out, None, None, None
+    options = _record(CrossEntropyOptions, given)
+    if given["reduction"] != "none":
+        g = _times_factor(g, given["factor"], factor_tensor, logits.shape[0])
+    k = _contiguous(of_cross_entropy(g, lse_parts, target, w, logits.shape[1], options))
+    return row_grad(logits, target, lse_parts, k, w, options, given["backend"]), None, None, None
 
 
 _cross_entropy.register_autograd(_backward_cross_entropy, setup_context=_save_cross_entropy)
@@ -226,10 +220,9 @@ def cross_entropy(
     options: CrossEntropyOptions,
     reduction: str,
     want: tuple[str, ...],
-    with_grad: bool,
     backend: str,
 ) -> list[Tensor]:
-    """[loss, statistics …, lse_parts, gradient or nothing]."""
+    """[loss, statistics …, lse_parts]."""
     return _cross_entropy(
         logits,
         target,
@@ -239,7 +232,6 @@ def cross_entropy(
         factor=factor.value,
         reduction=reduction,
         want=",".join(want),
-        with_grad=with_grad,
         backend=backend,
     )
 
@@ -286,9 +278,12 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _HOW = "bool[] needs, ScalarType dtype, int chunk, str backend, str memory='auto'"
 
 
-def _schedule(head: Head, target: Tensor | None, ignore_index: int, limits: Limits) -> Schedule:
-    rows = heads.count_kept(head.hidden.shape[0], target, ignore_index)
-    return heads.schedule_of(head, rows, limits)
+def _schedule(
+    head: Head, target: Tensor | None, ignore_index: int, needs: Needs, limits: Limits
+) -> tuple[Schedule, Tensor | None]:
+    """The schedule, and the rows that are computed."""
+    keep = heads.kept_rows(target, ignore_index, traced=True)
+    return heads.schedule_of(head, heads.count_kept(head.hidden.shape[0], keep), needs, limits), keep
 
 
 def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -326,8 +321,8 @@ def _linear_row_grad(  # type: ignore[no-untyped-def]
     options = _record(RowOptions, fields)
     needed = Needs(*needs)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
-    saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, w)
+    schedule, keep = _schedule(head, target, options.ignore_index, needed, Limits(chunk or None, memory))
+    saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, keep, w)
     grads = heads.recompute(head, needed, schedule, saved)
     dtypes = heads.leaf_dtypes(hidden, weight, bias)
     return _or_nothing(hidden, heads.finish(grads, dtypes, head.backend))
@@ -381,14 +376,24 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     per_row = reduction == "none"
-    rows = heads.count_kept(hidden.shape[0], target, options.ignore_index)
+    keep = heads.kept_rows(target, options.ignore_index, traced=True)
+    rows = heads.count_kept(hidden.shape[0], keep)
     smooth = target is None or options.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(
         head, rows, needed, Limits(chunk or None, memory), per_row, smooth
     )
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
-        head, needed, target, w, options, names, WHOLE if dtype in LATE_DTYPES else f, schedule, token_weight
+        head,
+        needed,
+        target,
+        w,
+        options,
+        names,
+        WHOLE if dtype in LATE_DTYPES else f,
+        schedule,
+        keep,
+        token_weight,
     )
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)
     return [
@@ -449,7 +454,8 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
     if any(given["needs"]):
         scale = g[:, None] if per_row else g * _late(dtype, factor, factor_tensor)
         needs = zip(made, given["needs"], ctx.dtypes, strict=True)
-        grads = [(x * scale).to(t) if need else None for x, need, t in needs]
+        acc = ACC_DTYPES[dtype]  # a scalar is not rounded to the gradient's dtype first
+        grads = [(x.to(acc) * scale.to(acc)).to(t) if need else None for x, need, t in needs]
     else:
         options = _record(CrossEntropyOptions, given)
         if not per_row:
@@ -457,7 +463,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
         if token_weight is not None:
             g = g * token_weight
         k = _contiguous(of_cross_entropy(g, lse_parts, target, w, weight.shape[0], options))
-        saved = Saved(target, lse_parts, k, options, w)
+        saved = Saved(target, lse_parts, k, options, None, w)
         how = ctx.needs, dtype, Limits(given["chunk"] or None, given.get("memory", "auto")), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
     return (*grads, *[None] * ctx.constants)
@@ -518,8 +524,8 @@ def _linear_token_stats(
     options, names = _record(RowOptions, fields), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule = _schedule(head, target, options.ignore_index, Limits(chunk or None, memory))
-    out, _ = heads.stats(head, target, options, names, schedule)
+    schedule, keep = _schedule(head, target, options.ignore_index, NOTHING, Limits(chunk or None, memory))
+    out, _ = heads.stats(head, target, options, names, schedule, keep)
     return _pack(out, names, out[LSE_PARTS], dtype)
 
 
@@ -540,7 +546,7 @@ def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, lse_parts, entropy = ctx.saved_tensors
     given = ctx.given
     k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse_parts.dtype)
-    saved = Saved(target, lse_parts, k, _record(RowOptions, given))
+    saved = Saved(target, lse_parts, k, _record(RowOptions, given), None)
     how = (
         ctx.needs,
         given["dtype"],
@@ -579,6 +585,171 @@ def linear_token_stats(
     )[:-1]
 
 
+# --- distillation --------------------------------------------------------------------------------------------------
+
+
+@_operator(
+    "distillation_grad",
+    "Tensor logits, Tensor teacher, Tensor? target, Tensor student_parts, Tensor teacher_parts, Tensor? hard_parts, "
+    "Tensor slopes, Tensor factors",
+    DistillationOptions,
+    "str backend",
+    "Tensor",
+)
+def _distillation_grad(  # type: ignore[no-untyped-def]
+    logits, teacher, target, student_parts, teacher_parts, hard_parts, slopes, factors, *, backend, **fields
+):
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backends.runnable(backend).row_divergence_grad(
+        logits, teacher, target, _record(DistillationOptions, fields), lse_parts=student_parts,
+        teacher_lse_parts=teacher_parts, slopes=slopes, factors=factors, out=out, hard_lse_parts=hard_parts,
+    )  # fmt: skip
+    return out
+
+
+@_distillation_grad.register_fake
+def _(logits, *tensors, **fields):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+@_operator(
+    "distillation",
+    "Tensor logits, Tensor teacher, Tensor? target",
+    DistillationOptions,
+    "str backend",
+    "Tensor[]",
+)
+def _distillation(logits, teacher, target, *, backend, **fields):  # type: ignore[no-untyped-def]
+    options, kernels = _record(DistillationOptions, fields), backends.runnable(backend)
+    _check_targets(target, logits.shape[1], options.ignore_index)
+    parts = log_sums(kernels, logits, teacher, target, options)
+    sums = kernels.row_divergence(
+        logits, teacher, target, options,
+        lse_parts=parts.student, teacher_lse_parts=parts.teacher, hard_lse_parts=parts.hard,
+    )  # fmt: skip
+    hard = sums.new_empty(0) if parts.hard is None else parts.hard.clone()
+    return [sums[:, 0].clone(), sums, parts.student, parts.teacher, hard]
+
+
+@_distillation.register_fake
+def _(logits, teacher, target, *, hard_loss_coef, **fields):  # type: ignore[no-untyped-def]
+    rows, acc = logits.shape[0], ACC_DTYPES[logits.dtype]
+    shapes = [
+        (rows,),
+        (rows, len(DISTILLATION_SUMS)),
+        (rows, 2),
+        (rows, 2),
+        (rows, 2) if hard_loss_coef else (0,),
+    ]
+    return [logits.new_empty(shape, dtype=acc) for shape in shapes]
+
+
+def _save_distillation(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    ctx.given = keyword_only_inputs
+    _, sums, student_parts, teacher_parts, hard_parts = output
+    hard = hard_parts if ctx.given["hard_loss_coef"] else None
+    ctx.save_for_backward(*inputs, student_parts, teacher_parts, hard, sums)
+
+
+def _backward_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
+    *tensors, sums = ctx.saved_tensors
+    slopes = sums[:, DISTILLATION_SUMS.index("slope")].contiguous()
+    factors = upstream[0].to(slopes.dtype).contiguous()
+    return _distillation_grad(*tensors, slopes, factors, **ctx.given), None, None
+
+
+_distillation.register_autograd(_backward_distillation, setup_context=_save_distillation)
+
+
+def distillation(
+    logits: Tensor, teacher: Tensor, target: Tensor | None, options: DistillationOptions, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(loss [rows], sums [rows, 8])."""
+    loss, sums, *_ = _distillation(logits, teacher, target, **_all_fields(options), backend=backend)
+    return loss, sums.detach()
+
+
+_TWO_HEADS = f"{_HEAD}, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? factors"
+_HOW_TWO = "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, int chunk, str memory, str backend"
+
+
+@_operator("linear_distillation", _TWO_HEADS, DistillationOptions, _HOW_TWO, "Tensor[]")
+def _linear_distillation(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, *,
+    needs, dtype, teacher_dtype, chunk, memory, backend, **fields,
+):  # fmt: skip
+    options, kernels = _record(DistillationOptions, fields), backends.runnable(backend)
+    _check_targets(target, weight.shape[0], options.ignore_index)
+    head = heads.make_head(kernels, hidden, weight, bias, dtype)
+    teacher = heads.make_head(kernels, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
+    keep, needed = heads.kept_rows(target, options.ignore_index, traced=True), Needs(*needs)
+    rows = heads.count_kept(hidden.shape[0], keep)
+    schedule = heads.chunked(head, rows, needed, Limits(chunk or None, memory))
+    sums, grads = of_heads(head, teacher, needed, target, factors, options, schedule, keep)
+    loss = sums[:, 0]
+    total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)
+    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
+    return [total, sums, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
+
+
+@_linear_distillation.register_fake
+def _(hidden, weight, bias, *others, needs, dtype, teacher_dtype, **fields):  # type: ignore[no-untyped-def]
+    rows, acc = hidden.shape[0], ACC_DTYPES[torch.promote_types(dtype, teacher_dtype)]
+    total = hidden.new_empty((rows,) if others[-1] is None else (), dtype=acc)
+    sums = hidden.new_empty((rows, len(DISTILLATION_SUMS)), dtype=acc)
+    return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
+
+
+def _save_linear_distillation(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    ctx.given = keyword_only_inputs
+    ctx.needs = list(ctx.needs_input_grad[:3])
+    ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
+    made = any(ctx.given["needs"])
+    ctx.save_for_backward(*((None,) * 8 if made else inputs), *(output[-3:] if made else (None,) * 3))
+
+
+def _backward_linear_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
+    *operands, target, factors, d_hidden, d_weight, d_bias = ctx.saved_tensors
+    given, g = ctx.given, upstream[0]
+    if any(given["needs"]):
+        scaled = zip((d_hidden, d_weight, d_bias), given["needs"], ctx.dtypes, strict=True)
+        grads = [(x * g).to(t) if need else None for x, need, t in scaled]
+    else:
+        g = g.contiguous() if factors is None else g * factors
+        _, _, *made = _linear_distillation(*operands, target, g, **{**given, "needs": ctx.needs})
+        grads = [x.to(t) if need else None for x, need, t in zip(made, ctx.needs, ctx.dtypes, strict=True)]
+    return (*grads, *[None] * 5)
+
+
+_linear_distillation.register_autograd(_backward_linear_distillation, setup_context=_save_linear_distillation)
+
+
+def linear_distillation(
+    operands: tuple[Tensor | None, ...],
+    target: Tensor | None,
+    factors: Tensor | None,
+    options: DistillationOptions,
+    needs: Needs,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    limits: Limits,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 8])."""
+    total, sums, *_ = _linear_distillation(
+        *operands,
+        target,
+        factors,
+        **_all_fields(options),
+        needs=list(needs),
+        dtype=dtypes[0],
+        teacher_dtype=dtypes[1],
+        chunk=limits.chunk_size or 0,
+        memory=limits.memory,
+        backend=backend,
+    )
+    return total, sums.detach()
+
+
 # --- FLOPs ---------------------------------------------------------------------------------------------------------
 
 
@@ -590,6 +761,14 @@ def _gemm_flops(hidden_shape: Any, weight_shape: Any, count: int) -> int:
 @register_flop_formula(torch.ops.fastloss.linear_cross_entropy)
 def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+
+
+@register_flop_formula(torch.ops.fastloss.linear_distillation)
+def _(
+    hidden_shape, weight_shape, bias_shape, teacher_hidden_shape, teacher_weight_shape, *args, needs, **kwargs
+) -> int:  # type: ignore[no-untyped-def]
+    student = _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+    return student + _gemm_flops(teacher_hidden_shape, teacher_weight_shape, 1)
 
 
 @register_flop_formula(torch.ops.fastloss.linear_token_stats)

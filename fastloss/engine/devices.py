@@ -1,14 +1,33 @@
-"""What a device's library of products can do, asked of the device itself and kept: not of its name, nor of torch's version."""
+"""What a device is and what its library of products can do, asked of the device itself and kept: not of its name, nor of torch's
+version."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 import torch
 from torch import Tensor
 
 # Columns of a product's first operand that are converted to the accumulator's dtype at a time, where the library cannot.
 CONVERT_BLOCK = 2048
+# FASTLOSS_SKIP_IGNORED=0: on a GPU rows without a target are computed too, and no call waits for it.
+SKIP_IGNORED = os.environ.get("FASTLOSS_SKIP_IGNORED", "1") != "0"
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Whether ``device`` has a library of its own with fast low-precision products, and works on while the host goes ahead."""
+    return device.type != "cpu"
+
+
+def may_wait(device: torch.device) -> bool:
+    """Whether a call may read a few numbers back from ``device``: a GPU then finishes first what it was given before. Not while
+    a CUDA graph is captured, nor where torch.compile traces, nor with ``FASTLOSS_SKIP_IGNORED=0``."""
+    if not is_gpu(device):
+        return True
+    if not SKIP_IGNORED or torch.compiler.is_compiling():
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=64)

@@ -8,6 +8,11 @@ from torch import Tensor
 _PARAMETER = torch.nn.Parameter
 
 
+class LazyView(ValueError):
+    """A negative or conjugate view: its elements are not what lies in memory, and one copy away from it. Every public function
+    that has kernels takes them (``resolves_views`` of engine/backend.py)."""
+
+
 # Of a tensor that the caller has from torch.empty or its like, and nobody else has seen: there is nothing to ask.
 of_made = Tensor.data_ptr
 
@@ -72,8 +77,12 @@ def check(tensor: Tensor) -> Tensor:
             f"tensor: expected a plain torch.Tensor, got {kind.__name__}; give the one it holds, or use backend='reference'"
         )
     if reason := _why_not(tensor):
-        raise ValueError(f"tensor: expected {reason}")
+        error = LazyView if reason.startswith(_LAZY) else ValueError
+        raise error(f"tensor: expected {reason}")
     return tensor
+
+
+_LAZY = "its elements in memory"
 
 
 def _why_not(tensor: Tensor) -> str:
@@ -88,9 +97,9 @@ def _why_not(tensor: Tensor) -> str:
     if tensor._is_zerotensor():
         return "one with memory, got a zero tensor of autograd; use .clone()"
     if tensor.is_neg():
-        return "its elements in memory, got a negative view; use .resolve_neg()"
+        return f"{_LAZY}, got a negative view; use .resolve_neg()"
     if tensor.is_conj():
-        return "its elements in memory, got a conjugate view; use .resolve_conj()"
+        return f"{_LAZY}, got a conjugate view; use .resolve_conj()"
     if not tensor.numel():
         return ""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

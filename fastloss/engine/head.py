@@ -25,15 +25,28 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastloss.engine import checks, head_blocks
+from fastloss.engine import checks, devices, head_blocks
 from fastloss.engine.autograd import scale_in_place
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
-from fastloss.engine.head_rows import RowChunks, buffer_dtype, count_gemms, default_chunk, equal_chunks
+from fastloss.engine.head_rows import (
+    RowChunks,
+    accumulator_bytes,
+    accumulator_rows,
+    buffer_dtype,
+    count_gemms,
+    default_chunk,
+    equal_chunks,
+    row_stride,
+    weight_dtype,
+)
+from fastloss.engine.head_shards import EmptyShard, ShardedRun
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
+from fastloss.engine.shards import Call as SharedCall
+from fastloss.engine.shards import Shards, of_group
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 
@@ -86,18 +99,32 @@ class Schedule(NamedTuple):
     def by_vocabulary(self) -> bool:
         return self.chunk == 0
 
-    def details(self, head: Head, rows: int, needs: Needs, recompute: bool) -> dict[str, Any]:
-        """What ``explain`` tells. ``recompute``: the backward makes the logits again."""
+    def details(
+        self,
+        head: Head,
+        rows: int,
+        needs: Needs,
+        recompute: bool,
+        want: Sequence[str] = ("logprobs",),
+    ) -> dict[str, Any]:
+        """What ``explain`` tells. ``recompute``: the backward makes the logits again. ``want``: statistics that are made."""
         gemms: float = 1 + recompute + needs.hidden + needs.weight
         vocab, dim = head.weight.shape
+        sent: dict[str, Any] = {}
+        if head.shards is not None:
+            sent = head.shards.details(
+                rows, want, ACC_DTYPES[head.dtype], head.hidden if needs.hidden else None
+            )
         if not self.by_vocabulary:
             chunk = min(self.chunk, rows)
             return {
+                **sent,
                 "schedule": "chunks of rows",
                 "gemms": gemms,
                 "rows": rows,
                 "chunk_rows": chunk,
                 "buffer_bytes": buffer_bytes(head, chunk),
+                "accumulator_bytes": accumulator_bytes(head, -(-rows // max(1, chunk))) * needs.weight,
             }
         assert isinstance(head.backend, NativeBackend)
         width = head_blocks.block_width(head.backend, vocab, dim)
@@ -109,6 +136,7 @@ class Schedule(NamedTuple):
             extra = max(0, min(self.more, part - dim)) * vocab * head.weight.dtype.itemsize
             extra += vocab * dim * torch.float32.itemsize if part < rows else 0
         return {
+            **sent,
             "schedule": "blocks of the vocabulary",
             "gemms": gemms,
             "rows": rows,
@@ -120,24 +148,47 @@ class Schedule(NamedTuple):
 
 def buffer_bytes(head: Head, rows: int) -> int:
     """Memory of the logits of ``rows`` rows."""
-    return rows * head.weight.shape[0] * buffer_dtype(head).itemsize
+    return rows * row_stride(head.weight.shape[0], head.weight.device) * buffer_dtype(head).itemsize
 
 
-def limits_of(chunk_size: int | None, memory: str) -> Limits:
+def limits_of(
+    chunk_size: int | None,
+    memory: str,
+    group: Any,
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    ignore_index: int,
+) -> Limits:
     """The checked keywords of a public function."""
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
-    return Limits(chunk_size, memory)
+    if group is None:
+        return Limits(chunk_size, memory)
+    dim = input.shape[-1]
+    call = SharedCall(input.numel() // max(1, dim), dim, input.dtype, target, ignore_index)
+    shards = of_group(group, linear_weight.shape[0], linear_weight.device, call)
+    return Limits(chunk_size, memory, shards)
 
 
-def chunked(head: Head, rows: int, limits: Limits) -> Schedule:
+def vocab_of(linear_weight: Tensor, limits: Limits) -> int:
+    """Classes of the whole vocabulary."""
+    return linear_weight.shape[0] if limits.shards is None else limits.shards.vocab
+
+
+def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule in chunks of rows. "fast": as many as take the memory of a float32 gradient of the weight; "low": a
-    quarter of the usual."""
-    chunk = limits.chunk_size or default_chunk(rows, head.weight.shape[0], head.dtype, head.weight.device)
+    quarter of the usual, but all rows at once where that spares an accumulator as large as their logits."""
+    vocab, dim = head.weight.shape
+    if head.shards is not None:  # every process of a group takes the same chunks
+        vocab = max(head.shards.sizes)
+    chunk = limits.chunk_size or default_chunk(rows, vocab, dim, head.dtype, head.weight.device, needs.weight)
     if limits.chunk_size is None and limits.memory == "fast":
         chunk = max(chunk, head_blocks.further_rows(head.weight))
     if limits.chunk_size is None and limits.memory == "low":
-        chunk = max(min(chunk, 32), chunk // 4)
+        spared = needs.weight and weight_dtype(head, 2) != weight_dtype(head, 1)
+        if not (spared and rows <= accumulator_rows(dim, head.dtype)):
+            chunk = max(min(chunk, 32), chunk // 4)
     return Schedule(min(chunk, max(rows, 1)))
 
 
@@ -146,11 +197,11 @@ def goes_by_vocabulary(head: Head) -> bool:
     return head_blocks.why_not(head.backend, head.dtype, head.weight) == ""
 
 
-def schedule_of(head: Head, rows: int, limits: Limits) -> Schedule:
+def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule of statistics alone, or of a backward whose coefficients are given, over ``rows`` computed rows."""
     if goes_by_vocabulary(head):
         return Schedule(0, min(limits.chunk_size or 0, rows))
-    return chunked(head, rows, limits)
+    return chunked(head, rows, needs, limits)
 
 
 def schedule_of_one_pass(
@@ -158,7 +209,7 @@ def schedule_of_one_pass(
 ) -> Schedule:
     """The schedule of a pass whose gradients follow on its statistics, part by part."""
     if not goes_by_vocabulary(head):
-        return chunked(head, rows, limits)
+        return chunked(head, rows, needs, limits)
     parts = head_blocks.parts_of(head, rows, needs, limits.memory, logprobs_only)
     part = min(parts.rows, limits.chunk_size) if limits.chunk_size else parts.rows
     return Schedule(0, 0 if part >= rows else part, parts.more)
@@ -169,31 +220,40 @@ def schedule_of_cross_entropy(
 ) -> Schedule:
     """The schedule of cross-entropy. ``per_row``: the loss of each row is returned; ``smooth``: every token is a target."""
     why_not = head_blocks.why_not_cross_entropy(needs, per_row, smooth)
+    if head.shards is not None and smooth:
+        why_not = "label smoothing over a vocabulary that is cut"
     if why_not or not goes_by_vocabulary(head):
-        return chunked(head, rows, limits)
+        return chunked(head, rows, needs, limits)
     if not needs or per_row:
-        return schedule_of(head, rows, limits)
+        return schedule_of(head, rows, needs, limits)
     return schedule_of_one_pass(head, rows, needs, limits, logprobs_only=True)
 
 
 def make_head(
-    backend: Backend, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    backend: Backend,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    shards: Shards | None = None,
 ) -> Head:
     """The operands, detached. ``dtype`` is that of the GEMMs."""
     acc = ACC_DTYPES[dtype]
     dense = None if bias is None else bias.detach().to(acc).contiguous()
-    return Head(backend, hidden.detach(), weight.detach(), dense, dtype)
+    return Head(backend, hidden.detach(), weight.detach(), dense, dtype, shards)
 
 
 class _Pass:
     """One pass over the rows; what it computes has no gradient of its own, and autocast changes none of its dtypes."""
 
-    def __init__(self, run: RowChunks | VocabularyBlocks):
-        self._run = run
+    def __init__(self, run: RowChunks | VocabularyBlocks | EmptyShard, by_rows: bool):
+        shards = run.head.shards
+        self._inner = run
+        self._run = run if shards is None else ShardedRun(run, shards, by_rows)
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Pass:
-        run = self._run
+        run = self._inner
         device = run.head.hidden.device.type
         if isinstance(run, RowChunks):
             count_gemms(run.head, run.rows, 1 + run.needs.hidden + run.needs.weight)
@@ -206,22 +266,27 @@ class _Pass:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-        if isinstance(self._run, VocabularyBlocks):
-            count_gemms(self._run.head, self._run.rows, self._run.multiplied / max(1, self._run.rows))
+        run = self._inner
+        if isinstance(run, VocabularyBlocks):
+            count_gemms(run.head, run.rows, run.multiplied / max(1, run.rows))
 
     def parts(self) -> Iterator[Any]:
         return iter(self._run.parts())
 
-    def collect(self, outs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The parts' statistics as those of all rows, 0 for the rows that were left out."""
+    def collect(
+        self, outs: list[dict[str, Tensor]], computed: Sequence[str] = (), without: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        """The parts' statistics as those of all rows, 0 for the rows that were left out; ``computed`` are of the others alone."""
         run = self._run
-        out = outs[0]
+        out = {name: x for name, x in outs[0].items() if name not in without}
         if len(outs) > 1:
             out = {name: torch.cat([part[name] for part in outs]) for name in out}
         if run.keep is None:
             return out
         return {
-            name: x.new_zeros((run.all_rows, *x.shape[1:])).index_copy_(0, run.keep, x)
+            name: x
+            if name in computed
+            else x.new_zeros((run.all_rows, *x.shape[1:])).index_copy_(0, run.keep, x)
             for name, x in out.items()
         }
 
@@ -241,13 +306,25 @@ def begin(
     that is needed. The other rows' statistics and d hidden are 0, and nothing of their hidden states, NaN included,
     reaches anything. ``bounds`` are the chunks or parts, of at most as many rows as the schedule's; None is equal ones.
     ``logprobs_only``: the coefficients will be those of log-probs, ``a = -b``."""
+    shards = head.shards
+    if shards is not None:
+        logprobs_only = False  # a shard's log-probs are not yet those of the row
+        if not shards.own:
+            rows = head.hidden.shape[0] if keep is None else keep.numel()
+            chunks = (
+                equal_chunks(rows, schedule.chunk or max(1, schedule.part or rows))
+                if bounds is None
+                else bounds
+            )
+            return _Pass(EmptyShard(head, needs, keep, list(chunks)), not schedule.by_vocabulary)
     if schedule.by_vocabulary:
         rows = head.hidden.shape[0] if keep is None else keep.numel()
         if bounds is None and schedule.part:
             bounds = equal_chunks(rows, schedule.part)
-        return _Pass(VocabularyBlocks(head, needs, keep, list(bounds or ()), schedule.more, logprobs_only))
+        blocks = VocabularyBlocks(head, needs, keep, list(bounds or ()), schedule.more, logprobs_only)
+        return _Pass(blocks, by_rows=False)
     with _disable_current_modes():
-        return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds))
+        return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds), by_rows=True)
 
 
 def with_lse_parts(want: tuple[str, ...]) -> tuple[str, ...]:
@@ -264,11 +341,12 @@ def cross_entropy(
     want: tuple[str, ...],
     factor: Factor,
     schedule: Schedule,
+    keep: Tensor | None,
     row_factors: Tensor | None = None,
+    summed: bool = False,
 ) -> tuple[dict[str, Tensor], Grads]:
     """Losses, each times its entry of ``row_factors``, and statistics of all rows, and the gradients of the losses' sum times
-    ``factor``."""
-    keep = kept_rows(classes, options.ignore_index)
+    ``factor``. ``keep``: :func:`kept_rows`. ``summed``: the losses of the computed rows are enough, and no "lse_parts"."""
     classes, row_factors = pick(classes, keep), pick(row_factors, keep)
     with begin(head, needs, keep, schedule) as run:
         outs = [
@@ -277,7 +355,8 @@ def cross_entropy(
             )
             for part in run.parts()
         ]
-        return run.collect(outs), run.grads()
+        out = run.collect(outs, ("loss",), (LSE_PARTS,)) if summed else run.collect(outs)
+        return out, run.grads()
 
 
 def stats(
@@ -286,10 +365,10 @@ def stats(
     options: RowOptions,
     want: tuple[str, ...],
     schedule: Schedule,
+    keep: Tensor | None,
     with_gradient: bool = False,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Statistics of all rows, and d hidden of the sum of their log-probabilities where asked for."""
-    keep = kept_rows(target, options.ignore_index)
+    """Statistics of all rows, and d hidden of the sum of their log-probabilities where asked for. ``keep``: :func:`kept_rows`."""
     target = pick(target, keep)
     outs: list[dict[str, Tensor]] = []
     with begin(head, Needs(with_gradient, False, False), keep, schedule, logprobs_only=True) as run:
@@ -302,6 +381,12 @@ def stats(
                 part.gradients(own, options, parts, Coefficients(a=one, b=-one))
             outs.append(out)
         return run.collect(outs), run.grads().hidden
+
+
+def again_only_whole(shards: Shards | None) -> None:
+    """Refuses to differentiate a gradient again where no process has the whole of it."""
+    if shards is not None:
+        raise NotImplementedError("group: a gradient of a vocabulary that is cut is not differentiable again")
 
 
 def defined_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -318,13 +403,14 @@ class Saved(NamedTuple):
     lse_parts: Tensor
     coefficients: Coefficients
     options: RowOptions
+    keep: Tensor | None  # kept_rows of the forward
     w: Tensor | None = None
 
 
 def recompute(head: Head, needs: Needs, schedule: Schedule, saved: Saved) -> Grads:
     """The gradients of rows whose coefficients became known after their forward: 1 GEMM for the logits, and one for each
     of d hidden and d weight."""
-    keep = kept_rows(saved.target, saved.options.ignore_index)
+    keep = saved.keep
     target, lse_parts = pick(saved.target, keep), pick(saved.lse_parts, keep)
     k = Coefficients(*(pick(x, keep) for x in saved.coefficients))
     with begin(head, needs, keep, schedule) as run:
@@ -334,20 +420,18 @@ def recompute(head: Head, needs: Needs, schedule: Schedule, saved: Saved) -> Gra
         return run.grads()
 
 
-def kept_rows(target: Tensor | None, ignore_index: int) -> Tensor | None:
-    """The rows that carry a target, int64 and ascending; None where all do, or where counting them would make a GPU
-    wait for the CPU."""
-    if target is None or target.device.type != "cpu":
+def kept_rows(target: Tensor | None, ignore_index: int, traced: bool = False) -> Tensor | None:
+    """The rows that carry a target, int64 and ascending; None where all do, or where nobody may ask: a GPU is waited for
+    (:func:`fastloss.engine.devices.may_wait`), once a call, but not by an operator of a compiled graph (``traced``)."""
+    if target is None or not devices.may_wait(target.device) or (traced and devices.is_gpu(target.device)):
         return None
     keep = (target != ignore_index).nonzero().view(-1)
     return None if keep.numel() == target.numel() else keep
 
 
-def count_kept(rows: int, target: Tensor | None, ignore_index: int) -> int:
-    """How many of ``rows`` are computed: all of them where :func:`kept_rows` is None."""
-    if target is None or target.device.type != "cpu":
-        return rows
-    return int((target != ignore_index).sum())
+def count_kept(rows: int, keep: Tensor | None) -> int:
+    """How many of ``rows`` are computed."""
+    return rows if keep is None else keep.numel()
 
 
 def pick(per_row: Tensor | None, keep: Tensor | None) -> Tensor | None:
@@ -398,6 +482,7 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
     """Shapes, dtypes and devices that do not fit, in PyTorch's words."""
     if input.dim() < 1 or input.dim() > 2:
         raise ShapeError(f"input: expected input with dimensionality 1 or 2, got {input.dim()}")
+    _is_there(linear_weight)
     if linear_weight.dim() < 2:
         raise ShapeError(
             f"linear_weight: expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}"
@@ -426,10 +511,20 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
         )
 
 
+def _is_there(linear_weight: Tensor) -> None:
+    """ZeRO-3 leaves a parameter of shape [0] in place of one whose parts it has not gathered."""
+    if linear_weight.dim() == 1 and not linear_weight.numel():
+        raise ShapeError(
+            "linear_weight: expected shape [V, D], got an empty one, as ZeRO-3 leaves where a parameter is not gathered; call inside "
+            "deepspeed.zero.GatheredParameters, or through the module that owns it"
+        )
+
+
 def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
     """The checks of a loss over tokens ``[..., D]`` and one matrix ``[V, D]``; returns the rows ``[N, D]``."""
     checks.is_floating("input", input)
     checks.is_floating("linear_weight", linear_weight)
+    _is_there(linear_weight)
     if input.dim() < 1 or linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
         raise ShapeError(
             f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}"

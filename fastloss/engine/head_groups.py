@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, head_blocks
+from fastloss.engine import checks, devices, head_blocks
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, segment_sum, upstream_scale
 from fastloss.engine.backend import Call, check_targets, is_traced, resolve_call
@@ -23,9 +23,11 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.definition import REFERENCE
-from fastloss.engine.head import Grads, Head, Limits, Needs, Schedule
+from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Schedule
+from fastloss.engine.head_rows import buffer_dtype
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.sequences import Sequences, Tokens, packed_layout
+from fastloss.engine.shards import Shards, of_group, whole
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, RowOptions
 
 METRIC_STATS = ("entropy", "mean_logits", "is_top1")
@@ -105,7 +107,7 @@ def check_grouped_head(
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
     traced = is_traced(input)
     if not traced:
-        check_targets(target.reshape(-1), linear_weight.shape[0], options.ignore_index)
+        check_targets(target.reshape(-1), heads.vocab_of(linear_weight, limits), options.ignore_index)
     grouped = _grouped(target, cu_seqlens, width, options.ignore_index, ACC_DTYPES[input.dtype], traced)
     return GroupedHead(rows, linear_weight, linear_bias, grouped, options, limits)
 
@@ -139,9 +141,10 @@ def _grouped(
     so_far = torch.cat([offsets.new_zeros(1), kept.cumsum(0)])
     tokens = so_far[offsets].diff().to(acc)
     mask: Tensor | None = kept.to(acc)
-    # Prompts need no GEMM. On a GPU counting them would wait for the device; packed rows have made it wait already.
-    if not traced and (device.type == "cpu" or cu_seqlens is not None):
-        index, target, offsets, mask = index[kept], target[kept], so_far[offsets], None
+    # Prompts need no GEMM; packed rows have made a GPU wait already.
+    if not traced and (devices.may_wait(device) or cu_seqlens is not None):
+        places = kept.nonzero().view(-1)
+        index, target, offsets, mask = index[places], target[places], so_far[offsets], None
     bounds = None
     if not traced:
         steps = range(0, count + 1, width)
@@ -191,16 +194,20 @@ def reference_sums(
     with torch.no_grad():
         hidden = ref_input.detach().reshape(-1, ref_input.shape[-1]).index_select(0, rows.order)
         heads.check_linear(hidden, ref_weight, ref_bias)
+        shards = x.limits.shards
+        if shards is not None:  # the reference's vocabulary is cut over the same processes
+            shards = of_group(shards.group, ref_weight.shape[0], ref_weight.device)
         if call.by_definition:
+            all_weight = whole(ref_weight, shards)
+            assert all_weight is not None
             logprobs = reference.linear_token_stats(
-                hidden, ref_weight, rows.target, linear_bias=ref_bias, **_transform(options)
+                hidden, all_weight, rows.target, linear_bias=whole(ref_bias, shards), **_transform(options)
             )["logprobs"]
         else:
             dtype = heads.compute_dtype(hidden)
-            head = heads.make_head(call.backend, hidden, ref_weight, ref_bias, dtype)
-            n = heads.count_kept(hidden.shape[0], rows.target, options.ignore_index)
-            schedule = heads.schedule_of(head, n, x.limits)
-            logprobs = heads.stats(head, rows.target, options, ("logprobs",), schedule)[0]["logprobs"]
+            head = heads.make_head(call.backend, hidden, ref_weight, ref_bias, dtype, shards)
+            schedule = heads.schedule_of(head, hidden.shape[0], NOTHING, x.limits)
+            logprobs = heads.stats(head, rows.target, options, ("logprobs",), schedule, None)[0]["logprobs"]
         return sum_tokens(call.backend, rows.tokens, logprobs.to(rows.tokens.lengths.dtype), tails)
 
 
@@ -236,17 +243,25 @@ class GroupPlan:
 
 
 def plan_groups(
-    function: str, x: GroupedHead, backend: str, *, coupled: bool, per_group: bool, ref: bool
+    function: str,
+    x: GroupedHead,
+    backend: str,
+    constants: tuple[Any, ...],
+    *,
+    coupled: bool,
+    per_group: bool,
+    ref: bool,
 ) -> GroupPlan:
-    """Chooses backend and chunks, and announces them. ``coupled``: a group's coefficients depend on other groups.
+    """Chooses backend and chunks, and announces them. ``constants``: the loss's other tensors. ``coupled``: a group's coefficients depend on other groups.
     ``per_group``: a loss of each group is returned, whose upstream gradient is not known yet."""
     needs = heads.needs_of(x.input, x.weight, x.bias)
     dtype = heads.compute_dtype(x.input)
-    call = resolve_call(function, backend, x.input, x.weight, x.bias, has_operators=False, dtype=dtype)
-    head = Head(call.backend, x.input, x.weight, None, dtype)
+    operands = x.input, x.weight, x.bias, x.rows.target
+    call = resolve_call(function, backend, *operands, *constants, has_operators=False, dtype=dtype)
+    head = Head(call.backend, x.input, x.weight, None, dtype, x.limits.shards)
     bounds = x.rows.bounds
     if call.by_definition or bounds is None:
-        schedule, spans = heads.chunked(head, 1, x.limits), None
+        schedule, spans = heads.chunked(head, 1, needs, x.limits), None
     elif heads.goes_by_vocabulary(head):
         schedule, spans = _in_blocks(head, x, needs, bounds, coupled, per_group)
     else:
@@ -269,7 +284,7 @@ def _in_blocks(
     schedule = heads.schedule_of_one_pass(head, rows, needs, x.limits, logprobs_only=True)
     late = per_group or (coupled and schedule.part)
     if late or not rows or not (needs.weight or needs.bias):
-        return heads.schedule_of(head, rows, x.limits), None
+        return heads.schedule_of(head, rows, needs, x.limits), None
     if not schedule.part:
         return schedule, ([(0, rows)], [(0, len(bounds) - 1)])
     longest = max(b - a for a, b in itertools.pairwise(bounds))
@@ -285,7 +300,7 @@ def _in_chunks(
     """Chunks of rows: a group's logits must fit into one."""
     rows = bounds[-1]
     longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
-    usual = heads.chunked(head, rows, x.limits).chunk
+    usual = heads.chunked(head, rows, needs, x.limits).chunk
     # A chosen size is a limit; else a group may take as much as the weight and its gradient.
     limit = x.limits.chunk_size or max(usual, _affordable(head))
     if coupled or not (needs.weight or needs.bias) or not 0 < longest <= limit:
@@ -297,7 +312,7 @@ def _in_chunks(
 def _affordable(head: Head) -> int:
     """Rows whose logits take no more memory than the weight and its gradient in the accumulation dtype."""
     weight = head.weight
-    itemsize = heads.buffer_bytes(head, 1) // weight.shape[0]
+    itemsize = buffer_dtype(head).itemsize
     return weight.shape[1] * (weight.element_size() + ACC_DTYPES[head.dtype].itemsize) // itemsize
 
 
@@ -328,16 +343,21 @@ def evaluate(
     kept = tuple(name for name in want if name in METRIC_STATS)
     if plan.spans is not None:
         names = (*outputs, *kept)
-        run = _Run(plan, x.rows, x.options, loss, want, names, total)
+        run = _Run(plan, x.rows, x.options, loss, want, names, total, x.limits.shards)
         value, *rest = _FusedGroups.apply(x.hidden, x.weight, x.bias, run)
         return value, dict(zip(names, rest, strict=True))
     rows, backend = x.rows, plan.call.backend
     if plan.call.by_definition:
+        all_weight, shards = whole(x.weight, x.limits.shards), x.limits.shards
+        assert all_weight is not None
         stats = reference.linear_token_stats(
-            x.hidden, x.weight, rows.target, linear_bias=x.bias, **_transform(x.options)
+            x.hidden, all_weight, rows.target, linear_bias=whole(x.bias, shards), **_transform(x.options)
         )
     else:
-        once = StatsRun(backend, x.options, want, plan.dtype, plan.schedule, plan.needs, ("logprobs",))
+        shards, differentiable = x.limits.shards, ("logprobs",)
+        once = StatsRun(
+            backend, x.options, want, plan.dtype, plan.schedule, plan.needs, None, shards, differentiable
+        )
         values = LinearTokenStatistics.apply(x.hidden, x.weight, x.bias, rows.target, once)
         stats = dict(zip(want, values, strict=True))
     logprobs = stats["logprobs"].to(rows.tokens.lengths.dtype)
@@ -356,10 +376,12 @@ class _Run:
     want: tuple[str, ...]
     outputs: tuple[str, ...]
     total: int
+    shards: Shards | None
 
 
 def _again(ctx: Any) -> Any:
     run: _Run = ctx.run
+    heads.again_only_whole(run.shards)
     hidden, weight, bias = ctx.saved_tensors
     target, layout = run.rows.target, run.rows.tokens.layout
     logits = heads.defined_logits(hidden, weight, bias, run.plan.dtype)
@@ -376,7 +398,7 @@ class _FusedGroups(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: _Run) -> Any:
         ctx.run = run
         plan = run.plan
-        head = heads.make_head(plan.call.backend, hidden, weight, bias, plan.dtype)
+        head = heads.make_head(plan.call.backend, hidden, weight, bias, plan.dtype, run.shards)
         out, grads = _one_pass(head, run)
         ctx.late = plan.dtype in LATE_DTYPES
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
@@ -394,7 +416,7 @@ class _FusedGroups(torch.autograd.Function):
         backend, dtype = run.plan.call.backend, run.plan.dtype
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # retain_graph: the first backward gave the buffers away
-            grads = _one_pass(heads.make_head(backend, hidden, weight, bias, dtype), run)[1]
+            grads = _one_pass(heads.make_head(backend, hidden, weight, bias, dtype, run.shards), run)[1]
         late = Factor(1.0 / run.total) if ctx.late else None
         scale = upstream_scale(backend, upstream, late)
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend, scale), None)

@@ -1,7 +1,8 @@
 """The linear head in chunks of rows: a GEMM into a small buffer of logits, a row kernel in place, two GEMMs out.
 
-The logits of all rows are never held (32 rows or fewer are one chunk). The weight's gradient is accumulated over the chunks
-in float32.
+On a CPU the logits of all rows are never held (32 rows or fewer are one chunk), and the weight's gradient is accumulated over the
+chunks in float32. On a GPU a float32 accumulator is memory and traffic that logits may take in its place: as many rows as fill it
+go together, and where that is all of them the weight's gradient is one product, rounded once.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Factor
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.native import multiply_bf16, supports_gemm_bf16
-from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 # Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
 UPCAST_BLOCK = 2048
@@ -29,7 +30,7 @@ UPCAST_BLOCK = 2048
 def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
     """True where low-precision GEMMs are slow scalar code: a CPU whose oneDNN lacks them. float32 GEMMs then
     read blocks of the weight converted on the way (AMD Zen 3, AVX2, 2 threads, torch 2.13: 170 against 0.3-21 GFLOP/s)."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+    if devices.is_gpu(device) or dtype not in (torch.bfloat16, torch.float16):
         return False
     supported = (
         torch.ops.mkldnn._is_mkldnn_bf16_supported
@@ -44,16 +45,62 @@ def buffer_dtype(head: Head) -> torch.dtype:
     return torch.float32 if upcasts(head.hidden.device, head.dtype) else head.dtype
 
 
-def default_chunk(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+# On a GPU: the memory of logits that no accumulator pays for, and rows that fill a wave of its tiles. Not tuned on one.
+GPU_BYTES, GPU_ROWS = 512 << 20, 2048
+GPU_MULTIPLE = 256  # of a chunk's rows, where there are several
+GPU_ALIGNMENT = 64  # elements: rows of logits begin at a multiple, for the fast products and 16-byte loads at any vocabulary
+
+
+def default_chunk(
+    rows: int, vocab: int, dim: int, dtype: torch.dtype, device: torch.device, weight_gradient: bool = True
+) -> int:
     """Rows per chunk: enough for GEMMs at full speed, small beside the weight and its gradient."""
-    if device.type == "cpu":
-        best = 256
-    else:
-        # Not yet tuned on a GPU: 1024 rows fill one wave of 128x256 tiles at V >= 32k.
-        best = max(256, min(2048, (512 << 20) // max(1, vocab * dtype.itemsize)))
+    if devices.is_gpu(device):
+        return _gpu_chunk(rows, vocab, dim, dtype, weight_gradient)
     # At least four chunks, so that a short batch does not hold its whole logits either.
     quarter = -(-rows // 4)
-    return max(1, min(rows, best, max(quarter, 32)))
+    return max(1, min(rows, 256, max(quarter, 32)))
+
+
+def accumulator_rows(dim: int, dtype: torch.dtype) -> int:
+    """Rows whose logits are as large as the weight's gradient in the accumulation dtype."""
+    return dim * ACC_DTYPES[dtype].itemsize // dtype.itemsize
+
+
+def _gpu_chunk(rows: int, vocab: int, dim: int, dtype: torch.dtype, weight_gradient: bool) -> int:
+    """All rows where their logits are no larger than the accumulator that d weight would need otherwise (or take no more than
+    GPU_BYTES); else equal chunks of about that many. Without d weight there is no accumulator, and a chunk takes GPU_BYTES."""
+    most = max(GPU_MULTIPLE, min(GPU_ROWS, GPU_BYTES // max(1, vocab * dtype.itemsize)))
+    if weight_gradient:
+        most = max(most, accumulator_rows(dim, dtype))
+    if rows <= most:
+        return max(1, rows)
+    most = most // GPU_MULTIPLE * GPU_MULTIPLE
+    chunks = -(-rows // most)
+    return -(-rows // (chunks * GPU_MULTIPLE)) * GPU_MULTIPLE
+
+
+def weight_dtype(head: Head, chunks: int) -> torch.dtype:
+    """The dtype in which d weight is made. One product over all rows is rounded by the GPU's library as it leaves: straight to
+    the weight's own. Several are added up in the accumulation dtype; so is float16's, which waits for the upstream gradient."""
+    direct = chunks == 1 and devices.is_gpu(head.weight.device) and head.dtype not in LATE_DTYPES
+    return head.dtype if direct and head.weight.dtype == head.dtype else ACC_DTYPES[head.dtype]
+
+
+def accumulator_bytes(head: Head, chunks: int) -> int:
+    """Memory of d weight beside the gradient that the leaf gets."""
+    made = weight_dtype(head, chunks)
+    return 0 if made == head.weight.dtype else head.weight.numel() * made.itemsize
+
+
+def row_stride(vocab: int, device: torch.device) -> int:
+    """Elements from one row of logits in a buffer to the next."""
+    return -(-vocab // GPU_ALIGNMENT) * GPU_ALIGNMENT if devices.is_gpu(device) else vocab
+
+
+def new_logits(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer ``[rows, vocab]``; what lies between two rows is never read."""
+    return torch.empty((rows, row_stride(vocab, device)), dtype=dtype, device=device)[:, :vocab]
 
 
 def equal_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -62,9 +109,9 @@ def equal_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 class _Gemms:
-    """The three products of a chunk, in the head's dtype, weight gradient accumulated in float32 (acc)."""
+    """The three products of a chunk, in the head's dtype; d weight in that of :func:`weight_dtype`."""
 
-    def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int):
+    def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int, chunks: int):
         vocab, dim = head.weight.shape
         rows = head.hidden.shape[0]
         device = head.hidden.device
@@ -72,11 +119,13 @@ class _Gemms:
         self.hidden = head.hidden.to(head.dtype)
         self.weight = head.weight.to(head.dtype)
         self.acc = ACC_DTYPES[head.dtype]
-        self.buffer = torch.empty((min(chunk, rows), vocab), dtype=buffer_dtype(head), device=device)
+        self.buffer = new_logits(min(chunk, rows), vocab, buffer_dtype(head), device)
         new = torch.empty if keep is None else torch.zeros
         self.d_hidden = new((rows, dim), dtype=head.dtype, device=device) if needs.hidden else None
         # Its first chunk writes it: no zeros to make and read.
-        self.d_weight = new_gradient((vocab, dim), self.acc, device) if needs.weight else None
+        made = weight_dtype(head, chunks)
+        self.d_weight = new_gradient((vocab, dim), made, device) if needs.weight else None
+        self._gathered: tuple[tuple[int, int], Tensor] | None = None
         self.weight_begun = False
         self.d_bias = torch.zeros(vocab, dtype=self.acc, device=device) if needs.bias else None
 
@@ -84,7 +133,9 @@ class _Gemms:
         """The chunk's hidden states, in the GEMMs' dtype."""
         if self.keep is None:
             return self.hidden[start:stop]
-        return self.hidden.index_select(0, self.keep[start:stop])
+        if self._gathered is None or self._gathered[0] != (start, stop):  # gathered once for all products
+            self._gathered = (start, stop), self.hidden.index_select(0, self.keep[start:stop])
+        return self._gathered[1]
 
     def logits(self, start: int, stop: int) -> Tensor:
         z = self.buffer[: stop - start]
@@ -105,7 +156,7 @@ class _Gemms:
     def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
         assert self.d_weight is not None
         begun, self.weight_begun = self.weight_begun, True
-        on_cpu = z.device.type == "cpu"  # XPU, MPS … have addresses that CPU code must not see
+        on_cpu = not devices.is_gpu(z.device)  # XPU, MPS … have addresses that CPU code must not see
         if on_cpu and z.dtype == torch.bfloat16 and supports_gemm_bf16() and hidden.stride(1) == 1:
             gemm_bf16(self.d_weight, z, hidden, accumulate=begun)
         else:
@@ -124,10 +175,14 @@ class _Gemms:
 class _UpcastGemms(_Gemms):
     """The same with float32 GEMMs over blocks of the vocabulary, for CPUs without low-precision GEMMs."""
 
-    def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int):
+    def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int, chunks: int):
         nothing = Needs(False, False, False)
         super().__init__(
-            head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None), nothing, keep, chunk
+            head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None),
+            nothing,
+            keep,
+            chunk,
+            chunks,
         )
         vocab, dim = head.weight.shape
         rows, device = head.hidden.shape[0], head.hidden.device
@@ -185,8 +240,8 @@ class RowChunks:
         rows = self.all_rows if keep is None else keep.numel()
         self.rows = rows
         kind = _UpcastGemms if upcasts(head.hidden.device, head.dtype) else _Gemms
-        self.gemms = kind(head, needs, keep, chunk)
         self.bounds = list(equal_chunks(rows, chunk) if bounds is None else bounds) or [(0, 0)]
+        self.gemms = kind(head, needs, keep, chunk, len(self.bounds))
 
     def parts(self) -> Iterator[Chunk]:
         for start, stop in self.bounds:
@@ -218,6 +273,15 @@ class Chunk:
     def stats(self, target: Tensor | None, options: RowOptions, want: Sequence[str]) -> dict[str, Tensor]:
         head = self.run.head
         return head.backend.row_stats(self.logits, target, options, want=want, bias=head.bias)
+
+    def distances(
+        self, target: Tensor | None, options: CrossEntropyOptions, w: Tensor | None, want: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """The losses alone, named "distance", and statistics; no gradient is made."""
+        head = self.run.head
+        out = head.backend.row_cross_entropy(self.logits, target, options, want=want, bias=head.bias, w=w)
+        out["distance"] = out.pop("loss")
+        return out
 
     def cross_entropy(
         self,
@@ -283,7 +347,12 @@ class Chunk:
         head.backend.row_grad(
             z, target, options, lse_parts=lse_parts, coefficients=coefficients, out=z, bias=head.bias, w=w
         )
-        self.run.gemms.gradients(z, self.start, self.stop)
+        self.add_gradients()
+
+    def add_gradients(self) -> None:
+        """Adds to the head's gradients from the chunk's d logits, which have been written over its logits."""
+        if self.run.needs and self.logits.shape[0]:
+            self.run.gemms.gradients(self.logits, self.start, self.stop)
 
 
 def gemm_bf16(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:

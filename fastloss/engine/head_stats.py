@@ -14,6 +14,7 @@ from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import Needs, Saved, Schedule
+from fastloss.engine.shards import Shards
 from fastloss.tables import DIFFERENTIABLE_STATS, LSE_PARTS, RowOptions
 
 
@@ -27,11 +28,14 @@ class StatsRun:
     dtype: torch.dtype
     schedule: Schedule
     needs: Needs
+    keep: Tensor | None  # kept_rows
+    shards: Shards | None = None
     differentiable: tuple[str, ...] = DIFFERENTIABLE_STATS
 
 
 def _again(ctx: Any) -> Any:
     run: StatsRun = ctx.run
+    heads.again_only_whole(run.shards)
     hidden, weight, bias, target, *_ = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype)
     out = REFERENCE.row_stats(logits, target, run.options, want=run.want)
@@ -52,11 +56,11 @@ class LinearTokenStatistics(torch.autograd.Function):
     ) -> Any:
         ctx.run = run
         ctx.set_materialize_grads(False)
-        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
+        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
         differentiable = [name for name in run.want if name in run.differentiable]
         # With a frozen weight, and only logprobs to differentiate, its d hidden is made now: 2 GEMMs in place of 3.
         ctx.ahead = differentiable == ["logprobs"] and run.needs == Needs(True, False, False)
-        out, d_hidden = heads.stats(head, target, run.options, run.want, run.schedule, ctx.ahead)
+        out, d_hidden = heads.stats(head, target, run.options, run.want, run.schedule, run.keep, ctx.ahead)
         entropy = out.get("entropy")
         if entropy is not None:  # the caller may change what is returned in place
             entropy = entropy.clone()
@@ -77,6 +81,7 @@ class LinearTokenStatistics(torch.autograd.Function):
             assert g is not None
             return ((d_hidden * g[:, None]).to(hidden.dtype), None, None, *none)
         k = of_upstream(run.want, upstream, entropy, lse_parts.dtype)
-        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
-        grads = heads.recompute(head, run.needs, run.schedule, Saved(target, lse_parts, k, run.options))
+        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
+        saved = Saved(target, lse_parts, k, run.options, run.keep)
+        grads = heads.recompute(head, run.needs, run.schedule, saved)
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend), *none)

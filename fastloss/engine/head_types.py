@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastloss.engine.contract import Backend
+from fastloss.engine.shards import Shards
 
 
 class Needs(NamedTuple):
@@ -31,10 +32,12 @@ class Grads(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the caller says about memory: rows of logits at once (None: the engine's choice), and "auto", "low" or "fast"."""
+    """What the caller says about a head: rows of logits at once (None: the engine's choice), "auto", "low" or "fast", and over
+    which processes its vocabulary is cut."""
 
     chunk_size: int | None = None
     memory: str = "auto"
+    shards: Shards | None = None
 
 
 class Head(NamedTuple):
@@ -45,3 +48,4 @@ class Head(NamedTuple):
     weight: Tensor  # [V, D]
     bias: Tensor | None  # acc [V]
     dtype: torch.dtype
+    shards: Shards | None = None  # this weight is one of them

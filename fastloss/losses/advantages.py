@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.backend import resolve_call
+from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.contract import Backend
 from fastloss.engine.sequences import TimeSteps, flat_mask, layout_of
 from fastloss.losses.group_advantages import check_group_size, grouped
@@ -19,6 +19,7 @@ from fastloss.losses.policy_inputs import check_like
 from fastloss.tables import ACC_DTYPES
 
 
+@resolves_views
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -50,12 +51,13 @@ def gae(
     gamma, lam = checks.number("gamma", gamma, low=0, high=1), checks.number("lam", lam, low=0, high=1)
     layout = layout_of("rewards", rewards, cu_seqlens)
     keep = flat_mask(mask, rewards)
-    run = _resolve("gae", backend, rewards, values)
+    run = _resolve("gae", backend, rewards, values, mask, cu_seqlens)
     with torch.no_grad():
         result = run.gae(_acc(rewards), _acc(values, rewards), keep, layout, gamma, lam)
     return result[0].view(rewards.shape), result[1].view(rewards.shape)
 
 
+@resolves_views
 def discounted_returns(
     rewards: Tensor,
     mask: Tensor | None,
@@ -74,7 +76,7 @@ def discounted_returns(
     gamma = checks.number("gamma", gamma, low=0, high=1)
     layout = layout_of("rewards", rewards, cu_seqlens)
     keep = flat_mask(mask, rewards)
-    run = _resolve("discounted_returns", backend, rewards)
+    run = _resolve("discounted_returns", backend, rewards, mask, cu_seqlens)
     with torch.no_grad():
         return run.discounted_returns(_acc(rewards), keep, layout, gamma).view(rewards.shape)
 
@@ -275,7 +277,7 @@ def _acc(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.detach().reshape(-1).to(ACC_DTYPES[(x if like is None else like).dtype]).contiguous()
 
 
-def _resolve(function: str, backend: str, *tensors: Tensor) -> Backend:
-    call = resolve_call(function, backend, *tensors, has_operators=False)
+def _resolve(function: str, backend: str, rewards: Tensor, *others: Tensor | None) -> Backend:
+    call = resolve_call(function, backend, rewards, *others, has_operators=False)
     call.announce()
     return call.backend

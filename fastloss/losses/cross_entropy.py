@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import autograd, checks, compile_ops
+from fastloss.engine import autograd, checks, compile_ops, devices
 from fastloss.engine import backend as backends
-from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient
-from fastloss.engine.backend import Call, resolve_call
+from fastloss.engine.backend import Call, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
@@ -31,6 +30,7 @@ from fastloss.tables import (
 )
 
 
+@resolves_views
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -61,7 +61,7 @@ def cross_entropy(
     Args:
         input: logits ``[C]``, ``[N, C]`` or ``[N, C, d1, …]`` in float32, bfloat16, float16 or float64.
         target: int64 or uint8 classes, of ``input``'s shape without C; or class probabilities of ``input``'s shape.
-        weight: ``[C]``, a weight per class.
+        weight: ``[C]``, a weight per class, in ``input``'s dtype (any float dtype beside class probabilities or under autocast).
         size_average, reduce: deprecated in PyTorch; honoured as there.
         ignore_index: targets of this value add nothing to the loss and get no gradient.
         reduction: "mean" (over targets not ignored, weighted by ``weight``), "sum" or "none".
@@ -75,7 +75,8 @@ def cross_entropy(
         backend: "auto", "reference", "cpu", "cuda" or "triton".
 
     Returns:
-        The loss in ``input``'s dtype (float32 under autocast), as PyTorch; or ``(loss, TokenStats)``.
+        The loss in ``input``'s dtype (float32 under autocast; of class probabilities the widest of input, target and weight), as
+        PyTorch; or ``(loss, TokenStats)``.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit (also a RuntimeError, as in PyTorch).
@@ -123,14 +124,16 @@ def cross_entropy(
         logits,
         target,
         weight,
+        normalizer,
         unsupported=constants_with_gradients(target, weight) or z_loss_of_weighted_mean(loss, weight, target),
     )
     rows, vocab = logits.shape
-    if vocab == 0 and not call.by_definition:
-        raise ShapeError("input: expected at least one class, got 0")
+    if vocab == 0:
+        if return_stats:
+            raise ShapeError("input: expected at least one class for return_stats, got 0")
+        call = call.without_kernels("there is no class")
     call.announce(inplace=inplace)
-    autocast = heads.autocasts(input.device.type) and input.dtype != torch.float64
-    dtype = torch.float32 if autocast else input.dtype
+    dtype = checks.loss_dtype(input, target, weight)
     if call.by_definition:
         return loss.shaped(_by_definition(call, logits, target, weight, loss, dtype), shape)
     if logits.stride(1) != 1 and vocab > 1:
@@ -143,9 +146,8 @@ def cross_entropy(
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if call.traced:
         out = compile_ops.cross_entropy(
-            logits, classes, w, factor, loss.row, loss.reduction, loss.want,
-            needs_grad and loss.reduction != "none", call.backend.name,
-        )  # fmt: skip
+            logits, classes, w, factor, loss.row, loss.reduction, loss.want, call.backend.name
+        )
         return loss.shaped(loss.with_stats(out[0].to(dtype), out[1:7], STATS), shape)
     run = _Run(call.backend, loss, factor, inplace, dtype, needs_grad)
     out = CrossEntropy.apply(logits, classes, w, run)
@@ -252,17 +254,17 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: i
                 f"tensor of shape: {list(weight.shape)}"
             )
         checks.same_device("weight", weight, input.device)
+        if not probabilities:
+            checks.class_weight_dtype(weight, input)
     return probabilities
 
 
 def _as_rows(input: Tensor, target: Tensor, probabilities: bool) -> tuple[Tensor, Tensor]:
     """``[N, C, d1, …]`` (or ``[C]``) as rows ``[N·d1·…, C]``."""
     vocab = input.shape[1] if input.dim() > 1 else input.shape[0]
-    logits = input.movedim(1, -1).reshape(-1, vocab) if input.dim() > 1 else input.reshape(1, vocab)
+    logits = input.movedim(1, -1).flatten(0, -2) if input.dim() > 1 else input.reshape(1, vocab)
     if probabilities:
-        return logits, target.movedim(1, -1).reshape(-1, vocab) if target.dim() > 1 else target.reshape(
-            1, vocab
-        )
+        return logits, target.movedim(1, -1).flatten(0, -2) if target.dim() > 1 else target.reshape(1, vocab)
     return logits, target.reshape(-1)
 
 
@@ -329,10 +331,11 @@ def loss_factor(
     rows: int,
     vocab: int,
     acc: torch.dtype,
+    counted: int | None = None,
 ) -> tuple[Factor, LossOptions]:
     """The reduction's factor, and the options whose z-loss it reduces to a mean over tokens; on the way, targets are checked (on
-    a GPU only with ``validate_targets(True)``)."""
-    on_cpu = not call.traced and (classes is None or classes.device.type == "cpu")
+    a GPU only with ``validate_targets(True)``). ``counted``: how many are not ignored, where that is known."""
+    on_cpu = not call.traced and (classes is None or not devices.is_gpu(classes.device))
     valid, ignore_index, normalizer = rows, loss.row.ignore_index, loss.normalizer
     if classes is not None and not call.traced and (on_cpu or backends.targets_are_validated()):
         valid = backends.count_targets(classes, vocab, ignore_index)
@@ -348,9 +351,9 @@ def loss_factor(
     if classes is None:
         return Factor(_reciprocal(rows), of_count=True), loss
     if w is None:
-        if on_cpu:
-            return Factor(_reciprocal(valid), of_count=True), loss
-        return Factor(tensor=(classes != ignore_index).sum().to(acc).reciprocal(), of_count=True), loss
+        if on_cpu or counted is not None:
+            return Factor(_reciprocal(valid if counted is None else counted), of_count=True), loss
+        return Factor(tensor=(classes != ignore_index).sum(dtype=acc).reciprocal(), of_count=True), loss
     kept = classes != ignore_index
     total = (w[classes.clamp(0, vocab - 1)] * kept).sum()
     if not on_cpu:
@@ -501,7 +504,6 @@ def _is_direct(logits: Any, target: Any, backend: str) -> bool:
         and logits.is_contiguous()
         and target.is_contiguous()
         and not _autocast("cpu")
-        and not logits.is_neg()
         and backends.is_direct(backend)
     )
 

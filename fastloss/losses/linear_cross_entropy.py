@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops
+from fastloss.engine import checks, compile_ops, devices
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, upstream_scale
-from fastloss.engine.backend import Call, check_targets, resolve_call
+from fastloss.engine.backend import Call, check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Saved, Schedule
+from fastloss.engine.shards import Shards, whole
 from fastloss.losses.cross_entropy import (
     LossOptions,
     constants_with_gradients,
@@ -36,6 +38,8 @@ from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS
 WHOLE_LOGITS = 16 << 20
 
 
+@takes_dtensors("linear_weight")
+@resolves_views
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -55,13 +59,14 @@ def linear_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:
     """Drop-in for ``torch.nn.functional.linear_cross_entropy`` (torch 2.13) that never holds the whole logits.
 
     Equal to ``cross_entropy(input @ linear_weight.T + linear_bias, target, …)``, in 3 GEMMs (2 with a frozen weight,
-    1 without gradient); the weight's gradient is accumulated in float32. Follows autocast.
+    1 without gradient); the weight's gradient is summed in float32. Follows autocast.
 
     Args:
         input: hidden states ``[D]``, ``[N, D]``, or ``[…, D]`` with an int64 target of shape ``[…]``.
@@ -76,10 +81,14 @@ def linear_cross_entropy(
             float dtype; that of an ignored token may be anything, NaN too. A mean still divides by the number of targets or the
             sum of their class weights; ``normalizer`` by what it says. As cheap as without, in 3 GEMMs; where it requires a
             gradient, the definition computes the call.
-        loss_dtype: a float dtype of the returned loss; None is PyTorch's rule: the input's dtype, float32 under autocast.
+        loss_dtype: a float dtype of the returned loss; None is PyTorch's rule, that of :func:`cross_entropy`.
         chunk_size: rows of logits in memory at once; None chooses. ``fastloss.explain`` shows the choice.
         memory: "fast" takes the fewest GEMMs, for memory of a float32 gradient of the weight at most; "low" the least memory, up
             to 4 GEMMs; "auto" "low" up to 2 D rows and "fast" beyond.
+        group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some rows of ``linear_weight`` and
+            ``linear_bias``, one after the other, any number of them, also none. Input, target, options and ``weight`` (of all C
+            classes) are the same on each; so are the results, and the gradient of the input, which is summed over the group.
+            All processes must call. Not with class probabilities, nor a K-dimensional loss.
 
     Raises:
         ValueError, IndexError: as :func:`cross_entropy`.
@@ -99,17 +108,27 @@ def linear_cross_entropy(
     if input.dim() > 2 and target.dtype == torch.int64 and target.shape == lead and linear_weight.dim() == 2:
         rows, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)  # tokens of any shape
     heads.check_linear(rows, linear_weight, linear_bias)
-    vocab, places = linear_weight.shape[0], linear_weight.shape[1:-1]
+    places = linear_weight.shape[1:-1]
+    vocab = linear_weight.shape[0]
     probabilities = target.shape == (*rows.shape[:-1], vocab, *places)
     if probabilities and ignore_index is not None:
         raise ShapeError("ignore_index cannot be specified when target contains probabilities")
     if chunk_size is None and options is not None:
         chunk_size = getattr(options, "batch_chunk_size", None)
-    limits = heads.limits_of(chunk_size, memory)
+    limits = heads.limits_of(
+        chunk_size, memory, group, rows, linear_weight,
+        target if target.dtype == torch.int64 else None, -100 if ignore_index is None else ignore_index,
+    )  # fmt: skip
     loss = loss_options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,
         normalizer, return_stats, input.device, probabilities,
     )  # fmt: skip
+    if limits.shards is not None:
+        if probabilities or places:
+            raise NotImplementedError(
+                "group: expected int64 classes of one matrix [C, D], got class probabilities or places"
+            )
+        vocab = limits.shards.vocab
     _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input)
     if token_weight is not None:
         checks.is_floating("token_weight", token_weight)
@@ -172,6 +191,8 @@ def _check_target(
         checks.is_floating("weight", weight)
         checks.same_device("weight", weight, input.device)
         checks.has_shape("weight", weight, (logits_shape[1] if batched else logits_shape[0],))
+        if not probabilities:
+            checks.class_weight_dtype(weight, input)
 
 
 def _of_rows(
@@ -187,8 +208,7 @@ def _of_rows(
 ) -> Any:
     """The loss of ``input [N, D]``, or ``(loss, TokenStats)``."""
     dtype = heads.compute_dtype(input)
-    autocast = heads.autocasts(input.device.type) and dtype != torch.float64
-    loss_dtype = extra.loss_dtype or (torch.float32 if autocast else dtype)
+    loss_dtype = extra.loss_dtype or checks.loss_dtype(input, target, weight)
     call = resolve_call(
         "linear_cross_entropy",
         backend,
@@ -198,16 +218,23 @@ def _of_rows(
         target,
         weight,
         extra.token_weight,
+        loss.normalizer,
         unsupported=constants_with_gradients(target, weight)
         or _token_weight_with_gradient(extra.token_weight)
         or z_loss_of_weighted_mean(loss, weight, target),
         dtype=dtype,
     )
+    if not heads.vocab_of(linear_weight, limits):
+        if loss.return_stats:
+            raise ShapeError("linear_weight: expected at least one class for return_stats, got 0")
+        call = call.without_kernels("there is no class")
     if call.by_definition:
         call.announce()
         own = extra._replace(loss_dtype=loss_dtype)
-        return _by_definition(call, input, linear_weight, target, linear_bias, weight, loss, own)
-    rows, vocab, acc = input.shape[0], linear_weight.shape[0], ACC_DTYPES[dtype]
+        all_weight, all_bias = whole(linear_weight, limits.shards), whole(linear_bias, limits.shards)
+        assert all_weight is not None
+        return _by_definition(call, input, all_weight, target, all_bias, weight, loss, own)
+    rows, vocab, acc = input.shape[0], heads.vocab_of(linear_weight, limits), ACC_DTYPES[dtype]
     needs = heads.needs_of(input, linear_weight, linear_bias)
     per_row = loss.reduction == "none"
     # A loss per row with d weight: its coefficients are known in the backward, which makes the logits again.
@@ -221,14 +248,17 @@ def _of_rows(
             NOTHING if again else needs, dtype, limits, call.backend.name,
         )  # fmt: skip
         return loss.with_stats(out[0].to(loss_dtype), out[1:7], STATS)
-    head = heads.make_head(call.backend, input, linear_weight, linear_bias, dtype)
-    computed = rows if loss.probabilities else heads.count_kept(rows, target, loss.row.ignore_index)
+    head = heads.make_head(call.backend, input, linear_weight, linear_bias, dtype, limits.shards)
+    keep = None if loss.probabilities else heads.kept_rows(target, loss.row.ignore_index)
+    computed = heads.count_kept(rows, keep)
     smooth = loss.probabilities or loss.row.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(head, computed, needs, limits, per_row, smooth)
-    call.announce(**schedule.details(head, computed, needs, again))
+    sent = ("logprobs", *loss.want, *(("distance",) if loss.row.label_smoothing else ()))
+    call.announce(**schedule.details(head, computed, needs, again, sent))
     classes, w = weights_of(target, weight, loss, acc)
-    factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
-    run = _Run(loss, factor, loss_dtype, dtype, schedule, needs)
+    counted = computed if devices.may_wait(target.device) else None
+    factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc, counted)
+    run = _Run(loss, factor, loss_dtype, dtype, schedule, needs, keep, limits.shards)
     factors = _factors(extra, classes, loss.row.ignore_index, acc)
     out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, factors, call.backend, run)
     return loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
@@ -283,10 +313,13 @@ class _Run:
     dtype: torch.dtype  # of the GEMMs
     schedule: Schedule
     needs: Needs
+    keep: Tensor | None  # kept_rows
+    shards: Shards | None
 
 
 def _again(ctx: Any) -> Any:
     run: _Run = ctx.run
+    heads.again_only_whole(run.shards)
     hidden, weight, bias, classes, w, factors, _ = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype)
     out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
@@ -312,7 +345,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         run: _Run,
     ) -> Any:
         ctx.backend, ctx.run = backend, run
-        head = heads.make_head(backend, hidden, weight, bias, run.dtype)
+        head = heads.make_head(backend, hidden, weight, bias, run.dtype, run.shards)
         per_row = run.loss.reduction == "none"
         # With a frozen weight a row's d hidden is its upstream gradient times a vector that can be made now.
         ctx.ahead = not per_row or not (run.needs.weight or run.needs.bias)
@@ -336,15 +369,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
         hidden, weight, bias, classes, w, factors, lse_parts = ctx.saved_tensors
-        head = heads.make_head(ctx.backend, hidden, weight, bias, run.dtype)
+        head = heads.make_head(ctx.backend, hidden, weight, bias, run.dtype, run.shards)
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
         rest = (None,) * 5
         per_row = run.loss.reduction == "none"
         if not ctx.ahead:
             options = kernel_options(run.loss)
             own = upstream if factors is None else upstream * factors
-            k = of_cross_entropy(own, lse_parts, classes, w, weight.shape[0], options)
-            saved = Saved(classes, lse_parts, k, options, w)
+            vocab = weight.shape[0] if run.shards is None else run.shards.vocab
+            k = of_cross_entropy(own, lse_parts, classes, w, vocab, options)
+            saved = Saved(classes, lse_parts, k, options, run.keep, w)
             grads = heads.recompute(head, run.needs, run.schedule, saved)
             return (*heads.finish(grads, dtypes, ctx.backend), *rest)
         grads, ctx.grads = ctx.grads, None
@@ -369,7 +403,10 @@ def _forward(
     early = run.loss.reduction != "none" and head.dtype not in LATE_DTYPES
     factor = run.factor if early else WHOLE
     options = kernel_options(run.loss)
-    return heads.cross_entropy(head, needs, classes, w, options, run.loss.want, factor, run.schedule, factors)
+    return heads.cross_entropy(
+        head, needs, classes, w, options, run.loss.want, factor, run.schedule, run.keep, factors,
+        summed=run.loss.reduction != "none",
+    )  # fmt: skip
 
 
 def _k_dimensional(

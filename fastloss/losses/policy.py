@@ -12,7 +12,7 @@ from torch import Tensor
 from fastloss.engine import autograd, checks
 from fastloss.engine import backend as backends
 from fastloss.engine.autograd import differentiable_again
-from fastloss.engine.backend import resolve_call
+from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.contract import Backend, PolicyInputs
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DirectPolicy, cpu_backend
@@ -29,6 +29,7 @@ class PolicyOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@resolves_views
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor | None,
@@ -209,7 +210,19 @@ def policy_loss(
             f"{top_entropy_quantile}, got None"
         )
     call = resolve_call(
-        "policy_loss", backend, logprobs, old_logprobs, advantages, mask, entropy, has_operators=False
+        "policy_loss",
+        backend,
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        entropy,
+        ref_logprobs,
+        sampler_logprobs,
+        weights,
+        normalizer,
+        cu_seqlens,
+        has_operators=False,
     )
     call.announce()
     acc = ACC_DTYPES[logprobs.dtype]
@@ -416,7 +429,6 @@ def _is_direct(
         and advantages.is_cpu
         and advantages.is_contiguous()
         and (advantages.shape == size[:1] or advantages.shape == size)
-        and not (logprobs.is_neg() or advantages.is_neg())
         and backends.are_alike(logprobs, *others)
         and backends.is_direct(backend)
     )

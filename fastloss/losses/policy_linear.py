@@ -8,16 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.engine import checks
+from fastloss.engine import checks, devices
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, upstream_scale
-from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_token_stats
 from fastloss.engine.contract import Backend, Factor, PolicyInputs
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import Grads, Head, Needs, Schedule
 from fastloss.engine.sequences import Sequences
+from fastloss.engine.shards import Shards
 from fastloss.losses.policy import PolicyOutput, empty_out, entropy_share, metrics_from, policy_loss
 from fastloss.losses.policy_inputs import (
     advantage_per_token,
@@ -44,6 +46,8 @@ IGNORED = -(2**63)
 _SCALE, _POLICY, _CUT = (POLICY_PLACE[name] for name in ("scale", "policy", "cut"))
 
 
+@takes_dtensors("linear_weight")
+@resolves_views
 def linear_policy_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -58,6 +62,7 @@ def linear_policy_loss(
     softcap: float | None = None,
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     weights: Tensor | None = None,
@@ -80,7 +85,7 @@ def linear_policy_loss(
         old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, weights, normalizer, cu_seqlens: as in
             :func:`policy_loss`.
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`; entropy is that of the tempered logits.
-        chunk_size: rows that go together at most; None chooses. memory: as in :func:`linear_cross_entropy`.
+        chunk_size: rows that go together at most; None chooses. memory, group: as in :func:`linear_cross_entropy`.
         with_entropy: also the metric "entropy" where the loss does not need it.
         **options: the other keywords of :func:`policy_loss` (``loss_type``, ``clip_low``, ``beta``, …).
 
@@ -101,7 +106,7 @@ def linear_policy_loss(
         )
     hidden = heads.check_head(input, linear_weight, linear_bias)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
-    limits = heads.limits_of(chunk_size, memory)
+    limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, None, 0)
     row = row_options(temperature, logit_scale, softcap, IGNORED)
     inputs = lay_flat(
         "target",
@@ -135,23 +140,40 @@ def linear_policy_loss(
         linear_weight,
         linear_bias,
         target,
+        old_logprobs,
+        advantages,
+        mask,
+        ref_logprobs,
+        sampler_logprobs,
+        weights,
+        normalizer,
+        cu_seqlens,
         has_operators=False,
         dtype=dtype,
     )
     needs = heads.needs_of(input, linear_weight, linear_bias)
-    rows = 0 if call.by_definition else heads.count_kept(hidden.shape[0], classes, IGNORED)
-    head = Head(call.backend, hidden, linear_weight, None, dtype)
+    keep = None if call.by_definition else heads.kept_rows(classes, IGNORED)
+    rows = heads.count_kept(hidden.shape[0], keep)
+    head = Head(call.backend, hidden, linear_weight, None, dtype, limits.shards)
     schedule = (
         heads.schedule_of_one_pass(head, rows, needs, limits, logprobs_only=not resolved.entropy_coef)
         if token_level and not call.by_definition
-        else heads.schedule_of(head, rows, limits)
+        else heads.schedule_of(head, rows, needs, limits)
     )
     if call.by_definition:
         call.announce()
     else:
         ahead = token_level or (needs == Needs(True, False, False) and not entropy)
-        call.announce(**schedule.details(head, rows, needs, bool(needs) and not ahead))
-    if call.by_definition or input.device.type != "cpu":
+        call.announce(
+            **schedule.details(
+                head,
+                rows,
+                needs,
+                bool(needs) and not ahead,
+                ("logprobs", "entropy") if entropy else ("logprobs",),
+            )
+        )
+    if call.by_definition or not devices.may_wait(classes.device):
         # A masked row that stays in the GEMM adds 0 · hidden to the weight's gradient: NaN where its hidden state is NaN.
         hidden = hidden.masked_fill((inputs.mask == 0).unsqueeze(-1), 0)
         input = hidden.view(input.shape)
@@ -169,6 +191,7 @@ def linear_policy_loss(
             outputs=("logprobs", "entropy") if entropy else ("logprobs",),
             chunk_size=chunk_size,
             memory=memory,
+            group=limits.shards,
             backend=name,
         )
         assert stats.logprobs is not None
@@ -186,7 +209,7 @@ def linear_policy_loss(
             backend=name,
             **options,
         )
-    check_targets(classes.view(target.shape), linear_weight.shape[0], IGNORED)
+    check_targets(classes.view(target.shape), heads.vocab_of(linear_weight, limits), IGNORED)
     share, scale = shares(
         inputs.mask.bool(),
         inputs.layout,
@@ -216,6 +239,8 @@ def linear_policy_loss(
         dtype=dtype,
         schedule=schedule,
         needs=needs,
+        keep=keep,
+        shards=limits.shards,
     )
     loss, out = _LinearPolicyLoss.apply(hidden, linear_weight, linear_bias, run)
     if cut is not None:
@@ -256,10 +281,13 @@ class _Run:
     dtype: torch.dtype
     schedule: Schedule
     needs: Needs
+    keep: Tensor | None  # kept_rows
+    shards: Shards | None
 
 
 def _again(ctx: Any) -> Any:
     run: _Run = ctx.run
+    heads.again_only_whole(run.shards)
     hidden, weight, bias = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype)
     want = ("logprobs", "entropy") if run.with_entropy else ("logprobs",)
@@ -280,7 +308,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: _Run) -> Any:
         ctx.run = run
-        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
+        head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
         loss, out, grads = _one_pass(head, run)
         ctx.late = run.dtype in LATE_DTYPES
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
@@ -296,7 +324,9 @@ class _LinearPolicyLoss(torch.autograd.Function):
         run: _Run = ctx.run
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # retain_graph: the first backward gave the buffers away
-            grads = _one_pass(heads.make_head(run.backend, hidden, weight, bias, run.dtype), run)[2]
+            grads = _one_pass(heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards), run)[
+                2
+            ]
         late = Factor(1.0, run.scale) if ctx.late else None
         scale = upstream_scale(run.backend, upstream.to(ACC_DTYPES[run.dtype]), late)
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend, scale), None)
@@ -305,7 +335,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
 def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
     """Loss, ``out [16]`` and the gradients of the loss (without the scale where that is late: float16). A token's share of
     the aggregate is known from the mask, so its coefficients are made as soon as its logits are."""
-    keep = heads.kept_rows(run.target, IGNORED)
+    keep = run.keep
     late = head.dtype in LATE_DTYPES
     target, share = heads.pick(run.target, keep), heads.pick(run.share, keep)
     assert share is not None

@@ -60,9 +60,11 @@ def top_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     mask = mask.bool()
     tokens = mask.sum()
     ordered = torch.where(mask, entropy.detach(), torch.inf).sort().values
+    if not ordered.numel():
+        return mask
     rank = (1 - quantile) * (tokens - 1).clamp(min=0).to(entropy.dtype)
     below = rank.floor()
-    lower, upper = (ordered[i.long().clamp(max=max(ordered.numel() - 1, 0))] for i in (below, rank.ceil()))
+    lower, upper = (ordered[i.long().clamp(max=ordered.numel() - 1)] for i in (below, rank.ceil()))
     threshold = torch.lerp(lower, upper, rank - below)
     return mask & (entropy.detach() >= threshold)
 

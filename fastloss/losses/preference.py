@@ -13,7 +13,7 @@ from torch import Tensor
 from fastloss.engine import autograd, checks
 from fastloss.engine import backend as backends
 from fastloss.engine.autograd import segment_sum
-from fastloss.engine.backend import resolve_call
+from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
@@ -49,6 +49,7 @@ class PreferenceOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@resolves_views
 def preference_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -184,7 +185,10 @@ def preference_loss(
     if sides is not None:
         lengths = sides[0].lengths, sides[1].lengths
     pairs = pair_batch(o, count, acc, device, lengths, beta, label_smoothing, margin, weights)
-    call = resolve_call("preference_loss", backend, c, r, ref_c, ref_r, has_operators=False)
+    call = resolve_call(
+        "preference_loss", backend, c, r, ref_c, ref_r, beta, label_smoothing, margin, weights, chosen_mask, rejected_mask,
+        chosen_cu_seqlens, rejected_cu_seqlens, *lengths, chosen_nll_logps, chosen_nll_lengths, has_operators=False,
+    )  # fmt: skip
     call.announce()
 
     nll = None

@@ -13,7 +13,9 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine import head_groups as groups
 from fastloss.engine.autograd import segment_sum
+from fastloss.engine.backend import resolves_views
 from fastloss.engine.contract import Backend
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.losses import pair_terms
 from fastloss.losses.pair_terms import (
     SORTED,
@@ -32,6 +34,8 @@ from fastloss.tables import Number
 _OUTPUTS = ("chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", "sums", "likelihood")
 
 
+@takes_dtensors("linear_weight")
+@resolves_views
 def linear_preference_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -68,13 +72,14 @@ def linear_preference_loss(
     token_metrics: bool = True,
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> PreferenceOutput:
     """:func:`preference_loss` of ``input @ linear_weight.T + linear_bias``, without ever holding those logits.
 
     The reference costs 1 GEMM, the policy 3 (2 with a frozen head): chunked by whole pairs, a pair's gradient is made while
-    its logits are still in the buffer. Tokens without a target cost nothing on the CPU. 4 GEMMs, the backward making the
+    its logits are still in the buffer. Tokens without a target cost nothing. 4 GEMMs, the backward making the
     logits again, where a pair is longer than the buffer, for aot and aot_unpaired, and with ``reduction="none"``.
 
     Args:
@@ -89,7 +94,7 @@ def linear_preference_loss(
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`, for both models.
         token_metrics: also entropy, mean_token_accuracy, logits/chosen, logits/rejected, from the same pass.
         chunk_size: rows that go together at most; in chunks of rows None lets a pair's logits take as much as the weight and its
-            gradient. memory: as in :func:`linear_cross_entropy`.
+            gradient. memory, group: as in :func:`linear_cross_entropy`; the reference's vocabulary is cut over the same processes.
 
     The other options are those of :func:`preference_loss`; lengths and masks come from the targets.
 
@@ -127,7 +132,7 @@ def linear_preference_loss(
         linear_bias,
         cu_seqlens,
         options,
-        heads.limits_of(chunk_size, memory),
+        heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index),
         width=2,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)
@@ -158,6 +163,7 @@ def linear_preference_loss(
         "linear_preference_loss",
         x,
         backend,
+        (beta, label_smoothing, margin, weights, rc, rr, ref_input, ref_weight, ref_bias, cu_seqlens),
         coupled=o.has(*SORTED),
         per_group=reduction == "none",
         ref=with_ref,

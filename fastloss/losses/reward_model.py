@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.backend import resolve_call
+from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.native import DirectPairs
 from fastloss.losses.cross_entropy import cross_entropy
@@ -26,6 +26,7 @@ class RewardOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@resolves_views
 def reward_model_loss(
     chosen_rewards: Tensor,
     rejected_rewards: Tensor,
@@ -87,7 +88,9 @@ def reward_model_loss(
         margin=per_pair("margin", 0.0 if margin is None else margin, count, acc, device),
     )
     constants = PairConstants(weight=constant("weights", weights, count, acc, device))
-    call = resolve_call("reward_model_loss", backend, c, r, has_operators=False)
+    call = resolve_call(
+        "reward_model_loss", backend, c, r, margin, label_smoothing, weights, has_operators=False
+    )
     call.announce()
     loss, _, _, sums = launch_pairs(call.backend, c, r, None, constants, options, reduction == "none")
     means = (sums / max(count, 1)).unbind()

@@ -12,13 +12,17 @@ from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
-from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import Needs
+from fastloss.engine.head_shards import of_columns
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
+from fastloss.engine.shards import Call as SharedCall
+from fastloss.engine.shards import Shards, of_group, whole
 from fastloss.tables import (
     ACC_DTYPES,
     DIFFERENTIABLE_STATS,
@@ -50,6 +54,8 @@ def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
     )
 
 
+@takes_dtensors("logits")
+@resolves_views
 def token_stats(
     logits: Tensor,
     target: Tensor | None,
@@ -59,7 +65,9 @@ def token_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprobs",),
+    detach: tuple[str, ...] = (),
     inplace: bool = False,
+    group: Any = None,
     backend: str = "auto",
 ) -> TokenStats:
     """Statistics of each token's distribution, with gradients through logprobs, entropy and logsumexp.
@@ -73,7 +81,10 @@ def token_stats(
         ignore_index: tokens with this target give 0 and no gradient.
         outputs: of "logprobs" (log p of the target, nats), "entropy" (nats), "logsumexp", "log_sum_sq_probs"
             (log Σ p²), "mean_logits" (Σ z / V), "is_top1" (no logit is larger than the target's).
+        detach: of the outputs, those that nobody differentiates (a metric); they come without a gradient.
         inplace: the backward writes its gradient over ``logits``.
+        group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some columns of the logits, one after
+            the other; targets and results are the same on each, and all must call.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit.
@@ -87,31 +98,46 @@ def token_stats(
     if logits.dim() < 1:
         raise ShapeError("logits: expected at least 1 dimension, got a 0-d tensor")
     lead, vocab = logits.shape[:-1], logits.shape[-1]
+    shards = None
+    if group is not None:
+        together = SharedCall(math.prod(lead), 0, logits.dtype, target, ignore_index)
+        shards = of_group(group, vocab, logits.device, together)
+    all_vocab = vocab if shards is None else shards.vocab
+    if all_vocab == 0:
+        raise ShapeError("logits: expected at least one class, got 0")
     want = _wanted(outputs, target)
+    kept = _differentiable(want, detach)
     if target is not None:
         checks.index_target("target", target, tuple(lead), logits.device)
     options = row_options(temperature, logit_scale, softcap, ignore_index)
-    rows = logits.reshape(-1, vocab)
+    rows = logits.reshape(-1 if shards is None else math.prod(lead), vocab)
     flat = None if target is None else target.reshape(-1).contiguous()
-    call = resolve_call("token_stats", backend, logits, target)
-    call.announce(inplace=inplace)
-    check_targets(flat, vocab, ignore_index)
+    call = resolve_call("token_stats", backend, logits, target, has_operators=shards is None)
+    call.announce(
+        inplace=inplace,
+        **({} if shards is None else shards.details(rows.shape[0], want, ACC_DTYPES[rows.dtype])),
+    )
+    check_targets(flat, all_vocab, ignore_index)
     if call.by_definition:
+        if shards is not None:
+            columns = whole(rows.t(), shards)
+            assert columns is not None
+            rows = columns.t()
         out = reference.token_stats(rows, flat, **_transform(options))
-        return _shaped({name: out[name] for name in want}, want, lead)
-    if vocab == 0:
-        raise ShapeError("logits: expected at least one class, got 0")
+        return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     if rows.stride(1) != 1 and vocab > 1:
         rows = rows.contiguous()
     elif inplace and not call.traced:
         refuse_inplace(rows)
     if call.traced:
         values = compile_ops.token_stats(rows, flat, options, want, call.backend.name)
-        return _shaped(dict(zip(STATS, values, strict=True)), want, lead)
-    values = TokenStatistics.apply(rows, flat, call.backend, options, want, inplace)
+        return _shaped(_cut_off(dict(zip(STATS, values, strict=True)), detach), want, lead)
+    values = TokenStatistics.apply(rows, flat, call.backend, options, want, inplace, shards, kept)
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
 
+@takes_dtensors("linear_weight")
+@resolves_views
 def linear_token_stats(
     input: Tensor,
     linear_weight: Tensor,
@@ -123,30 +149,38 @@ def linear_token_stats(
     softcap: float | None = None,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprobs",),
+    detach: tuple[str, ...] = (),
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     backend: str = "auto",
 ) -> TokenStats:
     """:func:`token_stats` of ``input @ linear_weight.T + linear_bias``, without holding those logits.
 
-    1 GEMM without gradient; 2 with a frozen weight and logprobs alone; else the backward recomputes (4 GEMMs).
+    1 GEMM without gradient; 2 with a frozen weight and gradients of logprobs alone (``detach`` the others, which then cost
+    none); else the backward recomputes (4 GEMMs).
 
     Args:
         input: hidden states ``[..., D]``.
         linear_weight: ``[V, D]``. linear_bias: ``[V]``.
         target: int64 ``[...]``.
-        chunk_size: rows that go together at most; None chooses. memory: as in :func:`linear_cross_entropy`.
+        temperature, logit_scale, softcap, ignore_index, outputs, detach: as in :func:`token_stats`.
+        chunk_size: rows that go together at most; None chooses. memory, group: as in :func:`linear_cross_entropy`.
 
     >>> import torch, fastloss
     >>> fastloss.linear_token_stats(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([2])).logprobs
     tensor([-1.3863])
     """
     hidden = heads.check_head(input, linear_weight, linear_bias)
-    lead, vocab = input.shape[:-1], linear_weight.shape[0]
+    lead = input.shape[:-1]
     want = _wanted(outputs, target)
+    kept = _differentiable(want, detach)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
-    limits = heads.limits_of(chunk_size, memory)
+    limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index)
+    vocab, shards = heads.vocab_of(linear_weight, limits), limits.shards
+    if vocab == 0:
+        raise ShapeError("linear_weight: expected at least one class, got 0")
     options = row_options(temperature, logit_scale, softcap, ignore_index)
     flat = None if target is None else target.reshape(-1).contiguous()
     dtype = heads.compute_dtype(input)
@@ -155,22 +189,27 @@ def linear_token_stats(
         values = compile_ops.linear_token_stats(
             hidden, linear_weight, linear_bias, flat, options, want, dtype, limits, call.backend.name
         )
-        return _shaped(dict(zip(STATS, values, strict=True)), want, lead)
+        return _shaped(_cut_off(dict(zip(STATS, values, strict=True)), detach), want, lead)
     if call.by_definition:
         call.announce()
         check_targets(flat, vocab, ignore_index)
+        all_weight, all_bias = whole(linear_weight, shards), whole(linear_bias, shards)
+        assert all_weight is not None
         out = reference.linear_token_stats(
-            hidden, linear_weight, flat, linear_bias=linear_bias, **_transform(options)
+            hidden, all_weight, flat, linear_bias=all_bias, **_transform(options)
         )
-        return _shaped({name: out[name] for name in want}, want, lead)
-    head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype)
+        return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
+    head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype, shards)
     needs = heads.needs_of(input, linear_weight, linear_bias)
-    rows = heads.count_kept(hidden.shape[0], flat, ignore_index)
-    schedule = heads.schedule_of(head, rows, limits)
-    ahead = needs == Needs(True, False, False) and not {"entropy", "logsumexp"} & set(want)
-    call.announce(**schedule.details(head, rows, needs, bool(needs) and not ahead))
+    keep = heads.kept_rows(flat, ignore_index)
+    rows = heads.count_kept(hidden.shape[0], keep)
+    schedule = heads.schedule_of(head, rows, needs, limits)
+    ahead = needs == Needs(True, False, False) and kept == ("logprobs",)
+    # Over blocks, a shard's d hidden waits for the sums of the whole row, and the logits are made again.
+    again = bool(needs) and not (ahead and (shards is None or not schedule.by_vocabulary))
+    call.announce(**schedule.details(head, rows, needs, again, want))
     check_targets(flat, vocab, ignore_index)
-    run = StatsRun(call.backend, options, want, dtype, schedule, needs)
+    run = StatsRun(call.backend, options, want, dtype, schedule, needs, keep, shards, kept)
     values = LinearTokenStatistics.apply(hidden, linear_weight, linear_bias, flat, run)
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
@@ -279,10 +318,11 @@ def selective_log_softmax_and_entropy(
         temperature=temperature,
         ignore_index=_NONE,
         outputs=("logprobs", "entropy"),
+        detach=() if entropy_requires_grad else ("entropy",),
         backend=backend,
     )
     assert out.logprobs is not None and out.entropy is not None
-    return out.logprobs, out.entropy if entropy_requires_grad else out.entropy.detach()
+    return out.logprobs, out.entropy
 
 
 def row_options(
@@ -313,17 +353,29 @@ def _wanted(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys(outputs))
 
 
+def _differentiable(want: tuple[str, ...], detach: tuple[str, ...]) -> tuple[str, ...]:
+    """The wanted statistics that carry a gradient."""
+    if isinstance(detach, str) or not set(detach) <= set(want):
+        raise ValueError(f"detach: expected a tuple of names that are in outputs, got {detach!r}")
+    return tuple(name for name in want if name in DIFFERENTIABLE_STATS and name not in detach)
+
+
+def _cut_off(out: dict[str, Tensor], detach: tuple[str, ...]) -> dict[str, Tensor]:
+    return {name: x.detach() if name in detach else x for name, x in out.items()} if detach else out
+
+
 def _shaped(out: dict[str, Tensor], want: tuple[str, ...], lead: torch.Size) -> TokenStats:
     return TokenStats(*(None if s is None else s.reshape(lead) for s in stats_from(out, want)))
 
 
 def _again(ctx: Any) -> Any:
-    _, options, want, inplace = ctx.call
+    _, options, want, inplace, shards, kept = ctx.call
+    heads.again_only_whole(shards)
     if inplace:
         raise RuntimeError("inplace: expected False where the gradient is differentiated again, got True")
     logits, target, *_ = ctx.saved_tensors
     out = REFERENCE.row_stats(logits, target, options, want=want)
-    return [out[n] if n in DIFFERENTIABLE_STATS else None for n in want], [logits]
+    return [out[n] if n in kept else None for n in want], [logits]
 
 
 def _kept(entropy: Tensor | None) -> Tensor | None:
@@ -343,25 +395,34 @@ class TokenStatistics(torch.autograd.Function):
         options: RowOptions,
         want: tuple[str, ...],
         inplace: bool,
+        shards: Shards | None,
+        kept: tuple[str, ...],
     ) -> Any:
-        out = backend.row_stats(logits, target, options, want=heads.with_lse_parts(want))
-        ctx.call = backend, options, want, inplace
+        every = heads.with_lse_parts(want)
+        if shards is None:
+            out = backend.row_stats(logits, target, options, want=every)
+        else:
+            out = of_columns(shards, logits.detach(), backend).stats(target, options, every)
+        ctx.call = backend, options, want, inplace, shards, kept
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, out[LSE_PARTS], _kept(out.get("entropy")))
-        ctx.mark_non_differentiable(*[out[n] for n in want if n not in DIFFERENTIABLE_STATS])
+        ctx.mark_non_differentiable(*[out[n] for n in want if n not in kept])
         return tuple(out[name] for name in want)
 
     @staticmethod
     @differentiable_again(_again)
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
-        backend, options, want, inplace = ctx.call
+        backend, options, want, inplace, shards, _ = ctx.call
         logits, target, lse_parts, entropy = ctx.saved_tensors
-        none = (None,) * 5
+        none = (None,) * 7
         if all(g is None for g in upstream):
             return (None, *none)
         k = of_upstream(want, upstream, entropy, lse_parts.dtype)
         out = logits.detach() if inplace else new_gradient(logits.shape, logits.dtype, logits.device)
-        backend.row_grad(logits, target, options, lse_parts=lse_parts, coefficients=k, out=out)
+        if shards is None:
+            backend.row_grad(logits, target, options, lse_parts=lse_parts, coefficients=k, out=out)
+        else:
+            of_columns(shards, logits.detach(), backend, out).gradients(target, options, lse_parts, k)
         if inplace:
             torch.autograd.graph.increment_version(logits)
         return (out, *none)

@@ -12,10 +12,11 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine import head_groups as groups
 from fastloss.engine.autograd import differentiable_again, segment_sum
-from fastloss.engine.backend import resolve_call
+from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
 from fastloss.losses.token_stats import row_options
@@ -38,6 +39,7 @@ class UnpairedOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@resolves_views
 def kto_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
@@ -100,6 +102,7 @@ def kto_loss(
     )
 
 
+@resolves_views
 def bco_loss(
     logps: Tensor,
     ref_logps: Tensor | None,
@@ -205,7 +208,9 @@ def _unpaired(
     good = _labels(desirable, count, x.device)
     weight = constant("weights", weights, count, acc, x.device)
     kl = shift(acc, x.device)
-    call = resolve_call(function, backend, x, ref_logps, has_operators=False)
+    call = resolve_call(
+        function, backend, x, ref_logps, desirable, weights, mask, cu_seqlens, kl, has_operators=False
+    )
     call.announce()
     if tokens is not None:
         x = groups.sum_tokens(call.backend, tokens, x)
@@ -343,6 +348,8 @@ def _kto_kl(
     return (difference.sum() / max(difference.numel(), 1)).clamp(min=0).reshape(1)
 
 
+@takes_dtensors("linear_weight")
+@resolves_views
 def linear_kto_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -370,6 +377,7 @@ def linear_kto_loss(
     token_metrics: bool = True,
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> UnpairedOutput:
@@ -382,7 +390,7 @@ def linear_kto_loss(
         target: int64 ``[B, T]`` or ``[N]``; ``ignore_index`` on prompts and padding.
         desirable: bool ``[B]``.
         ref_input, ref_weight, ref_bias: the reference model's; or its log-probs ``ref_logps`` ``[B]``; neither: uniform.
-        chunk_size, memory: as in :func:`linear_preference_loss`.
+        chunk_size, memory, group: as in :func:`linear_preference_loss`.
         kl_logps, ref_kl_logps, kl: as in :func:`kto_loss`; :func:`linear_token_stats` gives the log-probs at 1 GEMM.
 
     >>> import torch, fastloss
@@ -401,7 +409,7 @@ def linear_kto_loss(
         linear_bias,
         cu_seqlens,
         options,
-        heads.limits_of(chunk_size, memory),
+        heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index),
         width=1,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)
@@ -413,7 +421,13 @@ def linear_kto_loss(
     ref = constant("ref_logps", ref_logps, count, acc, input.device)
     shift = _kto_kl(loss_type, kl, kl_logps, ref_kl_logps, acc, input.device)
     plan = groups.plan_groups(
-        "linear_kto_loss", x, backend, coupled=False, per_group=reduction == "none", ref=ref_input is not None
+        "linear_kto_loss",
+        x,
+        backend,
+        (desirable, weights, shift, ref_logps, ref_input, ref_weight, ref_bias, cu_seqlens),
+        coupled=False,
+        per_group=reduction == "none",
+        ref=ref_input is not None,
     )
     if ref_input is not None:
         assert ref_weight is not None

@@ -3,6 +3,7 @@ a vocabulary-parallel head. docs/plan.md derives each line."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -132,10 +133,10 @@ TORCH_WAITING = 4
 
 def loss_layer(model: Model, rows: int, losses: int = 1) -> LossLayer:
     """``losses`` over the same vocabulary in one step: multi-token prediction has one per token predicted."""
-    chunk = internals.gpu_chunk(rows, model.vocab, torch.bfloat16)
+    chunk = internals.gpu_chunk(rows, model.vocab, model.hidden, torch.bfloat16)
     logits = rows * model.vocab
-    # The weight's gradient is added up in float32 and leaves in bfloat16.
-    accumulator = (F32 - BF16) * model.vocab * model.hidden
+    # Over several chunks the weight's gradient is added up in float32 and leaves in bfloat16.
+    accumulator = (F32 - BF16) * model.vocab * model.hidden if chunk < rows else 0
     return LossLayer(
         float((TORCH_PEAK + TORCH_WAITING * (losses - 1)) * logits),
         float(BF16 * chunk * model.vocab + accumulator),
@@ -157,11 +158,14 @@ class VocabParallel(NamedTuple):
     """Per step of ``rows`` tokens, on each device."""
 
     devices: int
-    statistics_bytes: float  # maximum, sum and target logit of each token
+    statistics_bytes: float  # largest logit, log of the sum and log p of each token, to each other device
     statistics_seconds: float
     gradient_bytes: float  # d hidden, the sum of every shard's part
     gradient_seconds: float
     gather_bytes: float  # what gathering the logits would move instead
+    gemm_seconds: float  # the three GEMMs of this device's shard
+    seconds: float  # these and both messages, one after the other
+    state_bytes: float  # the shard's weight, gradient and AdamW
 
 
 def all_reduce(bytes_: float, devices: int, link: Link) -> tuple[float, float]:
@@ -178,14 +182,27 @@ def all_reduce(bytes_: float, devices: int, link: Link) -> tuple[float, float]:
     return sent, seconds
 
 
-def vocabulary_parallel(model: Model, rows: int, devices: int, link: Link) -> VocabParallel:
-    """The maximum first, then the sum and the target's logit together: 12 bytes per token in two all-reduces."""
-    parts = [all_reduce(F32 * rows, devices, link), all_reduce(2 * F32 * rows, devices, link)]
+def all_gather(bytes_: float, devices: int, link: Link) -> tuple[float, float]:
+    """Bytes that each device sends, and seconds, of a ring of all devices: its ``bytes_`` and those of the others but one, in
+    p - 1 steps; past a node at the speed of the network."""
+    sent = (devices - 1) * bytes_
+    return sent, sent / (link.node if devices <= NODE else link.network) + (devices - 1) * link.latency
+
+
+def vocabulary_parallel(
+    model: Model, rows: int, devices: int, link: Link, speed: float = math.inf
+) -> VocabParallel:
+    """One all-gather of 12 bytes per token, one sum of d hidden (docs/parallel.md). ``speed``: FLOPs per second of a device's GEMMs."""
     gradient = all_reduce(BF16 * rows * model.hidden, devices, link)
+    statistics = all_gather(3 * F32 * rows, devices, link)
+    shard = -(-model.vocab // devices)
+    gemms = 6.0 * rows * shard * model.hidden / speed
     return VocabParallel(
         devices,
-        sum(part[0] for part in parts),
-        sum(part[1] for part in parts),
+        *statistics,
         *gradient,
         BF16 * rows * model.vocab * (devices - 1) / devices,
+        gemms,
+        gemms + statistics[1] + gradient[1],
+        float((BF16 + F32 + 3 * F32) * shard * model.hidden),
     )

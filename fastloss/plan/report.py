@@ -14,7 +14,7 @@ from fastloss.plan.model import Model
 Rows = Sequence[tuple[str, ...]]
 Table = tuple[str, tuple[str, ...], Rows]  # title, columns, rows
 
-WIDTHS = (8, 16, 32, 64, 128, 256, 512, 1024)  # devices of a vocabulary-parallel head
+WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)  # devices of a vocabulary-parallel head
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ def plan(request: Request) -> dict[str, Any]:
         ),
         "loss_layer": _loss_layer(request),
         "vocabulary_parallel": [
-            formulas.vocabulary_parallel(model, request.micro_batch, n, link)._asdict()
+            formulas.vocabulary_parallel(
+                model, request.micro_batch, n, link, device.flops * request.mfu
+            )._asdict()
             for n in request.widths
         ],
     }
@@ -207,18 +209,24 @@ def _loss_table(found: dict[str, Any]) -> Table:
 
 
 def _parallel(found: dict[str, Any]) -> Table:
+    best = min(found["vocabulary_parallel"], key=lambda p: p["seconds"])["devices"]
     rows = [
         (
-            str(p["devices"]),
+            f"{p['devices']}{' (fastest)' if p['devices'] == best else ''}",
+            gigabytes(p["state_bytes"]),
+            milliseconds(p["gemm_seconds"]),
             f"{p['statistics_bytes'] / 1e6:.2f}",
             milliseconds(p["statistics_seconds"]),
             f"{p['gradient_bytes'] / 1e6:.1f}",
             milliseconds(p["gradient_seconds"]),
+            milliseconds(p["seconds"]),
             f"{p['gather_bytes'] / 1e6:.0f}",
         )
         for p in found["vocabulary_parallel"]
     ]
-    columns = ("devices", "statistics MB", "ms", "d hidden MB", "ms", "logits instead MB")
+    columns = (
+        "devices", "GB of state", "GEMMs ms", "statistics MB", "ms", "d hidden MB", "ms", "in all ms", "logits instead MB",
+    )  # fmt: skip
     title = f"vocabulary-parallel head, {found['loss_layer']['rows']} tokens per step, sent by each device"
     return title, columns, rows
 

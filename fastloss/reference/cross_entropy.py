@@ -26,6 +26,8 @@ def cross_entropy(
     """Loss of ``logits [rows, V]`` for int64 ``target [rows]`` or class probabilities ``[rows, V]``; in float32/64.
     ``token_weight [rows]`` multiplies the rows' losses, and no count."""
     rows, vocab = logits.shape
+    if not vocab:
+        return _without_classes(logits, target, reduction, label_smoothing, normalizer)
     if target.is_floating_point():
         z = effective_logits(logits, bias=bias, scale=scale, softcap=softcap)
         w = torch.ones(vocab, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
@@ -65,6 +67,25 @@ def cross_entropy(
     if normalizer is not None:
         return loss.sum() / normalizer
     return loss.sum() / count if reduction == "mean" else loss.sum()
+
+
+def _without_classes(
+    logits: Tensor,
+    target: Tensor,
+    reduction: str,
+    label_smoothing: float,
+    normalizer: float | Tensor | None,
+) -> Tensor:
+    """torch's results for ``logits [rows, 0]``: 0 for each row, NaN where it divides the smoothing of a target by no class, and
+    the mean of nothing is NaN."""
+    undefined = float("nan") if label_smoothing and not target.is_floating_point() else 1.0
+    loss = logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)) * undefined
+    if reduction == "none":
+        return loss
+    total = loss.sum() * undefined
+    if normalizer is not None:
+        return total / normalizer
+    return total * float("nan") if reduction == "mean" else total
 
 
 def linear_cross_entropy(

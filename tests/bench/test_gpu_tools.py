@@ -115,6 +115,7 @@ def test_without_a_gpu_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tests_of_a_gpu_are_those_that_use_one() -> None:
     names = {path.name for path in run.gpu_tests()}
     assert {"test_parity.py", "test_triton_kernels.py", "test_preference.py", "test_golden.py"} <= names
+    assert {"test_on_gpu.py", "test_gpu_head.py", "test_gpu_flops.py"} <= names
     assert not names & {
         "test_cpu_kernels.py",
         "test_cuda_emulated.py",

@@ -63,6 +63,7 @@ def test_cpu_code_sees_cpu_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(head_rows, "supports_gemm_bf16", lambda: True)
     hidden, weight = (torch.empty(size, dtype=torch.bfloat16, device="meta") for size in ((4, 8), (16, 8)))
     head = Head(get_backend("reference"), hidden, weight, None, torch.bfloat16)
-    gemms = head_rows._Gemms(head, Needs(True, True, False), None, 4)
-    gemms.gradients(gemms.logits(0, 4), 0, 4)
-    assert gemms.finish().weight.dtype == torch.float32
+    for chunks, made in ((1, torch.bfloat16), (2, torch.float32)):
+        gemms = head_rows._Gemms(head, Needs(True, True, False), None, 4, chunks)
+        gemms.gradients(gemms.logits(0, 4), 0, 4)
+        assert gemms.finish().weight.dtype == made

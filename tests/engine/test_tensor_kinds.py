@@ -175,3 +175,159 @@ def test_meta_tensors() -> None:
         assert loss.shape == () and loss.is_meta and loss.dtype == torch.float32
         loss.backward()
     assert x.grad.is_meta and weight.grad.shape == (6, 4)
+
+
+# --- constants: masks, targets, references, weights, borders. No gradient flows to them, and kernels read them too -------------
+
+_LABELS = torch.tensor([[0, 2, 5], [1, 1, -100], [3, 4, 0], [5, -100, 2]])
+
+
+def _seeded(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# name -> (the call's constants, everything else, what is read of the result)
+CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
+    "cross_entropy": ("cross_entropy", {"target": TARGET, "weight": torch.ones(6)}, {"input": _seeded(5, 6)}),
+    "token_stats": ("token_stats", {"target": TARGET}, {"logits": _seeded(5, 6)}),
+    "linear_cross_entropy": (
+        "linear_cross_entropy",
+        {"target": TARGET, "weight": torch.ones(6), "token_weight": torch.ones(5)},
+        {"input": _seeded(5, 4), "linear_weight": _seeded(6, 4)},
+    ),
+    "linear_token_stats": (
+        "linear_token_stats", {"target": TARGET}, {"input": _seeded(5, 4), "linear_weight": _seeded(6, 4)}
+    ),
+    "policy_loss": (
+        "policy_loss",
+        {"old_logprobs": _seeded(2, 3, seed=1), "advantages": _seeded(2), "mask": MASK, "ref_logprobs": _seeded(2, 3, seed=2),
+         "sampler_logprobs": _seeded(2, 3, seed=3), "weights": torch.ones(2, 3), "normalizer": torch.tensor(4.0)},
+        {"logprobs": _seeded(2, 3), "beta": 0.1},
+    ),
+    "policy_loss, packed": (
+        "policy_loss",
+        {"old_logprobs": _seeded(6, seed=1), "advantages": _seeded(2), "mask": MASK.reshape(-1),
+         "cu_seqlens": torch.tensor([0, 3, 6])},
+        {"logprobs": _seeded(6), "loss_type": "grpo"},
+    ),
+    "linear_policy_loss": (
+        "linear_policy_loss",
+        {"target": _LABELS[:2].clamp(min=0), "old_logprobs": _seeded(2, 3, seed=1) - 2, "advantages": _seeded(2), "mask": MASK,
+         "ref_logprobs": _seeded(2, 3, seed=2) - 2, "weights": torch.ones(2, 3)},
+        {"input": _seeded(2, 3, 4), "linear_weight": _seeded(6, 4), "beta": 0.1},
+    ),
+    "linear_policy_loss, sequences": (
+        "linear_policy_loss",
+        {"target": _LABELS[:2].clamp(min=0), "old_logprobs": _seeded(2, 3, seed=1) - 2, "advantages": _seeded(2), "mask": MASK},
+        {"input": _seeded(2, 3, 4), "linear_weight": _seeded(6, 4), "loss_type": "vespo"},
+    ),
+    "preference_loss": (
+        "preference_loss",
+        {"ref_chosen_logps": _seeded(4, seed=2), "ref_rejected_logps": _seeded(4, seed=3), "weights": torch.ones(4),
+         "beta": torch.full((4,), 0.1), "label_smoothing": torch.full((4,), 0.1), "chosen_lengths": torch.tensor([1, 2, 3, 4]),
+         "rejected_lengths": torch.tensor([1, 2, 3, 4])},
+        {"chosen_logps": _seeded(4), "rejected_logps": _seeded(4, seed=1), "loss_type": ["sigmoid", "sft"]},
+    ),
+    "preference_loss, packed": (
+        "preference_loss",
+        {"chosen_cu_seqlens": torch.tensor([0, 3, 6]), "rejected_cu_seqlens": torch.tensor([0, 1, 6]),
+         "chosen_mask": MASK.reshape(-1), "rejected_mask": MASK.reshape(-1), "ref_chosen_logps": _seeded(6, seed=2),
+         "ref_rejected_logps": _seeded(6, seed=3)},
+        {"chosen_logps": _seeded(6), "rejected_logps": _seeded(6, seed=1)},
+    ),
+    "linear_preference_loss": (
+        "linear_preference_loss",
+        {"target": _LABELS, "ref_input": _seeded(4, 3, 4, seed=2), "ref_weight": _seeded(6, 4, seed=3), "weights": torch.ones(2)},
+        {"input": _seeded(4, 3, 4), "linear_weight": _seeded(6, 4)},
+    ),
+    "linear_preference_loss, log-probs": (
+        "linear_preference_loss",
+        {"ref_chosen_logps": _seeded(2, seed=2), "ref_rejected_logps": _seeded(2, seed=3), "beta": torch.full((2,), 0.1)},
+        {"input": _seeded(4, 3, 4), "linear_weight": _seeded(6, 4), "target": _LABELS},
+    ),
+    "linear_kto_loss": (
+        "linear_kto_loss",
+        {"target": _LABELS, "desirable": GOOD, "ref_logps": _seeded(4, seed=2), "weights": torch.ones(4),
+         "kl_logps": _seeded(3, seed=3), "ref_kl_logps": _seeded(3, seed=4)},
+        {"input": _seeded(4, 3, 4), "linear_weight": _seeded(6, 4)},
+    ),
+    "kto_loss": (
+        "kto_loss",
+        {"mask": torch.ones(4, 3), "desirable": GOOD, "ref_logps": _seeded(4, 3, seed=2), "weights": torch.ones(4),
+         "kl": torch.tensor(0.1)},
+        {"logps": _seeded(4, 3)},
+    ),
+    "bco_loss, packed": (
+        "bco_loss",
+        {"cu_seqlens": torch.tensor([0, 1, 2, 4, 6]), "desirable": GOOD, "ref_logps": _seeded(4, seed=2),
+         "delta": torch.tensor(0.1)},
+        {"logps": _seeded(6)},
+    ),
+    "reward_model_loss": (
+        "reward_model_loss", {"margin": torch.ones(4), "weights": torch.ones(4)},
+        {"chosen_rewards": _seeded(4), "rejected_rewards": _seeded(4, seed=1)},
+    ),
+    "gae": ("gae", {"values": _seeded(2, 3, seed=1), "mask": MASK}, {"rewards": _seeded(2, 3)}),
+    "gae, packed": (
+        "gae", {"values": _seeded(6, seed=1), "mask": None, "cu_seqlens": torch.tensor([0, 3, 6])}, {"rewards": _seeded(6)}
+    ),
+    "discounted_returns": ("discounted_returns", {"mask": MASK}, {"rewards": _seeded(2, 3)}),
+}  # fmt: skip
+
+
+def _as(kind: str, x: Tensor) -> Tensor:
+    if kind == "negative view":
+        return torch._neg_view(-x) if x.is_floating_point() else x
+    return x.clone().as_subclass(Wrapped) if kind == "subclass" else SAME[kind](x)
+
+
+def _first(out: Any) -> Tensor:
+    while not isinstance(out, Tensor):
+        out = out[0]
+    return out.detach().as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("kind", ["negative view", "subclass", "asynchronous collective", "strided"])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_in_another_tensor(name: str, kind: str) -> None:
+    """Each constant alone: the kernels refused what resolve_call was not shown."""
+    function, constants, rest = CONSTANTS[name]
+    compute = getattr(fastloss, function)
+    want = _first(compute(**rest, **constants, backend="reference"))
+    for which, x in constants.items():
+        if x is not None:
+            got = _first(compute(**rest, **{**constants, which: _as(kind, x)}))
+            torch.testing.assert_close(
+                got, want, rtol=1e-5, atol=1e-6, msg=lambda text, w=which: f"{w}: {text}"
+            )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "triton"])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_negative_views_on_every_backend(name: str, backend: str) -> None:
+    """One behaviour: the view's numbers, also where the call took no detour through a check."""
+    function, constants, rest = CONSTANTS[name]
+    compute = getattr(fastloss, function)
+    want = _first(compute(**rest, **constants, backend=backend))
+    viewed = {
+        n: _as("negative view", x) if isinstance(x, Tensor) else x for n, x in {**rest, **constants}.items()
+    }
+    assert any(isinstance(x, Tensor) and x.is_neg() for x in viewed.values())
+    torch.testing.assert_close(_first(compute(**viewed, backend=backend)), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "cpu", "triton"])
+def test_the_gradient_of_a_negative_view(backend: str) -> None:
+    x = _seeded(5, 6)
+    leaf, view = x.clone().requires_grad_(), torch._neg_view(-x).requires_grad_()
+    assert view.is_neg()
+    for z in (leaf, view):
+        fastloss.cross_entropy(z, TARGET, backend=backend).backward()
+    torch.testing.assert_close(view.grad, leaf.grad, rtol=0, atol=0)
+
+
+def test_a_conjugate_is_of_no_dtype_that_a_loss_takes() -> None:
+    x = torch.ones(5, 6, dtype=torch.complex64).conj()
+    for backend in ("auto", "reference", "cpu"):
+        with pytest.raises(TypeError, match="input: expected float32"):
+            fastloss.cross_entropy(x, TARGET, backend=backend)

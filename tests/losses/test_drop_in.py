@@ -159,3 +159,112 @@ def test_k_dimensional_loss(backend: str, whole: bool, monkeypatch: pytest.Monke
         hidden, weight, target, linear_bias=bias, backend=backend, return_stats=True
     )[1]
     assert stats.logprobs.shape == target.shape
+
+
+def outcome(compute: Any, *args: Any, **options: Any) -> Any:
+    """A result, or the type of what is raised."""
+    try:
+        return compute(*args, **options)
+    except (RuntimeError, IndexError) as error:
+        return IndexError if isinstance(error, IndexError) else RuntimeError
+
+
+def both(theirs: Any, mine: Any) -> None:
+    if isinstance(theirs, type):
+        assert theirs is mine
+        return
+    assert isinstance(mine, Tensor) and mine.dtype == theirs.dtype
+    torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=2e-2, equal_nan=True)
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy", "module", "head module"])
+def test_class_weights_of_each_dtype(function: str, probabilities: bool, autocast: bool) -> None:
+    """PyTorch's RuntimeError where its kernels refuse the pair, its widest dtype where class probabilities take it."""
+    hidden, weight, target = logits_of(5, 4), logits_of(7, 4), torch.tensor([1, 0, 6, -100, 3], device=DEVICE)
+    for dtype in FLOATS:
+        x = ((hidden @ weight.t()).to(dtype),)
+        if "linear" in function:
+            x = (hidden.to(dtype), weight.to(dtype))
+        for given in FLOATS:
+            w = torch.linspace(0.5, 2.0, 7, device=DEVICE).to(given)
+            aim = logits_of(5, 7).softmax(-1) if probabilities else target
+            theirs, mine = getattr(F, function, None), getattr(fastloss, function, None)
+            if function == "module":
+                theirs, mine = torch.nn.CrossEntropyLoss(weight=w), fastloss.nn.CrossEntropyLoss(weight=w)
+            elif function == "head module":
+                theirs, mine = (m(4, 7, weight=w) for m in (torch.nn.LinearCrossEntropyLoss, fastloss.nn.LinearCrossEntropyLoss))  # fmt: skip
+                mine.load_state_dict(theirs.state_dict())
+                theirs, mine = theirs.to(DEVICE, dtype), mine.to(DEVICE, dtype)
+                for module in (theirs, mine):
+                    module.weight = w  # .to() took it along
+                x = (hidden.to(dtype),)
+            options = {} if "module" in function else {"weight": w}
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                want = outcome(theirs, *x, aim, **options)
+                got = outcome(mine, *x, aim, **options)
+            both(want, got)
+
+
+def test_the_words_for_class_weights() -> None:
+    with pytest.raises(RuntimeError, match="expected scalar type BFloat16 but found Float"):
+        fastloss.cross_entropy(
+            logits_of(2, 3).bfloat16(), torch.tensor([0, 1], device=DEVICE), weight=logits_of(3)
+        )
+
+
+@pytest.mark.parametrize("backend", ["auto", *ALL])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_no_class(backend: str, reduction: str, smoothing: float) -> None:
+    if backend != "auto":
+        need(backend)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    ignored = torch.full((5,), -100, device=DEVICE)
+    for rows, target in (
+        (5, ignored),
+        (5, ignored * 0),
+        (0, ignored[:0]),
+        (5, None),
+        (0, None),
+        (None, None),
+    ):
+        x = torch.zeros((0,) if rows is None else (rows, 0), device=DEVICE)
+        aim = x if target is None else target
+        both(
+            outcome(F.cross_entropy, x, aim, **options),
+            outcome(fastloss.cross_entropy, x, aim, backend=backend, **options),
+        )
+        if rows is None:
+            continue
+        if target is None:
+            places = torch.zeros(rows, 0, 3, device=DEVICE)
+            want, got = (
+                outcome(f, places, places, **options) for f in (F.cross_entropy, fastloss.cross_entropy)
+            )
+            both(want, got)
+        hidden, weight = logits_of(5, 3)[:rows].requires_grad_(), logits_of(0, 3).requires_grad_()
+        want = outcome(F.cross_entropy, hidden @ weight.t(), aim, **options)
+        got = outcome(fastloss.linear_cross_entropy, hidden, weight, aim, backend=backend, **options)
+        both(want, got)
+        if isinstance(got, Tensor):
+            got.sum().backward()
+            assert hidden.grad is not None and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_statistics_of_no_class(backend: str) -> None:
+    need(backend)
+    x, target, weight = torch.zeros(5, 0, device=DEVICE), torch.zeros(5, dtype=torch.int64, device=DEVICE), logits_of(0, 3)  # fmt: skip
+    for call in (
+        lambda: fastloss.token_stats(x, target, backend=backend),
+        lambda: fastloss.entropy_from_logits(x, backend=backend),
+        lambda: fastloss.linear_token_stats(logits_of(5, 3), weight, target, backend=backend),
+        lambda: fastloss.cross_entropy(x, target - 100, return_stats=True, backend=backend),
+    ):
+        with pytest.raises(ValueError, match="expected at least one class"):
+            call()

@@ -366,13 +366,14 @@ def test_a_second_loss_waits_for_the_backward_with_its_log_softmax() -> None:
     assert found == pytest.approx(bytes_per_logit * rows * vocab, rel=0.02)
 
 
-def test_what_fastloss_holds_is_the_chunk_and_the_accumulator() -> None:
+@pytest.mark.parametrize(("rows", "chunk_rows", "times"), [(8192, 8192, 6), (32768, 8192, 18)])
+def test_what_fastloss_holds_is_the_chunk_and_the_accumulator(rows: int, chunk_rows: int, times: int) -> None:
     model = config.load("llama-3-8b")
-    layer = formulas.loss_layer(model, 8192)
-    assert layer.chunk_rows < 8192
-    chunk, accumulator = 2 * layer.chunk_rows * 128256, 2 * 128256 * 4096
+    layer = formulas.loss_layer(model, rows)
+    assert layer.chunk_rows == chunk_rows
+    chunk, accumulator = 2 * layer.chunk_rows * 128256, 2 * 128256 * 4096 * (rows > chunk_rows)
     assert layer.fastloss_bytes == chunk + accumulator
-    assert layer.torch_bytes == 14 * 8192 * 128256 > 4 * layer.fastloss_bytes
+    assert layer.torch_bytes == 14 * rows * 128256 > times * layer.fastloss_bytes
 
 
 def test_activations_are_the_least_that_a_model_keeps() -> None:
@@ -428,7 +429,14 @@ def test_past_a_node_the_network_is_paid_for_an_eighth_of_the_message() -> None:
     assert seconds - t_inside == pytest.approx((sent - inside) / 1e8)
     model = config.load("llama-3-8b")
     parallel = formulas.vocabulary_parallel(model, 100, 8, link)
-    assert parallel.statistics_bytes == pytest.approx(2 * 7 / 8 * 12 * 100)
+    assert parallel.statistics_bytes == pytest.approx(7 * 12 * 100)
+    assert parallel.state_bytes == pytest.approx(18 * 128256 / 8 * 4096)
+    timed = [formulas.vocabulary_parallel(model, 8192, n, link, speed=4e14) for n in (1, 8)]
+    assert timed[0].seconds == timed[0].gemm_seconds == pytest.approx(6 * 8192 * 128256 * 4096 / 4e14)
+    assert timed[1].gemm_seconds == pytest.approx(timed[0].gemm_seconds / 8)
+    assert timed[1].seconds == pytest.approx(
+        timed[1].gemm_seconds + timed[1].statistics_seconds + timed[1].gradient_seconds
+    )
     assert parallel.gradient_bytes == pytest.approx(2 * 7 / 8 * 2 * 4096 * 100)
     assert parallel.gather_bytes == pytest.approx(7 / 8 * 2 * 128256 * 100)
     assert formulas.all_reduce(800.0, 1, link) == (0.0, 0.0)

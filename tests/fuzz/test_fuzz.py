@@ -1,0 +1,116 @@
+"""The fuzzer with a fixed list of cases: the long run is by hand (``python tests/fuzz/run.py --seconds 3600 --seed 0``)."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from fuzz_functions import FUNCTIONS, NOT_DRAWN
+from fuzz_judge import How, Verdict, call, describe, draw_case, judge
+from fuzz_loop import USUAL, command
+
+import fastloss
+
+SEED = 0
+CASES, IN_A_TEST = 600, 100
+
+
+def test_every_public_function_is_drawn() -> None:
+    public = {name for name in fastloss.__all__ if inspect.isfunction(getattr(fastloss, name))}
+    assert public == set(FUNCTIONS) | set(NOT_DRAWN)
+    assert not set(FUNCTIONS) & set(NOT_DRAWN)
+
+
+@pytest.mark.parametrize("first", range(0, CASES, IN_A_TEST))
+def test_cases(first: int) -> None:
+    wrong, computed = [], 0
+    for number in range(first, first + IN_A_TEST):
+        case, how = draw_case(SEED, number, USUAL, ())
+        verdict = judge(case, how)
+        computed += verdict.state == "right"
+        if verdict.state == "wrong":
+            wrong.append(f"{describe(case, how)}\n  {verdict.detail}\n  {command(SEED, number, USUAL, ())}")
+    assert not wrong, "\n".join(wrong)
+    assert computed >= 0.8 * IN_A_TEST  # the rest was refused, by name and with reason
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_each_function_is_computed(name: str) -> None:
+    """Few of a function's drawings are errors, or its fuzzing would be empty."""
+    states = [judge(*draw_case(SEED, number, ("auto",), (name,))) for number in range(5)]
+    assert not [v.detail for v in states if v.state == "wrong"]
+    assert sum(v.state == "right" for v in states) >= 2
+
+
+def test_a_case_is_the_same_each_time() -> None:
+    for number in range(30):
+        (one, how), (other, again) = (draw_case(SEED, number, USUAL, ()) for _ in range(2))
+        assert describe(one, how) == describe(other, again)
+        for name, x in one.tensors.items():
+            assert torch.equal(x.nan_to_num(9.0), other.tensors[name].nan_to_num(9.0))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 2.0**-12, -1.0, float("nan")])
+def test_the_judge_sees_a_wrong_gradient(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """A gradient that is wrong by a factor, of a function that is otherwise right; the definition keeps its own."""
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return upstream * factor
+
+    def wrong(input, target, *args, backend="auto", **options):
+        value = input if backend == "reference" else Scaled.apply(input)
+        return right(value, target, *args, backend=backend, **options)
+
+    right = fastloss.cross_entropy
+    number = next(n for n in range(1000) if _has_a_gradient(n))
+    case, how = draw_case(SEED, number, ("auto",), ("cross_entropy",))
+    monkeypatch.setattr(fastloss, "cross_entropy", wrong)
+    assert judge(case, how).state == ("right" if factor == 1 else "wrong")
+
+
+def _has_a_gradient(number: int) -> bool:
+    case, how = draw_case(SEED, number, ("auto",), ("cross_entropy",))
+    usual = how.mode == "grad" and how.asking == ("input",) and not how.autocast and not how.inplace
+    if not usual or case.dtype != torch.float32 or set(how.kinds.values()) != {"plain"} or case.options:
+        return False
+    x = case.tensors["input"].clone().requires_grad_()
+    loss = call(case, case.tensors | {"input": x}, "reference")
+    (grad,) = torch.autograd.grad(loss.sum(), x)
+    return bool(grad.isfinite().all()) and grad.abs().max().item() > 0.01
+
+
+def test_the_judge_sees_what_else_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = fastloss.kl_estimate
+    case, _ = draw_case(SEED, 3, ("auto",), ("kl_estimate",))
+    how = How(kinds=dict.fromkeys(case.tensors, "plain"), mode="no_grad")
+
+    def verdict(function) -> Verdict:
+        monkeypatch.setattr(fastloss, "kl_estimate", function)
+        return judge(case, how)
+
+    def changes(logprobs, ref_logprobs, *, backend="auto", **options):
+        out = right(logprobs, ref_logprobs, backend=backend, **options)
+        if backend != "reference":
+            logprobs.add_(1)
+        return out
+
+    def crashes(*args, backend="auto", **options):
+        if backend != "reference":
+            raise RuntimeError("boom")
+        return right(*args, backend=backend, **options)
+
+    def other_dtype(*args, backend="auto", **options):
+        out = right(*args, backend=backend, **options)
+        return out if backend == "reference" else out.double().half()
+
+    assert verdict(right).state == "right"
+    assert "was changed" in verdict(changes).detail
+    assert "boom" in verdict(crashes).detail
+    assert "dtype" in verdict(other_dtype).detail
