@@ -8,6 +8,7 @@ a tensor that a kernel cannot read.
 from .divergences import row_divergence, row_divergence_grad
 from .pairs import pair_loss, segment_expand, segment_sum, unpaired_loss
 from .policy import policy_loss
+from .reduce import reciprocal_count, sum_rows
 from .rows import row_cross_entropy, row_grad, row_stats
 from .scale import scale_in_place
 from .scan import discounted_returns, gae
@@ -17,6 +18,7 @@ __all__ = [
     "gae",
     "pair_loss",
     "policy_loss",
+    "reciprocal_count",
     "row_cross_entropy",
     "row_divergence",
     "row_divergence_grad",
@@ -25,5 +27,6 @@ __all__ = [
     "scale_in_place",
     "segment_expand",
     "segment_sum",
+    "sum_rows",
     "unpaired_loss",
 ]

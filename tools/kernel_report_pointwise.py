@@ -24,8 +24,12 @@ from fastloss.tables import (
     UNPAIRED_TERMS,
 )
 
-POINTERS = {"offsets_ptr": "*i64", "desirable_ptr": "*u8", "mask_ptr": "*u8", "select_ptr": "*u8"}
-INTEGERS = ("length", "count", "n", "pairs", "sequences", "chunks", "rows", "row_stride", "width")
+POINTERS = {
+    "offsets_ptr": "*i64", "target_ptr": "*i64", "desirable_ptr": "*u8", "mask_ptr": "*u8", "select_ptr": "*u8",
+}  # fmt: skip
+INTEGERS = (
+    "length", "count", "n", "pairs", "sequences", "chunks", "rows", "row_stride", "width", "ignore_index",
+)  # fmt: skip
 
 PAIR_ALWAYS = (
     "c_ptr",
@@ -170,7 +174,13 @@ CASES[("scale", "scale_kernel")] = {
     for dtype in ("fp32", "bf16", "fp16")
     for layout, aligned, rows in (("whole", ("width",), {"rows": 1}), ("rows", (), {}))
 }
+CASES[("reduce", "sum_rows_kernel")] = {
+    "factor on the host": (("values_ptr", "out_ptr"), {}),
+    "factor on the device": (("values_ptr", "factor_ptr", "out_ptr"), {}),
+}
+CASES[("reduce", "reciprocal_count_kernel")] = {"": (("target_ptr", "out_ptr"), {})}
 SHAPES = {
+    "sum_rows_kernel": "REDUCE_SHAPE", "reciprocal_count_kernel": "REDUCE_SHAPE",
     "segment_sum_kernel": "SUM_SHAPE", "segment_expand_kernel": "SUM_SHAPE", "pair_loss_kernel": "PAIR_SHAPE",
     "unpaired_loss_kernel": "PAIR_SHAPE", "policy_loss_kernel": "POLICY_SHAPE", "policy_total_kernel": "TOTAL_SHAPE",
     "scan_kernel": "SCAN_SHAPE", "scale_kernel": "SCALE_SHAPE",

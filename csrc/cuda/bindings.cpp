@@ -4,6 +4,7 @@
 #include "args.h"
 #include "common/row_bindings.h"
 #include "launch_from_python.h"
+#include "reduce.h"
 
 #ifndef FASTLOSS_MODULE
 #define FASTLOSS_MODULE _cuda
@@ -51,6 +52,17 @@ void scale(Address x, int dtype, int64_t rows, int64_t width, int64_t row_stride
   launch([&] { return scale_in_place(a, at(Address(context))); });
 }
 
+void total(Address values, int64_t n, float factor, Address factor_tensor, Address out, int64_t context) {
+  const Total a = {required<float>("values", values), n, factor, at<float>(factor_tensor),
+                   required<float>("out", out)};
+  launch([&] { return sum_rows(a, at(Address(context))); });
+}
+
+void count(Address target, int64_t n, int64_t ignore_index, Address out, int64_t context) {
+  const Count a = {required<int64_t>("target", target), n, ignore_index, required<float>("out", out)};
+  launch([&] { return reciprocal_count(a, at(Address(context))); });
+}
+
 }  // namespace
 }  // namespace fastloss::cuda
 
@@ -65,6 +77,8 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
   fastloss::RowBindings<cuda::Cuda>::bind(m);
   fastloss::define(m, "scale_in_place", &cuda::scale, "x", "dtype", "rows", "width", "row_stride", "factor",
                    "context");
+  fastloss::define(m, "sum_rows", &cuda::total, "values", "n", "factor", "factor_tensor", "out", "context");
+  fastloss::define(m, "reciprocal_count", &cuda::count, "target", "n", "ignore_index", "out", "context");
   cuda::bind_pairs(m);
   cuda::bind_policy(m);
   cuda::bind_divergences(m);

@@ -54,6 +54,14 @@ class Factor(NamedTuple):
 
 WHOLE = Factor()
 
+# Rows up to which a GPU's kernels reduce with one block: beyond, PyTorch's several are quicker.
+ONE_BLOCK = 1 << 17
+
+
+def count_plainly(target: Tensor, ignore_index: int, acc: torch.dtype) -> Tensor:
+    """``reciprocal_count`` by PyTorch's operations, in ``acc``."""
+    return (target != ignore_index).sum(dtype=acc).reciprocal()
+
 
 class PairResult(NamedTuple):
     """What pair_loss makes, acc ``[B]``. A differentiable backend makes no gradients: they are None."""
@@ -206,6 +214,11 @@ class Backend(Protocol):
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
         """factor · Σ values, 0-d; the same bits run after run, on a CPU with any number of threads."""
+        ...
+
+    def reciprocal_count(self, target: Tensor, ignore_index: int) -> Tensor:
+        """1 / (how many of ``target`` int64 ``[rows]`` are not ``ignore_index``), 0-d on its device: float32, float64 from the
+        definition; infinite where all are."""
         ...
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from fastloss import reference
 from fastloss.engine.coefficients import Coefficients
-from fastloss.engine.contract import WHOLE, Factor, PairResult, PolicyInputs, PolicyResult, UnpairedResult
+from fastloss.engine.contract import (
+    WHOLE,
+    Factor,
+    PairResult,
+    PolicyInputs,
+    PolicyResult,
+    UnpairedResult,
+    count_plainly,
+)
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     LSE_PARTS,
@@ -148,8 +156,10 @@ class ReferenceBackend:
         )  # fmt: skip
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
-        total = values.sum() * factor.value
-        return total if factor.tensor is None else total * factor.tensor
+        return factor.times(values.sum())
+
+    def reciprocal_count(self, target: Tensor, ignore_index: int) -> Tensor:
+        return count_plainly(target, ignore_index, torch.float64)
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
         x.mul_(scale)

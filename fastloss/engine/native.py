@@ -19,12 +19,14 @@ from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
+    ONE_BLOCK,
     WHOLE,
     Factor,
     PairResult,
     PolicyInputs,
     PolicyResult,
     UnpairedResult,
+    count_plainly,
 )
 from fastloss.engine.gate import address, addresses, of_dense, of_made
 from fastloss.engine.sequences import Sequences
@@ -407,6 +409,38 @@ class NativeBackend:
                 factor=address(scale), context=self.context.argument(x),
             )  # fmt: skip
 
+    # Reductions.
+
+    def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
+        of_cpu = self.has_head and factor.tensor is None
+        if not of_cpu and (self.host_reads or values.numel() > ONE_BLOCK):
+            return factor.times(values.sum())
+        # Added in one order in double: the same bits for any number of threads.
+        out = torch.empty((), dtype=values.dtype, device=values.device)
+        n, number = values.numel(), factor.value
+        if of_cpu:
+            given = addresses({"values": values}, {"out": out})
+            self.module.sum_rows(dtype=DTYPE_CODES[values.dtype], n=n, factor=number, **given)
+            return out
+        if not n:
+            return factor.times(out.zero_())
+        given = addresses({"values": values, "factor_tensor": factor.tensor}, {"out": out})
+        with self.context.guard(values):
+            self.module.sum_rows(n=n, factor=number, context=self.context.argument(values), **given)
+        return out
+
+    def reciprocal_count(self, target: Tensor, ignore_index: int) -> Tensor:
+        n = target.numel()
+        if self.host_reads or not 0 < n <= ONE_BLOCK:
+            return count_plainly(target, ignore_index, torch.float32)
+        out = torch.empty((), dtype=torch.float32, device=target.device)
+        with self.context.guard(target):
+            self.module.reciprocal_count(
+                n=n, ignore_index=ignore_index, context=self.context.argument(target),
+                **addresses({"target": target}, {"out": out}),
+            )  # fmt: skip
+        return out
+
     # Sequences, pairs and single responses.
 
     def segment_sum(self, values: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
@@ -567,17 +601,6 @@ class NativeBackend:
             target=address(target), n=target.numel(), vocab=vocab, ignore_index=ignore_index
         )
         return valid, first_bad
-
-    def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
-        if not self.has_head or factor.tensor is not None:
-            return factor.times(values.sum())
-        # Added in order in double: the same bits for any number of threads.
-        out = torch.empty((), dtype=values.dtype, device=values.device)
-        self.module.sum_rows(
-            dtype=DTYPE_CODES[values.dtype], n=values.numel(), factor=factor.value,
-            **addresses({"values": values}, {"out": out}),
-        )  # fmt: skip
-        return out
 
     def convert_in_place(self, x: Tensor, n: int, source: torch.dtype) -> None:
         """The first ``n`` numbers of ``x``'s memory, front to back: from ``source`` to ``x``'s dtype."""

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
-from fastloss.engine.contract import WHOLE, Factor, PairResult, PolicyInputs, PolicyResult, UnpairedResult
+from fastloss.engine.contract import (
+    ONE_BLOCK,
+    WHOLE,
+    Factor,
+    PairResult,
+    PolicyInputs,
+    PolicyResult,
+    UnpairedResult,
+    count_plainly,
+)
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     CrossEntropyOptions,
@@ -151,7 +160,14 @@ class TritonBackend:
         )  # fmt: skip
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
-        return factor.times(values.sum())
+        if values.numel() > ONE_BLOCK:
+            return factor.times(values.sum())
+        return _kernels().sum_rows(values, factor)
+
+    def reciprocal_count(self, target: Tensor, ignore_index: int) -> Tensor:
+        if target.numel() > ONE_BLOCK:
+            return count_plainly(target, ignore_index, torch.float32)
+        return _kernels().reciprocal_count(target, ignore_index)
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
         _kernels().scale_in_place(x, scale)

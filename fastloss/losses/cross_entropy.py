@@ -16,7 +16,7 @@ from fastloss.engine.autograd import differentiable_again, new_gradient
 from fastloss.engine.backend import Call, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
-from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.contract import WHOLE, Factor, count_plainly
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DIRECT_CODES, cpu_backend
 from fastloss.losses.token_stats import TokenStats, stats_from
@@ -353,7 +353,9 @@ def loss_factor(
     if w is None:
         if on_cpu or counted is not None:
             return Factor(_reciprocal(valid if counted is None else counted), of_count=True), loss
-        return Factor(tensor=(classes != ignore_index).sum(dtype=acc).reciprocal(), of_count=True), loss
+        if call.traced:
+            return Factor(tensor=count_plainly(classes, ignore_index, acc), of_count=True), loss
+        return Factor(tensor=call.backend.reciprocal_count(classes, ignore_index), of_count=True), loss
     kept = classes != ignore_index
     total = (w[classes.clamp(0, vocab - 1)] * kept).sum()
     if not on_cpu:

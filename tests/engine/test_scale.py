@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss.engine.autograd import scale_in_place
-from fastloss.engine.contract import Factor
+from fastloss.engine.contract import ONE_BLOCK, Factor
 
 GPU_KERNELS = [name for name in KERNELS if name != "cpu"]
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -75,13 +75,34 @@ def test_rows_further_apart_than_32_bits(backend: str) -> None:
 def test_sum_of_the_rows(backend: str, factor: Factor) -> None:
     factor = factor if factor.tensor is None else factor._replace(tensor=factor.tensor.to(DEVICE))
     whole = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
-    for count in (0, 1, 1001):
+    for count in (0, 1, 1001, ONE_BLOCK + 1):
         values = torch.rand(count, device=DEVICE)
         total = contract(backend).sum_rows(values, factor)
         assert total.shape == () and total.dtype == torch.float32
         torch.testing.assert_close(
             total.double().cpu(), values.double().sum().cpu() * whole, rtol=1e-6, atol=0
         )
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_one_over_the_targets_that_count(backend: str) -> None:
+    kernels = contract(backend)
+    for rows in (0, 1, 3, 448, 5000, ONE_BLOCK + 1):
+        target = torch.randint(0, 5, (rows,), device=DEVICE)
+        for ignored in (4, -100):
+            factor = kernels.reciprocal_count(target, ignored)
+            count = int((target != ignored).sum())
+            assert factor.shape == () and factor.device.type == DEVICE
+            assert float(factor) == pytest.approx(1 / count if count else math.inf, rel=1e-7)
+    assert float(kernels.reciprocal_count(torch.full((7,), 2, device=DEVICE), 2)) == math.inf
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
+def test_a_sum_of_nothing_times_infinity_is_nan(backend: str) -> None:
+    """A mean over no targets, as PyTorch's."""
+    nothing = Factor(tensor=number(INF))
+    for values in (torch.zeros(5, device=DEVICE), torch.zeros(0, device=DEVICE)):
+        assert contract(backend).sum_rows(values, nothing).isnan()
 
 
 @pytest.mark.parametrize("backend", GPU_KERNELS)

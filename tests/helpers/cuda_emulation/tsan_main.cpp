@@ -6,6 +6,7 @@
 
 #include "args.h"
 #include "cuda_emulation.h"
+#include "reduce.h"
 #include "tsan_pairs.h"
 #include "tsan_policy.h"
 
@@ -53,6 +54,9 @@ int main(int argc, char** argv) {
         if (!error) error = row_grad(in, k, nullptr);
         const float half = 0.5f;
         if (!error) error = scale_in_place({x.data(), dtype, rows, vocab, vocab, &half}, nullptr);
+        float reduced[2];
+        if (!error) error = sum_rows({out.data(), rows, 0.5f, &half, &reduced[0]}, nullptr);
+        if (!error) error = reciprocal_count({target.data(), rows, -100, &reduced[1]}, nullptr);
         if (error) return std::printf("%s\n", error), 2;
       }
     }
