@@ -37,7 +37,7 @@ Again = Callable[[Any], tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]
 
 def differentiable_again(again: Again) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A backward by a kernel where that is enough, and by the definition where its result is differentiated again
-    (``create_graph=True``) or vectorised (``is_grads_batched=True``, torch.func).
+    (``create_graph=True``), vectorised (``is_grads_batched=True``, torch.func), or of an upstream gradient of another type.
 
     Args:
         again: from the context of the function: its outputs by the definition (None where one carries no gradient), and its
@@ -61,8 +61,9 @@ _batched = torch._C._functorch.is_legacy_batchedtensor
 
 
 def is_transformed(upstream: Sequence[Tensor | None]) -> bool:
-    """Whether the upstream gradients are many at once (``is_grads_batched=True``, a vectorised Jacobian)."""
-    return any(g is not None and (_wrapped(g) or _batched(g)) for g in upstream)
+    """Whether an upstream gradient is many at once (``is_grads_batched=True``, a vectorised Jacobian), or of a subclass of Tensor:
+    its elements are not to be asked for."""
+    return any(g is not None and (type(g) is not Tensor or _wrapped(g) or _batched(g)) for g in upstream)
 
 
 def _by_definition(again: Again, ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -198,7 +199,7 @@ class _MadeInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        if torch.is_grad_enabled() or _wrapped(upstream) or _batched(upstream):
+        if torch.is_grad_enabled() or is_transformed((upstream,)):
             return _by_definition(_made_again, ctx, (upstream,))
         made, run, define, given = ctx.made
         if made is None:  # retain_graph: the first backward gave the buffers away

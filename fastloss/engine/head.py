@@ -465,6 +465,8 @@ def needs_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for this type of device; there is none on "meta"."""
+    if torch.compiler.is_compiling():  # torch 2.8 cannot trace the question whether it is available
+        return device != "meta" and torch.is_autocast_enabled(device)
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

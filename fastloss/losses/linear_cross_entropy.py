@@ -142,14 +142,14 @@ def linear_cross_entropy(
     if rows.dim() == 1:
         rows, target = rows.unsqueeze(0), target.unsqueeze(0)
     if token_weight is not None:
-        extra = extra._replace(token_weight=token_weight.reshape(-1))
+        extra = _Extra(token_weight.reshape(-1), loss_dtype)
     return loss.shaped(
         _of_rows(rows, linear_weight, target, linear_bias, weight, loss, limits, backend, extra), lead
     )
 
 
 class _Extra(NamedTuple):
-    """What PyTorch's function has not."""
+    """What PyTorch's function has not. (torch 2.8 does not trace ``_replace``.)"""
 
     token_weight: Tensor | None  # one for each row or place
     loss_dtype: torch.dtype | None  # None: PyTorch's rule
@@ -230,7 +230,7 @@ def _of_rows(
         call = call.without_kernels("there is no class")
     if call.by_definition:
         call.announce()
-        own = extra._replace(loss_dtype=loss_dtype)
+        own = _Extra(extra.token_weight, loss_dtype)
         all_weight, all_bias = whole(linear_weight, limits.shards), whole(linear_bias, limits.shards)
         assert all_weight is not None
         return _by_definition(call, input, all_weight, target, all_bias, weight, loss, own)
@@ -463,7 +463,7 @@ def _k_dimensional(
             each,
             limits,
             backend,
-            extra._replace(token_weight=None if factors is None else factors[:, k]),
+            _Extra(None if factors is None else factors[:, k], extra.loss_dtype),
         )
         for k in range(weights.shape[1])
     ]

@@ -17,7 +17,7 @@ from fastloss.engine.contract import Backend, PolicyInputs
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DirectPolicy, cpu_backend
 from fastloss.losses.policy_inputs import check_like, lay_flat, normalizer_of, shares, weighted
-from fastloss.losses.policy_options import PolicySpec, options_of
+from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
 from fastloss.losses.policy_selection import select, top_entropy
 from fastloss.tables import ACC_DTYPES, AGGREGATIONS, POLICY_METRICS, POLICY_OUT, POLICY_PLACE, PolicyOptions
 
@@ -442,7 +442,7 @@ def _direct_options(
     missing."""
     spec = PolicySpec(*fields)
     options = options_of(spec, with_sampler=with_sampler, with_ref=with_ref, default_length=length)
-    selects = spec.variant.selects or spec.top_entropy_quantile < 1
+    selects = VARIANTS[spec.loss_type].selects or spec.top_entropy_quantile < 1
     if selects or spec.entropy_aggregation is not None or (spec.entropy_coef and not with_entropy):
         return None
     given = {"kl": with_ref, "entropy": with_entropy, "importance/cut_fraction": options.correction > 0}

@@ -28,7 +28,7 @@ from fastloss.losses.policy_inputs import (
     shares,
     weighted,
 )
-from fastloss.losses.policy_options import PolicySpec, options_of
+from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
 from fastloss.losses.token_stats import linear_token_stats, row_options
 from fastloss.tables import (
     ACC_DTYPES,
@@ -131,7 +131,9 @@ def linear_policy_loss(
     classes = target.reshape(-1).masked_fill(inputs.mask == 0, IGNORED)
     with_correction = resolved.correction > 0
     resolved, corrected, cut = _correction_ahead(resolved, inputs)
-    token_level = is_token_level(resolved) and spec.top_entropy_quantile == 1 and not spec.variant.selects
+    token_level = (
+        is_token_level(resolved) and spec.top_entropy_quantile == 1 and not VARIANTS[spec.loss_type].selects
+    )
     dtype = heads.compute_dtype(input)
     call = resolve_call(
         "linear_policy_loss",

@@ -98,17 +98,14 @@ class PolicySpec(NamedTuple):
     clip_cov_high: float = 5.0
     generator: torch.Generator | None = None
 
-    @property
-    def variant(self) -> Variant:
-        return VARIANTS[self.loss_type]
-
 
 def resolve(spec: PolicySpec, *, with_sampler: bool, default_length: int | None) -> PolicyOptions:
     """Checks every option by name and makes the record for the kernels."""
     s = spec
     checks.is_one_of("loss_type", s.loss_type, tuple(VARIANTS))
-    level = s.variant.level if s.importance_level is None else s.importance_level
-    how = s.variant.aggregation if s.aggregation is None else s.aggregation
+    variant = VARIANTS[s.loss_type]
+    level = variant.level if s.importance_level is None else s.importance_level
+    how = variant.aggregation if s.aggregation is None else s.aggregation
     checks.is_one_of("importance_level", level, LEVELS)
     checks.is_one_of("aggregation", how, AGGREGATIONS)
     checks.is_one_of("kl_estimator", s.kl_estimator, KL_KINDS)
@@ -119,13 +116,13 @@ def resolve(spec: PolicySpec, *, with_sampler: bool, default_length: int | None)
     checks.number("top_entropy_quantile", s.top_entropy_quantile, low=0.0, high=1.0)
     for name in ("kl_cov_ratio", "clip_cov_ratio"):
         checks.number(name, getattr(s, name), low=0.0, high=1.0)
-    low = s.variant.clip[0] if s.clip_low is None else checks.number("clip_low", s.clip_low, low=0.0)
-    high = s.variant.clip[1] if s.clip_high is None else checks.number("clip_high", s.clip_high, low=0.0)
+    low = variant.clip[0] if s.clip_low is None else checks.number("clip_low", s.clip_low, low=0.0)
+    high = variant.clip[1] if s.clip_high is None else checks.number("clip_high", s.clip_high, low=0.0)
     floor = _optional("importance_floor", s.importance_floor, 0.0, low=0.0)
     cap = _optional("importance_cap", s.importance_cap, math.exp(MAX_LOG_RATIO), low=0.0, open_low=True)
     _ordered("importance_floor", floor, "importance_cap", cap)
     cispo_low = _optional("cispo_min", s.cispo_min, 0.0, low=0.0)
-    largest = 1.0 + high if s.variant.largest_ratio is None else s.variant.largest_ratio
+    largest = 1.0 + high if variant.largest_ratio is None else variant.largest_ratio
     cispo_high = _optional("cispo_max", s.cispo_max, largest, low=0.0, open_low=True)
     _ordered("cispo_min", cispo_low, "cispo_max", cispo_high)
     _ordered(
@@ -136,7 +133,7 @@ def resolve(spec: PolicySpec, *, with_sampler: bool, default_length: int | None)
     )
     kl_cov_coef = checks.number("kl_cov_coef", s.kl_cov_coef, low=0.0)
     return PolicyOptions(
-        surrogate=SURROGATES.index(s.variant.surrogate),
+        surrogate=SURROGATES.index(variant.surrogate),
         level=LEVELS.index(level),
         clip_low=low,
         clip_high=high,
@@ -183,9 +180,9 @@ def options_of(
     for name, value in (("importance_cap", spec.importance_cap), ("importance_floor", spec.importance_floor)):
         if value is not None and not options.correction:
             raise ValueError(f"sampler_logprobs: expected a tensor for {name}={value}, got None")
-    if options.dual_clip != math.inf and spec.variant.surrogate != "clip":
+    if options.dual_clip != math.inf and VARIANTS[spec.loss_type].surrogate != "clip":
         raise ValueError(f"dual_clip: expected None for loss_type={spec.loss_type!r}, got {spec.dual_clip}")
-    if options.delta != math.inf and spec.variant.surrogate != "clip":
+    if options.delta != math.inf and VARIANTS[spec.loss_type].surrogate != "clip":
         raise ValueError(f"delta: expected None for loss_type={spec.loss_type!r}, got {spec.delta}")
     return options
 

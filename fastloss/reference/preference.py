@@ -60,9 +60,10 @@ class Pair(NamedTuple):
     delta: Number
     tau: float
 
-    @property
-    def u(self) -> Tensor:
-        return self.beta * (self.sc - self.sr) - self.margin
+
+def difference(p: Pair) -> Tensor:
+    """What most terms are a function of. (No property: torch 2.8 traces none of a named tuple.)"""
+    return p.beta * (p.sc - p.sr) - p.margin
 
 
 def smoothed(u: Tensor, smoothing: Number) -> Tensor:
@@ -82,11 +83,11 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def sigmoid(p: Pair) -> Tensor:
-    return smoothed(p.u, p.smoothing)
+    return smoothed(difference(p), p.smoothing)
 
 
 def hinge(p: Pair) -> Tensor:
-    return torch.relu(1 - p.u)
+    return torch.relu(1 - difference(p))
 
 
 def ipo(p: Pair) -> Tensor:
@@ -94,9 +95,9 @@ def ipo(p: Pair) -> Tensor:
 
 
 def exo_pair(p: Pair) -> Tensor:
-    smoothing = torch.as_tensor(p.smoothing, dtype=p.u.dtype, device=p.u.device)
-    won = torch.sigmoid(p.u) * (F.logsigmoid(p.u) - torch.log1p(-smoothing))
-    return won + torch.sigmoid(-p.u) * (F.logsigmoid(-p.u) - torch.log(smoothing))
+    smoothing = torch.as_tensor(p.smoothing, dtype=difference(p).dtype, device=difference(p).device)
+    won = torch.sigmoid(difference(p)) * (F.logsigmoid(difference(p)) - torch.log1p(-smoothing))
+    return won + torch.sigmoid(-difference(p)) * (F.logsigmoid(-difference(p)) - torch.log(smoothing))
 
 
 def nca_pair(p: Pair) -> Tensor:
@@ -105,7 +106,7 @@ def nca_pair(p: Pair) -> Tensor:
 
 
 def robust(p: Pair) -> Tensor:
-    clean, flipped = -F.logsigmoid(p.u), -F.logsigmoid(-p.u)
+    clean, flipped = -F.logsigmoid(difference(p)), -F.logsigmoid(-difference(p))
     return ((1 - p.smoothing) * clean - p.smoothing * flipped) / (1 - 2 * p.smoothing)
 
 
@@ -126,9 +127,9 @@ def apo_down(p: Pair) -> Tensor:
 
 
 def discopop(p: Pair) -> Tensor:
-    mix = torch.sigmoid(p.u / p.tau)
-    exponential = (-p.u).clamp(max=MAX_EXPONENT).exp()
-    return -F.logsigmoid(p.u) * (1 - mix) + exponential * mix
+    mix = torch.sigmoid(difference(p) / p.tau)
+    exponential = (-difference(p)).clamp(max=MAX_EXPONENT).exp()
+    return -F.logsigmoid(difference(p)) * (1 - mix) + exponential * mix
 
 
 def sft(p: Pair) -> Tensor:

@@ -1,0 +1,119 @@
+"""PyTorch's own generic test files, run from a checkout of its ``test`` folder, with the operator of its two entries of
+cross-entropy replaced by fastloss's functions.
+
+    python tests/peers/torch_suites.py CHECKOUT/test [--suite test_ops.py ...] [--lists FOLDER]
+
+prints, for each file, how many tests pass for PyTorch itself and for fastloss, and the tests that only PyTorch passes. The
+checkout is best the tag of the installed torch; tests that its files cannot run with that torch fail for both.
+The parts of these suites that need no checkout are test_opinfo_suites.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+SUITES = (
+    "test_ops.py",
+    "test_ops_gradients.py",
+    "test_ops_fwd_gradients.py",
+    "test_meta.py",
+    "test_proxy_tensor.py",
+    "test_decomp.py",
+    "functorch/test_ops.py",
+    "functorch/test_vmap.py",
+    "functorch/test_aotdispatch.py",
+)
+NAMES = ("nn.functional.cross_entropy", "nn.functional.linear_cross_entropy")
+SELECTION = "nn_functional_cross_entropy or nn_functional_linear_cross_entropy"
+PROVIDER = "FASTLOSS_SUITES_PROVIDER"  # "torch" or "fastloss": this file is a pytest plugin then
+
+
+def replace_operators() -> None:
+    """Tests are made for the two entries alone, with fastloss's function as their operator if the provider is fastloss."""
+    from torch.testing._internal import common_device_type, common_methods_invocations
+
+    if os.environ[PROVIDER] == "fastloss":
+        import fastloss
+
+        for op in common_methods_invocations.op_db:
+            if op.name in NAMES:
+                op.op = getattr(fastloss, op.name.rsplit(".", 1)[1])
+    original = common_device_type.ops
+
+    def ops(op_list: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = [op for op in op_list if op.name in NAMES]
+        return original(kept, *args, **kwargs) if kept else _not_ours
+
+    common_device_type.ops = ops  # type: ignore[misc, assignment]
+
+
+def _not_ours(test: Any) -> Any:
+    def skipped(self: Any, device: Any = None) -> None:
+        self.skipTest("not of the two entries")
+
+    skipped.__name__ = test.__name__
+    return skipped
+
+
+def run(folder: Path, suite: str, provider: str, lists: Path | None) -> dict[str, str]:
+    """``passed``, ``failed`` or ``skipped`` of each test of a suite, by name."""
+    here = Path(__file__).resolve()
+    environment = dict(os.environ)
+    environment[PROVIDER] = provider
+    paths = [str(here.parent), str(here.parents[2]), str((folder / suite).parent), str(folder)]
+    environment["PYTHONPATH"] = os.pathsep.join([*paths, environment.get("PYTHONPATH", "")])
+    with TemporaryDirectory() as made:
+        report = Path(made) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", here.stem, "-k", SELECTION]
+        command += ["--noconftest", "-c", os.devnull, f"--rootdir={folder}", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", "--tb=short", suite]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if lists is not None:
+            (lists / f"{suite.replace('/', '_')}-{provider}.txt").write_text(done.stdout + done.stderr)
+        if not report.exists():
+            return {"(the file does not load)": "failed"}
+        cases = ElementTree.parse(report).getroot().iter("testcase")
+        return {f"{case.get('classname')}::{case.get('name')}": _outcome(case) for case in cases}
+
+
+def _outcome(case: Any) -> str:
+    kinds = {child.tag for child in case}
+    if kinds & {"failure", "error"}:
+        return "failed"
+    return "skipped" if "skipped" in kinds else "passed"
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="the test folder of a checkout of PyTorch")
+    parser.add_argument(
+        "--suite", action="append", choices=SUITES, help="one file (again for more; default: all)"
+    )
+    parser.add_argument("--lists", type=Path, help="a folder for pytest's own reports")
+    given = parser.parse_args()
+    print(f"torch {torch.__version__}")
+    print("| suite | torch | fastloss |\n| --- | --- | --- |", flush=True)
+    lost: list[str] = []
+    for suite in given.suite or SUITES:
+        theirs, ours = (run(given.folder, suite, name, given.lists) for name in ("torch", "fastloss"))
+        passed = [[name for name, outcome in got.items() if outcome == "passed"] for got in (theirs, ours)]
+        print(f"| {suite} | {len(passed[0])} | {len(passed[1])} |", flush=True)
+        lost += [f"{suite}: {name}" for name in passed[0] if name not in passed[1]]
+    print("\n".join(["", "PyTorch passes and fastloss does not:", *lost] if lost else []))
+
+
+if __name__ == "__main__":
+    main()
+elif PROVIDER in os.environ:
+    replace_operators()
