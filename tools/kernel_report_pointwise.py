@@ -15,6 +15,7 @@ from kernel_report_compile import compile_kernel
 from fastloss.tables import (
     AGGREGATIONS,
     CORRECTIONS,
+    DISTILLATION_DIVERGENCES,
     DIVERGENCES,
     KL_KINDS,
     LEVELS,
@@ -24,8 +25,28 @@ from fastloss.tables import (
     UNPAIRED_TERMS,
 )
 
-POINTERS = {"offsets_ptr": "*i64", "desirable_ptr": "*u8", "mask_ptr": "*u8", "select_ptr": "*u8"}
-INTEGERS = ("length", "count", "n", "pairs", "sequences", "chunks", "rows", "row_stride", "width")
+POINTERS = {
+    "offsets_ptr": "*i64",
+    "desirable_ptr": "*u8",
+    "mask_ptr": "*u8",
+    "select_ptr": "*u8",
+    "target_ptr": "*i64",
+}
+INTEGERS = (
+    "length",
+    "count",
+    "n",
+    "pairs",
+    "sequences",
+    "chunks",
+    "rows",
+    "row_stride",
+    "width",
+    "vocab",
+    "y_row_stride",
+    "grad_row_stride",
+    "ignore_index",
+)
 
 PAIR_ALWAYS = (
     "c_ptr",
@@ -170,10 +191,34 @@ CASES[("scale", "scale_kernel")] = {
     for dtype in ("fp32", "bf16", "fp16")
     for layout, aligned, rows in (("whole", ("width",), {"rows": 1}), ("rows", (), {}))
 }
+ROW_PAIR = ("x_ptr", "y_ptr", "lse_parts_ptr", "y_lse_parts_ptr")
+CASES[("divergences", "divergence_kernel")] = {
+    f"{name} {dtype}": (
+        (*ROW_PAIR, *given),
+        {**dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr"), f"*{dtype}"), "KIND": kind, "SAME": dtype == "fp32"},
+    )
+    for kind, name in enumerate(DISTILLATION_DIVERGENCES)
+    for dtype, given in (
+        (
+            "fp32",
+            (
+                "sums_ptr",
+                "grad_ptr",
+                "factors_ptr",
+                "target_ptr",
+                "hard_lse_parts_ptr",
+                "bias_ptr",
+                "y_bias_ptr",
+            ),
+        ),
+        ("bf16", ("slopes_ptr", "grad_ptr", "factors_ptr", "target_ptr", "hard_lse_parts_ptr")),
+    )
+}
 SHAPES = {
     "segment_sum_kernel": "SUM_SHAPE", "segment_expand_kernel": "SUM_SHAPE", "pair_loss_kernel": "PAIR_SHAPE",
     "unpaired_loss_kernel": "PAIR_SHAPE", "policy_loss_kernel": "POLICY_SHAPE", "policy_total_kernel": "TOTAL_SHAPE",
     "scan_kernel": "SCAN_SHAPE", "scale_kernel": "SCALE_SHAPE",
+    "divergence_kernel": "DIVERGENCE_SHAPE",
 }  # fmt: skip
 
 
