@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastloss.losses.cross_entropy import cross_entropy
+from fastloss.losses.distillation import DistillationOutput, distillation_loss
 from fastloss.losses.linear_cross_entropy import linear_cross_entropy
 from fastloss.losses.policy import PolicyOutput, policy_loss
 from fastloss.losses.preference import PreferenceOutput, preference_loss
@@ -242,6 +243,28 @@ class PolicyLoss(nn.Module):
         **options: Any,
     ) -> PolicyOutput:
         return policy_loss(logprobs, old_logprobs, advantages, mask, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class DistillationLoss(nn.Module):
+    """:func:`fastloss.distillation_loss` with its options fixed; the call takes the tensors and may override options.
+
+    >>> import torch, fastloss
+    >>> loss = fastloss.nn.DistillationLoss("jsd", interpolation=0.5)
+    >>> loss(torch.zeros(1, 4), torch.zeros(1, 4)).loss
+    tensor(0.)
+    """
+
+    def __init__(self, divergence: str = "forward_kl", **options: Any):
+        super().__init__()
+        self.options = {"divergence": divergence, **options}
+
+    def forward(
+        self, logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, **options: Any
+    ) -> DistillationOutput:
+        return distillation_loss(logits, teacher_logits, target, **{**self.options, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -244,10 +244,8 @@ def divergence_kernel(
                 store_rounded(out_row + v, g, mask)
 
 
-def launch_shape(vocab: int, warp: int = WARP) -> dict[str, Any]:
-    """Four entries a thread: seven sums of each are kept. Not tuned on a GPU."""
-    block = min(max(triton.next_power_of_2(vocab), 128), 1024)
-    return {"BLOCK": block, "num_warps": max(1, block // 4 // warp), "enable_fp_fusion": True}
+# Four entries a thread, seven sums of each. Not tuned on a GPU.
+DIVERGENCE_SHAPE: dict[str, Any] = {"BLOCK": 1024, "num_warps": 1024 // 4 // WARP, "enable_fp_fusion": True}
 
 
 def limits(kind: str, w: float) -> tuple[float, float, float]:
@@ -332,5 +330,5 @@ def _launch(
             float(o.scale), float(o.teacher_scale), float(o.factor), float(o.hard_loss_coef), float(o.interpolation),
             1.0 - o.interpolation, *limits(DISTILLATION_DIVERGENCES[kind], o.interpolation), *parts, factors, slopes, sums,
             grad, 0 if grad is None else grad.stride(0), KIND=kind, SAME=o.scale == 1.0,
-            **options_of(launch_shape(vocab), logits.device),
+            **options_of(DIVERGENCE_SHAPE, logits.device),
         )  # fmt: skip

@@ -15,6 +15,7 @@ from kernel_report_compile import compile_kernel
 from fastloss.tables import (
     AGGREGATIONS,
     CORRECTIONS,
+    DISTILLATION_DIVERGENCES,
     DIVERGENCES,
     KL_KINDS,
     LEVELS,
@@ -25,11 +26,27 @@ from fastloss.tables import (
 )
 
 POINTERS = {
-    "offsets_ptr": "*i64", "target_ptr": "*i64", "desirable_ptr": "*u8", "mask_ptr": "*u8", "select_ptr": "*u8",
-}  # fmt: skip
+    "offsets_ptr": "*i64",
+    "desirable_ptr": "*u8",
+    "mask_ptr": "*u8",
+    "select_ptr": "*u8",
+    "target_ptr": "*i64",
+}
 INTEGERS = (
-    "length", "count", "n", "pairs", "sequences", "chunks", "rows", "row_stride", "width", "ignore_index",
-)  # fmt: skip
+    "length",
+    "count",
+    "n",
+    "pairs",
+    "sequences",
+    "chunks",
+    "rows",
+    "row_stride",
+    "width",
+    "vocab",
+    "y_row_stride",
+    "grad_row_stride",
+    "ignore_index",
+)
 
 PAIR_ALWAYS = (
     "c_ptr",
@@ -179,11 +196,35 @@ CASES[("reduce", "sum_rows_kernel")] = {
     "factor on the device": (("values_ptr", "factor_ptr", "out_ptr"), {}),
 }
 CASES[("reduce", "reciprocal_count_kernel")] = {"": (("target_ptr", "out_ptr"), {})}
+ROW_PAIR = ("x_ptr", "y_ptr", "lse_parts_ptr", "y_lse_parts_ptr")
+CASES[("divergences", "divergence_kernel")] = {
+    f"{name} {dtype}": (
+        (*ROW_PAIR, *given),
+        {**dict.fromkeys(("x_ptr", "y_ptr", "grad_ptr"), f"*{dtype}"), "KIND": kind, "SAME": dtype == "fp32"},
+    )
+    for kind, name in enumerate(DISTILLATION_DIVERGENCES)
+    for dtype, given in (
+        (
+            "fp32",
+            (
+                "sums_ptr",
+                "grad_ptr",
+                "factors_ptr",
+                "target_ptr",
+                "hard_lse_parts_ptr",
+                "bias_ptr",
+                "y_bias_ptr",
+            ),
+        ),
+        ("bf16", ("slopes_ptr", "grad_ptr", "factors_ptr", "target_ptr", "hard_lse_parts_ptr")),
+    )
+}
 SHAPES = {
     "sum_rows_kernel": "REDUCE_SHAPE", "reciprocal_count_kernel": "REDUCE_SHAPE",
     "segment_sum_kernel": "SUM_SHAPE", "segment_expand_kernel": "SUM_SHAPE", "pair_loss_kernel": "PAIR_SHAPE",
     "unpaired_loss_kernel": "PAIR_SHAPE", "policy_loss_kernel": "POLICY_SHAPE", "policy_total_kernel": "TOTAL_SHAPE",
     "scan_kernel": "SCAN_SHAPE", "scale_kernel": "SCALE_SHAPE",
+    "divergence_kernel": "DIVERGENCE_SHAPE",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def data(case: Case, device: str) -> Data:
         tensors = kind.tensors(case, torch.Generator(device).manual_seed(0))
     leaves = () if case.nograd else kind.leaves(case)
     for name, tensor in tensors.items():
-        wide = name in ("logits", "hidden", "weight", "ref_hidden", "ref_weight")
+        wide = name in ("logits", "hidden", "weight", "ref_hidden", "ref_weight", "ref_logits")
         tensors[name] = tensor.to(case.dtype if wide else tensor.dtype)
     pristine = tensors["logits"].clone() if case.inplace else None
     if "logits" not in tensors or case.calls > 1:

@@ -17,6 +17,7 @@ from fastloss.bench.provider import Provider, emulated
 # The vocabulary tile of TRL 1.16's trainers (trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE).
 TRL_CHUNK = 32768
 TRL = ("trl.kernels.chunked_logprob", "ChunkedLogProbFunction")
+TRL_DIVERGENCE = ("trl.kernels.chunked_divergence", "ChunkedDivergenceFunction")
 LIGER = "liger_kernel.chunked_loss"
 
 
@@ -136,6 +137,19 @@ def _trl_policy(case: Case) -> Loss:
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Tensor) -> Tensor:
         return surrogate(_trl_stats(hidden, weight, target, ("entropy",))[0], *rest)
+
+    return loss
+
+
+def _trl_distillation(case: Case) -> Loss:
+    """DistillationTrainer's forward KL (beta 0); it gives the entropy too."""
+
+    def loss(
+        hidden: Tensor, weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, target: Tensor
+    ) -> Tensor:
+        kept = target != IGNORE
+        found = _function(*TRL_DIVERGENCE).apply(hidden, weight, None, ref_hidden, ref_weight, None, 0.0)
+        return (found[0] * kept).sum() / kept.sum()
 
     return loss
 
@@ -261,6 +275,7 @@ def registry() -> list[Provider]:
         Provider("trl", _needs(*TRL, kind="preference-linear"), _trl_preference),
         Provider("trl", _needs(*TRL, kind="kto-linear"), _trl_kto),
         Provider("trl", _needs(*TRL, kind="policy-linear"), _trl_policy),
+        Provider("trl", _needs(*TRL_DIVERGENCE, kind="distillation-linear"), _trl_distillation),
         Provider("trl", lambda case, device: None if case.kind == "gae" else "", _trl_gae),
         Provider(
             "liger", _needs(*liger_rows, kind="row", gpu=True, also=_only_in_place), _plain(*liger_rows)

@@ -22,6 +22,9 @@ def _numbers(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+TEACHER, TEACHER_WEIGHT = _numbers(ROWS, VOCAB).flip(-1), _numbers(VOCAB, 2)
+
+
 def _policy(logprobs: Tensor, entropy: Tensor, backend: str) -> Tensor:
     old = -torch.ones(2, 3, dtype=logprobs.dtype, device=logprobs.device)
     advantages = torch.tensor([1.0, -0.5], dtype=logprobs.dtype, device=logprobs.device)
@@ -81,13 +84,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
     "policy_loss": (_policy, ((2, 3), (2, 3))),
     "distillation_loss": (
         lambda x, backend: fastloss.distillation_loss(
-            x, x.detach().flip(-1), TARGET.to(x.device), divergence="jsd", hard_loss_coef=0.1, temperature=1.5, backend=backend
+            x, TEACHER.to(x), TARGET.to(x.device), divergence="jsd", hard_loss_coef=0.1, temperature=1.5, backend=backend
         ).loss,
         ((ROWS, VOCAB),),
     ),
     "linear_distillation_loss": (
         lambda h, w, backend: fastloss.linear_distillation_loss(
-            h, w, h.detach().flip(-1), w.detach() * 2, TARGET.to(h.device), divergence="reverse_kl", backend=backend
+            h, w, TEACHER[:, :2].to(h), TEACHER_WEIGHT.to(h), TARGET.to(h.device), divergence="reverse_kl", backend=backend
         ).loss,
         ((ROWS, DIM), (VOCAB, DIM)),
     ),

@@ -33,6 +33,9 @@ def test_no_kernel_touches_local_memory(arch: str) -> None:
         "reciprocal_count_kernel",
         "scan_kernel<float, 0>",
         "scan_kernel<float, 1>",
+        "divergence_kernel<float>",
+        "divergence_kernel<bfloat16>",
+        "divergence_kernel<float16>",
     } <= set(names)
     assert (
         sum(name.startswith("row_") for name in names) == 36

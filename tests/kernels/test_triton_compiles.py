@@ -34,7 +34,7 @@ def test_no_spills(target: str) -> None:
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {row["kernel"] for row in rows} >= {
         "row_stats", "row_grad", "row_cross_entropy", "segment_sum", "segment_expand", "pair_loss", "unpaired_loss",
-        "policy_loss", "policy_total", "scan", "scale", "sum_rows", "reciprocal_count",
+        "policy_loss", "policy_total", "scan", "scale", "sum_rows", "reciprocal_count", "divergence",
     }  # fmt: skip
     assert [row for row in rows if kernel_report_triton.offends(row)] == []
 
@@ -68,6 +68,7 @@ with_code(policy, "clip", LEVEL=len(tables.LEVELS))
 with_code(policy, "clip", AGGREGATION=len(tables.AGGREGATIONS))
 with_code(policy, "k3", KL_KIND=len(tables.KL_KINDS))
 with_code(policy, "token_mask", CORRECTION=len(tables.CORRECTIONS))
+with_code(("divergences", "divergence_kernel"), "jsd fp32", KIND=len(tables.DISTILLATION_DIVERGENCES))
 with_code(("policy", "policy_total_kernel"), "token-mean", AGGREGATION=len(tables.AGGREGATIONS))
 """
 
@@ -79,4 +80,4 @@ def test_unknown_codes_do_not_compile() -> None:
     command = [sys.executable, "-c", UNKNOWN, str(TOOLS), "sm_90"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.split() == ["error"] * 9, done.stdout
+    assert done.stdout.split() == ["error"] * 10, done.stdout

@@ -337,6 +337,14 @@ def test_bad_tensors_are_named() -> None:
         fastloss.linear_distillation_loss(z, y[0], y, y[0], chunk_size=0)
 
 
+def test_the_module_is_the_function() -> None:
+    z, y, target = batch()
+    module = fastloss.nn.DistillationLoss("jsd", interpolation=0.3)
+    assert repr(module) == "DistillationLoss(divergence='jsd', interpolation=0.3)"
+    expected = fastloss.distillation_loss(z, y, target, divergence="jsd", interpolation=0.3, temperature=2.0)
+    torch.testing.assert_close(module(z, y, target, temperature=2.0), expected)
+
+
 def test_no_tokens_cost_nothing() -> None:
     x, w = torch.ones(0, 4, requires_grad=True), torch.ones(5, 4, requires_grad=True)
     loss = fastloss.linear_distillation_loss(x, w, torch.ones(0, 3), torch.ones(5, 3)).loss

@@ -1,4 +1,5 @@
-"""Distillation from the hidden states of student and teacher ("distillation-linear"): the forward KL of each token."""
+"""The forward KL of each token, from the logits of student and teacher ("distillation") and from their hidden states and
+vocabulary matrices ("distillation-linear")."""
 
 from __future__ import annotations
 
@@ -13,8 +14,46 @@ import fastloss
 from fastloss.bench.case import IGNORE, Case, Data, Loss, short
 from fastloss.bench.exact import BLOCK, Exact
 from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, ignore_some, random_targets
+from fastloss.bench.kinds.cross_entropy import copy
 
 FUNCTION = "linear_distillation_loss"
+
+
+def row_cases(quick: bool) -> Iterator[Case]:
+    rows, vocab = (16, 2000) if quick else (1024, 32000)
+    for dtype in (torch.float32, torch.bfloat16):
+        yield Case(f"distillation-{short(dtype)}-{rows}x{vocab}", "distillation", rows, 0, vocab, dtype)
+
+
+def _row_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    logits, teacher = (torch.randn(case.rows, case.vocab, generator=generator) for _ in range(2))
+    target = ignore_some(case, random_targets(case, generator), generator)
+    return {"logits": logits, "ref_logits": logits + teacher, "target": target}
+
+
+def _ours_rows(case: Case, backend: str) -> Loss:
+    function: Any = fastloss.distillation_loss
+    return lambda *tensors: function(*tensors, divergence="forward_kl", backend=backend).loss
+
+
+def _eager_rows(case: Case) -> Loss:
+    def loss(logits: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        kept = target != IGNORE
+        return (_divergence(logits.float(), teacher.float()) * kept).sum() / kept.sum()
+
+    return loss
+
+
+def _row_truth(case: Case, data: Data) -> Exact:
+    kept = (data["target"] != IGNORE).sum()
+    total, gradients = torch.zeros((), dtype=torch.float64), []
+    names = ("logits", "ref_logits", "target")
+    for logits, teacher, target in zip(*(data[name].detach().split(BLOCK) for name in names)):
+        z = logits.double().requires_grad_()
+        loss = (_divergence(z, teacher.double()) * (target != IGNORE)).sum() / kept
+        gradients.append(torch.autograd.grad(loss, z)[0])
+        total = total + loss.detach().cpu()
+    return Exact(total, {"logits": torch.cat(gradients)})
 
 
 def cases(quick: bool) -> Iterator[Case]:
@@ -79,5 +118,8 @@ def _truth(case: Case, data: Data) -> Exact:
 
 
 KINDS = {
+    "distillation": Kind(
+        row_cases, _row_tensors, lambda case: ("logits",), _ours_rows, _eager_rows, _row_truth, ("copy", copy)
+    ),
     "distillation-linear": Kind(cases, _tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION),
 }
