@@ -24,6 +24,7 @@ from fastloss.losses.advantages import (
     whiten,
 )
 from fastloss.losses.cross_entropy import cross_entropy
+from fastloss.losses.distillation import DistillationOutput, distillation_loss, linear_distillation_loss
 from fastloss.losses.group_advantages import (
     gdpo_advantages,
     gpg_advantages,
@@ -63,6 +64,7 @@ from fastloss.lazy_logits import LazyLogits  # isort: skip
 from fastloss.patch import patch  # isort: skip
 
 __all__ = [
+    "DistillationOutput",
     "LazyLogits",
     "PolicyOutput",
     "PreferenceOutput",
@@ -76,6 +78,7 @@ __all__ = [
     "cpo_loss",
     "cross_entropy",
     "discounted_returns",
+    "distillation_loss",
     "dpo_loss",
     "entropy_from_logits",
     "explain",
@@ -88,6 +91,7 @@ __all__ = [
     "kto_loss",
     "linear_cpo_loss",
     "linear_cross_entropy",
+    "linear_distillation_loss",
     "linear_dpo_loss",
     "linear_kto_loss",
     "linear_orpo_loss",

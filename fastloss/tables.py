@@ -230,6 +230,44 @@ def is_token_level(options: PolicyOptions) -> bool:
     )
 
 
+# --- distillation (docs/distillation.md) ---------------------------------------------------------------------------
+
+DISTILLATION_DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "tvd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "alpha",
+)
+# What is added up over a row's classes, in the order in which a kernel writes it. "slope" is Σ d divergence / d log q, which the
+# gradient needs; "loss" holds the hard loss too.
+DISTILLATION_SUMS = (
+    "loss",
+    "kl",
+    "reverse_kl",
+    "agreement",
+    "entropy",
+    "teacher_entropy",
+    "hard_loss",
+    "slope",
+)
+
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """One divergence of a student from a teacher, times ``factor``, and a multiple of the cross-entropy beside it."""
+
+    divergence: int = 0  # code of DISTILLATION_DIVERGENCES
+    interpolation: float = 0.5  # jsd, alpha: inside (0, 1), the ends are KLs; skewed: (0, 1]
+    scale: float = 1.0  # 1 / temperature
+    teacher_scale: float = 1.0
+    factor: float = 1.0
+    hard_loss_coef: float = 0.0
+    ignore_index: int = -100
+
+
 # What a native module's ``tables()`` must return: name -> the names of its codes, in order.
 NATIVE_TABLES: dict[str, tuple[str, ...]] = {
     "dtypes": ("float32", "bfloat16", "float16", "float64"),
@@ -246,4 +284,6 @@ NATIVE_TABLES: dict[str, tuple[str, ...]] = {
     "corrections": CORRECTIONS,
     "policy_out": POLICY_OUT,
     "policy_metrics": POLICY_METRICS,
+    "distillation_divergences": DISTILLATION_DIVERGENCES,
+    "distillation_sums": DISTILLATION_SUMS,
 }

@@ -5,6 +5,7 @@ float16): outputs allocated, one launch each (policy_loss: two), ValueError for 
 a tensor that a kernel cannot read.
 """
 
+from .divergences import row_divergence, row_divergence_grad
 from .pairs import pair_loss, segment_expand, segment_sum, unpaired_loss
 from .policy import policy_loss
 from .rows import row_cross_entropy, row_grad, row_stats
@@ -17,6 +18,8 @@ __all__ = [
     "pair_loss",
     "policy_loss",
     "row_cross_entropy",
+    "row_divergence",
+    "row_divergence_grad",
     "row_grad",
     "row_stats",
     "scale_in_place",

@@ -29,6 +29,7 @@ def documented() -> Iterator[tuple[str, object]]:
 PUBLIC = dict(documented())
 # A result's type and torch's own machinery need no example.
 WITHOUT_EXAMPLE = {
+    "DistillationOutput",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",

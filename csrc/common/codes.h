@@ -177,6 +177,33 @@ FASTLOSS_PLACES(Metric, kMetrics, FASTLOSS_POLICY_METRICS)
 
 }  // namespace policy
 
+// --- distillation (docs/distillation.md) ---
+
+namespace distillation {
+
+#define FASTLOSS_DISTILLATION_DIVERGENCES(X) \
+  X(kForwardKl, "forward_kl")                \
+  X(kReverseKl, "reverse_kl")                \
+  X(kJsd, "jsd")                             \
+  X(kTvd, "tvd")                             \
+  X(kSkewedForwardKl, "skewed_forward_kl")   \
+  X(kSkewedReverseKl, "skewed_reverse_kl")   \
+  X(kAlpha, "alpha")
+FASTLOSS_CODES(Divergence, FASTLOSS_DISTILLATION_DIVERGENCES)
+
+#define FASTLOSS_DISTILLATION_SUMS(X)   \
+  X(kLoss, "loss")                      \
+  X(kKl, "kl")                          \
+  X(kReverse, "reverse_kl")             \
+  X(kAgreement, "agreement")            \
+  X(kEntropy, "entropy")                \
+  X(kTeacherEntropy, "teacher_entropy") \
+  X(kHardLoss, "hard_loss")             \
+  X(kSlope, "slope")
+FASTLOSS_PLACES(Sum, kSums, FASTLOSS_DISTILLATION_SUMS)
+
+}  // namespace distillation
+
 #undef FASTLOSS_ENUMERATOR
 #undef FASTLOSS_NAME
 

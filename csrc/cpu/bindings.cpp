@@ -4,6 +4,7 @@
 
 #include <pybind11/stl.h>
 
+#include "common/divergence_bindings.h"
 #include "common/row_bindings.h"
 #include "dispatch.h"
 #include "parallel.h"
@@ -42,6 +43,10 @@ struct Cpu {
     const ReleaseGil gil(in.rows * in.vocab >= kSmallWork);
     row_cross_entropy(in, ce, out, threads);
   }
+  static void run(const RowDivergence& a, int64_t threads) {
+    const ReleaseGil gil(a.rows * a.vocab >= kSmallWork);
+    row_divergence(a, threads);
+  }
 };
 
 pybind11::tuple targets_of(Address target, int64_t n, int64_t vocab, int64_t ignore_index) {
@@ -70,6 +75,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of fastloss; docs/engine.md and docs/sequences.md are their contract.";
   m.def("tables", &tables);
   RowBindings<Cpu>::bind(m);
+  DivergenceBindings<Cpu>::bind(m);
   define(m, "count_targets", &targets_of, "target", "n", "vocab", "ignore_index");
   define(m, "sum_rows", &sum_of_rows, "values", "dtype", "n", "factor", "out");
   using pybind11::arg;

@@ -10,14 +10,16 @@
 
 namespace fastloss {
 
-#define FASTLOSS_DECLARE_ISA(isa)            \
-  namespace isa {                            \
-  extern const Kernels kernels;              \
-  extern const PolicyKernels policy_kernels; \
-  extern const HeadKernels head_kernels;     \
-  extern const GemmKernel gemm_bf16;         \
+#define FASTLOSS_DECLARE_ISA(isa)                    \
+  namespace isa {                                    \
+  extern const Kernels kernels;                      \
+  extern const PolicyKernels policy_kernels;         \
+  extern const HeadKernels head_kernels;             \
+  extern const GemmKernel gemm_bf16;                 \
+  extern const DivergenceKernels divergence_kernels; \
   }
-#define FASTLOSS_ISA_TABLE(isa) {#isa, isa::kernels, isa::policy_kernels, isa::head_kernels, isa::gemm_bf16}
+#define FASTLOSS_ISA_TABLE(isa) \
+  {#isa, isa::kernels, isa::policy_kernels, isa::head_kernels, isa::gemm_bf16, isa::divergence_kernels}
 
 FASTLOSS_DECLARE_ISA(generic)
 #if defined(__x86_64__)
@@ -92,6 +94,12 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
   for_rows(
       l.rows, l.vocab, threads, k.scratch_bytes(l, c.grad != nullptr),
       [&](int64_t begin, int64_t end, void* scratch) { k.row_cross_entropy(l, c, s, begin, end, scratch); });
+}
+
+void row_divergence(const RowDivergence& a, int64_t threads) {
+  const DivergenceKernels& k = isa().divergences;
+  for_rows(a.rows, a.vocab, threads, k.scratch_bytes(),
+           [&](int64_t begin, int64_t end, void* scratch) { k.row_divergence(a, begin, end, scratch); });
 }
 
 void convert(const void* src, int src_dtype, void* dst, int dst_dtype, int64_t n, int64_t threads) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "args.h"
+#include "divergences.h"
 #include "gemm.h"
 #include "head.h"
 #include "policy.h"
@@ -20,6 +21,7 @@ struct Isa {
   const PolicyKernels& policies;
   const HeadKernels& head;
   const GemmKernel& gemm_bf16;
+  const DivergenceKernels& divergences;
 };
 
 // The one that is used: the first of supported_isas, or the one that set_isa named.

@@ -5,15 +5,13 @@
 
 #include "args.h"
 #include "common/policy_terms.h"
+#include "lane_sums.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
 namespace {
 
 constexpr int64_t kTokens = 256;  // added up in float before the sums go to double
-
-template <class S>
-using VectorOf = typename Lanes<S>::V;
 
 // The inputs of a sequence.
 template <class S>
@@ -113,23 +111,6 @@ FASTLOSS_INLINE void walk_blocks(const Inputs<S>& in, int64_t begin, int64_t end
   }
 }
 #define FASTLOSS_ALWAYS __attribute__((always_inline))
-
-FASTLOSS_INLINE void widen_into(F64V (&wide)[2], F32V v) {
-  F32HalfV half[2];
-  memcpy(half, &v, sizeof v);
-  wide[0] += __builtin_convertvector(half[0], F64V), wide[1] += __builtin_convertvector(half[1], F64V);
-}
-FASTLOSS_INLINE void widen_into(F64V (&wide)[2], F64V v) { wide[0] += v; }
-
-template <class S>
-struct Sum {
-  VectorOf<S> now = {};
-  F64V wide[2] = {};
-
-  FASTLOSS_INLINE void operator+=(VectorOf<S> v) { now += v; }
-  FASTLOSS_INLINE void flush() { widen_into(wide, now), now = VectorOf<S>{}; }
-  FASTLOSS_INLINE double total() const { return sum_lanes(wide[0] + wide[1]); }
-};
 
 // Of masks, whose lanes are 0 or -1.
 template <class S>

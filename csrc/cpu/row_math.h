@@ -123,12 +123,12 @@ void write_ignored(const Stats& s, int64_t row) {
   put<S>(s.lse_parts, 2 * row + 1, 0);
 }
 
-Wanted wanted(const Stats& s) {
+inline Wanted wanted(const Stats& s) {
   return {s.entropy != nullptr, s.log_sum_sq_probs != nullptr, s.mean_logits != nullptr, false};
 }
 
 // Σ w and Σ w z (Σ z where there is no w) are terms of the loss.
-Wanted wanted(const Stats& s, const Logits& l, const CrossEntropy& c) {
+inline Wanted wanted(const Stats& s, const Logits& l, const CrossEntropy& c) {
   Wanted want = wanted(s);
   want.sum_w = !l.target || (c.terms.smooth > 0 && c.w);
   if (c.terms.smooth > 0 && l.target && !c.w) want.sum_z = true;

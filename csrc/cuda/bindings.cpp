@@ -12,6 +12,7 @@
 namespace fastloss::cuda {
 void bind_pairs(pybind11::module_&);
 void bind_policy(pybind11::module_&);
+void bind_divergences(pybind11::module_&);
 
 namespace {
 
@@ -66,4 +67,5 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
                    "context");
   cuda::bind_pairs(m);
   cuda::bind_policy(m);
+  cuda::bind_divergences(m);
 }

@@ -21,8 +21,18 @@ from fastloss.engine import checks
 from fastloss.engine import head as heads
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
+from fastloss.engine.distillation import log_sums, of_heads
 from fastloss.engine.head import NOTHING, Head, Limits, Needs, Saved, Schedule
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS, CrossEntropyOptions, RowOptions
+from fastloss.tables import (
+    ACC_DTYPES,
+    DISTILLATION_SUMS,
+    LATE_DTYPES,
+    LSE_PARTS,
+    STATS,
+    CrossEntropyOptions,
+    DistillationOptions,
+    RowOptions,
+)
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
 
@@ -150,7 +160,7 @@ def _row_fields(options: RowOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _ROW_FIELDS}
 
 
-def _all_fields(options: RowOptions) -> dict[str, Any]:
+def _all_fields(options: RowOptions | DistillationOptions) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
 
@@ -575,6 +585,171 @@ def linear_token_stats(
     )[:-1]
 
 
+# --- distillation --------------------------------------------------------------------------------------------------
+
+
+@_operator(
+    "distillation_grad",
+    "Tensor logits, Tensor teacher, Tensor? target, Tensor student_parts, Tensor teacher_parts, Tensor? hard_parts, "
+    "Tensor slopes, Tensor factors",
+    DistillationOptions,
+    "str backend",
+    "Tensor",
+)
+def _distillation_grad(  # type: ignore[no-untyped-def]
+    logits, teacher, target, student_parts, teacher_parts, hard_parts, slopes, factors, *, backend, **fields
+):
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    backends.runnable(backend).row_divergence_grad(
+        logits, teacher, target, _record(DistillationOptions, fields), lse_parts=student_parts,
+        teacher_lse_parts=teacher_parts, slopes=slopes, factors=factors, out=out, hard_lse_parts=hard_parts,
+    )  # fmt: skip
+    return out
+
+
+@_distillation_grad.register_fake
+def _(logits, *tensors, **fields):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape)
+
+
+@_operator(
+    "distillation",
+    "Tensor logits, Tensor teacher, Tensor? target",
+    DistillationOptions,
+    "str backend",
+    "Tensor[]",
+)
+def _distillation(logits, teacher, target, *, backend, **fields):  # type: ignore[no-untyped-def]
+    options, kernels = _record(DistillationOptions, fields), backends.runnable(backend)
+    _check_targets(target, logits.shape[1], options.ignore_index)
+    parts = log_sums(kernels, logits, teacher, target, options)
+    sums = kernels.row_divergence(
+        logits, teacher, target, options,
+        lse_parts=parts.student, teacher_lse_parts=parts.teacher, hard_lse_parts=parts.hard,
+    )  # fmt: skip
+    hard = sums.new_empty(0) if parts.hard is None else parts.hard.clone()
+    return [sums[:, 0].clone(), sums, parts.student, parts.teacher, hard]
+
+
+@_distillation.register_fake
+def _(logits, teacher, target, *, hard_loss_coef, **fields):  # type: ignore[no-untyped-def]
+    rows, acc = logits.shape[0], ACC_DTYPES[logits.dtype]
+    shapes = [
+        (rows,),
+        (rows, len(DISTILLATION_SUMS)),
+        (rows, 2),
+        (rows, 2),
+        (rows, 2) if hard_loss_coef else (0,),
+    ]
+    return [logits.new_empty(shape, dtype=acc) for shape in shapes]
+
+
+def _save_distillation(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    ctx.given = keyword_only_inputs
+    _, sums, student_parts, teacher_parts, hard_parts = output
+    hard = hard_parts if ctx.given["hard_loss_coef"] else None
+    ctx.save_for_backward(*inputs, student_parts, teacher_parts, hard, sums)
+
+
+def _backward_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
+    *tensors, sums = ctx.saved_tensors
+    slopes = sums[:, DISTILLATION_SUMS.index("slope")].contiguous()
+    factors = upstream[0].to(slopes.dtype).contiguous()
+    return _distillation_grad(*tensors, slopes, factors, **ctx.given), None, None
+
+
+_distillation.register_autograd(_backward_distillation, setup_context=_save_distillation)
+
+
+def distillation(
+    logits: Tensor, teacher: Tensor, target: Tensor | None, options: DistillationOptions, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(loss [rows], sums [rows, 8])."""
+    loss, sums, *_ = _distillation(logits, teacher, target, **_all_fields(options), backend=backend)
+    return loss, sums.detach()
+
+
+_TWO_HEADS = f"{_HEAD}, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? factors"
+_HOW_TWO = "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, int chunk, str memory, str backend"
+
+
+@_operator("linear_distillation", _TWO_HEADS, DistillationOptions, _HOW_TWO, "Tensor[]")
+def _linear_distillation(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, *,
+    needs, dtype, teacher_dtype, chunk, memory, backend, **fields,
+):  # fmt: skip
+    options, kernels = _record(DistillationOptions, fields), backends.runnable(backend)
+    _check_targets(target, weight.shape[0], options.ignore_index)
+    head = heads.make_head(kernels, hidden, weight, bias, dtype)
+    teacher = heads.make_head(kernels, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
+    keep, needed = heads.kept_rows(target, options.ignore_index, traced=True), Needs(*needs)
+    rows = heads.count_kept(hidden.shape[0], keep)
+    schedule = heads.chunked(head, rows, needed, Limits(chunk or None, memory))
+    sums, grads = of_heads(head, teacher, needed, target, factors, options, schedule, keep)
+    loss = sums[:, 0]
+    total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)
+    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
+    return [total, sums, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
+
+
+@_linear_distillation.register_fake
+def _(hidden, weight, bias, *others, needs, dtype, teacher_dtype, **fields):  # type: ignore[no-untyped-def]
+    rows, acc = hidden.shape[0], ACC_DTYPES[torch.promote_types(dtype, teacher_dtype)]
+    total = hidden.new_empty((rows,) if others[-1] is None else (), dtype=acc)
+    sums = hidden.new_empty((rows, len(DISTILLATION_SUMS)), dtype=acc)
+    return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
+
+
+def _save_linear_distillation(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    ctx.given = keyword_only_inputs
+    ctx.needs = list(ctx.needs_input_grad[:3])
+    ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
+    made = any(ctx.given["needs"])
+    ctx.save_for_backward(*((None,) * 8 if made else inputs), *(output[-3:] if made else (None,) * 3))
+
+
+def _backward_linear_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
+    *operands, target, factors, d_hidden, d_weight, d_bias = ctx.saved_tensors
+    given, g = ctx.given, upstream[0]
+    if any(given["needs"]):
+        scaled = zip((d_hidden, d_weight, d_bias), given["needs"], ctx.dtypes, strict=True)
+        grads = [(x * g).to(t) if need else None for x, need, t in scaled]
+    else:
+        g = g.contiguous() if factors is None else g * factors
+        _, _, *made = _linear_distillation(*operands, target, g, **{**given, "needs": ctx.needs})
+        grads = [x.to(t) if need else None for x, need, t in zip(made, ctx.needs, ctx.dtypes, strict=True)]
+    return (*grads, *[None] * 5)
+
+
+_linear_distillation.register_autograd(_backward_linear_distillation, setup_context=_save_linear_distillation)
+
+
+def linear_distillation(
+    operands: tuple[Tensor | None, ...],
+    target: Tensor | None,
+    factors: Tensor | None,
+    options: DistillationOptions,
+    needs: Needs,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    limits: Limits,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 8])."""
+    total, sums, *_ = _linear_distillation(
+        *operands,
+        target,
+        factors,
+        **_all_fields(options),
+        needs=list(needs),
+        dtype=dtypes[0],
+        teacher_dtype=dtypes[1],
+        chunk=limits.chunk_size or 0,
+        memory=limits.memory,
+        backend=backend,
+    )
+    return total, sums.detach()
+
+
 # --- FLOPs ---------------------------------------------------------------------------------------------------------
 
 
@@ -586,6 +761,14 @@ def _gemm_flops(hidden_shape: Any, weight_shape: Any, count: int) -> int:
 @register_flop_formula(torch.ops.fastloss.linear_cross_entropy)
 def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+
+
+@register_flop_formula(torch.ops.fastloss.linear_distillation)
+def _(
+    hidden_shape, weight_shape, bias_shape, teacher_hidden_shape, teacher_weight_shape, *args, needs, **kwargs
+) -> int:  # type: ignore[no-untyped-def]
+    student = _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+    return student + _gemm_flops(teacher_hidden_shape, teacher_weight_shape, 1)
 
 
 @register_flop_formula(torch.ops.fastloss.linear_token_stats)

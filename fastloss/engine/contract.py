@@ -22,6 +22,7 @@ from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     CrossEntropyOptions,
+    DistillationOptions,
     PairConstants,
     PairOptions,
     PolicyOptions,
@@ -162,6 +163,45 @@ class Backend(Protocol):
         """ "loss" and "lse_parts" of each row, the statistics in ``want``, and into ``grad`` (may be ``logits``), where given,
         the gradient times ``factor``, in one pass. ``w``: class weights ``[V]``; with ``target=None`` the weighted class
         probabilities ``[rows, V]``."""
+        ...
+
+    def row_divergence(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        options: DistillationOptions,
+        *,
+        lse_parts: Tensor,
+        teacher_lse_parts: Tensor,
+        hard_lse_parts: Tensor | None = None,
+        factors: Tensor | None = None,
+        grad: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor:
+        """acc ``[rows, 8]`` (fastloss.tables.DISTILLATION_SUMS) of each row of ``logits [rows, V]`` against the same row of
+        ``teacher_logits [rows, V]``, of one dtype; and into ``grad`` (may be ``logits``), where given, the gradient of the loss
+        times ``factors [rows]``. The lse_parts are :meth:`row_stats`'s: of the student's logits times ``options.scale``, of
+        the teacher's times ``teacher_scale``, and ``hard_lse_parts`` (None: no hard loss) of the student's with scale 1."""
+        ...
+
+    def row_divergence_grad(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        options: DistillationOptions,
+        *,
+        lse_parts: Tensor,
+        teacher_lse_parts: Tensor,
+        slopes: Tensor,
+        factors: Tensor,
+        out: Tensor,
+        hard_lse_parts: Tensor | None = None,
+    ) -> None:
+        """The gradient of :meth:`row_divergence` alone, to ``out [rows, V]``, which may be ``logits``; ``slopes [rows]`` are the
+        column "slope" of its sums."""
         ...
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:

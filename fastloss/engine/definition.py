@@ -15,6 +15,7 @@ from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     LSE_PARTS,
     CrossEntropyOptions,
+    DistillationOptions,
     PairConstants,
     PairOptions,
     PolicyOptions,
@@ -99,6 +100,52 @@ class ReferenceBackend:
             grad.copy_(torch.autograd.grad(loss.sum() * scale, x)[0])
             loss = loss.detach()
         return {**stats, "loss": loss}
+
+    def row_divergence(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        options: DistillationOptions,
+        *,
+        lse_parts: Tensor,
+        teacher_lse_parts: Tensor,
+        hard_lse_parts: Tensor | None = None,
+        factors: Tensor | None = None,
+        grad: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor:
+        """The column "slope" is 0: autograd, which makes the gradient, has no use for it."""
+        x = logits if grad is None else logits.detach().requires_grad_()
+        with torch.set_grad_enabled(torch.is_grad_enabled() or grad is not None):
+            rows = reference.distillation_rows(
+                x, teacher_logits, target, options, bias=bias, teacher_bias=teacher_bias
+            )
+        if grad is not None:
+            upstream = torch.ones_like(rows.loss) if factors is None else factors
+            grad.copy_(torch.autograd.grad(rows.loss, x, upstream)[0])
+            rows = rows._replace(loss=rows.loss.detach())
+        return torch.stack([*rows, torch.zeros_like(rows.kl)], -1)
+
+    def row_divergence_grad(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        options: DistillationOptions,
+        *,
+        lse_parts: Tensor,
+        teacher_lse_parts: Tensor,
+        slopes: Tensor,
+        factors: Tensor,
+        out: Tensor,
+        hard_lse_parts: Tensor | None = None,
+    ) -> None:
+        self.row_divergence(
+            logits, teacher_logits, target, options, lse_parts=lse_parts,
+            teacher_lse_parts=teacher_lse_parts, factors=factors, grad=out,
+        )  # fmt: skip
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
         total = values.sum() * factor.value

@@ -347,7 +347,12 @@ class Chunk:
         head.backend.row_grad(
             z, target, options, lse_parts=lse_parts, coefficients=coefficients, out=z, bias=head.bias, w=w
         )
-        self.run.gemms.gradients(z, self.start, self.stop)
+        self.add_gradients()
+
+    def add_gradients(self) -> None:
+        """Adds to the head's gradients from the chunk's d logits, which have been written over its logits."""
+        if self.run.needs and self.logits.shape[0]:
+            self.run.gemms.gradients(self.logits, self.start, self.stop)
 
 
 def gemm_bf16(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:

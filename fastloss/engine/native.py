@@ -30,6 +30,7 @@ from fastloss.engine.gate import address, addresses, of_dense, of_made
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     ACC_DTYPES,
+    DISTILLATION_SUMS,
     DTYPE_CODES,
     LSE_PARTS,
     NATIVE_TABLES,
@@ -39,6 +40,7 @@ from fastloss.tables import (
     STATS,
     UNPAIRED_SUMS,
     CrossEntropyOptions,
+    DistillationOptions,
     Number,
     PairConstants,
     PairOptions,
@@ -326,6 +328,70 @@ class NativeBackend:
                     context=self.context.argument(logits), **addresses(given, {**_NO_STATS, **out}),
                 )  # fmt: skip
         return out
+
+    def row_divergence(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        options: DistillationOptions,
+        *,
+        lse_parts: Tensor,
+        teacher_lse_parts: Tensor,
+        hard_lse_parts: Tensor | None = None,
+        factors: Tensor | None = None,
+        grad: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor:
+        shape = (logits.shape[0], len(DISTILLATION_SUMS))
+        sums = torch.empty(shape, dtype=ACC_DTYPES[logits.dtype], device=logits.device)
+        given = {
+            "logits": logits, "teacher_logits": teacher_logits, "target": target, "bias": bias, "teacher_bias": teacher_bias,
+            "lse_parts": lse_parts, "teacher_lse_parts": teacher_lse_parts, "hard_lse_parts": hard_lse_parts,
+            "factors": factors, "slopes": None, "grad": grad,
+        }  # fmt: skip
+        self._row_divergence(logits, teacher_logits, options, grad, given, sums)
+        return sums
+
+    def row_divergence_grad(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        options: DistillationOptions,
+        *,
+        lse_parts: Tensor,
+        teacher_lse_parts: Tensor,
+        slopes: Tensor,
+        factors: Tensor,
+        out: Tensor,
+        hard_lse_parts: Tensor | None = None,
+    ) -> None:
+        given = {
+            "logits": logits, "teacher_logits": teacher_logits, "target": target, "bias": None, "teacher_bias": None,
+            "lse_parts": lse_parts, "teacher_lse_parts": teacher_lse_parts, "hard_lse_parts": hard_lse_parts,
+            "factors": factors, "slopes": slopes, "grad": out,
+        }  # fmt: skip
+        self._row_divergence(logits, teacher_logits, options, out, given, None)
+
+    def _row_divergence(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        options: DistillationOptions,
+        grad: Tensor | None,
+        given: dict[str, Tensor | None],
+        sums: Tensor | None,
+    ) -> None:
+        if not logits.shape[0]:
+            return
+        with self.context.guard(logits):
+            self.module.row_divergence(
+                **_size(logits), teacher_row_stride=teacher_logits.stride(0), options=options,
+                grad_row_stride=0 if grad is None else grad.stride(0), context=self.context.argument(logits),
+                **addresses(given, {"sums": sums}),
+            )  # fmt: skip
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
         if not x.numel():

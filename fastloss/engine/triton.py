@@ -16,6 +16,7 @@ from fastloss.engine.contract import WHOLE, Factor, PairResult, PolicyInputs, Po
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     CrossEntropyOptions,
+    DistillationOptions,
     PairConstants,
     PairOptions,
     PolicyOptions,
@@ -109,6 +110,45 @@ class TritonBackend:
         return _kernels().row_cross_entropy(
             logits, target, options, factor=factor, grad=grad, want=want, bias=bias, w=w
         )
+
+    def row_divergence(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        options: DistillationOptions,
+        *,
+        lse_parts: Tensor,
+        teacher_lse_parts: Tensor,
+        hard_lse_parts: Tensor | None = None,
+        factors: Tensor | None = None,
+        grad: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
+    ) -> Tensor:
+        return _kernels().row_divergence(
+            logits, teacher_logits, target, options, lse_parts=lse_parts, teacher_lse_parts=teacher_lse_parts,
+            hard_lse_parts=hard_lse_parts, factors=factors, grad=grad, bias=bias, teacher_bias=teacher_bias,
+        )  # fmt: skip
+
+    def row_divergence_grad(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None,
+        options: DistillationOptions,
+        *,
+        lse_parts: Tensor,
+        teacher_lse_parts: Tensor,
+        slopes: Tensor,
+        factors: Tensor,
+        out: Tensor,
+        hard_lse_parts: Tensor | None = None,
+    ) -> None:
+        _kernels().row_divergence_grad(
+            logits, teacher_logits, target, options, lse_parts=lse_parts, teacher_lse_parts=teacher_lse_parts,
+            slopes=slopes, factors=factors, out=out, hard_lse_parts=hard_lse_parts,
+        )  # fmt: skip
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
         return factor.times(values.sum())

@@ -2,6 +2,7 @@
 
 from fastloss.reference.advantages import discounted_returns, gae
 from fastloss.reference.cross_entropy import cross_entropy, linear_cross_entropy
+from fastloss.reference.distillation import DistillationRows, distillation_rows
 from fastloss.reference.logits import row_gradient
 from fastloss.reference.policy_gradient import (
     Sequences,
@@ -15,10 +16,12 @@ from fastloss.reference.preference import pair_loss, segment_sum, unpaired_loss
 from fastloss.reference.token_stats import linear_token_stats, lse_parts, token_stats
 
 __all__ = [
+    "DistillationRows",
     "Sequences",
     "correction",
     "cross_entropy",
     "discounted_returns",
+    "distillation_rows",
     "gae",
     "kl_estimate",
     "linear_cross_entropy",

@@ -79,6 +79,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
         ((3,),),
     ),
     "policy_loss": (_policy, ((2, 3), (2, 3))),
+    "distillation_loss": (
+        lambda x, backend: fastloss.distillation_loss(
+            x, x.detach().flip(-1), TARGET.to(x.device), divergence="jsd", hard_loss_coef=0.1, temperature=1.5, backend=backend
+        ).loss,
+        ((ROWS, VOCAB),),
+    ),
+    "linear_distillation_loss": (
+        lambda h, w, backend: fastloss.linear_distillation_loss(
+            h, w, h.detach().flip(-1), w.detach() * 2, TARGET.to(h.device), divergence="reverse_kl", backend=backend
+        ).loss,
+        ((ROWS, DIM), (VOCAB, DIM)),
+    ),
     "linear_preference_loss": (
         lambda h, w, backend: fastloss.linear_preference_loss(
             h, w, PAIRS.to(h.device), reference_free=True, backend=backend

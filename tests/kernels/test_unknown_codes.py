@@ -6,6 +6,7 @@ At compile time too where the language can say so: test_triton_compiles.py, and 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fastloss.engine.contract import Backend, PolicyInputs
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     CrossEntropyOptions,
+    DistillationOptions,
     PairConstants,
     PairOptions,
     PolicyOptions,
@@ -58,6 +60,19 @@ def policy(dtype: torch.dtype = torch.float32, **options: Any) -> Callable[[Back
     return call
 
 
+def distillation(**options: Any) -> Callable[[Backend], Any]:
+    z = numbers().reshape(1, N)
+    parts = torch.zeros(1, 2).to(DEVICE)
+
+    def call(backend: Backend) -> Any:
+        sums = backend.row_divergence(
+            z, z, None, DistillationOptions(**options), lse_parts=parts, teacher_lse_parts=parts
+        )
+        return SimpleNamespace(loss=sums[:, 0])
+
+    return call
+
+
 # option -> (a call with that code, the names that there are)
 CODES: dict[str, tuple[Callable[[int], Callable[[Backend], Any]], tuple[str, ...]]] = {
     "terms": (lambda code: pairs(terms=((0, 0.5), (code, 1.0))), tables.PAIR_TERMS),
@@ -68,6 +83,10 @@ CODES: dict[str, tuple[Callable[[int], Callable[[Backend], Any]], tuple[str, ...
     "aggregation": (lambda code: policy(aggregation=code), tables.AGGREGATIONS),
     "kl_kind": (lambda code: policy(kl_kind=code), tables.KL_KINDS),
     "correction": (lambda code: policy(correction=code), tables.CORRECTIONS),
+    "distillation's divergence": (
+        lambda code: distillation(divergence=code),
+        tables.DISTILLATION_DIVERGENCES,
+    ),
 }
 
 
@@ -78,7 +97,7 @@ def test_code(backend: str, option: str, past: str) -> None:
     kernels = contract(backend)
     make, names = CODES[option]
     bad = {"one past the end": len(names), "far past the end": 1000, "negative": -1}[past]
-    with pytest.raises(ValueError, match=rf"{option}: expected .*got {bad}"):
+    with pytest.raises(ValueError, match=rf"{option.split()[-1]}: expected .*got {bad}"):
         make(bad)(kernels)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -434,6 +435,39 @@ def dtensors() -> dict[str, Any]:
     return found
 
 
+def megatron() -> dict[str, float]:
+    """Megatron's function as the integration replaces it, over a group: a module of its name and signature stands for the package."""
+    from fastloss.integrations import megatron as integration
+
+    def fused_vocab_parallel_cross_entropy(
+        vocab_parallel_logits: Tensor, target: Tensor, tp_group: Any
+    ) -> Any:
+        raise AssertionError("it was replaced")
+
+    module: Any = types.ModuleType("megatron.core.fusions.fused_cross_entropy")
+    module.fused_vocab_parallel_cross_entropy = fused_vocab_parallel_cross_entropy
+    for name in ("megatron", "megatron.core", "megatron.core.fusions"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules[module.__name__] = module
+    world, rank = dist.get_world_size(), dist.get_rank()
+    g = torch.Generator().manual_seed(2)
+    whole = torch.randn(3, 4, 12 * world, generator=g, dtype=torch.float64).requires_grad_()
+    target = torch.randint(0, 12 * world, (3, 4), generator=g)
+    right = torch.nn.functional.cross_entropy(whole.flatten(0, 1), target.flatten(), reduction="none").view(
+        3, 4
+    )
+    right.square().sum().backward()
+    own = whole.detach()[..., 12 * rank : 12 * (rank + 1)].clone().requires_grad_()
+    with integration.apply():
+        loss = module.fused_vocab_parallel_cross_entropy(own, target, dist.group.WORLD)
+    loss.square().sum().backward()
+    assert own.grad is not None and whole.grad is not None
+    return {
+        "loss": distance(loss.detach(), right.detach()),
+        "gradient": distance(own.grad, whole.grad[..., 12 * rank : 12 * (rank + 1)]),
+    }
+
+
 def communicated() -> dict[str, Any]:
     """Bytes that a call hands to the collectives, and what explain says of them."""
     x = {name: t if t.dtype == torch.int64 else t.float() for name, t in numbers().items()}
@@ -503,7 +537,7 @@ def main(store: str, rank: int, world: int, out: str) -> None:
         ):
             key = f"uneven, float32, {name}, {backend}"
             found[key] = compare(name, torch.float32, False, SIZES["uneven"][world], backend=backend)
-    more = {"sequences": sequences(), "dtensors": dtensors(), "bytes": communicated()}
+    more = {"sequences": sequences(), "dtensors": dtensors(), "bytes": communicated(), "megatron": megatron()}
     with open(out, "w", encoding="utf-8") as file:
         json.dump({"cases": found, **more}, file)
     dist.destroy_process_group()

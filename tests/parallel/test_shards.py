@@ -89,3 +89,8 @@ def test_explain_tells_the_bytes_that_are_sent(found: list[dict[str, Any]]) -> N
         assert told["gathered_bytes"] == counted["gathered"]
         assert told["reduced_bytes"] == counted["reduced"]
         assert each["bytes"]["plan"]["planned"] == pytest.approx(each["bytes"]["plan"]["told"])
+
+
+def test_megatrons_function_over_a_group(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert max(each["megatron"].values()) <= 1e-12

@@ -1,0 +1,484 @@
+"""distillation_loss and linear_distillation_loss: a student learns a teacher's distribution over the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss.engine import checks, compile_ops
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import differentiable_again, new_gradient, savable, upstream_scale
+from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.contract import WHOLE, Backend
+from fastloss.engine.distillation import details, log_sums, of_heads
+from fastloss.engine.head import Schedule
+from fastloss.engine.head_types import NOTHING, Head, Limits, Needs
+from fastloss.tables import (
+    ACC_DTYPES,
+    DISTILLATION_DIVERGENCES,
+    DISTILLATION_SUMS,
+    LATE_DTYPES,
+    DistillationOptions,
+)
+
+METRICS = ("kl", "reverse_kl", "agreement", "entropy", "teacher_entropy", "hard_loss")
+SLOPE = DISTILLATION_SUMS.index("slope")
+
+
+class DistillationOutput(NamedTuple):
+    """``loss`` (0-d, or per token with ``reduction="none"``) carries a gradient; ``metrics`` are detached 0-d tensors."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+def distillation_loss(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    divergence: str = "forward_kl",
+    interpolation: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    temperature_squared: bool = False,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    hard_loss_coef: float = 0.0,
+    normalizer: Any = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> DistillationOutput:
+    r"""``D(softmax(y / T), softmax(z / T)) + hard_loss_coef · cross_entropy(z, target)``, ``y`` the teacher's logits.
+
+    Formulas, papers and which one to take: docs/distillation.md. The teacher gets no gradient.
+
+    Args:
+        logits: the student's, ``[..., V]``, any float dtype.
+        teacher_logits: ``[..., V']``. Where V and V' differ, the first min(V, V') classes are compared, the rest is padding.
+        target: int64 ``[...]``. A token with ``ignore_index`` has no loss. None: every token counts.
+        divergence: "forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl" or "alpha".
+        interpolation: jsd's β (TRL's GKD: 0 is forward, 1 reverse KL), the skew, or alpha's α; in [0, 1].
+        temperature: T of both; ``teacher_temperature`` sets the teacher's apart.
+        temperature_squared: multiplies the divergence by T², as arXiv:1503.02531 does; TRL and Liger do not.
+        token_weight: a constant factor of each token's loss, float ``[...]``. The mean stays over tokens.
+        hard_loss_coef: coefficient of the cross-entropy against ``target`` at temperature 1.
+        normalizer: the sum is divided by it in place of the number of tokens that count.
+        reduction: "mean", "sum" or "none".
+
+    Returns:
+        :class:`DistillationOutput` in float32 (float64 for float64 logits). Metrics, means over tokens that count: ``kl``, ``reverse_kl``,
+        ``agreement`` (a class is the largest of both), ``entropy``, ``teacher_entropy``, ``hard_loss``. No token that counts: all 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options that do not fit; the message names the argument.
+        IndexError: a target outside the vocabulary (on the CPU).
+
+    >>> import torch, fastloss
+    >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> round(fastloss.distillation_loss(student, teacher).loss.item(), 4)
+    0.1109
+    """
+    checks.is_floating("logits", logits)
+    checks.is_floating("teacher_logits", teacher_logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ShapeError(f"logits: expected shape [..., V], got {list(logits.shape)}")
+    if teacher_logits.dim() < 1 or teacher_logits.shape[-1] < 1:
+        raise ShapeError(f"teacher_logits: expected shape [..., V], got {list(teacher_logits.shape)}")
+    lead = logits.shape[:-1]
+    checks.has_shape("teacher_logits", teacher_logits, (*lead, teacher_logits.shape[-1]))
+    checks.same_device("teacher_logits", teacher_logits, logits.device)
+    options = _options(
+        divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index
+    )  # fmt: skip
+    classes = min(logits.shape[-1], teacher_logits.shape[-1])
+    dtype = torch.promote_types(logits.dtype, teacher_logits.dtype)
+    tokens = _tokens(logits, ACC_DTYPES[dtype], target, ignore_index, token_weight, normalizer, reduction)
+    call = resolve_call(
+        "distillation_loss", backend, logits, teacher_logits, tokens.target, token_weight, dtype=dtype
+    )
+    call.announce()
+    check_targets(tokens.target, classes, ignore_index)
+    # [N, classes]: the wider vocabulary's padding is left out, and autograd gives it a gradient of 0.
+    z, y = (x[..., :classes].reshape(-1, classes).to(dtype) for x in (logits, teacher_logits.detach()))
+    if call.by_definition:
+        loss, *statistics = reference.distillation_rows(z, y, tokens.target, options)
+        return _output(loss, statistics, tokens, reduction, lead)
+    z, y = _dense(z), _dense(y)
+    if call.traced:
+        loss, sums = compile_ops.distillation(z, y, tokens.target, options, call.backend.name)
+    else:
+        loss, sums = Distillation.apply(z, y, tokens.target, call.backend, options)
+    return _output(loss, _columns(sums), tokens, reduction, lead)
+
+
+def linear_distillation_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_input: Tensor,
+    teacher_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    divergence: str = "forward_kl",
+    interpolation: float = 0.5,
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    temperature_squared: bool = False,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    hard_loss_coef: float = 0.0,
+    normalizer: Any = None,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    memory: str = "auto",
+    backend: str = "auto",
+) -> DistillationOutput:
+    """:func:`distillation_loss` of ``input @ linear_weight.T`` and ``teacher_input @ teacher_weight.T``, a chunk of rows at a time.
+
+    One GEMM for the teacher and three for the student (two where one of hidden states and weight asks for no gradient). With
+    ``reduction="none"`` the backward makes each chunk's logits again: two GEMMs more.
+
+    Args:
+        input, linear_weight, linear_bias: the student's hidden states ``[..., D]``, vocabulary matrix ``[V, D]``, bias ``[V]``.
+        teacher_input, teacher_weight, teacher_bias: the teacher's, ``[..., D']``, ``[V', D']``, ``[V']``; no gradient.
+        chunk_size: rows whose logits are held at once. memory: "auto", "low" (fewer at once) or "fast".
+        target and the rest: as in :func:`distillation_loss`.
+
+    Returns:
+        :class:`DistillationOutput`, as :func:`distillation_loss`.
+
+    Raises:
+        ValueError, TypeError, IndexError: as :func:`distillation_loss`.
+
+    >>> import torch, fastloss
+    >>> hidden, head = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> fastloss.linear_distillation_loss(hidden, head, hidden, head).loss.item()
+    0.0
+    """
+    rows = heads.check_head(input, linear_weight, linear_bias)
+    frozen = _check_teacher(input, teacher_input, teacher_weight, teacher_bias)
+    checks.chunk_size_value(chunk_size)
+    checks.memory_value(memory)
+    limits = Limits(chunk_size, memory)
+    options = _options(
+        divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index
+    )  # fmt: skip
+    classes, lead = min(linear_weight.shape[0], teacher_weight.shape[0]), input.shape[:-1]
+    if classes < 1:
+        raise ShapeError("linear_weight: expected at least one class, got 0")
+    dtype, teacher_dtype = heads.compute_dtype(input), heads.compute_dtype(teacher_input)
+    acc = ACC_DTYPES[torch.promote_types(dtype, teacher_dtype)]
+    tokens = _tokens(input, acc, target, ignore_index, token_weight, normalizer, reduction)
+    call = resolve_call(
+        "linear_distillation_loss", backend, input, linear_weight, linear_bias, teacher_input, teacher_weight, teacher_bias,
+        tokens.target, token_weight, dtype=torch.promote_types(dtype, teacher_dtype),
+        unsupported=_other_precision(dtype, teacher_dtype),
+    )  # fmt: skip
+    # The wider vocabulary's padding is left out: no GEMM multiplies it, and autograd gives it a gradient of 0.
+    weight = _first(linear_weight, classes)
+    bias = None if linear_bias is None else _first(linear_bias, classes)
+    theirs = (
+        frozen,
+        _first(teacher_weight.detach(), classes),
+        None if teacher_bias is None else teacher_bias.detach()[:classes],
+    )
+    operands = (rows, weight, bias, *theirs)
+    if call.by_definition:
+        call.announce()
+        check_targets(tokens.target, classes, ignore_index)
+        z = heads.defined_logits(rows, weight, bias, dtype)
+        with torch.no_grad():
+            y = heads.defined_logits(*theirs, teacher_dtype)
+        loss, *statistics = reference.distillation_rows(z.to(acc), y.to(acc), tokens.target, options)
+        return _output(loss, statistics, tokens, reduction, lead)
+    needs, per_row = heads.needs_of(input, linear_weight, linear_bias), reduction == "none"
+    # A loss per token is multiplied by its upstream gradient in the backward; float16's gradients are divided there.
+    factors = None if per_row else tokens.weights if dtype in LATE_DTYPES else tokens.weights * tokens.scale
+    if call.traced:
+        made = NOTHING if per_row else needs
+        loss, sums = compile_ops.linear_distillation(
+            operands, tokens.target, factors, options, made, (dtype, teacher_dtype), limits, call.backend.name
+        )
+    else:
+        student = heads.make_head(call.backend, rows, weight, bias, dtype)
+        teacher = heads.make_head(call.backend, *theirs, teacher_dtype)
+        keep = heads.kept_rows(tokens.target, ignore_index)
+        kept = heads.count_kept(rows.shape[0], keep)
+        schedule = heads.chunked(student, kept, needs, limits)
+        call.announce(**details(student, teacher, schedule, kept, needs, per_row and bool(needs)))
+        check_targets(tokens.target, classes, ignore_index)
+        run = _Run(call.backend, options, dtype, teacher_dtype, schedule, keep, needs, per_row)
+        loss, sums = LinearDistillation.apply(*operands, tokens.target, factors, run)
+    if per_row:
+        return _output(loss, _columns(sums), tokens, reduction, lead)
+    return DistillationOutput(
+        loss * tokens.scale if dtype in LATE_DTYPES else loss, _metrics(_columns(sums), tokens)
+    )
+
+
+def _first(x: Tensor, classes: int) -> Tensor:
+    return x if x.shape[0] == classes else x[:classes]
+
+
+def _other_precision(dtype: torch.dtype, teacher_dtype: torch.dtype) -> str:
+    """Why no kernel can compare the two models; empty if one can."""
+    if ACC_DTYPES[dtype] == ACC_DTYPES[teacher_dtype]:
+        return ""
+    return f"logits in {dtype} and {teacher_dtype} are compared by the definition"
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """What a call's tokens are, flat."""
+
+    target: Tensor | None  # int64 [N]
+    valid: Tensor  # bool [N]
+    weights: Tensor  # acc [N]: the tokens' own, 0 where they do not count
+    scale: Tensor  # acc, 0-d: one over the normalizer
+
+
+def _options(
+    divergence: str,
+    interpolation: float,
+    temperature: float,
+    teacher_temperature: float | None,
+    temperature_squared: bool,
+    hard_loss_coef: float,
+    target: Tensor | None,
+    ignore_index: int,
+) -> DistillationOptions:
+    checks.is_one_of("divergence", divergence, DISTILLATION_DIVERGENCES)
+    w = checks.number("interpolation", interpolation, low=0.0, high=1.0)
+    t = checks.number("temperature", temperature, low=0.0, open_low=True)
+    teacher = t
+    if teacher_temperature is not None:
+        teacher = checks.number("teacher_temperature", teacher_temperature, low=0.0, open_low=True)
+    coef = checks.number("hard_loss_coef", hard_loss_coef, low=0.0)
+    if coef and target is None:
+        raise ValueError("hard_loss_coef: expected 0 where target is None")
+    name = _KL_AT_THE_END.get((divergence, w), divergence)
+    code = DISTILLATION_DIVERGENCES.index(name)
+    factor = t * t if temperature_squared else 1.0
+    return DistillationOptions(code, w, 1.0 / t, 1.0 / teacher, factor, coef, int(ignore_index))
+
+
+# A divergence at an end of its interpolation is the KL that it tends to.
+_KL_AT_THE_END = {
+    ("jsd", 0.0): "forward_kl",
+    ("jsd", 1.0): "reverse_kl",
+    ("alpha", 1.0): "forward_kl",
+    ("alpha", 0.0): "reverse_kl",
+    ("skewed_forward_kl", 0.0): "forward_kl",
+    ("skewed_reverse_kl", 0.0): "reverse_kl",
+}
+
+
+def _tokens(
+    like: Tensor,
+    acc: torch.dtype,
+    target: Tensor | None,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    normalizer: Any,
+    reduction: str,
+) -> _Tokens:
+    """Of ``like [..., any]``."""
+    checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
+    lead, device = tuple(like.shape[:-1]), like.device
+    valid = torch.ones(lead, dtype=torch.bool, device=device).reshape(-1)
+    if target is not None:
+        checks.index_target("target", target, lead, device)
+        target = target.reshape(-1).contiguous()
+        valid = target != ignore_index
+    weights = valid.to(acc)
+    if token_weight is not None:
+        checks.is_floating("token_weight", token_weight)
+        checks.has_shape("token_weight", token_weight, lead)
+        checks.same_device("token_weight", token_weight, device)
+        weights = torch.where(valid, token_weight.detach().to(acc).reshape(-1), 0.0)
+    divisor = checks.normalizer_value(normalizer, reduction, device)
+    scale = torch.ones((), dtype=acc, device=device)
+    if divisor is not None:
+        scale = scale / divisor
+    elif reduction == "mean":
+        scale = scale / valid.sum().clamp(min=1)
+    return _Tokens(target, valid, weights, scale)
+
+
+def _check_teacher(input: Tensor, teacher_input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The teacher's rows ``[N, D']``, checked under their own names."""
+    checks.is_floating("teacher_input", teacher_input)
+    checks.is_floating("teacher_weight", weight)
+    checks.has_shape("teacher_input", teacher_input, (*input.shape[:-1], teacher_input.shape[-1]))
+    checks.same_device("teacher_input", teacher_input, input.device)
+    width = teacher_input.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != width:
+        raise ShapeError(f"teacher_weight: expected shape [V, {width}], got {list(weight.shape)}")
+    checks.same_device("teacher_weight", weight, input.device)
+    if weight.dtype != teacher_input.dtype and not heads.autocasts(input.device.type):
+        raise ShapeError(
+            f"teacher_weight: expected {teacher_input.dtype} as teacher_input, got {weight.dtype}"
+        )
+    if bias is not None:
+        checks.is_floating("teacher_bias", bias)
+        checks.has_shape("teacher_bias", bias, (weight.shape[0],))
+        checks.same_device("teacher_bias", bias, input.device)
+    return teacher_input.detach().reshape(-1, width)
+
+
+def _output(
+    loss: Tensor, statistics: Sequence[Tensor], tokens: _Tokens, reduction: str, lead: torch.Size
+) -> DistillationOutput:
+    """``loss [N]``, each token's; ``statistics``: those of DISTILLATION_SUMS after the loss."""
+    value = loss * tokens.weights
+    value = value.reshape(lead) if reduction == "none" else value.sum() * tokens.scale
+    return DistillationOutput(value, _metrics(statistics, tokens))
+
+
+def _metrics(statistics: Sequence[Tensor], tokens: _Tokens) -> dict[str, Tensor]:
+    count = tokens.valid.sum().clamp(min=1)
+    return {name: x.detach().sum() / count for name, x in zip(METRICS, statistics, strict=True)}
+
+
+def _columns(sums: Tensor) -> list[Tensor]:
+    """The metrics' columns of the sums ``[N, 8]``."""
+    return [sums[:, DISTILLATION_SUMS.index(name)] for name in METRICS]
+
+
+def _dense(rows: Tensor) -> Tensor:
+    """``[N, V]`` whose rows a kernel can read."""
+    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+def _again(ctx: Any) -> Any:
+    logits, teacher, target, *_ = ctx.saved_tensors
+    _, options = ctx.call
+    return [reference.distillation_rows(logits, teacher, target, options).loss, None], [logits]
+
+
+class Distillation(torch.autograd.Function):
+    """(logits, teacher's logits, target) -> (loss ``[N]``, sums ``[N, 8]``, which are detached)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        backend: Backend,
+        options: DistillationOptions,
+    ) -> Any:
+        parts = log_sums(backend, logits, teacher, target, options)
+        sums = backend.row_divergence(
+            logits, teacher, target, options,
+            lse_parts=parts.student, teacher_lse_parts=parts.teacher, hard_lse_parts=parts.hard,
+        )  # fmt: skip
+        ctx.call = backend, options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, *savable(teacher), target, *parts, sums[:, SLOPE].contiguous())
+        ctx.mark_non_differentiable(sums)
+        return sums[:, 0].clone(), sums
+
+    @staticmethod
+    @differentiable_again(_again)
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
+        backend, options = ctx.call
+        logits, teacher, target, student_parts, teacher_parts, hard_parts, slopes = ctx.saved_tensors
+        none = (None,) * 4
+        if upstream is None:
+            return (None, *none)
+        out = new_gradient(logits.shape, logits.dtype, logits.device)
+        backend.row_divergence_grad(
+            logits, teacher, target, options, lse_parts=student_parts, teacher_lse_parts=teacher_parts,
+            slopes=slopes, factors=upstream.to(slopes.dtype).contiguous(), out=out, hard_lse_parts=hard_parts,
+        )  # fmt: skip
+        return (out, *none)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What forward and backward need beside the tensors."""
+
+    backend: Backend
+    options: DistillationOptions
+    dtype: torch.dtype  # of the student's GEMMs
+    teacher_dtype: torch.dtype
+    schedule: Schedule
+    keep: Tensor | None  # the rows that are computed; None: all
+    needs: Needs
+    per_row: bool
+
+    def heads(self, *operands: Any) -> tuple[Head, Head]:
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = operands
+        return (
+            heads.make_head(self.backend, hidden, weight, bias, self.dtype),
+            heads.make_head(self.backend, teacher_hidden, teacher_weight, teacher_bias, self.teacher_dtype),
+        )
+
+
+def _linear_again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    with torch.no_grad():
+        teacher = heads.defined_logits(teacher_hidden, teacher_weight, teacher_bias, run.teacher_dtype)
+    loss = reference.distillation_rows(logits, teacher, target, run.options).loss
+    return [loss if run.per_row else (loss * factors).sum(), None], [hidden, weight, bias]
+
+
+class LinearDistillation(torch.autograd.Function):
+    """(the student's operands, the teacher's, target, factors ``[N]``) -> (Σ factors · loss, or the loss ``[N]``; sums)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor,
+        teacher_bias: Tensor | None,
+        target: Tensor | None,
+        factors: Tensor | None,
+        run: _Run,
+    ) -> Any:
+        operands = hidden, weight, bias, *savable(teacher_hidden, teacher_weight, teacher_bias)
+        ctx.run, ctx.ahead = run, not run.per_row
+        needs = run.needs if ctx.ahead else NOTHING
+        sums, grads = of_heads(
+            *run.heads(*operands), needs, target, factors, run.options, run.schedule, run.keep
+        )
+        ctx.late = run.dtype in LATE_DTYPES
+        ctx.grads = (
+            grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend)
+        )
+        ctx.save_for_backward(*operands, target, factors)
+        ctx.mark_non_differentiable(sums)
+        loss = sums[:, 0]
+        if factors is None:
+            return loss.clone(), sums
+        return run.backend.sum_rows(loss * factors, WHOLE), sums
+
+    @staticmethod
+    @differentiable_again(_linear_again)
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
+        run: _Run = ctx.run
+        *operands, target, factors = ctx.saved_tensors
+        dtypes, rest = heads.leaf_dtypes(*operands[:3]), (None,) * 6
+        grads, ctx.grads = ctx.grads, None
+        scale: Any = None
+        if ctx.ahead:
+            scale = upstream_scale(run.backend, upstream, None)
+        if not ctx.ahead or grads is None:  # retain_graph: the first backward gave the buffers away
+            factors = factors if ctx.ahead else upstream.contiguous()
+            pair = run.heads(*operands)
+            _, grads = of_heads(*pair, run.needs, target, factors, run.options, run.schedule, run.keep)
+        return (*heads.finish(grads, dtypes, run.backend, scale), *rest)
