@@ -13,7 +13,7 @@ from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient, savable, upstream_scale
-from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import WHOLE, Backend
 from fastloss.engine.distillation import details, log_sums, of_heads
@@ -38,6 +38,7 @@ class DistillationOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@resolves_views
 def distillation_loss(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -118,6 +119,7 @@ def distillation_loss(
     return _output(loss, _columns(sums), tokens, reduction, lead)
 
 
+@resolves_views
 def linear_distillation_loss(
     input: Tensor,
     linear_weight: Tensor,
