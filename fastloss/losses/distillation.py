@@ -325,7 +325,7 @@ def _check_teacher(input: Tensor, teacher_input: Tensor, weight: Tensor, bias: T
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ShapeError(f"teacher_weight: expected shape [V, {width}], got {list(weight.shape)}")
     checks.same_device("teacher_weight", weight, input.device)
-    if weight.dtype != teacher_input.dtype and not heads.autocasts(input.device.type):
+    if weight.dtype != teacher_input.dtype and not checks.autocasts(input.device.type):
         raise ShapeError(
             f"teacher_weight: expected {teacher_input.dtype} as teacher_input, got {weight.dtype}"
         )
