@@ -11,6 +11,7 @@ from fastloss.cli.tables import console, show
 from fastloss.conformance import report
 from fastloss.conformance.providers import Missing
 
+WRONG = ("fail", "error")
 HELP = ", ".join(conformance.provider_names()) + ", or module:function"
 
 
@@ -21,7 +22,7 @@ def check(
         str, typer.Option("--format", help="table, markdown, json, or sources (what is checked).")
     ] = "table",
 ) -> None:
-    """Does a loss have one of the ways of being silently wrong? Exit status 1 where a check fails."""
+    """Does a loss have one of the ways of being silently wrong? Exit status 1 where a check fails or ends in an error."""
     forms = ("table", "markdown", "json", "sources")
     if form not in forms:
         raise typer.BadParameter(f"expected one of {', '.join(forms)}, got {form!r}", param_hint="--format")
@@ -53,9 +54,9 @@ def check(
             report.cells(checks, providers, results),
         )
         for result in results:
-            if result.state == "fail":
-                print(f"FAIL {result.provider}  {result.check}  {result.detail}")
+            if result.state in WRONG:
+                print(f"{report.MARK[result.state]} {result.provider}  {result.check}  {result.detail}")
         for name, why in missing.items():
             print(f"not run: {name}: {why}")
-    if any(result.state == "fail" for result in results):
+    if any(result.state in WRONG for result in results):
         raise SystemExit(1)

@@ -66,5 +66,5 @@ class Check:
 class Result:
     check: str
     provider: str
-    state: str  # "pass", "fail" or "not supported"
+    state: str  # "pass", "fail", "error", "refused" or "not supported"
     detail: str = ""

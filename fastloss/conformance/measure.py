@@ -8,8 +8,16 @@ from torch import Tensor
 from fastloss.conformance.check import Inputs, Loss, Measured
 
 
+class WrongDtype(Exception):
+    """A gradient that is not of its leaf's dtype."""
+
+
 def _call(loss: Loss, inputs: Inputs) -> Tensor:
     return loss(*inputs.values())
+
+
+def _number(value: object) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _grads(out: Tensor, inputs: Inputs, leaves: tuple[str, ...], upstream: Tensor, **how: bool) -> Measured:
@@ -64,7 +72,7 @@ def second(loss: Loss, inputs: Inputs, leaves: tuple[str, ...]) -> Measured:
     )
     if not any(grad.requires_grad for grad in first):
         raise RuntimeError("the gradient cannot be differentiated")
-    square = sum((grad.square().sum() for grad in first), start=torch.zeros((), dtype=first[0].dtype))
+    square = sum((grad.square().sum() for grad in first), start=torch.zeros_like(first[0].sum()))
     found = torch.autograd.grad(square, [inputs[name] for name in leaves], allow_unused=True)
     return {
         f"d² {name}": torch.zeros_like(inputs[name]) if grad is None else grad
@@ -91,7 +99,7 @@ def unchanged(loss: Loss, inputs: Inputs, leaves: tuple[str, ...]) -> Measured:
 
 def added_up(loss: Loss, inputs: Inputs, leaves: tuple[str, ...]) -> Measured:
     """Leaves that something else reads too, as tied embeddings do: the gradients must add up."""
-    other = sum((inputs[name].square().sum() for name in leaves), start=torch.zeros(()))
+    other = sum((inputs[name].square().sum() for name in leaves), start=_number(0))
     out = _call(loss, inputs)
     return _grads(out + other.to(out.dtype), inputs, leaves, torch.ones_like(out))
 
@@ -115,7 +123,7 @@ def state(loss: Loss, inputs: Inputs, leaves: tuple[str, ...]) -> Measured:
         dtype == torch.get_default_dtype(),
         threads == torch.get_num_threads(),
     )
-    return {"random state, default dtype, threads kept": torch.tensor(kept, dtype=torch.float32)}
+    return {"random state, default dtype, threads kept": _number(kept)}
 
 
 def refused(loss: Loss, inputs: Inputs, leaves: tuple[str, ...]) -> Measured:
@@ -123,7 +131,7 @@ def refused(loss: Loss, inputs: Inputs, leaves: tuple[str, ...]) -> Measured:
     try:
         out = _call(loss, inputs)
     except (IndexError, ValueError, RuntimeError, TypeError, AssertionError):
-        return {"refused": torch.ones(())}
+        return {"refused": _number(1)}
     return {"refused": out.detach().isnan().any().float()}
 
 
@@ -133,5 +141,5 @@ def autocast(loss: Loss, inputs: Inputs, leaves: tuple[str, ...]) -> Measured:
         found = gradients(loss, inputs, leaves)
     for name in leaves:
         if found[f"d {name}"].dtype != inputs[name].dtype:
-            raise AssertionError(f"the gradient of {name} is {found[f'd {name}'].dtype}")
+            raise WrongDtype(f"the gradient of {name} is {found[f'd {name}'].dtype}")
     return found

@@ -11,7 +11,7 @@ import torch
 from fastloss.conformance.check import Check, Result
 from fastloss.conformance.providers import Provider
 
-MARK = {"pass": "pass", "fail": "FAIL", "not supported": "–"}
+MARK = {"pass": "pass", "fail": "FAIL", "error": "ERROR", "refused": "no", "not supported": "–"}
 
 
 def processor() -> str:
@@ -65,13 +65,10 @@ def markdown(
     failed = [[r.provider, r.check, r.detail] for r in results if r.state == "fail"]
     if failed:
         parts.append(_table(["provider", "check", "number and right number"], failed))
-    refused = [
-        [r.provider, r.check, r.detail]
-        for r in results
-        if r.state == "not supported" and not r.detail.startswith("no ")
-    ]
-    if refused:
-        parts.append(_table(["provider", "refused", "with"], refused))
+    for state, heading in (("error", "ended in an error"), ("refused", "refused")):
+        found = [[r.provider, r.check, r.detail] for r in results if r.state == state]
+        if found:
+            parts.append(_table(["provider", heading, "with"], found))
     return "\n\n".join(parts) + "\n"
 
 

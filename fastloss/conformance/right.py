@@ -87,7 +87,7 @@ def policy(
     beta: float = 0.0,
 ) -> Tensor:
     """PPO's clipped surrogate and the k3 estimate of the KL to a reference."""
-    zero = torch.zeros((), dtype=logprobs.dtype)
+    zero = logprobs.new_zeros(())
     ratio = torch.where(mask, logprobs - old, zero).exp()
     a = advantages[:, None]
     gain = torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a)
@@ -136,6 +136,6 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Mean 0 and deviation 1 over the unmasked; a single value is its own mean."""
     kept = x[mask]
     out = torch.zeros_like(x)
-    variance = kept.var() if kept.numel() > 1 else torch.zeros((), dtype=x.dtype)
+    variance = kept.var() if kept.numel() > 1 else x.new_zeros(())
     out[mask] = (kept - kept.mean()) * torch.rsqrt(variance + 1e-8)
     return out

@@ -11,10 +11,22 @@ import torch
 from torch import Tensor
 
 from fastloss.conformance.check import Check, Inputs, Loss, Measured, Result
+from fastloss.conformance.measure import WrongDtype
 from fastloss.conformance.providers import Provider
 
-# A refusal is not a wrong number. What else can be raised (AssertionError, NameError, …) is a failure.
-REFUSALS = (ValueError, TypeError, RuntimeError, NotImplementedError, IndexError)
+# What an exception says that is about what it was given, in lower case. ValueError and TypeError are about an argument where they
+# say what they take; PyTorch's RuntimeErrors say "expected" of their own insides too, so that of those only the plain words count.
+SAYS_NO = (
+    "not support",
+    "unsupported",
+    "not implemented",
+    "unexpected keyword",
+    "cannot run this call",
+    "cannot be differentiated",
+    "must override the setup_context",  # torch.func on an autograd.Function that was not made for it
+    "requires create_graph=false",  # torch.compile, of a second backward
+)
+SAYS_WHAT_IT_TAKES = ("expected", "expects", "must ", "should ", "only ", "required", "requires")
 
 
 def run(check: Check, provider: Provider) -> Result:
@@ -27,12 +39,22 @@ def run(check: Check, provider: Provider) -> Result:
     right = _measured(check, check.right, {name: _exact(value) for name, value in given.items()})
     try:
         found = _measured(check, function, given)
-    except REFUSALS as error:
-        return Result(check.name, provider.name, "not supported", f"{type(error).__name__}: {_line(error)}")
+    except WrongDtype as error:
+        return Result(check.name, provider.name, "fail", str(error))
     except Exception as error:
-        return Result(check.name, provider.name, "fail", f"{type(error).__name__}: {_line(error)}")
+        state = "refused" if is_refusal(error) else "error"
+        return Result(check.name, provider.name, state, f"{type(error).__name__}: {_line(error)}")
     wrong = _difference(check, found, right)
     return Result(check.name, provider.name, "fail" if wrong else "pass", wrong)
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether an exception refuses what it was given, in words: not a wrong number, and not a crash either."""
+    if isinstance(error, NotImplementedError):
+        return True
+    words = SAYS_NO + (SAYS_WHAT_IT_TAKES if isinstance(error, (ValueError, TypeError)) else ())
+    text = str(error).lower()
+    return isinstance(error, (ValueError, TypeError, RuntimeError)) and any(word in text for word in words)
 
 
 def run_all(checks: Iterable[Check], providers: Iterable[Provider]) -> Iterator[Result]:

@@ -199,12 +199,13 @@ def resolves_views(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
             except LazyView:
                 pass
         # At most some work was lost. A second LazyView is of no argument: the caller's to see.
-        return function(*[_resolved(x) for x in args], **{name: _resolved(x) for name, x in kwargs.items()})  # type: ignore[arg-type]
+        return function(*[resolved(x) for x in args], **{name: resolved(x) for name, x in kwargs.items()})  # type: ignore[arg-type]
 
     return call
 
 
-def _resolved(value: Any) -> Any:
+def resolved(value: Any) -> Any:
+    """A negative or conjugate view as its own memory; anything else as it is."""
     return value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value
 
 

@@ -100,8 +100,14 @@ def class_weight_dtype(weight: Tensor, input: Tensor) -> None:
 
 def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """What PyTorch's cross-entropy makes of a float argument: float32 under autocast, but for float64."""
-    autocast = dtype != torch.float64 and torch.is_autocast_enabled(device)
-    return torch.float32 if autocast else dtype
+    return torch.float32 if dtype != torch.float64 and autocasts(device) else dtype
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device; there is none on "meta"."""
+    if torch.compiler.is_compiling():  # torch 2.8 cannot trace the question whether it is available
+        return device != "meta" and torch.is_autocast_enabled(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:

@@ -463,17 +463,10 @@ def needs_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -
     return Needs(input.requires_grad, linear_weight.requires_grad, bias)
 
 
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for this type of device; there is none on "meta"."""
-    if torch.compiler.is_compiling():  # torch 2.8 cannot trace the question whether it is available
-        return device != "meta" and torch.is_autocast_enabled(device)
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype of the head's GEMMs."""
     device = input.device.type
-    if autocasts(device) and input.dtype != torch.float64:
+    if checks.autocasts(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return input.dtype
 
@@ -505,7 +498,7 @@ def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | Non
             f"input: K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched "
             f"input, (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
         )
-    if not autocasts(input.device.type) and input.dtype != linear_weight.dtype:
+    if not checks.autocasts(input.device.type) and input.dtype != linear_weight.dtype:
         raise ShapeError(
             f"linear_weight: expected {input.dtype} as input, got {linear_weight.dtype} (autocast would cast them)"
         )

@@ -13,7 +13,7 @@ from fastloss import reference
 from fastloss.engine import checks, compile_ops
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient, savable, upstream_scale
-from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import WHOLE, Backend
 from fastloss.engine.distillation import details, log_sums, of_heads
@@ -38,6 +38,7 @@ class DistillationOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@resolves_views
 def distillation_loss(
     logits: Tensor,
     teacher_logits: Tensor,
@@ -118,6 +119,7 @@ def distillation_loss(
     return _output(loss, _columns(sums), tokens, reduction, lead)
 
 
+@resolves_views
 def linear_distillation_loss(
     input: Tensor,
     linear_weight: Tensor,
@@ -323,7 +325,7 @@ def _check_teacher(input: Tensor, teacher_input: Tensor, weight: Tensor, bias: T
     if weight.dim() != 2 or weight.shape[1] != width:
         raise ShapeError(f"teacher_weight: expected shape [V, {width}], got {list(weight.shape)}")
     checks.same_device("teacher_weight", weight, input.device)
-    if weight.dtype != teacher_input.dtype and not heads.autocasts(input.device.type):
+    if weight.dtype != teacher_input.dtype and not checks.autocasts(input.device.type):
         raise ShapeError(
             f"teacher_weight: expected {teacher_input.dtype} as teacher_input, got {weight.dtype}"
         )

@@ -442,11 +442,11 @@ def _k_dimensional(
             return_stats=loss.return_stats,
             backend=backend,
         )
-    weights = linear_weight.reshape(vocab, -1, dim)
-    biases = None if linear_bias is None else linear_bias.reshape(vocab, -1)
-    targets = target.reshape(*target.shape[: 2 if loss.probabilities else 1], -1)
+    weights = linear_weight.flatten(1, -2)  # [C, places, D]
+    biases = None if linear_bias is None else linear_bias.flatten(1)
+    targets = target.flatten(2 if loss.probabilities else 1)
     factors = extra.token_weight
-    factors = None if factors is None else factors.reshape(input.shape[0], -1)
+    factors = None if factors is None else factors.flatten(1)
     count = None
     if loss.reduction == "mean" and loss.normalizer is None:
         count, kept = _count(target, weight, loss, vocab, weights.shape[1])

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
-from fastloss.engine.backend import check_targets, resolve_call
+from fastloss.engine.backend import check_targets, resolve_call, resolved
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Backend, Factor
@@ -94,6 +94,7 @@ def vocab_parallel_cross_entropy(
     if logits.dim() < 1:
         raise ShapeError("logits: expected at least 1 dimension, got a 0-d tensor")
     lead = tuple(logits.shape[:-1])
+    logits, target, weight = resolved(logits), resolved(target), resolved(weight)
     checks.index_target("target", target, lead, logits.device)
     together = Call(target.numel(), 0, logits.dtype, target, ignore_index)
     shards = of_group(group, logits.shape[-1], logits.device, together)

@@ -9,6 +9,7 @@ import torch
 from fuzz_draw import Case, Draw
 from torch import Tensor
 
+import fastloss
 from fastloss.losses.policy_options import VARIANTS
 from fastloss.tables import AGGREGATIONS, KL_KINDS, LEVELS, STATS
 
@@ -111,6 +112,8 @@ HEAD = ("input", "linear_weight", "linear_bias")
 
 
 def linear_cross_entropy(d: Draw) -> Case:
+    if d.chance(0.1):
+        return k_dimensional(d)
     vocab = d.vocab()
     lead = () if d.chance(0.05) else d.lead()
     tensors = hidden_and_weight(d, lead, vocab)
@@ -144,9 +147,15 @@ def wanted(d: Draw) -> tuple[str, ...]:
     return tuple(names or ("logprobs",))
 
 
+def detached(d: Draw, options: Options) -> Options:
+    names = [name for name in ("logprobs", "entropy", "logsumexp") if name in options["outputs"]]
+    return {"detach": (d.pick(*names),)} if names and d.chance(0.2) else {}
+
+
 def token_stats(d: Draw) -> Case:
     lead, vocab = d.lead(), d.vocab()
     options = row_options(d) | {"outputs": wanted(d)}
+    options |= detached(d, options)
     tensors = {"logits": d.logits((*lead, vocab)), "target": class_target(d, lead, vocab, options).long()}
     return Case("token_stats", tensors, options, ("logits",))
 
@@ -154,6 +163,7 @@ def token_stats(d: Draw) -> Case:
 def linear_token_stats(d: Draw) -> Case:
     lead, vocab = d.lead(), d.vocab()
     options = row_options(d) | head_options(d) | {"outputs": wanted(d)}
+    options |= detached(d, options)
     tensors = hidden_and_weight(d, lead, vocab)
     tensors["target"] = class_target(d, lead, vocab, options).long()
     return Case("linear_token_stats", tensors, options, HEAD, head=HEAD)
@@ -177,6 +187,60 @@ def selective_log_softmax_and_entropy(d: Draw) -> Case:
 def entropy_from_logits(d: Draw) -> Case:
     options = some(d, chunk_size=lambda: d.pick(1, 7))
     return Case("entropy_from_logits", {"logits": d.logits((*d.lead(), d.vocab()))}, options, ("logits",))
+
+
+def k_dimensional(d: Draw) -> Case:
+    """A class of several places: ``linear_weight [C, d1, …, D]``."""
+    vocab, rows, dim, places = (
+        d.pick(1, 2, 7, 33, 64),
+        d.pick(0, 1, 4, 9),
+        d.dim(),
+        d.pick((1,), (3,), (2, 2)),
+    )
+    tensors = {
+        "input": d.normal((rows, dim)),
+        "linear_weight": d.normal((vocab, *places, dim), dim**-0.5),
+        "target": d.targets((rows, *places), vocab, -100),
+    }
+    if d.chance(0.4):
+        tensors["linear_bias"] = d.normal((vocab, *places))
+    options = head_options(d) | loss_options(d, tensors, vocab, False)
+    if d.chance(0.3):  # one head after the other
+        tensors["token_weight"] = d.uniform((rows, *places), 0.0, 2.0)
+    return Case("linear_cross_entropy", tensors, options, HEAD, head=HEAD)
+
+
+def distillation_options(d: Draw, tensors: Tensors, lead: tuple[int, ...], vocab: int) -> Options:
+    options = some(
+        d,
+        temperature=lambda: d.pick(0.5, 2.0),
+        teacher_temperature=lambda: d.pick(0.7, 3.0),
+        temperature_squared=lambda: True,
+        interpolation=lambda: d.pick(0.1, 0.9),
+        reduction=lambda: d.pick("sum", "none"),
+    )
+    options["divergence"] = d.pick("forward_kl", "reverse_kl", "jsd")
+    if d.chance(0.5):
+        tensors["target"] = d.targets(lead, vocab, -100)
+        options |= some(d, hard_loss_coef=lambda: 0.3)
+    if d.chance(0.2):
+        tensors["token_weight"] = d.uniform(lead, 0.0, 2.0)
+    return options
+
+
+def distillation_loss(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = {name: d.logits((*lead, vocab), infinite=False) for name in ("logits", "teacher_logits")}
+    return Case("distillation_loss", tensors, distillation_options(d, tensors, lead, vocab), ("logits",))
+
+
+def linear_distillation_loss(d: Draw) -> Case:
+    lead, vocab, dim = d.lead(), d.vocab(), d.dim()
+    tensors = hidden_and_weight(d, lead, vocab)
+    tensors |= {"teacher_input": d.normal((*lead, dim)), "teacher_weight": d.normal((vocab, dim), dim**-0.5)}
+    options = distillation_options(d, tensors, lead, vocab) | head_options(d)
+    operands = (*HEAD, "teacher_input", "teacher_weight")
+    return Case("linear_distillation_loss", tensors, options, HEAD, head=operands)
 
 
 # --- preference ------------------------------------------------------------------------------------------------------
@@ -707,6 +771,12 @@ FUNCTIONS: dict[str, tuple[Callable[[Draw], Case], int]] = {
     "opo_advantages": (grouped("opo_advantages"), 1),
     "whiten": (whiten, 2),
 }  # fmt: skip
+
+ADDED_LATER = {
+    "distillation_loss": (distillation_loss, 5),
+    "linear_distillation_loss": (linear_distillation_loss, 5),
+}
+FUNCTIONS |= {name: draw for name, draw in ADDED_LATER.items() if name in fastloss.__all__}
 
 # Public functions without a number of their own.
 NOT_DRAWN = {

@@ -256,6 +256,21 @@ def test_no_class(backend: str, reduction: str, smoothing: float) -> None:
             assert hidden.grad is not None and not hidden.grad.any()
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_k_dimensional_loss_of_no_row(reduction: str, probabilities: bool) -> None:
+    """One head after the other, as token weights and a loss dtype make it."""
+    hidden, weight, bias = logits_of(0, 4), logits_of(5, 2, 3, 4), logits_of(5, 2, 3)
+    target = torch.zeros((0, 5, 2, 3) if probabilities else (0, 2, 3), device=DEVICE)
+    target = target if probabilities else target.long()
+    want = torch.zeros((0, 2, 3) if reduction == "none" else ())
+    for more in ({"loss_dtype": torch.float32}, {"token_weight": torch.zeros(0, 2, 3, device=DEVICE)}):
+        got = fastloss.linear_cross_entropy(
+            hidden, weight, target, linear_bias=bias, reduction=reduction, **more
+        )
+        torch.testing.assert_close(got.cpu(), want)
+
+
 @pytest.mark.parametrize("backend", ALL)
 def test_statistics_of_no_class(backend: str) -> None:
     need(backend)
