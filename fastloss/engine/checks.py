@@ -100,7 +100,8 @@ def class_weight_dtype(weight: Tensor, input: Tensor) -> None:
 
 def autocast_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     """What PyTorch's cross-entropy makes of a float argument: float32 under autocast, but for float64."""
-    autocast = dtype != torch.float64 and torch.is_autocast_enabled(device)
+    # There is no autocast on "meta", and asking whether it is on is an error there.
+    autocast = dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device)
     return torch.float32 if autocast else dtype
 
 
