@@ -392,7 +392,10 @@ def again_only_whole(shards: Shards | None) -> None:
 def defined_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The whole logits in the GEMMs' dtype, for the definition, which autograd differentiates."""
     bias = None if bias is None else bias.to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    device = hidden.device.type
+    # There is no autocast on "meta" to turn off.
+    off = torch.autocast(device, enabled=False) if checks.autocasts(device) else contextlib.nullcontext()
+    with off:
         return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
 
 
