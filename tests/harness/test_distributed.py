@@ -144,7 +144,7 @@ def test_accumulation_is_a_large_batch(
     """Eight passes of a row each: their samples, too, are those of two passes of four."""
     small = run_case(**case("", stages[name], tmp_path / "small", batch_size=1, accumulate=8))
     same_run(small, one[name])
-    assert apart(small, one[name]) < 0.005 * lr_of(stages[name])
+    assert apart(small, one[name]) < 0.02 * lr_of(stages[name])
 
 
 @pytest.mark.parametrize("mode", MODES)
