@@ -135,7 +135,7 @@ def cross_entropy(
     call.announce(inplace=inplace)
     dtype = checks.loss_dtype(input, target, weight)
     if call.by_definition:
-        return loss.shaped(_by_definition(call, logits, target, weight, loss, dtype), shape)
+        return loss.shaped(by_definition(logits, target, weight, loss, dtype), shape)
     if logits.stride(1) != 1 and vocab > 1:
         logits = logits.contiguous()
     elif inplace and not call.traced:
@@ -277,9 +277,10 @@ def constants_with_gradients(target: Tensor, weight: Tensor | None) -> str:
     return ""
 
 
-def _by_definition(
-    call: Call, logits: Tensor, target: Tensor, weight: Tensor | None, loss: LossOptions, dtype: torch.dtype
+def by_definition(
+    logits: Tensor, target: Tensor, weight: Tensor | None, loss: LossOptions, dtype: torch.dtype
 ) -> Any:
+    """The loss of ``logits [rows, V]`` in ``dtype``, or ``(loss, TokenStats)``, in plain PyTorch."""
     if not loss.probabilities:
         backends.check_targets(target, logits.shape[-1], loss.row.ignore_index)
     row = loss.row

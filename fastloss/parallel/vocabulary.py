@@ -8,18 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss import reference
 from fastloss.engine import checks
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
-from fastloss.engine.backend import check_targets, resolve_call, resolved
+from fastloss.engine.backend import resolve_call, resolved
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Backend, Factor
 from fastloss.engine.head import again_only_whole
 from fastloss.engine.head_shards import of_columns
 from fastloss.engine.shards import Call, Shards, of_group, whole
-from fastloss.losses.cross_entropy import LossOptions, kernel_options, loss_factor, loss_options, weights_of
-from fastloss.losses.token_stats import TokenStats
+from fastloss.losses.cross_entropy import (
+    LossOptions,
+    by_definition,
+    constants_with_gradients,
+    kernel_options,
+    loss_factor,
+    loss_options,
+    weights_of,
+    z_loss_of_weighted_mean,
+)
 from fastloss.tables import ACC_DTYPES, LSE_PARTS
 
 
@@ -107,10 +114,20 @@ def vocab_parallel_cross_entropy(
         checks.has_shape("weight", weight, (shards.vocab,))
         checks.same_device("weight", weight, logits.device)
     rows, flat = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
-    call = resolve_call("vocab_parallel_cross_entropy", backend, rows, flat, weight, has_operators=False)
+    call = resolve_call(
+        "vocab_parallel_cross_entropy",
+        backend,
+        rows,
+        flat,
+        weight,
+        unsupported=constants_with_gradients(flat, weight) or z_loss_of_weighted_mean(loss, weight, flat),
+        has_operators=False,
+    )
     call.announce(**shards.details(rows.shape[0], _sent(loss), ACC_DTYPES[rows.dtype]))
     if call.by_definition:
-        return loss.shaped(_by_definition(rows, flat, weight, loss, shards), torch.Size(lead))
+        columns = whole(rows.t(), shards)
+        assert columns is not None
+        return loss.shaped(by_definition(columns.t(), flat, weight, loss, rows.dtype), torch.Size(lead))
     acc = ACC_DTYPES[rows.dtype]
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
@@ -126,35 +143,6 @@ def vocab_parallel_cross_entropy(
 def _sent(loss: LossOptions) -> tuple[str, ...]:
     """The statistics that processes exchange for a loss."""
     return ("logprobs", *loss.want, *(("distance",) if loss.row.label_smoothing else ()))
-
-
-def _by_definition(
-    rows: Tensor, target: Tensor, weight: Tensor | None, loss: LossOptions, shards: Shards
-) -> Any:
-    row = loss.row
-    check_targets(target, shards.vocab, row.ignore_index)
-    columns = whole(rows.t(), shards)
-    assert columns is not None
-    logits = columns.t()
-    how: dict[str, Any] = {
-        "ignore_index": row.ignore_index,
-        "scale": row.scale,
-        "softcap": row.softcap or None,
-    }
-    value = reference.cross_entropy(
-        logits,
-        target,
-        weight=weight,
-        reduction=loss.reduction,
-        label_smoothing=row.label_smoothing,
-        z_loss=row.z_loss,
-        normalizer=loss.normalizer,
-        **how,
-    ).to(rows.dtype)
-    if not loss.return_stats:
-        return value
-    with torch.no_grad():
-        return value, TokenStats(**reference.token_stats(logits, target, **how))
 
 
 @dataclass(frozen=True)

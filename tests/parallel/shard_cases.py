@@ -468,6 +468,21 @@ def megatron() -> dict[str, float]:
     }
 
 
+def class_weight_gradient() -> float:
+    """Class weights that want a gradient get it, by the definition, from cut logits too."""
+    x = numbers()
+    logits, target = logits_of(x), x["target"]
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sizes = SIZES["uneven"][world]
+    columns = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    right, own = (x["class_weight"].clone().requires_grad_() for _ in range(2))
+    how = {"label_smoothing": 0.1, "z_loss": 1e-2}
+    fastloss.cross_entropy(logits, target, right, **how).backward()
+    vocab_parallel_cross_entropy(logits[:, columns], target, dist.group.WORLD, own, **how).backward()
+    assert right.grad is not None and own.grad is not None
+    return distance(own.grad, right.grad)
+
+
 def communicated() -> dict[str, Any]:
     """Bytes that a call hands to the collectives, and what explain says of them."""
     x = {name: t if t.dtype == torch.int64 else t.float() for name, t in numbers().items()}
@@ -537,7 +552,13 @@ def main(store: str, rank: int, world: int, out: str) -> None:
         ):
             key = f"uneven, float32, {name}, {backend}"
             found[key] = compare(name, torch.float32, False, SIZES["uneven"][world], backend=backend)
-    more = {"sequences": sequences(), "dtensors": dtensors(), "bytes": communicated(), "megatron": megatron()}
+    more = {
+        "sequences": sequences(),
+        "dtensors": dtensors(),
+        "bytes": communicated(),
+        "megatron": megatron(),
+        "class weights": class_weight_gradient(),
+    }
     with open(out, "w", encoding="utf-8") as file:
         json.dump({"cases": found, **more}, file)
     dist.destroy_process_group()

@@ -94,3 +94,8 @@ def test_explain_tells_the_bytes_that_are_sent(found: list[dict[str, Any]]) -> N
 def test_megatrons_function_over_a_group(found: list[dict[str, Any]]) -> None:
     for each in found:
         assert max(each["megatron"].values()) <= 1e-12
+
+
+def test_class_weights_that_want_a_gradient_get_it(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert each["class weights"] <= 1e-12
