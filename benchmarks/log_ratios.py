@@ -60,9 +60,11 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=32000)
     given = parser.parse_args()
     g = torch.Generator().manual_seed(0)
-    hidden = torch.randn(given.tokens, given.hidden, generator=g)
+    hidden = torch.randn(given.tokens, given.hidden, generator=g, dtype=torch.float32, device="cpu")
     weight = (
-        torch.randn(given.vocab, given.hidden, generator=g) * 3 * given.hidden**-0.5
+        torch.randn(given.vocab, given.hidden, generator=g, dtype=torch.float32, device="cpu")
+        * 3
+        * given.hidden**-0.5
     )  # logits with a deviation of 3
     target = torch.distributions.Categorical(logits=hidden @ weight.t()).sample()  # as a policy draws them
     print(

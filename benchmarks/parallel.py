@@ -53,10 +53,14 @@ class Sides:
         world, rank = dist.get_world_size(), dist.get_rank()
         g = torch.Generator().manual_seed(0)
         self.vocab, size = vocab, vocab // world
-        self.hidden = torch.randn(tokens, hidden, generator=g).to(dtype).requires_grad_()
-        whole = torch.randn(vocab, hidden, generator=g) * hidden**-0.5
+        self.hidden = (
+            torch.randn(tokens, hidden, generator=g, dtype=torch.float32, device="cpu")
+            .to(dtype)
+            .requires_grad_()
+        )
+        whole = torch.randn(vocab, hidden, generator=g, dtype=torch.float32, device="cpu") * hidden**-0.5
         self.weight = whole[rank * size : (rank + 1) * size].to(dtype).contiguous().requires_grad_()
-        self.target = torch.randint(0, vocab, (tokens,), generator=g)
+        self.target = torch.randint(0, vocab, (tokens,), generator=g, dtype=torch.int64, device="cpu")
         self.shards = vocab_shards(self.weight, dist.group.WORLD)
 
     def logits(self) -> Tensor:

@@ -32,7 +32,9 @@ def logits(
             torch.randn(rows, classes, generator=generator, dtype=torch.float32, device="cpu") * scale
             + offset
         ).to(dtype)
-        target = torch.randint(0, classes, (rows,), generator=generator)
+        target = torch.randint(
+            0, classes, (rows,), generator=generator, dtype=torch.int64, device=generator.device
+        )
         if ignored is not None:
             target[:some] = ignored
         return {"logits": z, "target": target}

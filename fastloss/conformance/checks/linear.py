@@ -29,7 +29,9 @@ def head(
         weight = (
             torch.randn(classes, width, generator=generator, dtype=torch.float32, device="cpu") / 4 + common
         ).to(dtype)
-        target = torch.randint(0, classes, (rows,), generator=generator)
+        target = torch.randint(
+            0, classes, (rows,), generator=generator, dtype=torch.int64, device=generator.device
+        )
         target[:some] = -100
         return {"hidden": hidden, "linear_weight": weight, "target": target}
 
