@@ -69,6 +69,20 @@ def test_tensors_are_made_on_the_device(kind: str) -> None:
     assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
 
 
+def test_inputs_do_not_depend_on_the_default_dtype() -> None:
+    case = next(iter(KINDS["linear"].cases(True)))
+    usual = data(case, "cpu").tensors
+    torch.set_default_dtype(torch.float64)
+    try:
+        tensors = data(case, "cpu").tensors
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in usual.items():
+        assert tensor.dtype == tensors[name].dtype
+        assert torch.equal(tensor, tensors[name])
+
+
 def test_a_gpus_time_is_its_own_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
 

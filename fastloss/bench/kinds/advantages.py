@@ -184,18 +184,13 @@ def _advantage(case: Case) -> Advantage:
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     answers = case.rows // case.length if case.length else case.rows
     mask = padding(case) if case.length else torch.ones(answers, 1, dtype=torch.bool)
-    logprobs = -0.1 - 2 * torch.rand(
-        mask.shape, generator=generator, dtype=torch.float32, device=generator.device
-    )
+    logprobs = -0.1 - 2 * torch.rand(mask.shape, generator=generator)
     made = {
-        "rewards": torch.randn(answers, generator=generator, dtype=torch.float32, device=generator.device),
-        "several": torch.randn(answers, 3, generator=generator, dtype=torch.float32, device=generator.device),
-        "lengths": torch.randint(
-            1, 4096, (answers,), generator=generator, dtype=torch.int64, device=generator.device
-        ),
-        "greedy": torch.randn(answers, generator=generator, dtype=torch.float32, device=generator.device),
-        "tokens": torch.randn(mask.shape, generator=generator, dtype=torch.float32, device=generator.device)
-        * mask,
+        "rewards": torch.randn(answers, generator=generator),
+        "several": torch.randn(answers, 3, generator=generator),
+        "lengths": torch.randint(1, 4096, (answers,), generator=generator),
+        "greedy": torch.randn(answers, generator=generator),
+        "tokens": torch.randn(mask.shape, generator=generator) * mask,
         "logprobs": logprobs,
         "log_sum_sq": 2 * logprobs + 0.1,
         "mask": mask,

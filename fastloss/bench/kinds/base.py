@@ -29,13 +29,8 @@ class Kind:
 
 def head_tensors(case: Case, generator: torch.Generator, target: Tensor) -> dict[str, Tensor]:
     """Hidden states of ``target``'s shape and a vocabulary matrix."""
-    hidden = torch.randn(
-        *target.shape, case.dim, generator=generator, dtype=torch.float32, device=generator.device
-    )
-    weight = (
-        torch.randn(case.vocab, case.dim, generator=generator, dtype=torch.float32, device=generator.device)
-        / case.dim**0.5
-    )
+    hidden = torch.randn(*target.shape, case.dim, generator=generator)
+    weight = torch.randn(case.vocab, case.dim, generator=generator) / case.dim**0.5
     if case.peaked:
         hidden += 12.0 * weight[target]
     return {"hidden": hidden, "weight": weight, "target": target}
@@ -47,9 +42,7 @@ def head_leaves(case: Case) -> tuple[str, ...]:
 
 def random_targets(case: Case, generator: torch.Generator) -> Tensor:
     shape = (case.rows // case.length, case.length) if case.length else (case.rows,)
-    return torch.randint(
-        0, case.vocab, shape, generator=generator, dtype=torch.int64, device=generator.device
-    )
+    return torch.randint(0, case.vocab, shape, generator=generator)
 
 
 def ignore_some(case: Case, target: Tensor, generator: torch.Generator) -> Tensor:
@@ -68,12 +61,8 @@ def with_reference(case: Case, generator: torch.Generator, tensors: dict[str, Te
     """A reference model beside the policy: the policy and a little noise, as after some steps of training; the first tokens
     of each answer are its prompt."""
     tensors["target"][:, : round(case.length * case.ignored)] = IGNORE
-    noise = 0.02 * torch.randn(
-        tensors["weight"].shape, generator=generator, dtype=torch.float32, device=generator.device
-    )
-    ref_hidden = tensors["hidden"] + 0.02 * torch.randn(
-        tensors["hidden"].shape, generator=generator, dtype=torch.float32, device=generator.device
-    )
+    noise = 0.02 * torch.randn(tensors["weight"].shape, generator=generator)
+    ref_hidden = tensors["hidden"] + 0.02 * torch.randn(tensors["hidden"].shape, generator=generator)
     return {**tensors, "ref_hidden": ref_hidden, "ref_weight": tensors["weight"] + noise / case.dim**0.5}
 
 

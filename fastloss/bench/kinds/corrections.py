@@ -43,22 +43,13 @@ def kl_cases(quick: bool) -> Iterator[Case]:
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     mask = padding(case)
-    drawn = torch.randint(
-        0,
-        len(PROBABILITIES),
-        tuple(mask.shape),
-        generator=generator,
-        dtype=torch.int64,
-        device=generator.device,
-    )
+    drawn = torch.randint(0, len(PROBABILITIES), tuple(mask.shape), generator=generator)
     logprobs = PROBABILITIES.to(drawn.device)[drawn].log()
     old = logprobs - log_ratios(mask.shape, generator)
-    advantages = torch.randn(len(mask), generator=generator, dtype=torch.float32, device=generator.device)
+    advantages = torch.randn(len(mask), generator=generator)
     tensors = {"logprobs": logprobs, "old": old, "advantages": advantages, "mask": mask}
     if _name(case) == "policy-weights":
-        tensors["weights"] = torch.rand(
-            mask.shape, generator=generator, dtype=torch.float32, device=generator.device
-        )
+        tensors["weights"] = torch.rand(mask.shape, generator=generator)
     if _name(case) == "policy-trust-region":
         tensors["sampler"] = old - 2 * log_ratios(mask.shape, generator)
     return tensors
@@ -123,12 +114,12 @@ def _ours(case: Case, backend: str) -> Loss:
 def _value_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     """Values lie well inside of the clip's range, or well outside."""
     mask = padding(case)
-    values = torch.randn(mask.shape, generator=generator, dtype=torch.float32, device=generator.device)
+    values = torch.randn(mask.shape, generator=generator)
     old = values + log_ratios(mask.shape, generator)
     return {
         "values": values,
         "old": old,
-        "returns": torch.randn(mask.shape, generator=generator, dtype=torch.float32, device=generator.device),
+        "returns": torch.randn(mask.shape, generator=generator),
         "mask": mask,
     }
 
@@ -149,12 +140,8 @@ def _ours_value(case: Case, backend: str) -> Loss:
 
 def _kl_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     shape = (case.rows // case.length, case.length)
-    logprobs = -2.0 * torch.rand(shape, generator=generator, dtype=torch.float32, device=generator.device)
-    return {
-        "logprobs": logprobs,
-        "ref": logprobs
-        + 0.1 * torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device),
-    }
+    logprobs = -2.0 * torch.rand(shape, generator=generator)
+    return {"logprobs": logprobs, "ref": logprobs + 0.1 * torch.randn(shape, generator=generator)}
 
 
 def _eager_kl(case: Case) -> Loss:

@@ -52,9 +52,7 @@ def linear_cases(quick: bool) -> Iterator[Case]:
 
 def row_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     target = random_targets(case, generator)
-    logits = torch.randn(
-        case.rows, case.vocab, generator=generator, dtype=torch.float32, device=generator.device
-    )
+    logits = torch.randn(case.rows, case.vocab, generator=generator)
     if case.peaked:
         logits[torch.arange(case.rows), target] += 12.0
     return {"logits": logits, "target": ignore_some(case, target, generator)}

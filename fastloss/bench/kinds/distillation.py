@@ -26,10 +26,7 @@ def row_cases(quick: bool) -> Iterator[Case]:
 
 
 def _row_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    logits, teacher = (
-        torch.randn(case.rows, case.vocab, generator=generator, dtype=torch.float32, device="cpu")
-        for _ in range(2)
-    )
+    logits, teacher = (torch.randn(case.rows, case.vocab, generator=generator) for _ in range(2))
     target = ignore_some(case, random_targets(case, generator), generator)
     return {"logits": logits, "ref_logits": logits + teacher, "target": target}
 
@@ -70,15 +67,8 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     """The teacher has the student's width."""
     tensors = head_tensors(case, generator, random_targets(case, generator))
     target = ignore_some(case, tensors.pop("target"), generator)
-    noise = (
-        torch.randn(
-            tensors["weight"].shape, generator=generator, dtype=torch.float32, device=generator.device
-        )
-        / case.dim**0.5
-    )
-    ref_hidden = tensors["hidden"] + torch.randn(
-        tensors["hidden"].shape, generator=generator, dtype=torch.float32, device=generator.device
-    )
+    noise = torch.randn(tensors["weight"].shape, generator=generator) / case.dim**0.5
+    ref_hidden = tensors["hidden"] + torch.randn(tensors["hidden"].shape, generator=generator)
     return {
         **tensors,
         "ref_hidden": ref_hidden,

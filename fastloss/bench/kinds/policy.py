@@ -67,26 +67,19 @@ def padding(case: Case) -> Tensor:
 
 
 def log_ratios(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    drawn = torch.randint(
-        0, len(LOG_RATIOS), tuple(shape), generator=generator, dtype=torch.int64, device=generator.device
-    )
+    drawn = torch.randint(0, len(LOG_RATIOS), tuple(shape), generator=generator)
     return LOG_RATIOS.to(drawn.device)[drawn]
 
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     mask = padding(case)
-    logprobs = -2.0 * torch.rand(
-        mask.shape, generator=generator, dtype=torch.float32, device=generator.device
-    )
+    logprobs = -2.0 * torch.rand(mask.shape, generator=generator)
     return {
         "logprobs": logprobs,
         "old": logprobs - log_ratios(mask.shape, generator),
-        "advantages": torch.randn(
-            len(mask), generator=generator, dtype=torch.float32, device=generator.device
-        ),
+        "advantages": torch.randn(len(mask), generator=generator),
         "mask": mask,
-        "ref": logprobs
-        + 0.1 * torch.randn(mask.shape, generator=generator, dtype=torch.float32, device=generator.device),
+        "ref": logprobs + 0.1 * torch.randn(mask.shape, generator=generator),
     }
 
 
@@ -96,18 +89,14 @@ def _linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]
     return {
         **tensors,
         "old": now - log_ratios(mask.shape, generator),
-        "advantages": torch.randn(
-            len(mask), generator=generator, dtype=torch.float32, device=generator.device
-        ),
+        "advantages": torch.randn(len(mask), generator=generator),
         "mask": mask,
     }
 
 
 def _gae_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     mask = padding(case)
-    rewards, values = (
-        torch.randn(2, *mask.shape, generator=generator, dtype=torch.float32, device=generator.device) * mask
-    )
+    rewards, values = torch.randn(2, *mask.shape, generator=generator) * mask
     return {"rewards": rewards, "values": values, "mask": mask}
 
 

@@ -51,14 +51,10 @@ def linear_cases(quick: bool) -> Iterator[Case]:
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    values = -20.0 + torch.randn(
-        4, case.rows, generator=generator, dtype=torch.float32, device=generator.device
-    )
+    values = -20.0 + torch.randn(4, case.rows, generator=generator)
     tensors = dict(zip(names, values))
     if dict(case.options)["weighted"]:
-        tensors["weights"] = torch.rand(
-            case.rows, generator=generator, dtype=torch.float32, device=generator.device
-        )
+        tensors["weights"] = torch.rand(case.rows, generator=generator)
     return tensors
 
 

@@ -30,22 +30,14 @@ def process_cases(quick: bool) -> Iterator[Case]:
 
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    return dict(
-        zip(
-            ("chosen", "rejected"),
-            torch.randn(2, case.rows, generator=generator, dtype=torch.float32, device=generator.device),
-        )
-    )
+    return dict(zip(("chosen", "rejected"), torch.randn(2, case.rows, generator=generator)))
 
 
 def _process_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     shape = (case.rows // case.length, case.length)
-    labels = torch.randint(0, 2, shape, generator=generator, dtype=torch.int64, device=generator.device)
+    labels = torch.randint(0, 2, shape, generator=generator)
     labels[:, torch.arange(case.length) % round(1 / (1 - case.ignored)) != 0] = IGNORE
-    return {
-        "scores": torch.randn(*shape, 2, generator=generator, dtype=torch.float32, device=generator.device),
-        "labels": labels,
-    }
+    return {"scores": torch.randn(*shape, 2, generator=generator), "labels": labels}
 
 
 def _ours(case: Case, backend: str) -> Loss:

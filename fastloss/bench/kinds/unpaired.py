@@ -40,9 +40,7 @@ def linear_cases(quick: bool) -> Iterator[Case]:
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     names = ("logps", "ref", "kl_logps", "ref_kl")
-    values = -20.0 + torch.randn(
-        4, case.rows, generator=generator, dtype=torch.float32, device=generator.device
-    )
+    values = -20.0 + torch.randn(4, case.rows, generator=generator)
     desirable = torch.arange(case.rows) % 2 == 0
     return {**dict(zip(names[:2], values)), "desirable": desirable, **dict(zip(names[2:], values[2:]))}
 
