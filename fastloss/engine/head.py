@@ -133,7 +133,9 @@ class Schedule(NamedTuple):
             gemms = head_blocks.gemms(needs, part, dim, self.more)
         extra = 0
         if needs.weight and not recompute:
-            extra = max(0, min(self.more, part - dim)) * vocab * head.weight.dtype.itemsize
+            more = max(0, min(self.more, part - dim))
+            extra = more * vocab * head.weight.dtype.itemsize
+            extra += head_blocks.origins_bytes(head.backend, head.weight, min(part, dim) + more)
             extra += vocab * dim * torch.float32.itemsize if part < rows else 0
         return {
             **sent,
