@@ -204,7 +204,7 @@ def test_a_backward_alone(names, form, gradients, kind):
     if "bias" in form:
         form["bias"] = torch.randn(vocab, generator=generator)
     w = torch.rand(vocab, generator=generator) if "d" in names else None
-    z = (hidden.double() @ weight.double().t()).to(weight.dtype)
+    z = hidden.double() @ weight.double().t()
     u, slope = effective(z, **form)
     lse = u.logsumexp(-1)
     k = {name: torch.randn(rows, generator=generator) for name in names}
@@ -351,7 +351,11 @@ def test_gradients_from_logits_that_the_statistics_left(kind, stored, more):
     want = call(hidden, weight, target, **given)
     got = call(hidden, weight, target, memory=memory, stored=stored, **given)
     for name in ("d_hidden", "d_weight", "d_bias"):
-        assert torch.equal(got[name], want[name]), name
+        if kinds[1] == F32:
+            assert torch.equal(got[name], want[name]), name
+        else:  # a probability from a kept logit is off by 0.0008 at most
+            error = (got[name].double() - want[name].double()).abs().max()
+            assert error <= 2**-7 * want[name].abs().max(), name
     whole = call(hidden, weight, target, pairs=kinds[2], memory=memory, stored=stored)  # the same in one call
     compare(whole, expected(hidden, weight, target), kinds)
 
