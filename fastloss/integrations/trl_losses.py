@@ -10,8 +10,6 @@ evaluation.
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -21,20 +19,13 @@ import torch
 from torch import Tensor
 
 import fastloss
-from fastloss.integrations.handle import UnknownVersion
+from fastloss.integrations.handle import expect_source
 from fastloss.losses.token_stats import TokenStats
 
 __all__ = ["ACTIVE", "replace_losses"]
 
-# What was read: TRL 1.16. The first 16 digits of sha256 of each function's source.
-READ = {
-    "trainer.utils.add_fused_lm_head": "422d009f04b66659",
-    "trainer.sft_trainer.SFTTrainer.compute_loss": "ca448211ff653fe6",
-    "trainer.dpo_trainer.DPOTrainer._compute_loss": "5e58a1699e0d76cd",
-    "trainer.dpo_trainer.DPOTrainer.compute_ref_log_probs": "90611af9cbadb8ec",
-    "trainer.grpo_trainer.GRPOTrainer._compute_loss": "80295546bbdbf6f7",
-    "trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": "ea73c3909275851d",
-}
+# Of TRL 1.16: how the sha256 begins of the source of what replace_losses() relies on.
+READ = ("422d009f04b66659", "ca448211ff653fe6", "5e58a1699e0d76cd", "90611af9cbadb8ec", "80295546bbdbf6f7", "ea73c3909275851d")  # fmt: skip
 LOSS, REFERENCE = "_compute_loss", ("ref_chosen_logps", "ref_rejected_logps")
 # GRPO's losses whose tokens need no other token: their divisor is theirs, or the number of accumulated batches.
 TOKEN_LEVEL = ("grpo", "bnpo", "dr_grpo", "luspo", "sapo", "dapo", "cispo")
@@ -241,7 +232,6 @@ def replace_losses() -> list[Callable[[], None]]:
     Raises:
         UnknownVersion: the code of TRL is not that which was read; nothing was replaced.
     """
-    import trl
     from trl.trainer import utils
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -255,13 +245,8 @@ def replace_losses() -> list[Callable[[], None]]:
         GRPOTrainer._compute_loss,
         GRPOTrainer._get_per_token_logps_and_entropies,
     )
-    for (name, digits), function in zip(READ.items(), found, strict=True):
-        source = inspect.getsource(inspect.unwrap(function))
-        if hashlib.sha256(source.encode()).hexdigest()[:16] != digits:
-            raise UnknownVersion(
-                f"trl {trl.__version__}: the code of {name} is not that of TRL 1.16, which fastloss read; nothing was "
-                "replaced. apply(losses=False) replaces log-probabilities and entropies alone"
-            )
+    for digits, function in zip(READ, found, strict=True):
+        expect_source(function, digits, "trl", "1.16")
     _, sft, dpo, _, grpo, _ = found
 
     @functools.wraps(sft)

@@ -147,10 +147,41 @@ def test_a_trainer_with_another_loss_is_refused_at_its_first_step(ready, monkeyp
 def test_code_that_was_not_read_is_refused(monkeypatch):
     before = DPOTrainer._compute_loss
     monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", lambda self, model, inputs: None)
-    with pytest.raises(
-        UnknownVersion, match=r"DPOTrainer.compute_ref_log_probs is not that of TRL 1.16.*losses=False"
-    ):
+    with pytest.raises(UnknownVersion, match=r"is not that of trl 1.16.*losses=False"):
         apply()
     assert DPOTrainer._compute_loss is before
     with apply(losses=False):
         assert DPOTrainer._compute_loss is before
+
+
+@pytest.mark.parametrize("mixture", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("total", [None, 40])
+def test_the_divergence_of_two_heads(mixture, total):
+    from trl.trainer import distillation_trainer
+
+    g = torch.Generator().manual_seed(4)
+    rows, vocab = (2, 9), 61
+    mask = (torch.rand(rows, generator=g) > 0.3).long()
+    leaves = [
+        torch.randn(*s, generator=g) for s in ((*rows, 16), (*rows, 24), (vocab, 16), (vocab, 24), (vocab,))
+    ]
+    results = []
+    for ours in (False, True):
+        hidden, theirs, weight, frozen, bias = (x.clone() for x in leaves)
+        for leaf in (hidden, weight, bias):
+            leaf.requires_grad_()
+        with apply(losses=ours):
+            loss, entropy, count = distillation_trainer._chunked_divergence_loss(
+                hidden, theirs, weight, frozen, mask, mixture, total, student_lm_head_bias=bias,
+                student_logit_scale=0.5, teacher_logit_scale=0.25, temperature=1.3,
+            )  # fmt: skip
+        loss.backward()
+        results.append((loss.detach(), entropy.detach(), count, hidden.grad, weight.grad, bias.grad))
+    for ours, stock in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-6)
+    difference = max(
+        ((a - b).abs().max() / b.abs().max()).item()
+        for a, b in zip(results[1][3:], results[0][3:], strict=True)
+    )
+    worst = abs((results[1][0] / results[0][0]).item() - 1)
+    record("trl Distillation", "two heads", f"its divergence, beta={mixture}", worst, difference)
