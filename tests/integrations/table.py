@@ -20,6 +20,7 @@ gradients (or of all parameters after the steps, where a trainer ran). "interfac
 itself, or a small copy of its interface written in the test, where the package does not install beside fastloss. Of
 torchtitan, verl, OpenRLHF, SkyRL, Axolotl, LLaMA-Factory, ms-swift and Megatron the loss modules alone were imported, with
 stand-ins for packages that a loss does not need (ray, vLLM, flash-attn); their trainers did not run.
+Of TRL, "one pass" is a batch of the real trainer: its loss, and the gradients of all parameters.
 
 """
 
