@@ -1,8 +1,8 @@
 // The linear head of head.h, on every thread of a team. Statistics: a chapter of the vocabulary a thread, all
 // rows, Z = H Wᵀ of a stripe of rows at a time. Gradients: all threads share a block of the vocabulary. Its
 // weights are packed; every stripe's dZ is made, and dH += dZ W while it is hot; then dW = dZᵀ H of the
-// block, finished at once. Logits and dZ are rounded to the weight's dtype, as PyTorch's would be; sums over
-// K are float32.
+// block, finished at once. dZ is rounded to the weight's dtype, as PyTorch's would be; logits and sums over K
+// are float32.
 
 #ifndef FASTLOSS_ISA
 #error "head.cpp is compiled once per instruction set, with -DFASTLOSS_ISA=avx512, avx2 or generic"

@@ -22,16 +22,16 @@ struct HeadCall {
   int hidden_dtype;
   int64_t hidden_stride;
   const void* weight;  // [vocab, dim], rows weight_stride apart
-  int weight_dtype;    // the logits' too
+  int weight_dtype;    // the kept logits' too
   int64_t weight_stride;
-  bool float_logits;  // the logits are not rounded to the weight's dtype; none may be kept
   void* d_weight;  // [vocab, dim] of the weight's dtype, or null. Until a block of it is written, that memory
                    // holds the block's logits of the first `stored` rows
   int64_t stored;  // at most dim; with `given`: those that an earlier call left there
   void* more_logits;  // [vocab, more] of the weight's dtype, for those of the next `more` rows
   int64_t more;
-  bool stats_only;       // no gradients: d_weight only keeps logits, for a later call
-  float* d_hidden;       // float32 sums, or null
+  float* origins;   // [segments of the vocabulary, stored + more]: what kept bfloat16 logits are relative to
+  bool stats_only;  // no gradients: d_weight only keeps logits, for a later call
+  float* d_hidden;  // float32 sums, or null
   float* d_hidden_rest;  // where rows from `split` on have theirs
   int64_t split;
   bool spread;           // d_hidden's rows lie as hidden's, undivided; else densely
@@ -55,6 +55,7 @@ inline bool sums_rows(const HeadCall& c) { return wants_gradients(c) && (c.d_wei
 // Kept logits of a few columns lie together, row after row, in the rows of d_weight that those columns have:
 // a block of any width is then free for its gradient when it has read its own logits.
 constexpr int64_t kKept = 64;
+static_assert(kSegment % kKept == 0, "kept columns share an origin");
 
 // Of `row` and the kKept columns from `column` on, a multiple of kKept.
 template <class T>
@@ -62,6 +63,10 @@ T* kept_logits(const HeadCall& c, int64_t row, int64_t column) {
   const int64_t left = c.logits.vocab - column, width = left < kKept ? left : kKept;
   if (row < c.stored) return static_cast<T*>(c.d_weight) + column * c.dim + row * width;
   return static_cast<T*>(c.more_logits) + column * c.more + (row - c.stored) * width;
+}
+
+inline float* kept_origin(const HeadCall& c, int64_t row, int64_t column) {
+  return c.origins + column / kSegment * (c.stored + c.more) + row;
 }
 
 // The most rows that any kind of product takes together.

@@ -173,8 +173,8 @@ void check(const HeadCall& c) {
   expect(!c.stored || c.d_weight, "stored: expected with d_weight");
   expect(c.more >= 0 && c.stored + c.more <= c.logits.rows, "more: expected at most the other rows");
   expect(!c.more || c.more_logits, "more: expected with more_logits");
-  expect(!c.float_logits || c.weight_dtype == kFloat32 || !(c.stored + c.more),
-         "float_logits: expected no kept logits");
+  expect(!(c.stored + c.more) || c.weight_dtype == kFloat32 || c.origins,
+         "origins: expected with kept bfloat16 logits");
   expect(!c.stats_only || !c.given.lse_parts, "stats_only: expected without given_lse_parts");
   expect(!c.d_bias || c.d_weight || c.given.lse_parts, "d_bias: expected with d_weight or a backward alone");
   expect(!is_d_hidden_alone(c) || (c.logits.target && c.ce.terms.smooth == 0),
@@ -272,7 +272,7 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("argmax", argmax);
   FASTLOSS_FIELD("token_weight", token_weight);
   FASTLOSS_FIELD("row_scale", row_scale);
-  FASTLOSS_FIELD("float_logits", float_logits);
+  FASTLOSS_FIELD("origins", origins);
   FASTLOSS_FIELD("more_logits", more_logits);
   FASTLOSS_FIELD("more", more);
   FASTLOSS_FIELD("stats_only", stats_only);
@@ -301,6 +301,7 @@ void bind_head(py::module_& m) {
   m.def("can_multiply_pairs", &can_multiply_pairs);
   m.attr("ROW_STATE_DOUBLES") = int(sizeof(RowState) / sizeof(double));
   m.attr("HEAD_STRIPE") = kStripe;
+  m.attr("HEAD_SEGMENT") = kSegment;
   m.def("head_panel", [] { return kKept; });
   m.def("supports_tiles", &supports_tiles);
   m.def("advise_huge_pages", &advise_huge_pages);

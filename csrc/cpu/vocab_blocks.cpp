@@ -85,7 +85,7 @@ inline Running together(Wanted want, Running so_far, const Running& more) {
 // --- a segment
 // -----------------------------------------------------------------------------------------------------------
 
-// How floats become logits of type T again, and where they are kept or are a gradient, T. With AVX512_BF16
+// How floats become numbers of type T: logits that are kept, and gradients. With AVX512_BF16
 // (kNative) that is an instruction; there subnormal numbers become 0.
 template <class T, bool kNative>
 struct Rounding;
@@ -162,44 +162,33 @@ FASTLOSS_INLINE double total(F64V v) {
 #endif
 }
 
-// Rounds the row's n logits in place, keeps them if they are to be kept, fills the last vector with -inf.
+// The largest of the row's n logits, whose last vector it fills with -inf; keeps the logits that are to be
+// kept. Those of a narrower type are kept relative to the largest, so that rounding errs most where the
+// probability is smallest: by |z - max|·2^-9 in a term that is at most exp(z - max).
 template <class T, class R>
-FASTLOSS_INLINE float round_row(const HeadCall& c, float* x, int64_t row, int64_t start, int64_t n) {
+FASTLOSS_INLINE float keep_row(const HeadCall& c, float* x, int64_t row, int64_t start, int64_t n) {
   const int64_t whole = (n + W - 1) / W * W;
   for (int64_t i = n; i < whole; ++i) x[i] = -__builtin_inff();
   F32V m0 = F32V{} + lowest_finite<float>(), m1 = m0;
-  const auto piece = [&](int64_t from, int64_t to, auto&& keep) __attribute__((always_inline)) {
-    int64_t i = from;
-    for (; i + 2 * W <= to; i += 2 * W) {
-      const F32V v0 = R::rounded(load(x + i)), v1 = R::rounded(load(x + i + W));
-      store(x + i, v0), store(x + i + W, v1);
-      keep(i, v0), keep(i + W, v1);
-      m0 = max_or_second(v0, m0), m1 = max_or_second(v1, m1);
-    }
-    for (; i < to; i += W) {
-      const F32V v = R::rounded(load(x + i));
-      store(x + i, v);
-      keep(i, v);
-      m0 = max_or_second(v, m0);
-    }
-  };
-  if (row < c.stored + c.more) {
-    for (int64_t at = 0; at < n; at += kKept) {
-      T* const out = kept_logits<T>(c, row, start + at);
-      const int64_t end = n - at < kKept ? n - at : kKept;
-      if (end % W == 0) {
-        piece(at, at + end, [=](int64_t i, F32V v) { R::store_rounded(out + (i - at), v); });
-      } else {
-        piece(at, at + (end + W - 1) / W * W, [](int64_t, F32V) {});
-        for (int64_t i = 0; i < end; ++i) store_one(out + i, x[at + i]);
-      }
-    }
-  } else if (sizeof(T) == 2 && !c.float_logits) {
-    piece(0, whole, [](int64_t, F32V) {});
-  } else {
-    for (int64_t i = 0; i < whole; i += W) m0 = max_or_second(load(x + i), m0);
+  int64_t i = 0;
+  for (; i + 2 * W <= whole; i += 2 * W) {
+    m0 = max_or_second(load(x + i), m0), m1 = max_or_second(load(x + i + W), m1);
   }
-  return largest(max_or_second(m0, m1));
+  for (; i < whole; i += W) m0 = max_or_second(load(x + i), m0);
+  const float max = largest(max_or_second(m0, m1));
+  if (row >= c.stored + c.more) return max;
+  float origin = 0;
+  if (sizeof(T) == 2) origin = *kept_origin(c, row, start) = max;
+  for (int64_t at = 0; at < n; at += kKept) {
+    T* const out = kept_logits<T>(c, row, start + at);
+    const int64_t count = n - at < kKept ? n - at : kKept;
+    if (count % W == 0) {
+      for (int64_t k = 0; k < count; k += W) R::store_rounded(out + k, R::rounded(load(x + at + k) - origin));
+    } else {
+      for (int64_t k = 0; k < count; ++k) store_one(out + k, x[at + k] - origin);
+    }
+  }
+  return max;
 }
 
 // What a segment adds to its chapter, of a few rows side by side.
@@ -289,7 +278,7 @@ void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& strip
       z[g] = nullptr;
       if (kind == RowKind::ignored) continue;
       float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
-      max[g] = round_row<T, R>(c, x, row, start, n);
+      max[g] = keep_row<T, R>(c, x, row, start, n);
       z[g] = x;
       const Transform<float> f = transform_of(c, plain, row);
       if (!f.plain) z[g] = load_block(f, x, start, n, scratch.z + g * kSegment, scratch.slope, &max[g]);
@@ -433,16 +422,17 @@ void zero_to_32(T* out, int64_t n) {
   for (; n % 32 != 0; ++n) store_one(out + n, 0.0f);
 }
 
-// The row's logits as they were kept.
+// The row's logits, from what was kept of them.
 template <class T>
 void load_kept(const HeadCall& c, int64_t row, int64_t start, int64_t n, float* x) {
   for (int64_t at = 0; at < n; at += kKept) {
     const T* const from = kept_logits<T>(c, row, start + at);
     const int64_t count = n - at < kKept ? n - at : kKept;
+    const float origin = sizeof(T) == 2 ? *kept_origin(c, row, start + at) : 0.0f;
     if (count % W == 0) {
-      for (int64_t i = 0; i < count; i += W) store(x + at + i, load_logits(from + i));
+      for (int64_t i = 0; i < count; i += W) store(x + at + i, load_logits(from + i) + origin);
     } else {
-      write_block(x + at, count, [=](int64_t i, int64_t left) { return load_upto(from + i, left); });
+      write_block(x + at, count, [=](int64_t i, int64_t left) { return load_upto(from + i, left) + origin; });
     }
   }
 }
@@ -469,31 +459,28 @@ void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* 
     double z_target, slope_target = 1;
     const float ref = float(s.max), log_sum = float(s.log_sum), b = float(s.b), with_log = float(s.c);
     if (sizeof(T) == 2 && f.plain && s.c == 0 && s.d == 0 && n % (2 * W) == 0) {
-      const float offset = float(-(s.max + s.log_sum) * 1.4426950408889634);
-      const auto write = [&](const auto* from, int64_t at, int64_t count) __attribute__((always_inline)) {
+      const auto write = [&](const auto* from, int64_t at, int64_t count,
+                             float origin) __attribute__((always_inline)) {
+        const float offset = float(((origin - s.max) - s.log_sum) * 1.4426950408889634);
         for (int64_t i = 0; i < count; i += 2 * W) {
-          F32V v0 = load_logits(from + i), v1 = load_logits(from + i + W);
-          if (sizeof(*from) == 4 && !c.float_logits) v0 = R::rounded(v0), v1 = R::rounded(v1);
+          const F32V v0 = load_logits(from + i), v1 = load_logits(from + i + W);
           R::round_two(out + at + i, scaled_probability(v0, offset, b), scaled_probability(v1, offset, b));
         }
       };
+      z_target = 0;
       if (kept) {
         for (int64_t at = 0; at < n; at += kKept) {
           const T* const from = kept_logits<T>(c, row, start + at);
-          write(from, at, n - at < kKept ? n - at : kKept);
+          const float origin = *kept_origin(c, row, start + at);
+          if (here && at <= t && t < at + kKept) z_target = double(load_n(from + (t - at), 1)[0]) + origin;
+          write(from, at, n - at < kKept ? n - at : kKept, origin);
         }
-        z_target =
-            here ? double(load_n(kept_logits<T>(c, row, start + t / kKept * kKept) + t % kKept, 1)[0]) : 0.0;
       } else {
-        z_target = here ? double((c.float_logits ? load_n(x + t, 1) : R::rounded(load_n(x + t, 1)))[0]) : 0.0;
-        write(x, 0, n);
+        if (here) z_target = double(x[t]);
+        write(x, 0, n, 0.0f);
       }
     } else {
-      if (kept) {
-        load_kept<T>(c, row, start, n, x);
-      } else if (sizeof(T) == 2 && !c.float_logits) {
-        for (int64_t i = 0; i < n; i += W) store(x + i, R::rounded(load(x + i)));
-      }
+      if (kept) load_kept<T>(c, row, start, n, x);
       const float* z = x;
       float* const slope = l.softcap > 0 ? scratch.slope : nullptr;
       if (!f.plain || n % W != 0) {

@@ -1,6 +1,6 @@
 // What a row needs to know of its logits, a block of the vocabulary at a time, all rows at once: so the
-// linear head sees every logit without ever holding all of them. Reads rows of float32 logits, which it
-// rounds to the dtype that they have; the gradient is written in that dtype, in place if it may. The order of
+// linear head sees every logit without ever holding all of them. Reads rows of float32 logits; the gradient
+// is written in the weight's dtype, in place if it may. The order of
 // all sums over the vocabulary is fixed, whatever the blocks and threads: the exponentials of a segment
 // relative to its maximum, segments in their order to a chapter, chapters in theirs to the row.
 #pragma once
@@ -29,7 +29,7 @@ struct ChapterSums {
 };
 
 // Logits of rows [begin, end): of columns [start, start + width), the rows `stride` apart. They may be
-// overwritten, by themselves as rounded, and up to a vector beyond their end.
+// overwritten up to a vector beyond their end.
 struct StripeOfLogits {
   float* z;
   int64_t stride, start, width, begin, end;

@@ -287,7 +287,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
 
     Returns:
         a dict with ``function``, ``backend``, ``reason`` and, for the linear head, ``gemms``, ``chunk_rows``,
-        ``buffer_bytes`` and, in chunks of rows, ``accumulator_bytes`` (of a float32 gradient of the weight beside its own).
+        ``logits_dtype``, ``buffer_bytes`` and, in chunks of rows, ``accumulator_bytes`` (of a float32 gradient of the weight beside its own).
 
     >>> import torch, fastloss
     >>> plan = fastloss.explain(fastloss.cross_entropy, torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))

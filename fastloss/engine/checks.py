@@ -177,6 +177,11 @@ def memory_value(memory: Any) -> None:
         raise ValueError(f"memory: expected one of {', '.join(map(repr, MEMORY))}, got {memory!r}")
 
 
+def logits_dtype_value(logits_dtype: Any) -> None:
+    if logits_dtype not in (None, torch.float32):
+        raise ValueError(f"logits_dtype: expected None or torch.float32, got {logits_dtype!r}")
+
+
 def reject_bad_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError that names the first target outside [0, vocab) which is not ignore_index."""
     bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)

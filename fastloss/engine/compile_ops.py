@@ -275,7 +275,16 @@ def token_stats(
 # --- the linear head -----------------------------------------------------------------------------------------------
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
-_HOW = "bool[] needs, ScalarType dtype, int chunk, str backend, str memory='auto'"
+_HOW = "bool[] needs, ScalarType dtype, int chunk, str backend, str memory='auto', bool float_logits=False"
+
+
+def _limits(chunk: int, memory: str = "auto", float_logits: bool = False) -> Limits:
+    return Limits(chunk or None, memory, None, float_logits)
+
+
+def _given_limits(given: dict[str, Any]) -> Limits:
+    """Of a saved call; graphs that were exported before the later options have defaults for them."""
+    return _limits(given["chunk"], given.get("memory", "auto"), given.get("float_logits", False))
 
 
 def _schedule(
@@ -316,12 +325,15 @@ def _linear_row_grad(  # type: ignore[no-untyped-def]
     chunk,
     backend,
     memory="auto",
+    float_logits=False,
     **fields,
 ):
     options = _record(RowOptions, fields)
     needed = Needs(*needs)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule, keep = _schedule(head, target, options.ignore_index, needed, Limits(chunk or None, memory))
+    schedule, keep = _schedule(
+        head, target, options.ignore_index, needed, _limits(chunk, memory, float_logits)
+    )
     saved = Saved(target, lse_parts, Coefficients(a, b, c, d), options, keep, w)
     grads = heads.recompute(head, needed, schedule, saved)
     dtypes = heads.leaf_dtypes(hidden, weight, bias)
@@ -356,6 +368,7 @@ def linear_row_grad(
         dtype=dtype,
         chunk=limits.chunk_size or 0,
         memory=limits.memory,
+        float_logits=limits.float_logits,
         backend=backend,
     )
     return [x if need else None for x, need in zip(grads, needs, strict=True)]
@@ -370,7 +383,7 @@ def linear_row_grad(
 )
 def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, w, factor_tensor, token_weight=None, *,
-    factor, reduction, want, needs, dtype, chunk, backend, memory="auto", **fields,
+    factor, reduction, want, needs, dtype, chunk, backend, memory="auto", float_logits=False, **fields,
 ):  # fmt: skip
     options, needed, names = _record(CrossEntropyOptions, fields), Needs(*needs), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
@@ -380,7 +393,7 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     rows = heads.count_kept(hidden.shape[0], keep)
     smooth = target is None or options.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(
-        head, rows, needed, Limits(chunk or None, memory), per_row, smooth
+        head, rows, needed, _limits(chunk, memory, float_logits), per_row, smooth
     )
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
@@ -464,7 +477,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
             g = g * token_weight
         k = _contiguous(of_cross_entropy(g, lse_parts, target, w, weight.shape[0], options))
         saved = Saved(target, lse_parts, k, options, None, w)
-        how = ctx.needs, dtype, Limits(given["chunk"] or None, given.get("memory", "auto")), given["backend"]
+        how = ctx.needs, dtype, _given_limits(given), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
     return (*grads, *[None] * ctx.constants)
 
@@ -507,6 +520,7 @@ def linear_cross_entropy(
         dtype=dtype,
         chunk=limits.chunk_size or 0,
         memory=limits.memory,
+        float_logits=limits.float_logits,
         backend=backend,
     )
 
@@ -515,16 +529,18 @@ def linear_cross_entropy(
     "linear_token_stats",
     f"{_HEAD}, Tensor? target",
     RowOptions,
-    "str want, ScalarType dtype, int chunk, str backend, str memory='auto'",
+    "str want, ScalarType dtype, int chunk, str backend, str memory='auto', bool float_logits=False",
     "Tensor[]",
 )
 def _linear_token_stats(
-    hidden, weight, bias, target, *, want, dtype, chunk, backend, memory="auto", **fields
+    hidden, weight, bias, target, *, want, dtype, chunk, backend, memory="auto", float_logits=False, **fields
 ):  # type: ignore[no-untyped-def]
     options, names = _record(RowOptions, fields), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
-    schedule, keep = _schedule(head, target, options.ignore_index, NOTHING, Limits(chunk or None, memory))
+    schedule, keep = _schedule(
+        head, target, options.ignore_index, NOTHING, _limits(chunk, memory, float_logits)
+    )
     out, _ = heads.stats(head, target, options, names, schedule, keep)
     return _pack(out, names, out[LSE_PARTS], dtype)
 
@@ -550,7 +566,7 @@ def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
     how = (
         ctx.needs,
         given["dtype"],
-        Limits(given["chunk"] or None, given.get("memory", "auto")),
+        _given_limits(given),
         given["backend"],
     )
     return (*linear_row_grad(hidden, weight, bias, saved, *how), None)
@@ -581,6 +597,7 @@ def linear_token_stats(
         dtype=dtype,
         chunk=limits.chunk_size or 0,
         memory=limits.memory,
+        float_logits=limits.float_logits,
         backend=backend,
     )[:-1]
 
@@ -670,13 +687,13 @@ def distillation(
 
 
 _TWO_HEADS = f"{_HEAD}, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? factors"
-_HOW_TWO = "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, int chunk, str memory, str backend"
+_HOW_TWO = "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, int chunk, str memory, str backend, bool float_logits=False"
 
 
 @_operator("linear_distillation", _TWO_HEADS, DistillationOptions, _HOW_TWO, "Tensor[]")
 def _linear_distillation(  # type: ignore[no-untyped-def]
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, *,
-    needs, dtype, teacher_dtype, chunk, memory, backend, **fields,
+    needs, dtype, teacher_dtype, chunk, memory, backend, float_logits=False, **fields,
 ):  # fmt: skip
     options, kernels = _record(DistillationOptions, fields), backends.runnable(backend)
     _check_targets(target, weight.shape[0], options.ignore_index)
@@ -684,7 +701,7 @@ def _linear_distillation(  # type: ignore[no-untyped-def]
     teacher = heads.make_head(kernels, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     keep, needed = heads.kept_rows(target, options.ignore_index, traced=True), Needs(*needs)
     rows = heads.count_kept(hidden.shape[0], keep)
-    schedule = heads.chunked(head, rows, needed, Limits(chunk or None, memory))
+    schedule = heads.chunked(head, rows, needed, _limits(chunk, memory, float_logits))
     sums, grads = of_heads(head, teacher, needed, target, factors, options, schedule, keep)
     loss = sums[:, 0]
     total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)
@@ -745,6 +762,7 @@ def linear_distillation(
         teacher_dtype=dtypes[1],
         chunk=limits.chunk_size or 0,
         memory=limits.memory,
+        float_logits=limits.float_logits,
         backend=backend,
     )
     return total, sums.detach()

@@ -43,6 +43,28 @@ def accumulates(device: torch.device, dtype: torch.dtype, acc: torch.dtype) -> b
     return True
 
 
+@functools.lru_cache(maxsize=64)
+def multiplies_wide(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``device`` has products of ``dtype`` operands with a float32 result."""
+    operand = torch.zeros(16, 16, dtype=dtype, device=device)
+    out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+    try:
+        torch.mm(operand, operand, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def multiply_wide(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out`` (float32) = a b, not rounded to the dtype of ``a`` and ``b`` on the way. a: [rows, D], b: [D, V]."""
+    if multiplies_wide(out.device, a.dtype):
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+        return
+    a = a.float()
+    for start in range(0, b.shape[1], CONVERT_BLOCK):
+        torch.mm(a, b[:, start : start + CONVERT_BLOCK].float(), out=out[:, start : start + CONVERT_BLOCK])
+
+
 def add_transposed(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """``out`` (+)= aᵀ b, rounded to the dtype of ``out`` and no sooner; without ``accumulate`` what ``out`` held is not read.
 

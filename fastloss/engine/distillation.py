@@ -91,5 +91,5 @@ def details(
     """What ``explain`` tells. ``again``: the backward makes both models' logits once more."""
     told = schedule.details(head, rows, needs, again)
     told["gemms"] += 1 + again
-    told["buffer_bytes"] += heads.buffer_bytes(teacher, told["chunk_rows"])
+    told["buffer_bytes"] += heads.buffer_bytes(teacher, told["chunk_rows"], schedule.float_logits)
     return told

@@ -39,6 +39,7 @@ from fastloss.engine.head_rows import (
     count_gemms,
     default_chunk,
     equal_chunks,
+    rounds_gradients,
     row_stride,
     weight_dtype,
 )
@@ -89,11 +90,13 @@ class Part(Protocol):
 
 class Schedule(NamedTuple):
     """How a pass goes through rows and vocabulary. ``chunk``: rows whose logits are in memory at once; 0: blocks of the
-    vocabulary, in parts of ``part`` rows (0: all), each of which keeps the logits of its first D rows and of ``more`` others."""
+    vocabulary, in parts of ``part`` rows (0: all), each of which keeps the logits of its first D rows and of ``more`` others.
+    ``float_logits``: a chunk's are float32; those of a block always are."""
 
     chunk: int
     part: int = 0
     more: int = 0
+    float_logits: bool = False
 
     @property
     def by_vocabulary(self) -> bool:
@@ -123,7 +126,8 @@ class Schedule(NamedTuple):
                 "gemms": gemms,
                 "rows": rows,
                 "chunk_rows": chunk,
-                "buffer_bytes": buffer_bytes(head, chunk),
+                "logits_dtype": str(buffer_dtype(head, self.float_logits)),
+                "buffer_bytes": buffer_bytes(head, chunk, self.float_logits),
                 "accumulator_bytes": accumulator_bytes(head, -(-rows // max(1, chunk))) * needs.weight,
             }
         assert isinstance(head.backend, NativeBackend)
@@ -133,7 +137,9 @@ class Schedule(NamedTuple):
             gemms = head_blocks.gemms(needs, part, dim, self.more)
         extra = 0
         if needs.weight and not recompute:
-            extra = max(0, min(self.more, part - dim)) * vocab * head.weight.dtype.itemsize
+            more = max(0, min(self.more, part - dim))
+            extra = more * vocab * head.weight.dtype.itemsize
+            extra += head_blocks.origins_bytes(head.backend, head.weight, min(part, dim) + more)
             extra += vocab * dim * torch.float32.itemsize if part < rows else 0
         return {
             **sent,
@@ -142,13 +148,17 @@ class Schedule(NamedTuple):
             "rows": rows,
             "chunk_rows": part,
             "chunk_columns": min(width, vocab),
+            "logits_dtype": str(torch.float32),
             "buffer_bytes": extra + head_blocks.buffer_bytes(head.backend, part, head.weight, needs),
         }
 
 
-def buffer_bytes(head: Head, rows: int) -> int:
+def buffer_bytes(head: Head, rows: int, float_logits: bool = False) -> int:
     """Memory of the logits of ``rows`` rows."""
-    return rows * row_stride(head.weight.shape[0], head.weight.device) * buffer_dtype(head).itemsize
+    itemsize = buffer_dtype(head, float_logits).itemsize
+    if rounds_gradients(head, float_logits):
+        itemsize += head.dtype.itemsize
+    return rows * row_stride(head.weight.shape[0], head.weight.device) * itemsize
 
 
 def limits_of(
@@ -159,16 +169,19 @@ def limits_of(
     linear_weight: Tensor,
     target: Tensor | None,
     ignore_index: int,
+    logits_dtype: torch.dtype | None = None,
 ) -> Limits:
     """The checked keywords of a public function."""
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
+    checks.logits_dtype_value(logits_dtype)
+    float_logits = logits_dtype is not None
     if group is None:
-        return Limits(chunk_size, memory)
+        return Limits(chunk_size, memory, None, float_logits)
     dim = input.shape[-1]
     call = SharedCall(input.numel() // max(1, dim), dim, input.dtype, target, ignore_index)
     shards = of_group(group, linear_weight.shape[0], linear_weight.device, call)
-    return Limits(chunk_size, memory, shards)
+    return Limits(chunk_size, memory, shards, float_logits)
 
 
 def vocab_of(linear_weight: Tensor, limits: Limits) -> int:
@@ -189,7 +202,7 @@ def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
         spared = needs.weight and weight_dtype(head, 2) != weight_dtype(head, 1)
         if not (spared and rows <= accumulator_rows(dim, head.dtype)):
             chunk = max(min(chunk, 32), chunk // 4)
-    return Schedule(min(chunk, max(rows, 1)))
+    return Schedule(min(chunk, max(rows, 1)), float_logits=limits.float_logits)
 
 
 def goes_by_vocabulary(head: Head) -> bool:
@@ -200,7 +213,7 @@ def goes_by_vocabulary(head: Head) -> bool:
 def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule of statistics alone, or of a backward whose coefficients are given, over ``rows`` computed rows."""
     if goes_by_vocabulary(head):
-        return Schedule(0, min(limits.chunk_size or 0, rows))
+        return Schedule(0, min(limits.chunk_size or 0, rows), float_logits=limits.float_logits)
     return chunked(head, rows, needs, limits)
 
 
@@ -212,7 +225,7 @@ def schedule_of_one_pass(
         return chunked(head, rows, needs, limits)
     parts = head_blocks.parts_of(head, rows, needs, limits.memory, logprobs_only)
     part = min(parts.rows, limits.chunk_size) if limits.chunk_size else parts.rows
-    return Schedule(0, 0 if part >= rows else part, parts.more)
+    return Schedule(0, 0 if part >= rows else part, parts.more, limits.float_logits)
 
 
 def schedule_of_cross_entropy(
@@ -324,7 +337,9 @@ def begin(
         blocks = VocabularyBlocks(head, needs, keep, list(bounds or ()), schedule.more, logprobs_only)
         return _Pass(blocks, by_rows=False)
     with _disable_current_modes():
-        return _Pass(RowChunks(head, needs, keep, schedule.chunk, bounds), by_rows=True)
+        return _Pass(
+            RowChunks(head, needs, keep, schedule.chunk, bounds, schedule.float_logits), by_rows=True
+        )
 
 
 def with_lse_parts(want: tuple[str, ...]) -> tuple[str, ...]:
@@ -389,13 +404,31 @@ def again_only_whole(shards: Shards | None) -> None:
         raise NotImplementedError("group: a gradient of a vocabulary that is cut is not differentiable again")
 
 
-def defined_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The whole logits in the GEMMs' dtype, for the definition, which autograd differentiates."""
-    bias = None if bias is None else bias.to(dtype)
-    device = hidden.device.type
+@contextlib.contextmanager
+def float_operands(
+    float_logits: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The operands of a definition that multiplies them itself; in float32 and without autocast where its logits must be."""
+    if not float_logits or compute_dtype(hidden).itemsize >= torch.float32.itemsize:
+        yield hidden, weight, bias
+        return
+    with _without_autocast(hidden.device.type):
+        yield hidden.float(), weight.float(), None if bias is None else bias.float()
+
+
+def _without_autocast(device: str) -> Any:
     # There is no autocast on "meta" to turn off.
-    off = torch.autocast(device, enabled=False) if checks.autocasts(device) else contextlib.nullcontext()
-    with off:
+    return torch.autocast(device, enabled=False) if checks.autocasts(device) else contextlib.nullcontext()
+
+
+def defined_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, float_logits: bool = False
+) -> Tensor:
+    """The whole logits in the GEMMs' dtype, or in float32, for the definition, which autograd differentiates."""
+    if float_logits:
+        dtype = torch.promote_types(dtype, torch.float32)
+    bias = None if bias is None else bias.to(dtype)
+    with _without_autocast(hidden.device.type):
         return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
 
 

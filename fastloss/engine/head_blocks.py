@@ -2,7 +2,8 @@
 
 Pass 1 makes the logits a block at a time and keeps the sums that the loss needs. Pass 2 turns each block into its d logits,
 finishes that block of d weight over all rows – no accumulator, no rounding between chunks – and adds to d hidden. Until d
-weight's own memory is written, it holds the logits of the first D rows; those of the others are made again. So the extra
+weight's own memory is written, it holds the logits of the first D rows; those of the others are made again. Logits are float32;
+only those that are kept have the weight's dtype, relative to the largest of 256. So the extra
 memory is a few blocks, and d hidden in float32 where it has another dtype; the GEMMs are 3 up to D rows, 3.5 at 2 D.
 
 With a frozen weight one pass is enough, in 2 GEMMs and whatever the rows: exp(logits) times the weight is summed relative to
@@ -119,6 +120,18 @@ def buffer_bytes(backend: NativeBackend, rows: int, weight: Tensor, needs: Needs
         return rows * width * weight.dtype.itemsize
     stripe = min(rows, backend.module.HEAD_STRIPE)
     return stripe * width * weight.dtype.itemsize * torch.get_num_threads()
+
+
+def origins_shape(backend: NativeBackend, vocab: int, kept: int) -> tuple[int, int]:
+    """Of the numbers that the ``kept`` rows' bfloat16 logits are relative to: one for each segment of the vocabulary."""
+    return -(-vocab // backend.module.HEAD_SEGMENT), kept
+
+
+def origins_bytes(backend: NativeBackend, weight: Tensor, kept: int) -> int:
+    if weight.dtype != torch.bfloat16:
+        return 0
+    segments, rows = origins_shape(backend, weight.shape[0], kept)
+    return segments * rows * torch.float32.itemsize
 
 
 class VocabularyBlocks:
@@ -354,7 +367,7 @@ class _NativeCall:
         )  # fmt: skip
         if kept is not None:
             c.stored, c.more = kept.record.stored, kept.record.more
-            self.point_to(more_logits=kept.more_logits)
+            self.point_to(more_logits=kept.more_logits, origins=kept.origins)
 
     def point_to(self, **tensors: Tensor | None) -> None:
         for name, tensor in tensors.items():
@@ -366,6 +379,7 @@ class _NativeCall:
         shape, device = (self.all_rows, self.dim), hidden.device
         self.d_weight: Tensor | None = None
         self.more_logits: Tensor | None = None
+        self.origins: Tensor | None = None
         if self.needs.weight:
             self.d_weight = run.weight_memory() if kept is None else kept.d_weight
         self.d_bias = torch.empty(self.vocab, dtype=torch.float32, device=device) if self.needs.bias else None
@@ -387,6 +401,10 @@ class _NativeCall:
         if c.more:
             self.more_logits = new_gradient((self.vocab, c.more), weight.dtype, weight.device)
             self.point_to(more_logits=self.more_logits)
+        if c.stored + c.more and weight.dtype == torch.bfloat16:
+            shape = origins_shape(self.native, self.vocab, c.stored + c.more)
+            self.origins = torch.empty(shape, dtype=torch.float32, device=weight.device)
+            self.point_to(origins=self.origins)
 
     def execute(self) -> None:
         if not self.rows:

@@ -304,9 +304,10 @@ def _in_chunks(
     # A chosen size is a limit; else a group may take as much as the weight and its gradient.
     limit = x.limits.chunk_size or max(usual, _affordable(head))
     if coupled or not (needs.weight or needs.bias) or not 0 < longest <= limit:
-        return Schedule(max(1, min(usual, rows))), None
+        return Schedule(max(1, min(usual, rows)), float_logits=x.limits.float_logits), None
     spans = _packed(bounds, max(usual, longest))
-    return Schedule(max(stop - start for start, stop in spans[0])), spans
+    chunk = max(stop - start for start, stop in spans[0])
+    return Schedule(chunk, float_logits=x.limits.float_logits), spans
 
 
 def _affordable(head: Head) -> int:
@@ -350,9 +351,11 @@ def evaluate(
     if plan.call.by_definition:
         all_weight, shards = whole(x.weight, x.limits.shards), x.limits.shards
         assert all_weight is not None
-        stats = reference.linear_token_stats(
-            x.hidden, all_weight, rows.target, linear_bias=whole(x.bias, shards), **_transform(x.options)
-        )
+        all_bias = whole(x.bias, shards)
+        with heads.float_operands(x.limits.float_logits, x.hidden, all_weight, all_bias) as (hidden, w, bias):
+            stats = reference.linear_token_stats(
+                hidden, w, rows.target, linear_bias=bias, **_transform(x.options)
+            )
     else:
         shards, differentiable = x.limits.shards, ("logprobs",)
         once = StatsRun(
@@ -384,7 +387,7 @@ def _again(ctx: Any) -> Any:
     heads.again_only_whole(run.shards)
     hidden, weight, bias = ctx.saved_tensors
     target, layout = run.rows.target, run.rows.tokens.layout
-    logits = heads.defined_logits(hidden, weight, bias, run.plan.dtype)
+    logits = heads.defined_logits(hidden, weight, bias, run.plan.dtype, run.plan.schedule.float_logits)
     stats = REFERENCE.row_stats(logits, target, run.options, want=heads.with_lse_parts(run.want))
     span, groups = (0, layout.n), (0, run.rows.groups)
     loss, _ = run.loss.of_groups(REFERENCE, stats["logprobs"], stats, span, groups)

@@ -40,9 +40,16 @@ def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
     return not supported()
 
 
-def buffer_dtype(head: Head) -> torch.dtype:
+def buffer_dtype(head: Head, float_logits: bool = False) -> torch.dtype:
     """The dtype of the logits in the buffer."""
-    return torch.float32 if upcasts(head.hidden.device, head.dtype) else head.dtype
+    if upcasts(head.hidden.device, head.dtype) or (float_logits and head.dtype.itemsize < 4):
+        return torch.float32
+    return head.dtype
+
+
+def rounds_gradients(head: Head, float_logits: bool) -> bool:
+    """Whether a GPU's low-precision GEMMs make float32 logits, and take their gradient rounded, from a buffer of its own."""
+    return devices.is_gpu(head.weight.device) and buffer_dtype(head, float_logits) != head.dtype
 
 
 # On a GPU: the memory of logits that no accumulator pays for, and rows that fill a wave of its tiles. Not tuned on one.
@@ -173,7 +180,7 @@ class _Gemms:
 
 
 class _UpcastGemms(_Gemms):
-    """The same with float32 GEMMs over blocks of the vocabulary, for CPUs without low-precision GEMMs."""
+    """The same with float32 GEMMs over blocks of the vocabulary: for CPUs without low-precision GEMMs, and for float32 logits."""
 
     def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int, chunks: int):
         nothing = Needs(False, False, False)
@@ -224,6 +231,31 @@ class _UpcastGemms(_Gemms):
         self._add_bias(z)
 
 
+class _FloatLogitsGemms(_Gemms):
+    """The same with float32 logits on a GPU: its product of low-precision operands is not rounded; their gradient is, into a
+    second buffer."""
+
+    def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int, chunks: int):
+        super().__init__(head, needs, keep, chunk, chunks)
+        vocab, device = head.weight.shape[0], head.hidden.device
+        self.rounded, rows = self.buffer, self.buffer.shape[0]
+        self.buffer = new_logits(rows, vocab, torch.float32, device)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        z = self.buffer[: stop - start]
+        devices.multiply_wide(z, self.rows(start, stop), self.weight.t())
+        return z
+
+    def gradients(self, z: Tensor, start: int, stop: int) -> None:
+        super().gradients(self.rounded[: z.shape[0]].copy_(z), start, stop)
+
+
+def _gemms_of(head: Head, float_logits: bool) -> type[_Gemms]:
+    if buffer_dtype(head, float_logits) == head.dtype:
+        return _Gemms
+    return _FloatLogitsGemms if rounds_gradients(head, float_logits) else _UpcastGemms
+
+
 class RowChunks:
     """One pass over the rows, a chunk at a time (the interface of engine/head.py)."""
 
@@ -234,14 +266,14 @@ class RowChunks:
         keep: Tensor | None,
         chunk: int,
         bounds: Iterable[tuple[int, int]] | None,
+        float_logits: bool = False,
     ):
         self.head, self.needs, self.keep = head, needs, keep
         self.all_rows = head.hidden.shape[0]
         rows = self.all_rows if keep is None else keep.numel()
         self.rows = rows
-        kind = _UpcastGemms if upcasts(head.hidden.device, head.dtype) else _Gemms
         self.bounds = list(equal_chunks(rows, chunk) if bounds is None else bounds) or [(0, 0)]
-        self.gemms = kind(head, needs, keep, chunk, len(self.bounds))
+        self.gemms = _gemms_of(head, float_logits)(head, needs, keep, chunk, len(self.bounds))
 
     def parts(self) -> Iterator[Chunk]:
         for start, stop in self.bounds:

@@ -46,7 +46,7 @@ def _again(ctx: Any) -> Any:
     run: StatsRun = ctx.run
     heads.again_only_whole(run.shards)
     hidden, weight, bias, target, *_ = ctx.saved_tensors
-    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.schedule.float_logits)
     out = REFERENCE.row_stats(logits, target, run.options, want=run.want)
     return [out[n] if n in run.differentiable else None for n in run.want], [hidden, weight, bias]
 

@@ -32,12 +32,13 @@ class Grads(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What the caller says about a head: rows of logits at once (None: the engine's choice), "auto", "low" or "fast", and over
-    which processes its vocabulary is cut."""
+    """What the caller says about a head: rows of logits at once (None: the engine's choice), "auto", "low" or "fast", over which
+    processes its vocabulary is cut, and whether low-precision operands must give float32 logits."""
 
     chunk_size: int | None = None
     memory: str = "auto"
     shards: Shards | None = None
+    float_logits: bool = False
 
 
 class Head(NamedTuple):

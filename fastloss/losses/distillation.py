@@ -141,6 +141,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     chunk_size: int | None = None,
     memory: str = "auto",
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> DistillationOutput:
     """:func:`distillation_loss` of ``input @ linear_weight.T`` and ``teacher_input @ teacher_weight.T``, a chunk of rows at a time.
@@ -152,6 +153,7 @@ def linear_distillation_loss(
         input, linear_weight, linear_bias: the student's hidden states ``[..., D]``, vocabulary matrix ``[V, D]``, bias ``[V]``.
         teacher_input, teacher_weight, teacher_bias: the teacher's, ``[..., D']``, ``[V', D']``, ``[V']``; no gradient.
         chunk_size: rows whose logits are held at once. memory: "auto", "low" (fewer at once) or "fast".
+        logits_dtype: as in :func:`linear_cross_entropy`, of both models.
         target and the rest: as in :func:`distillation_loss`.
 
     Returns:
@@ -169,7 +171,8 @@ def linear_distillation_loss(
     frozen = _check_teacher(input, teacher_input, teacher_weight, teacher_bias)
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
-    limits = Limits(chunk_size, memory)
+    checks.logits_dtype_value(logits_dtype)
+    limits = Limits(chunk_size, memory, None, logits_dtype is not None)
     options = _options(
         divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index
     )  # fmt: skip
@@ -196,9 +199,9 @@ def linear_distillation_loss(
     if call.by_definition:
         call.announce()
         check_targets(tokens.target, classes, ignore_index)
-        z = heads.defined_logits(rows, weight, bias, dtype)
+        z = heads.defined_logits(rows, weight, bias, dtype, limits.float_logits)
         with torch.no_grad():
-            y = heads.defined_logits(*theirs, teacher_dtype)
+            y = heads.defined_logits(*theirs, teacher_dtype, limits.float_logits)
         loss, *statistics = reference.distillation_rows(z.to(acc), y.to(acc), tokens.target, options)
         return _output(loss, statistics, tokens, reduction, lead)
     needs, per_row = heads.needs_of(input, linear_weight, linear_bias), reduction == "none"
@@ -429,9 +432,10 @@ class _Run:
 def _linear_again(ctx: Any) -> Any:
     run: _Run = ctx.run
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors = ctx.saved_tensors
-    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.schedule.float_logits)
     with torch.no_grad():
-        teacher = heads.defined_logits(teacher_hidden, teacher_weight, teacher_bias, run.teacher_dtype)
+        theirs = teacher_hidden, teacher_weight, teacher_bias
+        teacher = heads.defined_logits(*theirs, run.teacher_dtype, run.schedule.float_logits)
     loss = reference.distillation_rows(logits, teacher, target, run.options).loss
     return [loss if run.per_row else (loss * factors).sum(), None], [hidden, weight, bias]
 

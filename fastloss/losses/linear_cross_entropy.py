@@ -60,6 +60,7 @@ def linear_cross_entropy(
     chunk_size: int | None = None,
     memory: str = "auto",
     group: Any = None,
+    logits_dtype: torch.dtype | None = None,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -85,6 +86,8 @@ def linear_cross_entropy(
         chunk_size: rows of logits in memory at once; None chooses. ``fastloss.explain`` shows the choice.
         memory: "fast" takes the fewest GEMMs, for memory of a float32 gradient of the weight at most; "low" the least memory, up
             to 4 GEMMs; "auto" "low" up to 2 D rows and "fast" beyond.
+        logits_dtype: torch.float32 never rounds the logits of low-precision operands to their dtype. On a CPU they are not rounded
+            in any case; a GPU then holds a chunk's logits in float32, and their gradient in the operands' dtype beside them.
         group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some rows of ``linear_weight`` and
             ``linear_bias``, one after the other, any number of them, also none. Input, target, options and ``weight`` (of all C
             classes) are the same on each; so are the results, and the gradient of the input, which is summed over the group.
@@ -118,6 +121,7 @@ def linear_cross_entropy(
     limits = heads.limits_of(
         chunk_size, memory, group, rows, linear_weight,
         target if target.dtype == torch.int64 else None, -100 if ignore_index is None else ignore_index,
+        logits_dtype,
     )  # fmt: skip
     loss = loss_options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,
@@ -233,7 +237,8 @@ def _of_rows(
         own = _Extra(extra.token_weight, loss_dtype)
         all_weight, all_bias = whole(linear_weight, limits.shards), whole(linear_bias, limits.shards)
         assert all_weight is not None
-        return _by_definition(call, input, all_weight, target, all_bias, weight, loss, own)
+        with heads.float_operands(limits.float_logits, input, all_weight, all_bias) as (x, matrix, bias):
+            return _by_definition(call, x, matrix, target, bias, weight, loss, own)
     rows, vocab, acc = input.shape[0], heads.vocab_of(linear_weight, limits), ACC_DTYPES[dtype]
     needs = heads.needs_of(input, linear_weight, linear_bias)
     per_row = loss.reduction == "none"
@@ -321,7 +326,7 @@ def _again(ctx: Any) -> Any:
     run: _Run = ctx.run
     heads.again_only_whole(run.shards)
     hidden, weight, bias, classes, w, factors, _ = ctx.saved_tensors
-    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.schedule.float_logits)
     out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
     if factors is not None:
         out = out * factors
@@ -424,7 +429,7 @@ def _k_dimensional(
     ``[N, C, d1, …]``), one head per place, one mean over all places. Small logits are made whole, in one GEMM over all places."""
     vocab, *places, dim = linear_weight.shape
     logits_bytes = input.shape[0] * linear_weight.numel() // max(1, dim) * input.element_size()
-    if logits_bytes <= WHOLE_LOGITS and extra.token_weight is None and extra.loss_dtype is None:
+    if logits_bytes <= WHOLE_LOGITS and extra == (None, None) and not limits.float_logits:
         bias = None if linear_bias is None else linear_bias.reshape(-1)
         logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, dim), bias)
         row = loss.row

@@ -63,6 +63,7 @@ def linear_policy_loss(
     chunk_size: int | None = None,
     memory: str = "auto",
     group: Any = None,
+    logits_dtype: torch.dtype | None = None,
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     weights: Tensor | None = None,
@@ -85,7 +86,7 @@ def linear_policy_loss(
         old_logprobs, advantages, mask, ref_logprobs, sampler_logprobs, weights, normalizer, cu_seqlens: as in
             :func:`policy_loss`.
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`; entropy is that of the tempered logits.
-        chunk_size: rows that go together at most; None chooses. memory, group: as in :func:`linear_cross_entropy`.
+        chunk_size: rows that go together at most; None chooses. memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
         with_entropy: also the metric "entropy" where the loss does not need it.
         **options: the other keywords of :func:`policy_loss` (``loss_type``, ``clip_low``, ``beta``, …).
 
@@ -106,7 +107,7 @@ def linear_policy_loss(
         )
     hidden = heads.check_head(input, linear_weight, linear_bias)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
-    limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, None, 0)
+    limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, None, 0, logits_dtype)
     row = row_options(temperature, logit_scale, softcap, IGNORED)
     inputs = lay_flat(
         "target",
@@ -195,6 +196,7 @@ def linear_policy_loss(
             chunk_size=chunk_size,
             memory=memory,
             group=limits.shards,
+            logits_dtype=logits_dtype,
             backend=name,
         )
         assert stats.logprobs is not None
@@ -292,7 +294,7 @@ def _again(ctx: Any) -> Any:
     run: _Run = ctx.run
     heads.again_only_whole(run.shards)
     hidden, weight, bias = ctx.saved_tensors
-    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.schedule.float_logits)
     want = ("logprobs", "entropy") if run.with_entropy else ("logprobs",)
     stats = REFERENCE.row_stats(logits, run.target, run.row, want=want)
     n = run.target.shape[0]

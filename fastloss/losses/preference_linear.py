@@ -73,6 +73,7 @@ def linear_preference_loss(
     chunk_size: int | None = None,
     memory: str = "auto",
     group: Any = None,
+    logits_dtype: torch.dtype | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> PreferenceOutput:
@@ -94,7 +95,7 @@ def linear_preference_loss(
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`, for both models.
         token_metrics: also entropy, mean_token_accuracy, logits/chosen, logits/rejected, from the same pass.
         chunk_size: rows that go together at most; in chunks of rows None lets a pair's logits take as much as the weight and its
-            gradient. memory, group: as in :func:`linear_cross_entropy`; the reference's vocabulary is cut over the same processes.
+            gradient. memory, group, logits_dtype: as in :func:`linear_cross_entropy`; the reference's vocabulary is cut over the same processes.
 
     The other options are those of :func:`preference_loss`; lengths and masks come from the targets.
 
@@ -132,7 +133,7 @@ def linear_preference_loss(
         linear_bias,
         cu_seqlens,
         options,
-        heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index),
+        heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype),
         width=2,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)

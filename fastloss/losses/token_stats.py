@@ -153,6 +153,7 @@ def linear_token_stats(
     chunk_size: int | None = None,
     memory: str = "auto",
     group: Any = None,
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> TokenStats:
     """:func:`token_stats` of ``input @ linear_weight.T + linear_bias``, without holding those logits.
@@ -177,7 +178,9 @@ def linear_token_stats(
     kept = _differentiable(want, detach)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
-    limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index)
+    limits = heads.limits_of(
+        chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
+    )
     vocab, shards = heads.vocab_of(linear_weight, limits), limits.shards
     if vocab == 0:
         raise ShapeError("linear_weight: expected at least one class, got 0")
@@ -195,9 +198,8 @@ def linear_token_stats(
         check_targets(flat, vocab, ignore_index)
         all_weight, all_bias = whole(linear_weight, shards), whole(linear_bias, shards)
         assert all_weight is not None
-        out = reference.linear_token_stats(
-            hidden, all_weight, flat, linear_bias=all_bias, **_transform(options)
-        )
+        with heads.float_operands(limits.float_logits, hidden, all_weight, all_bias) as (x, w, bias):
+            out = reference.linear_token_stats(x, w, flat, linear_bias=bias, **_transform(options))
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype, shards)
     needs = heads.needs_of(input, linear_weight, linear_bias)

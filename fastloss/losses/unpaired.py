@@ -378,6 +378,7 @@ def linear_kto_loss(
     chunk_size: int | None = None,
     memory: str = "auto",
     group: Any = None,
+    logits_dtype: torch.dtype | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> UnpairedOutput:
@@ -390,7 +391,7 @@ def linear_kto_loss(
         target: int64 ``[B, T]`` or ``[N]``; ``ignore_index`` on prompts and padding.
         desirable: bool ``[B]``.
         ref_input, ref_weight, ref_bias: the reference model's; or its log-probs ``ref_logps`` ``[B]``; neither: uniform.
-        chunk_size, memory, group: as in :func:`linear_preference_loss`.
+        chunk_size, memory, group, logits_dtype: as in :func:`linear_preference_loss`.
         kl_logps, ref_kl_logps, kl: as in :func:`kto_loss`; :func:`linear_token_stats` gives the log-probs at 1 GEMM.
 
     >>> import torch, fastloss
@@ -409,7 +410,7 @@ def linear_kto_loss(
         linear_bias,
         cu_seqlens,
         options,
-        heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index),
+        heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype),
         width=1,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)
