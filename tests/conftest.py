@@ -39,10 +39,3 @@ def device() -> torch.device:
 def _seed() -> None:
     torch.manual_seed(0)
     random.seed(0)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if os.environ.get("FASTLOSS_TEST_SLOW") != "1":
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="minutes long: FASTLOSS_TEST_SLOW=1 runs it"))

@@ -182,7 +182,8 @@ _Result = TypeVar("_Result")
 
 
 def resolves_views(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """``function``, with every negative or conjugate view among its tensors made its own memory where no kernel could read it.
+    """``function``, with every negative or conjugate view among its tensors made its own memory where no kernel could read it, and
+    every tensor of inference mode copied where autograd saves it.
 
     Those are rare and cost a copy; a call without one pays for no question about them.
     """
@@ -191,22 +192,36 @@ def resolves_views(function: Callable[_Arguments, _Result]) -> Callable[_Argumen
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
         if torch.compiler.is_compiling():  # traces of a view read its numbers
             return function(*args, **kwargs)
-        if (
-            kwargs.get("group") is None
-        ):  # the ranks of a group go through their collectives once, and together
+        # The ranks of a group go through their collectives once, and together; what was overwritten is not there a second time.
+        if kwargs.get("group") is None and not kwargs.get("inplace"):
             try:
                 return function(*args, **kwargs)
             except LazyView:
                 pass
-        # At most some work was lost. A second LazyView is of no argument: the caller's to see.
+            except RuntimeError:  # "Inference tensors cannot be saved for backward"
+                if not any(map(_is_of_inference, (*args, *kwargs.values()))):
+                    raise
+        # At most some work was lost. A second error is of no argument: the caller's to see.
         return function(*[resolved(x) for x in args], **{name: resolved(x) for name, x in kwargs.items()})  # type: ignore[arg-type]
 
     return call
 
 
+def _is_of_inference(value: Any) -> bool:
+    """A tensor, or one in a tuple, that inference mode made and autograd cannot save."""
+    if isinstance(value, (tuple, list)):
+        return any(map(_is_of_inference, value))
+    return isinstance(value, Tensor) and value.is_inference() and torch.is_grad_enabled()
+
+
 def resolved(value: Any) -> Any:
-    """A negative or conjugate view as its own memory; anything else as it is."""
-    return value.resolve_conj().resolve_neg() if isinstance(value, Tensor) else value
+    """A negative or conjugate view as its own memory, a tensor of inference mode as a copy; anything else as it is."""
+    if isinstance(value, (tuple, list)) and any(isinstance(x, Tensor) for x in value):
+        return type(value)(map(resolved, value)) if type(value) in (tuple, list) else value
+    if not isinstance(value, Tensor):
+        return value
+    value = value.resolve_conj().resolve_neg()
+    return value.clone() if _is_of_inference(value) else value
 
 
 def announce_pointwise(function: str, backend: str) -> None:

@@ -105,7 +105,7 @@ def check_grouped_head(
         raise ShapeError(f"input: expected shape {expected}, got {list(input.shape)}")
     rows = heads.check_head(input, linear_weight, linear_bias)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
-    traced = is_traced(input)
+    traced = is_traced(input) or input.is_meta  # no number to read
     if not traced:
         check_targets(target.reshape(-1), heads.vocab_of(linear_weight, limits), options.ignore_index)
     grouped = _grouped(target, cu_seqlens, width, options.ignore_index, ACC_DTYPES[input.dtype], traced)

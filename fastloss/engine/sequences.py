@@ -165,7 +165,9 @@ class TimeSteps:
             starts = torch.arange(count, device=keep.device, dtype=torch.int64) * layout.length
             row = torch.arange(n, device=keep.device, dtype=torch.int64) // max(1, layout.length)
         else:
-            self.width = int(offsets.diff().max()) if count else 0
+            self.width = 0
+            if count:  # a meta tensor has no lengths: the most there can be
+                self.width = n if offsets.is_meta else int(offsets.diff().max())
             starts, row = offsets[:-1], layout.ids
         step = before[:-1] - layout.expand(before[starts])
         # Masked tokens share one place past the end.

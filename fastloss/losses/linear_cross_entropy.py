@@ -480,7 +480,7 @@ def _k_dimensional(
     if loss.normalizer is not None:
         value = value / loss.normalizer
     elif count is not None:
-        value = value / count
+        value = _mean(value, count)
     if not loss.return_stats:
         return value
     stats = [part[1] for part in parts]
@@ -492,12 +492,19 @@ def _k_dimensional(
     )
 
 
+def _mean(value: Tensor, count: Tensor) -> Tensor:
+    """``value / count``; of no token it is NaN, whose gradient is 0, as PyTorch's."""
+    empty = count == 0
+    return value / count.masked_fill(empty, 1) + torch.where(empty, torch.nan, 0.0)
+
+
 def _count(
     target: Tensor, weight: Tensor | None, loss: LossOptions, vocab: int, places: int
-) -> tuple[Any, Any]:
+) -> tuple[Tensor, Tensor]:
     """(what the loss's mean is divided by: the targets that count, or the sum of their class weights; how many count)."""
     if loss.probabilities:
-        return target.shape[0] * places, target.shape[0] * places
+        rows = torch.full((), target.shape[0] * places, dtype=torch.int64, device=target.device)
+        return rows, rows
     kept = target != loss.row.ignore_index
     if weight is None:
         return kept.sum(), kept.sum()

@@ -19,7 +19,11 @@ def _backwards(
         lengths, steps = torch.full_like(starts, length), length if n else 0
     else:
         starts, lengths = offsets[:-1], offsets.diff()
-        steps = int(lengths.max()) if count and n else 0
+        steps = 0
+        if count and n:
+            steps = (
+                n if lengths.is_meta else int(lengths.max())
+            )  # a meta tensor has no lengths: the most there can be
     for t in reversed(range(steps)):
         position = (starts + t).clamp(max=n - 1)
         yield position, (t < lengths) & mask[position].bool()

@@ -272,6 +272,14 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
         "gae", {"values": _seeded(6, seed=1), "mask": None, "cu_seqlens": torch.tensor([0, 3, 6])}, {"rewards": _seeded(6)}
     ),
     "discounted_returns": ("discounted_returns", {"mask": MASK}, {"rewards": _seeded(2, 3)}),
+    "value_loss": (
+        "value_loss", {"old_values": _seeded(2, 3, seed=1), "returns": _seeded(2, 3, seed=2), "mask": MASK},
+        {"values": _seeded(2, 3)},
+    ),
+    "distillation_loss": (
+        "distillation_loss", {"teacher_logits": _seeded(5, 6, seed=1), "target": TARGET, "token_weight": torch.ones(5)},
+        {"logits": _seeded(5, 6), "hard_loss_coef": 0.3},
+    ),
 }  # fmt: skip
 
 
@@ -331,3 +339,53 @@ def test_a_conjugate_is_of_no_dtype_that_a_loss_takes() -> None:
     for backend in ("auto", "reference", "cpu"):
         with pytest.raises(TypeError, match="input: expected float32"):
             fastloss.cross_entropy(x, TARGET, backend=backend)
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_of_inference_mode_beside_a_gradient(name: str) -> None:
+    """A reference model's numbers, targets or masks made under torch.inference_mode(), which autograd refuses to save."""
+    function, constants, rest = CONSTANTS[name]
+    compute = getattr(fastloss, function)
+
+    def gradients(given: dict[str, Tensor], backend: str) -> list[Tensor]:
+        leaves = {
+            n: x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+            for n, x in rest.items()
+        }
+        out = compute(**leaves, **given, backend=backend)
+        while not isinstance(out, Tensor):
+            out = out[0]
+        if out.requires_grad:
+            out.sum().backward()
+        return [
+            out.detach(),
+            *(x.grad for x in leaves.values() if isinstance(x, Tensor) and x.grad is not None),
+        ]
+
+    for backend in ("auto", "reference"):
+        want = gradients(constants, backend)
+        with torch.inference_mode():
+            made = {n: x if x is None else x.clone() for n, x in constants.items()}
+        for which in constants:  # each alone, then all
+            torch.testing.assert_close(gradients({**constants, which: made[which]}, backend), want)
+        torch.testing.assert_close(gradients(made, backend), want)
+
+
+@pytest.mark.parametrize("name", [name for name in CONSTANTS if "log-probs" not in name])
+def test_a_call_on_the_meta_device(name: str) -> None:
+    """Packed and padded: shapes without numbers, and gradients of the leaves' shapes."""
+    function, constants, rest = CONSTANTS[name]
+    leaves = {
+        n: x.to("meta").requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for n, x in rest.items()
+    }
+    given = {n: x if x is None else x.to("meta") for n, x in constants.items()}
+    out = getattr(fastloss, function)(**leaves, **given)
+    want = getattr(fastloss, function)(**rest, **constants)
+    while not isinstance(out, Tensor):
+        out, want = out[0], want[0]
+    assert out.is_meta and out.shape == want.shape and out.dtype == want.dtype
+    if out.requires_grad:
+        out.sum().backward()
+        for x in leaves.values():
+            assert not isinstance(x, Tensor) or (x.grad.is_meta and x.grad.shape == x.shape)

@@ -175,3 +175,17 @@ def test_bad_input(change, message):
     hidden, weight, target, _ = (x.cpu() for x in operands())
     with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
         fastloss.linear_cross_entropy(hidden, weight, target, **change)
+
+
+@pytest.mark.parametrize("rows", [0, 5])
+def test_a_mean_over_no_token_of_several_places(rows):
+    """Heads of several places, no rows or every label ignored: NaN, and gradients of 0 as PyTorch's."""
+    hidden = torch.randn(rows, 4, device=DEVICE, requires_grad=True)
+    weight = torch.randn(7, 2, 3, 4, device=DEVICE, requires_grad=True)
+    target = torch.full((rows, 2, 3), -100, device=DEVICE)
+    for factors in (None, torch.ones(rows, 2, 3, device=DEVICE)):
+        loss = fastloss.linear_cross_entropy(
+            hidden, weight, target, token_weight=factors, loss_dtype=torch.float32
+        )
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        assert loss.isnan() and not any(g.count_nonzero() for g in grads)
