@@ -1,4 +1,4 @@
-"""The torch.library operators of selected log-probabilities and of teachers of K classes (engine/topk.py)."""
+"""The operators of torch.compile for selected log-probabilities and for teachers of K classes (engine/topk.py)."""
 
 # mypy: disable-error-code="no-untyped-def"
 
