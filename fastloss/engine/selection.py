@@ -58,7 +58,7 @@ def select(ids: Tensor, vocab: int) -> Selection:
     ordered, order = known.sort(dim=1, stable=True)
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    places = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    places = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device).expand(ids.shape)
     leader = torch.where(fresh, places, 0).cummax(1).values
     return Selection(ordered, fresh & (ordered < vocab), leader, order)
 
