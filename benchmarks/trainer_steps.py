@@ -1,10 +1,11 @@
 """Steps of the transformers Trainer and of TRL's trainers, stock and with fastloss in turn, in one run of each trainer.
 
-    python benchmarks/trainer_steps.py [transformers] [sft] [dpo] --tokens 1024 --steps 8
+    python benchmarks/trainer_steps.py [transformers] [sft] [dpo] [grpo] --tokens 1024 --steps 8
 
 A model of about 50M parameters with a vocabulary of 128256. Time is a step's, optimizer included; memory is the highest
 resident size inside the step above the one that it began with. Even steps are stock, odd ones fastloss's; the first of each
-is left out. Prints one line of JSON per trainer.
+is left out. GRPO's completions are random tokens, handed out in no time: a step is its scoring, loss and backward. Prints
+one line of JSON per trainer.
 """
 
 from __future__ import annotations
@@ -109,6 +110,26 @@ def run_trl(kind: str, folder: str, steps: int, length: int, rows: int) -> None:
         trainer = trl.SFTTrainer(
             trained, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[turns]
         )
+    elif kind == "grpo":
+        half = length // 2
+        texts = [" ".join(f"w{n}" for n in ids) for ids in tokens(steps, half)]
+        args = arguments(
+            trl.GRPOConfig, folder, steps, rows, num_generations=rows, max_completion_length=half, beta=0.0
+        )
+        drawn = iter(tokens(2 * steps * rows, half))
+
+        class Drawn(trl.GRPOTrainer):
+            def _generate_single_turn(self, prompt_ids, *others, **options):
+                return [next(drawn) for _ in prompt_ids], None
+
+        trainer = Drawn(
+            trained,
+            reward_funcs=lambda completions, **_: [float(len(c) % 7) for c in completions],
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": texts}),
+            processing_class=tokenizer,
+            callbacks=[turns],
+        )
     else:
         half = length // 2
         texts = [" ".join(f"w{n}" for n in ids) for ids in tokens(3 * steps * rows, half - 1)]
@@ -130,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("trainers", nargs="*", default=["transformers", "sft", "dpo"])
+    parser.add_argument("trainers", nargs="*", default=["transformers", "sft", "dpo", "grpo"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8)

@@ -127,10 +127,15 @@ add_stage("ppo", PpoConfig, "Reinforcement with a value head and a reward functi
 
 def demo(
     out: str = typer.Option(
-        "", help="folder of the runs and the report [default: runs/demo, runs/chain]", show_default=False
+        "",
+        help="folder of the runs and the report [default: runs/demo, runs/chain, runs/trl]",
+        show_default=False,
     ),
     chain: bool = typer.Option(
         False, "--chain", help="all stages, each from the model of the one before: pretrain … ppo"
+    ),
+    trainer: str = typer.Option(
+        "", help="trl: SFT, DPO and GRPO by TRL's trainers, with and without fastloss", show_default=False
     ),
     steps: int = typer.Option(
         0, help="optimizer steps of each run, at most; 0 takes the demo's own", show_default=False
@@ -140,6 +145,13 @@ def demo(
 ) -> None:
     """Train one small model twice, with fastloss and with PyTorch's loss: curves, time and memory."""
     with errors():
+        if trainer:
+            if trainer != "trl" or chain:
+                raise ValueError(f"trainer: expected trl, without --chain, got {trainer!r}")
+            from fastloss.harness.trl_demo import run_trl_demo
+
+            run_trl_demo(out or "runs/trl", seed=seed, threads=threads, steps=steps)
+            return
         if chain:
             from fastloss.harness.chain import run_chain
 

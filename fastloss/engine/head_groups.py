@@ -31,6 +31,7 @@ from fastloss.engine.shards import Shards, of_group, whole
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, RowOptions
 
 METRIC_STATS = ("entropy", "mean_logits", "is_top1")
+TOKEN_STATS = ("logprobs", "log_sum_sq_probs", *METRIC_STATS)
 
 
 @dataclass(frozen=True)
@@ -338,10 +339,11 @@ def evaluate(
     want: tuple[str, ...],
     outputs: tuple[str, ...],
     total: int,
+    keep: tuple[str, ...] = METRIC_STATS,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """(loss, outputs) of all groups. Statistics in ``want`` that are metrics come with the outputs; the loss is divided by
+    """(loss, outputs) of all groups. Statistics of ``keep`` that are wanted come with the outputs; the loss is divided by
     ``total`` (float16's coefficients are kept undivided until the end)."""
-    kept = tuple(name for name in want if name in METRIC_STATS)
+    kept = tuple(name for name in want if name in keep)
     if plan.spans is not None:
         names = (*outputs, *kept)
         run = _Run(plan, x.rows, x.options, loss, want, names, total, x.limits.shards)
@@ -451,6 +453,16 @@ def _one_pass(head: Head, run: _Run) -> tuple[dict[str, Tensor], Grads]:
             kept = {name: value for name, value in stats.items() if name in run.outputs}
             outs.append({"loss": loss.detach().reshape(1), **out, **kept})
         return pass_.collect(outs), pass_.grads()
+
+
+def in_place_of_targets(out: dict[str, Tensor], x: GroupedHead, target: Tensor) -> dict[str, Tensor]:
+    """Statistics per row, in the order in which rows were read, as those of ``target``; 0 where that is ignored."""
+
+    def placed(value: Tensor) -> Tensor:
+        zeros = value.new_zeros(target.numel())
+        return zeros.index_copy_(0, x.rows.order, value.reshape(-1)).view(target.shape)
+
+    return {name: placed(out[name]) for name in TOKEN_STATS if name in out}
 
 
 def token_metrics(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -50,6 +51,21 @@ def expect_signature(function: Any, expected: str, package: str) -> None:
         raise UnknownVersion(
             f"{package} {version}: {name} takes ({names}), expected ({expected}); "
             "this version was not read by fastloss, nothing was replaced"
+        )
+
+
+def expect_source(function: Any, digits: str, package: str, read: str) -> None:
+    """Refuse a function whose code is not that of the version ``read``; ``digits`` begin the sha256 of its source.
+
+    Raises:
+        UnknownVersion: with the function's name and the package's version.
+    """
+    function = inspect.unwrap(function)
+    if not hashlib.sha256(inspect.getsource(function).encode()).hexdigest().startswith(digits):
+        version = getattr(sys.modules.get(package), "__version__", "?")
+        raise UnknownVersion(
+            f"{package} {version}: the code of {function.__qualname__} is not that of {package} {read}, which fastloss read; "
+            "nothing was replaced. apply(losses=False) leaves losses alone"
         )
 
 

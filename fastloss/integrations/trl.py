@@ -2,16 +2,20 @@
 
 Every trainer of TRL (SFT, DPO, KTO, GRPO, RLOO, reward models aside) gets its per-token log-probabilities either from
 ``add_fused_lm_head``, whose work is one autograd function, or from logits by three functions of ``trl.trainer.utils``.
-``apply()`` puts fastloss in those four places. Losses, metrics and trainers stay TRL's.
+``apply()`` puts fastloss in those four places. The losses of SFT, DPO and GRPO also make their gradient while the head's
+logits are there (trl_losses.py), and so does distillation (trl_distillation.py). Values of losses, metrics and trainers stay TRL's.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastloss
-from fastloss.integrations.handle import Handle, expect_signature, replace_everywhere
+from fastloss.integrations import trl_distillation, trl_losses
+from fastloss.integrations.handle import Handle, UnknownVersion, expect_signature, replace_everywhere
 from fastloss.lazy_logits import ask
 
 __all__ = ["apply"]
@@ -46,17 +50,20 @@ class FastlossLogProb:
         if softcap is not None:
             # TRL caps logits that were scaled: cap · tanh(scale · x / cap) = scale · (cap / scale) · tanh(x / (cap / scale))
             softcap = softcap / logit_scale
-        stats = fastloss.linear_token_stats(
-            hidden,
-            weight,
-            targets,
-            linear_bias=bias,
-            temperature=temperature,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            ignore_index=NO_TOKEN,
-            outputs=("logprobs", *(name for name in OPTIONAL if name in outputs)),
-        )
+        how: dict[str, Any] = {
+            "linear_bias": bias,
+            "temperature": temperature,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+        }
+        known, stats = trl_losses.ACTIVE.get(), None
+        if known is not None:
+            stats = known.of_head(hidden, weight, targets, how)
+        if stats is None:
+            names = ("logprobs", *(name for name in OPTIONAL if name in outputs))
+            stats = fastloss.linear_token_stats(
+                hidden, weight, targets, ignore_index=NO_TOKEN, outputs=names, **how
+            )
         return stats.logprobs, stats.entropy, stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1
 
 
@@ -104,10 +111,14 @@ def _stats(
     return stats
 
 
-def apply(*, only_labelled_positions: bool = True) -> Handle:
+def apply(*, only_labelled_positions: bool = True, losses: bool = True) -> Handle:
     """All TRL trainers of this process take their log-probabilities and entropies from fastloss.
 
     Args:
+        losses: SFT, DPO, GRPO and distillation also make the gradient of their loss in the pass that makes their log-probabilities: 3
+            GEMMs of the head in place of 4. Their loss and metrics remain those that TRL's code computes; a trainer whose
+            loss is another one than TRL's is refused at its first step, and a version whose code was not read here.
+            Needs ``only_labelled_positions``.
         only_labelled_positions: on the CPU, too, the fused head scores only positions with a label, as TRL does on GPUs.
 
     Returns:
@@ -128,6 +139,13 @@ def apply(*, only_labelled_positions: bool = True) -> Handle:
     undo = [replace_everywhere("trl", head, FastlossLogProb)]
     for function in (selective_log_softmax, entropy_from_logits, selective_log_softmax_and_entropy):
         undo.append(replace_everywhere("trl", getattr(utils, function.__name__), function))
+    if losses and only_labelled_positions:
+        try:
+            undo.append(trl_distillation.replace_divergence())
+            undo += trl_losses.replace_losses()
+        except UnknownVersion:
+            Handle(undo).undo()
+            raise
     if only_labelled_positions:
         before = utils._use_triton  # in this module the name decides about the positions, and nothing else
 

@@ -29,7 +29,7 @@ from fastloss.losses.policy_inputs import (
     weighted,
 )
 from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
-from fastloss.losses.token_stats import linear_token_stats, row_options
+from fastloss.losses.token_stats import TokenStats, linear_token_stats, row_options
 from fastloss.tables import (
     ACC_DTYPES,
     CORRECTIONS,
@@ -70,9 +70,10 @@ def linear_policy_loss(
     normalizer: float | Tensor | None = None,
     with_entropy: bool = False,
     cu_seqlens: Tensor | None = None,
+    return_stats: bool = False,
     backend: str = "auto",
     **options: Any,
-) -> PolicyOutput:
+) -> Any:
     """:func:`policy_loss` of the tokens ``target`` under the logits of a linear head, which are never held.
 
     Where a token's term needs no other token of its sequence the gradient is made in the forward: 3 GEMMs, 2 with a frozen
@@ -88,7 +89,12 @@ def linear_policy_loss(
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`; entropy is that of the tempered logits.
         chunk_size: rows that go together at most; None chooses. memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
         with_entropy: also the metric "entropy" where the loss does not need it.
+        return_stats: also a :class:`TokenStats` of ``target``'s shape, from the same pass: logprobs, and entropy where it was
+            computed, both detached, 0 where masked.
         **options: the other keywords of :func:`policy_loss` (``loss_type``, ``clip_low``, ``beta``, …).
+
+    Returns:
+        PolicyOutput, or with ``return_stats`` the pair (PolicyOutput, TokenStats).
 
     Raises:
         TypeError: an unknown option. ValueError: a shape, dtype, device or option that does not fit, by name.
@@ -200,7 +206,7 @@ def linear_policy_loss(
             backend=name,
         )
         assert stats.logprobs is not None
-        return policy_loss(
+        output = policy_loss(
             stats.logprobs,
             old_logprobs,
             advantages,
@@ -214,6 +220,7 @@ def linear_policy_loss(
             backend=name,
             **options,
         )
+        return _with_stats(output, stats.logprobs, stats.entropy, target) if return_stats else output
     check_targets(classes.view(target.shape), heads.vocab_of(linear_weight, limits), IGNORED)
     share, scale = shares(
         inputs.mask.bool(),
@@ -247,13 +254,23 @@ def linear_policy_loss(
         keep=keep,
         shards=limits.shards,
     )
-    loss, out = _LinearPolicyLoss.apply(hidden, linear_weight, linear_bias, run)
+    loss, out, logprobs, token_entropy = _LinearPolicyLoss.apply(hidden, linear_weight, linear_bias, run)
     if cut is not None:
         out = torch.cat([out[:_CUT], cut.sum().to(out.dtype).reshape(1), out[_CUT + 1 :]])
     metrics = metrics_from(
         out, with_ref=ref_logprobs is not None, with_entropy=entropy, with_correction=with_correction
     )
-    return PolicyOutput(loss, metrics)
+    output = PolicyOutput(loss, metrics)
+    return _with_stats(output, logprobs, token_entropy, target) if return_stats else output
+
+
+def _with_stats(
+    output: PolicyOutput, logprobs: Tensor, entropy: Tensor | None, target: Tensor
+) -> tuple[PolicyOutput, TokenStats]:
+    return output, TokenStats(
+        logprobs=logprobs.detach().view(target.shape),
+        entropy=None if entropy is None else entropy.detach().view(target.shape),
+    )
 
 
 def _correction_ahead(
@@ -304,41 +321,41 @@ def _again(ctx: Any) -> Any:
     loss = REFERENCE.policy_loss(stats["logprobs"], entropy, inputs, run.options).loss
     if run.bonus_share is not None and entropy is not None:
         loss = loss - run.bonus_coef * (run.bonus_share * entropy).sum()
-    return [loss, None], [hidden, weight, bias]
+    return [loss, None, None, None], [hidden, weight, bias]
 
 
 class _LinearPolicyLoss(torch.autograd.Function):
-    """(hidden, weight, bias) -> (loss, out [16]); the gradients are made in the forward."""
+    """(hidden, weight, bias) -> (loss, out [16], logprobs [N], entropy [N] or None); the gradients are made in the forward."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, run: _Run) -> Any:
         ctx.run = run
         head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
-        loss, out, grads = _one_pass(head, run)
+        loss, out, tokens, grads = _one_pass(head, run)
         ctx.late = run.dtype in LATE_DTYPES
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
         ctx.grads = grads if ctx.late else heads.finish(grads, dtypes, run.backend)
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.mark_non_differentiable(out)
-        return loss, out
+        rest = out, tokens["logprobs"], tokens.get("entropy")
+        ctx.mark_non_differentiable(*(x for x in rest if x is not None))
+        return loss, *rest
 
     @staticmethod
     @differentiable_again(_again)
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> Any:
         hidden, weight, bias = ctx.saved_tensors
         run: _Run = ctx.run
         grads, ctx.grads = ctx.grads, None
         if grads is None:  # retain_graph: the first backward gave the buffers away
-            grads = _one_pass(heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards), run)[
-                2
-            ]
+            head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.shards)
+            grads = _one_pass(head, run)[-1]
         late = Factor(1.0, run.scale) if ctx.late else None
         scale = upstream_scale(run.backend, upstream.to(ACC_DTYPES[run.dtype]), late)
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend, scale), None)
 
 
-def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
-    """Loss, ``out [16]`` and the gradients of the loss (without the scale where that is late: float16). A token's share of
+def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, dict[str, Tensor], Grads]:
+    """Loss, ``out [16]``, the tokens' statistics ``[N]`` and the gradients of the loss (without the scale where that is late: float16). A token's share of
     the aggregate is known from the mask, so its coefficients are made as soon as its logits are."""
     keep = run.keep
     late = head.dtype in LATE_DTYPES
@@ -356,6 +373,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
     want = (LSE_PARTS, "logprobs", "entropy") if run.with_entropy else (LSE_PARTS, "logprobs")
     outs: list[Tensor] = []
     bonuses: list[Tensor] = []
+    tokens: list[dict[str, Tensor]] = []
     logprobs_only = not (run.options.entropy_coef or run.bonus_coef)
     with heads.begin(head, run.needs, keep, run.schedule, logprobs_only=logprobs_only) as pass_:
         for part in pass_.parts():
@@ -373,12 +391,15 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
             )
             result = run.backend.policy_loss(stats["logprobs"], entropy, given, run.options)
             outs.append(result.out)
+            tokens.append({name: stats[name] for name in want[1:]})
             d_entropy = result.d_entropy if run.options.entropy_coef else None
             if bonus_share is not None:
                 bonuses.append((part.of(bonus_share) * entropy).sum())
                 d_entropy = part.of(d_bonus)
             k = of_token_stats(result.d_logprobs, d_entropy, None, entropy)
             part.gradients(own, run.row, stats[LSE_PARTS], k)
+        nothing = torch.zeros_like(run.share)
+        of_tokens = pass_.collect(tokens) if tokens else dict.fromkeys(want[1:], nothing)
         grads = pass_.grads()
         out = _added(torch.stack(outs)) if outs else empty_out(run.share)
         loss = out[0] * run.scale if late else out[0].clone()
@@ -389,7 +410,7 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, Grads]:
         )
         if bonuses:
             loss = loss - run.bonus_coef * torch.stack(bonuses).sum()
-    return loss, out, grads
+    return loss, out, of_tokens, grads
 
 
 def _added(parts: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from fastloss.losses.pair_terms import (
     reference_logps,
 )
 from fastloss.losses.preference import PreferenceOutput
-from fastloss.losses.token_stats import row_options
+from fastloss.losses.token_stats import row_options, stats_from
 from fastloss.tables import Number
 
 _OUTPUTS = ("chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", "sums", "likelihood")
@@ -75,8 +75,9 @@ def linear_preference_loss(
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str = "auto",
-) -> PreferenceOutput:
+) -> Any:
     """:func:`preference_loss` of ``input @ linear_weight.T + linear_bias``, without ever holding those logits.
 
     The reference costs 1 GEMM, the policy 3 (2 with a frozen head): chunked by whole pairs, a pair's gradient is made while
@@ -96,8 +97,13 @@ def linear_preference_loss(
         token_metrics: also entropy, mean_token_accuracy, logits/chosen, logits/rejected, from the same pass.
         chunk_size: rows that go together at most; in chunks of rows None lets a pair's logits take as much as the weight and its
             gradient. memory, group, logits_dtype: as in :func:`linear_cross_entropy`; the reference's vocabulary is cut over the same processes.
+        return_stats: also a :class:`TokenStats` of ``target``'s shape, from the same pass, detached and 0 where ignored: logprobs, with
+            ``token_metrics`` entropy, mean_logits and is_top1, with ``use_weighting`` log_sum_sq_probs.
 
     The other options are those of :func:`preference_loss`; lengths and masks come from the targets.
+
+    Returns:
+        PreferenceOutput, or with ``return_stats`` the pair (PreferenceOutput, TokenStats).
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit; the message names the argument.
@@ -187,13 +193,18 @@ def linear_preference_loss(
     if token_metrics:
         want = (*want, *groups.METRIC_STATS)
     total = max(count, 1) if reduction == "mean" else 1
-    value, out = groups.evaluate(x, plan, loss, want, _OUTPUTS, total)
+    keep = groups.TOKEN_STATS if return_stats else groups.METRIC_STATS
+    value, out = groups.evaluate(x, plan, loss, want, _OUTPUTS, total, keep)
     c, r = out["chosen_logps"], out["rejected_logps"]
     metrics = pair_terms.metrics(out["sums"].sum(0), c, r, out["likelihood"], pairs, o)
     if token_metrics:
         chosen = (torch.arange(2 * count, device=device, dtype=torch.int64) % 2 == 0).to(acc)
         metrics.update(groups.token_metrics(out, x, plan.call.backend, chosen))
-    return PreferenceOutput(value, out["chosen_rewards"], out["rejected_rewards"], c, r, metrics)
+    output = PreferenceOutput(value, out["chosen_rewards"], out["rejected_rewards"], c, r, metrics)
+    if not return_stats:
+        return output
+    of_targets = groups.in_place_of_targets(out, x, target)
+    return output, stats_from(of_targets, tuple(of_targets))
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,15 @@ def trainer(kind, tokenizer, folder, **options):
         made = model(tokenizer, "LlamaForSequenceClassification", num_labels=1)
         args = trl.RewardConfig(**common, max_length=64, **options)
         return trl.RewardTrainer(made, args=args, train_dataset=dataset("pairs"), processing_class=tokenizer)
+    if kind == "Distillation":
+        args = trl.DistillationConfig(**common, max_completion_length=8, temperature=0.9, **options)
+        teacher = model(tokenizer)
+        with torch.no_grad():
+            for p in teacher.parameters():
+                p.mul_(1.5)
+        return trl.DistillationTrainer(
+            made, teacher, args=args, train_dataset=dataset("prompts"), processing_class=tokenizer
+        )
     if kind in ("GRPO", "RLOO"):
         config, cls = (
             (trl.GRPOConfig, trl.GRPOTrainer) if kind == "GRPO" else (trl.RLOOConfig, trl.RLOOTrainer)
@@ -310,6 +319,7 @@ RUNS = [
             ("GRPO", {"beta": 0.04, "loss_type": "dr_grpo"}),
             ("GRPO", {"top_entropy_quantile": 0.5}),
             ("RLOO", {}),
+            ("Distillation", {"beta": 0.5}),
         ]
     ),
 ]
@@ -323,7 +333,7 @@ def test_the_same_run(kind, options, tokenizer, tmp_path):
     with apply(), pytest.MonkeyPatch.context() as m:
         m.setattr(FastlossLogProb, "apply", staticmethod(lambda *a, **k: calls.append(1) or inner(*a, **k)))
         ours, ours_parameters = run(kind, tokenizer, tmp_path, **options)
-    assert calls or kind == "Reward", "the trainer never came to fastloss"
+    assert calls or kind in ("Reward", "Distillation"), "the trainer never came to fastloss"
     assert len(log) == len(ours) >= 3
     worst = 0.0
     for a, b in zip(log, ours, strict=True):

@@ -144,6 +144,31 @@ def test_masked_rows_touch_nothing(backend: str) -> None:
         close(b, a, 1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo"])
+@pytest.mark.parametrize("backend", ALL)
+def test_statistics_of_the_same_pass(backend: str, loss_type: str) -> None:
+    """``return_stats``: per token, 0 where masked, detached; loss and gradient are those of the call without."""
+    need(backend)
+    data = batch() | {"sampler_logprobs": None}
+    weight = data["linear_weight"].clone().requires_grad_()
+    call = {**data, "linear_weight": weight, "loss_type": loss_type, "backend": backend, "with_entropy": True}
+    plain = torch.autograd.grad(fastloss.linear_policy_loss(**call).loss, weight)[0]
+    for chunk in (None, 3):
+        out, stats = fastloss.linear_policy_loss(**call, chunk_size=chunk, return_stats=True)
+        torch.testing.assert_close(torch.autograd.grad(out.loss, weight)[0], plain)
+        logits = torch.nn.functional.linear(*[data[name] for name in LEAVES])
+        expected = fastloss.token_stats(
+            logits,
+            data["target"].masked_fill(~data["mask"], -100),
+            outputs=("logprobs", "entropy"),
+            backend="reference",
+        )
+        for name in ("logprobs", "entropy"):
+            value = getattr(stats, name)
+            assert not value.requires_grad
+            torch.testing.assert_close(value, getattr(expected, name), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_logprob_bits(backend: str) -> None:
     """Bug 27: old log-probs from linear_token_stats make a ratio of exactly 1 in linear_policy_loss."""

@@ -477,3 +477,27 @@ def test_compile_traces_the_definition() -> None:
     torch.compile(loss, fullgraph=True, backend="aot_eager")(a).backward()
     loss(b).backward()
     torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot"])
+@pytest.mark.parametrize("backend", ALL)
+def test_statistics_of_the_same_pass(backend: str, loss_type: str) -> None:
+    """``return_stats``: in the targets' places, whatever order the rows were read in, 0 where ignored."""
+    need(backend)
+    x = {
+        k: v
+        for k, v in inputs(torch.float32).items()
+        if k in ("input", "linear_weight", "linear_bias", "target")
+    }
+    out, stats = fastloss.linear_preference_loss(
+        **x, loss_type=loss_type, reference_free=True, return_stats=True, backend=backend,
+        use_weighting=loss_type == "sigmoid",
+    )  # fmt: skip
+    logits = torch.nn.functional.linear(x["input"], x["linear_weight"], x["linear_bias"])
+    names = ("logprobs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")[
+        : 5 if loss_type == "sigmoid" else 4
+    ]
+    expected = fastloss.token_stats(logits, x["target"], outputs=names, backend="reference")
+    for name in names:
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.logprobs[:PAIRS].sum(1), out.chosen_logps, rtol=1e-4, atol=1e-5)
