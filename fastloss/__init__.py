@@ -47,6 +47,7 @@ from fastloss.losses.preference_linear import (
 )
 from fastloss.losses.preference_named import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
 from fastloss.losses.reward_model import RewardOutput, process_reward_loss, reward_model_loss
+from fastloss.losses.selected_logprobs import linear_selected_logprobs, selected_logprobs
 from fastloss.losses.token_stats import (
     TokenStats,
     entropy_from_logits,
@@ -55,6 +56,7 @@ from fastloss.losses.token_stats import (
     selective_log_softmax_and_entropy,
     token_stats,
 )
+from fastloss.losses.topk_distillation import linear_topk_distillation_loss, topk_distillation_loss
 from fastloss.losses.trust_region import trust_region_mask
 from fastloss.losses.unpaired import UnpairedOutput, bco_loss, kto_loss, linear_kto_loss
 from fastloss.losses.value_loss import ValueOutput, value_loss
@@ -97,8 +99,10 @@ __all__ = [
     "linear_orpo_loss",
     "linear_policy_loss",
     "linear_preference_loss",
+    "linear_selected_logprobs",
     "linear_simpo_loss",
     "linear_token_stats",
+    "linear_topk_distillation_loss",
     "nn",
     "opo_advantages",
     "optimal_token_advantages",
@@ -112,11 +116,13 @@ __all__ = [
     "remax_advantages",
     "reward_model_loss",
     "rloo_advantages",
+    "selected_logprobs",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "simpo_loss",
     "token_rewards",
     "token_stats",
+    "topk_distillation_loss",
     "trust_region_mask",
     "use_backend",
     "validate_targets",

@@ -268,6 +268,29 @@ class DistillationOptions:
     ignore_index: int = -100
 
 
+# What is done with the classes that a teacher of K classes did not name: they are one more outcome; both distributions are those of the
+# named classes alone; nothing.
+TAILS = ("bin", "renormalize", "none")
+TOPK_SUMS = ("loss", "kl", "reverse_kl", "agreement", "mass", "teacher_mass", "hard_loss")
+
+
+@dataclass(frozen=True)
+class TopKOptions:
+    """One divergence of a student from a teacher that named some classes, times ``factor``, and a multiple of the cross-entropy."""
+
+    divergence: int = 0  # code of DISTILLATION_DIVERGENCES
+    interpolation: float = 0.5
+    tail: int = 0  # code of TAILS
+    scale: float = 1.0  # logit_scale / temperature
+    softcap: float = 0.0
+    factor: float = 1.0
+    hard_loss_coef: float = 0.0
+    ignore_index: int = -100
+
+    def row_options(self) -> RowOptions:
+        return RowOptions(scale=self.scale, softcap=self.softcap)
+
+
 # What a native module's ``tables()`` must return: name -> the names of its codes, in order.
 NATIVE_TABLES: dict[str, tuple[str, ...]] = {
     "dtypes": ("float32", "bfloat16", "float16", "float64"),

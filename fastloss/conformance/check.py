@@ -24,9 +24,13 @@ INTERFACES = {
     "entropy": "(logits [N, V]) -> [N]",
     "dpo": "(chosen [B], rejected [B], ref_chosen [B], ref_rejected [B]) -> mean loss",
     "kto": "(logps [B], ref_logps [B], desirable [B]) -> mean loss",
+    "orpo": "(chosen [B], rejected [B], chosen_lengths [B], rejected_lengths [B]) -> mean loss",
+    "bco": "(logps [B], ref_logps [B], desirable [B]; delta) -> mean loss",
     "policy": "(logprobs [B, T], old [B, T], advantages [B], mask [B, T]) -> loss",
+    "packed_policy": "(logprobs [N], old [N], advantages [B], cu_seqlens [B + 1]) -> loss",
     "kl": "(logprobs [N], ref_logprobs [N]) -> [N]",
     "gae": "(rewards [B, T], values [B, T], mask [B, T]) -> advantages [B, T]",
+    "packed_gae": "(rewards [N], values [N], cu_seqlens [B + 1]) -> advantages [N]",
     "group_advantages": "(rewards [B]; group_size) -> [B]",
     "whiten": "(x [B, T], mask [B, T]) -> [B, T]",
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,6 +75,20 @@ def kto(logps: Tensor, ref: Tensor, desirable: Tensor, *, kl: float = 0.0, beta:
     return (1 - torch.sigmoid(sign * beta * (logps - ref - kl))).mean()
 
 
+def orpo(
+    chosen: Tensor, rejected: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor, *, beta: float = 0.1
+) -> Tensor:
+    """The likelihood of responses of one length, and the log odds ratio of the mean log-probs."""
+    c, r = chosen / chosen_lengths, rejected / rejected_lengths
+    odds = (c - (-c.expm1()).log()) - (r - (-r.expm1()).log())
+    return (-c - beta * F.logsigmoid(odds)).mean()
+
+
+def bco(logps: Tensor, ref: Tensor, desirable: Tensor, *, delta: float, beta: float = 0.1) -> Tensor:
+    sign = torch.where(desirable, 1.0, -1.0)
+    return -F.logsigmoid(sign * (beta * (logps - ref) - delta)).mean()
+
+
 def policy(
     logprobs: Tensor,
     old: Tensor,
@@ -104,6 +120,26 @@ def policy(
     return (loss.sum(1) / tokens.clamp(min=1)).mean()
 
 
+def packed_policy(
+    logprobs: Tensor,
+    old: Tensor,
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    clip: float = 0.2,
+    aggregation: str = "token-mean",
+) -> Tensor:
+    """Sequence by sequence; a sequence without a token adds nothing, and counts as a sequence."""
+    borders = cu_seqlens.tolist()
+    losses = []
+    for a, (start, stop) in zip(advantages, itertools.pairwise(borders)):
+        ratio = (logprobs[start:stop] - old[start:stop]).exp()
+        losses.append(-torch.minimum(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a))
+    if aggregation == "token-mean":
+        return torch.cat(losses).mean()
+    return torch.stack([x.sum() / max(1, x.numel()) for x in losses]).mean()
+
+
 def kl(logprobs: Tensor, ref: Tensor, *, kind: str = "k3") -> Tensor:
     """http://joschu.net/blog/kl-approx.html"""
     d = ref - logprobs
@@ -122,6 +158,24 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, la
                 value = here
                 out[b, t] = advantage
     return out
+
+
+def packed_gae(
+    rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+) -> Tensor:
+    """Each sequence alone."""
+    borders = cu_seqlens.tolist()
+    parts = [
+        gae(
+            rewards[None, start:stop],
+            values[None, start:stop],
+            torch.ones(1, stop - start, dtype=torch.bool, device=rewards.device),
+            gamma=gamma,
+            lam=lam,
+        )[0]
+        for start, stop in itertools.pairwise(borders)
+    ]
+    return torch.cat(parts)
 
 
 def group_advantages(rewards: Tensor, *, group_size: int) -> Tensor:

@@ -112,7 +112,7 @@ def refuse_inplace(logits: Tensor) -> None:
 def upstream_scale(backend: Backend, upstream: Tensor, factor: Factor | None) -> float | Tensor:
     """The scalar that gradients made in the forward still need: the upstream gradient, times ``factor`` where that is late."""
     if backend.host_reads:
-        return float(upstream) * (1.0 if factor is None else float(factor.of_gradient()))
+        return upstream.item() * (1.0 if factor is None else float(factor.of_gradient()))
     scale = upstream.to(ACC_DTYPES[upstream.dtype])
     return scale if factor is None else scale * factor.of_gradient()
 

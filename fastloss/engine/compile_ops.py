@@ -32,6 +32,7 @@ from fastloss.tables import (
     CrossEntropyOptions,
     DistillationOptions,
     RowOptions,
+    TopKOptions,
 )
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
@@ -160,7 +161,7 @@ def _row_fields(options: RowOptions) -> dict[str, Any]:
     return {name: getattr(options, name) for name in _ROW_FIELDS}
 
 
-def _all_fields(options: RowOptions | DistillationOptions) -> dict[str, Any]:
+def _all_fields(options: RowOptions | DistillationOptions | TopKOptions) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
 
 

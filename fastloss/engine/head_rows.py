@@ -21,6 +21,7 @@ from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Factor
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.native import multiply_bf16, supports_gemm_bf16
+from fastloss.engine.selection import Selection, Taken, take, write_gradient
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 # Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
@@ -379,6 +380,25 @@ class Chunk:
         head.backend.row_grad(
             z, target, options, lse_parts=lse_parts, coefficients=coefficients, out=z, bias=head.bias, w=w
         )
+        self.add_gradients()
+
+    def take(self, mark: Tensor, options: RowOptions, selection: Selection) -> Taken:
+        head = self.run.head
+        return take(head.backend, self.logits, mark, options, selection, head.bias)
+
+    def selected_gradients(
+        self,
+        mark: Tensor,
+        options: RowOptions,
+        lse_parts: Tensor,
+        b: Tensor,
+        selection: Selection,
+        given: Tensor,
+    ) -> None:
+        z, head = self.logits, self.run.head
+        if not self.run.needs or not z.shape[0]:
+            return
+        write_gradient(head.backend, z, mark, options, lse_parts, b, selection, given, z, head.bias)
         self.add_gradients()
 
     def add_gradients(self) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastloss.engine import failures
 from fastloss.engine import shards as cut
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Backend, Factor
@@ -53,8 +54,9 @@ class ShardedRun:
 
     def grads(self) -> Grads:
         grads = self.run.grads()
-        for sum_ in self.sums:
-            sum_.wait()
+        with failures.named(self.shards.group):
+            for sum_ in self.sums:
+                sum_.wait()
         if grads.hidden is None or self.early or not self.shards.reduce_hidden:
             return grads
         return grads._replace(hidden=self.shards.add_up(grads.hidden.to(self.head.hidden.dtype)))

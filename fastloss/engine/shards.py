@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastloss.engine import failures
 from fastloss.engine.checks import ShapeError
 from fastloss.tables import DTYPE_CODES, LSE_PARTS, RowOptions
 
@@ -90,7 +91,8 @@ class Shards:
     def add_up(self, partial: Tensor) -> Tensor:
         """The sum over the processes, in place."""
         if partial.numel():
-            dist.all_reduce(partial, group=self.group)
+            with failures.named(self.group):
+                dist.all_reduce(partial, group=self.group)
         return partial
 
     def details(
@@ -131,6 +133,7 @@ def of_group(group: Any, own: int, device: torch.device, call: Call | None = Non
         TypeError: it is neither a process group nor such a mesh. ValueError: this process is not in it.
         ShapeError: the processes have other numbers of tokens, hidden sizes or dtypes.
         IndexError: on a CPU, a process has a target that is no class.
+        ProcessFailed: a process is gone, or does not take part within the group's timeout.
     """
     if isinstance(group, Shards):
         if group.own != own:
@@ -140,6 +143,7 @@ def of_group(group: Any, own: int, device: torch.device, call: Call | None = Non
     rank = dist.get_rank(group)
     if rank < 0:
         raise ValueError("group: expected a group that this process belongs to")
+    failures.register(group)
     low, high = _range(call)
     rows, dim, code = (-1, -1, -1) if call is None else (call.rows, call.dim, DTYPE_CODES.get(call.dtype, -1))
     mine = torch.tensor([own, rows, dim, code, low, high], dtype=torch.int64, device=device)
@@ -190,7 +194,8 @@ def all_gather(own: Tensor, group: Any) -> Tensor:
     """The dense tensors of one shape of all processes, ``[processes, ...]``."""
     out = own.new_empty((dist.get_world_size(group), *own.shape))
     if own.numel():
-        _all_gather(out.view(-1, *own.shape[1:]), own, group=group)
+        with failures.named(group):
+            _all_gather(out.view(-1, *own.shape[1:]), own, group=group)
     return out
 
 

@@ -45,11 +45,11 @@ def save(
     target, temporary = folder / f"step-{step}", folder / f"step-{step}.tmp"
     state = _state(model, get_model_state_dict(model), get_optimizer_state_dict(model, optimizer))
     own = {f"carry/{name}": tensor for name, tensor in (carry or {}).items()} | _random_state()
-    state |= {f"rank/{parallel.rank()}/{name}": tensor for name, tensor in own.items()}
+    state |= {f"rank/{parallel.data_rank()}/{name}": tensor for name, tensor in own.items()}
     parallel.from_first(partial(clean, folder))
     try:
         _call(dcp.save, state, storage_writer=FileSystemWriter(temporary), place=temporary)
-        text = json.dumps({**progress, "processes": parallel.world()})
+        text = json.dumps({**progress, "processes": parallel.data_world()})
         parallel.from_first(partial(_finish, temporary, target, text))
     finally:
         if parallel.is_first():
@@ -98,14 +98,14 @@ def load(
     state = _state(model, weights, optimized)
     _check_weights(path, state, saved)
     state = {key: tensor for key, tensor in state.items() if key in saved}
-    start = f"rank/{parallel.rank()}/"
+    start = f"rank/{parallel.data_rank()}/"
     own = {key: _like(saved[key]) for key in saved if key.startswith(start)}
     _call(dcp.load, state | own, storage_reader=reader, place=path)
     set_model_state_dict(model, weights)
     set_optimizer_state_dict(model, optimizer, optimized)
     own = {key.removeprefix(start): tensor for key, tensor in own.items()}
     processes = json.loads((path / PROGRESS).read_text(encoding="utf-8"))["processes"]
-    if carry is not None and processes == parallel.world():
+    if carry is not None and processes == parallel.data_world():
         names = [key for key in own if key.startswith("carry/")]
         carry.update({name.removeprefix("carry/"): own[name].to(device) for name in names})
     if "rng_cpu" in own:

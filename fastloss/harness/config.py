@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from . import parallel as processes
+from .layout import Layout
 
 C = TypeVar("C", bound="TrainConfig")
 
@@ -68,7 +69,9 @@ class OptimisationOptions:
     group: ClassVar[str] = "Optimisation"
 
     steps: int = option(200, "optimizer steps", least=1)
-    batch_size: int = option(8, "rows in one forward pass of one process", least=1)
+    batch_size: int = option(
+        8, "rows in one forward pass of one process (of one replica, with tp or cp)", least=1
+    )
     accumulate: int = option(1, "forward passes per optimizer step", least=1)
     lr: float = option(2e-3, "peak learning rate", least=0)
     warmup: int = option(20, "steps of linear warm-up", least=0)
@@ -103,8 +106,8 @@ class RunOptions:
     device: str = option("auto", "auto, cpu, cuda, cuda:1 …")
     threads: int = option(0, "CPU threads; 0 leaves torch's choice", least=0)
     bf16: bool = option(False, "autocast to bfloat16")
-    parallel: str = option("replicate", "how the processes of torchrun hold the model: each a copy (replicate), or in shards (fsdp)",
-                           choices=("replicate", "fsdp"))  # fmt: skip
+    parallel: str = option("replicate", "how the processes of torchrun divide the work: a model each (replicate), or a shard of it (fsdp); "
+                           "before it tp=N, N parts of each matrix, and cp=N, N pieces of each row, as tp=2,fsdp")  # fmt: skip
     checkpoint_activations: bool = option(
         False, "layers keep their input alone and run again in the backward"
     )
@@ -118,6 +121,8 @@ class RunOptions:
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunOptions, LossOptions, OptimisationOptions, ModelOptions, DataOptions):
     """What every stage needs; a stage's own config adds to it."""
+
+    cuts_rows: ClassVar[bool] = False  # a row's tokens may lie on several processes (cp)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -133,19 +138,34 @@ class TrainConfig(RunOptions, LossOptions, OptimisationOptions, ModelOptions, Da
                 object.__setattr__(self, f.name, tuple(value))
         if self.date and not _is_date(self.date):
             raise ValueError(f"date: expected a day like 2026-11-26, got {self.date!r}")
+        self._check_parallel()
         if not self.val_fraction < 1:
             raise ValueError(f"val_fraction: expected less than 1, got {self.val_fraction}")
+
+    def _check_parallel(self) -> None:
+        """What does not go together."""
+        layout = Layout.parse(self.parallel)
+        if layout.cp > 1 and not self.cuts_rows:
+            raise ValueError(
+                f"parallel: cp={layout.cp} is for pretrain and sft, where each token has a loss of its own"
+            )
+        if layout.tp > 1 and self.lora_rank:
+            raise ValueError(f"parallel: tp={layout.tp} takes no LoRA adapters; use fsdp, or lora_rank 0")
+        if layout.tp > 1 and self.loss == "torch-linear":
+            raise ValueError(
+                f"parallel: tp={layout.tp} cuts the matrix that torch-linear reads whole; use fastloss or torch"
+            )
 
     @property
     def rows_per_step(self) -> int:
         """Of all processes."""
-        return self.batch_size * self.accumulate * processes.world()
+        return self.batch_size * self.accumulate * processes.replicas()
 
     def starts(self, step: int) -> list[int]:
         """Where in the data this process's passes of a step begin. A pass of all processes reads rows that lie together,
-        so N processes with batches of b read what one reads with batches of N·b."""
-        first = step * self.rows_per_step + processes.rank() * self.batch_size
-        return [first + i * processes.world() * self.batch_size for i in range(self.accumulate)]
+        so N replicas with batches of b read what one reads with batches of N·b."""
+        first = step * self.rows_per_step + processes.replica() * self.batch_size
+        return [first + i * processes.replicas() * self.batch_size for i in range(self.accumulate)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +173,7 @@ class PretrainConfig(TrainConfig):
     """Next-token prediction on text, from random weights or (keep_weights) a model's."""
 
     group: ClassVar[str] = "Only in pretrain"
+    cuts_rows: ClassVar[bool] = True
 
     out: str = option("runs/pretrain", "folder of the run: logs, checkpoint, report")
     model: str = option("", "folder with a transformers config.json; none: a Llama of the sizes below")
@@ -172,6 +193,7 @@ class SftConfig(TrainConfig):
     """Instruction tuning: cross-entropy on the answers alone."""
 
     group: ClassVar[str] = "Only in sft"
+    cuts_rows: ClassVar[bool] = True
 
     out: str = option("runs/sft", "folder of the run: logs, checkpoint, report")
     loss: str = option("fastloss", "fastloss, torch (whole logits) or torch-linear (torch's own fused head)")

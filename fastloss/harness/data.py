@@ -20,6 +20,9 @@ class Batch(NamedTuple):
     inputs: Tensor  # [B, T]
     targets: Tensor  # [B, T]
     positions: Tensor | None = None  # [B, T]; restarts at 0 where a packed row's next document begins
+    mask: Tensor | None = (
+        None  # bool [B, 1, T, whole row]; which tokens each sees, where a process has a piece of the rows
+    )
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(None if t is None else t.to(device) for t in self))  # type: ignore[arg-type]

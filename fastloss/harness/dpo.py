@@ -49,7 +49,7 @@ def fastloss_loss(hidden: Tensor, head: Head, ref: Head, read: Read, config: Dpo
         hidden, head.weight, read.target, linear_bias=head.bias, cu_seqlens=read.offsets,
         ref_input=read.ref_hidden, ref_weight=ref.weight, ref_bias=ref.bias, loss_type=config.loss_type,
         beta=config.beta, label_smoothing=config.label_smoothing, logit_scale=head.scale,
-        softcap=head.softcap, token_metrics=False, reduction="sum",
+        softcap=head.softcap, token_metrics=False, reduction="sum", group=head.group,
     )  # fmt: skip
     return Out(out.loss, out.chosen_rewards, out.rejected_rewards)
 
@@ -152,7 +152,7 @@ def run(config: DpoConfig, *, resume: bool, overwrite: bool, console: Console) -
         raise ValueError(f"loss_type: expected 'sigmoid' beside PyTorch's loss, got {config.loss_type!r}")
     folder = open_folder(config, resume, overwrite, console)
     tok = tokenizer_of(config, folder, console)
-    data = prepare(config, tok, console)
+    data = parallel.from_reader(partial(prepare, config, tok, console))
     # no dropout: the log-ratio of two dropout masks is noise
     model = language_model(config, tok).eval()
     ref = reference(config, model)
@@ -174,7 +174,7 @@ def run(config: DpoConfig, *, resume: bool, overwrite: bool, console: Console) -
         return explained(
             name, fastloss.linear_preference_loss, hidden, weight, target, cu_seqlens=bounds,
             ref_input=hidden.detach(), ref_weight=weight.detach(), loss_type=config.loss_type,
-            beta=config.beta, softcap=head.softcap, logit_scale=head.scale, token_metrics=False,
+            beta=config.beta, softcap=head.softcap, logit_scale=head.scale, token_metrics=False, group=whole.group,
         )  # fmt: skip
 
     stage = Stage(

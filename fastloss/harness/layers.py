@@ -1,9 +1,9 @@
-"""What is done to a model's layers from outside: activations recomputed in the backward, weights in shards (FSDP2)."""
+"""What is done to a model's layers from outside: activations recomputed in the backward, matrices in parts (tensor parallel), weights in
+shards (FSDP2)."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -19,6 +19,10 @@ def prepare(model: Any, config: TrainConfig) -> Any:
     """``model`` as the config wants it held; before anything keeps one of its parameters."""
     if config.checkpoint_activations and any(p.requires_grad for p in model.parameters()):
         recompute(model)
+    if parallel.layout.tp > 1:
+        part(model)
+        if not shards(config):
+            model.to(parallel.device_of(config.device))  # what is not in parts
     if shards(config):
         shard(model, config)
     return model
@@ -56,16 +60,57 @@ def activations_kept(model: nn.Module) -> Iterator[None]:
 
 
 def build_device(config: TrainConfig) -> str:
-    """Where a model is made: one that will be sharded never lies whole on a GPU."""
-    return "cpu" if shards(config) else str(parallel.device_of(config.device))
+    """Where a model is made: one that will be cut never lies whole on a GPU."""
+    cut = shards(config) or parallel.layout.tp > 1
+    return "cpu" if cut else str(parallel.device_of(config.device))
 
 
 def shards(config: TrainConfig) -> bool:
-    return config.parallel == "fsdp" and parallel.world() > 1
+    return parallel.layout.fsdp and parallel.data_world() > 1
+
+
+def part(model: Any) -> None:
+    """Each matrix in parts over the processes of tp, by the plan that transformers has for the model: attention by heads, the MLP by its
+    width, the vocabulary by rows, in the embedding and in the head. Norms are whole in each, and have the same gradients.
+
+    Whatever is sharded over data (:func:`shard`) comes after it.
+    """
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    body, tp, shape = model.base_model, parallel.layout.tp, model.config.get_text_config()
+    known: Any = getattr(body, "_tp_plan", None) or getattr(shape, "base_model_tp_plan", None) or {}
+    known = {name: how for name, how in known.items() if "layers" in name}
+    if not known or set(known.values()) - {"colwise", "rowwise"}:
+        raise ValueError(
+            f"parallel: expected a model with a plan of colwise and rowwise layers for tp={tp}, got {type(model).__name__} with "
+            f"{', '.join(sorted(set(known.values()))) or 'none'}"
+        )
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(shape, heads, tp) % tp:
+            raise ValueError(
+                f"parallel: expected {heads} in a multiple of tp={tp}, got {getattr(shape, heads)}"
+            )
+    words: Any = body.get_input_embeddings()
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = head is not None and head.weight is words.weight
+    if tied and head.bias is not None:
+        raise ValueError(f"parallel: expected a tied head without a bias for tp={tp}, got one with a bias")
+    styles = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
+    plan: dict[str, Any] = {name: styles[how]() for name, how in known.items()}
+    plan[next(name for name, m in body.named_modules() if m is words)] = RowwiseParallel(
+        input_layouts=Replicate()
+    )
+    mesh = parallel.axis("tp")
+    parallelize_module(body, mesh, plan, src_data_rank=None)
+    if tied:
+        head.weight = words.weight
+    elif head is not None:
+        parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()), src_data_rank=None)
 
 
 def shard(model: Any, config: TrainConfig) -> None:
-    """Every parameter in shards over all processes: a layer gathers its own when it runs, the rest of the body likewise.
+    """Every parameter in shards over all processes that have other tokens: a layer gathers its own when it runs, the rest of the body likewise.
 
     The loss reads the vocabulary matrix outside of any forward, through :meth:`Head.gathered`. A tied matrix is the
     embedding's: its two gradients, both summed over the processes, add up in one shard.
@@ -81,21 +126,14 @@ def shard(model: Any, config: TrainConfig) -> None:
     if tied:
         head.weight = body.get_input_embeddings().weight
     for module in model.modules():
-        if any(not parallel.is_sharded(p) for p in module.parameters(recurse=False)):
+        if any(not parallel.is_over_data(p) for p in module.parameters(recurse=False)):
             shard_module(module, config)
-
-
-@functools.cache
-def mesh_of(device_type: str) -> Any:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    return init_device_mesh(device_type, (parallel.world(),))
 
 
 def shard_module(module: Any, config: TrainConfig) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    mesh = mesh_of(parallel.device_of(config.device).type)
+    mesh = parallel.axis("data")
     # a root stays whole after a forward by default, and would be read again after an update or a load
     fully_shard(module, mesh=mesh, reshard_after_forward=True)
     # each loss is divided by the whole step's count: gradients are summed, not averaged (gloo has no average)

@@ -25,10 +25,10 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW; matrices decay, vectors (norms, biases) do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    groups = []
+    for alike in parallel.alike(parameters):
+        groups.append({"params": [p for p in alike if p.ndim >= 2], "weight_decay": weight_decay})
+        groups.append({"params": [p for p in alike if p.ndim < 2], "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=parameters[0].device.type in ("cpu", "cuda"))
 
@@ -88,8 +88,13 @@ def run_steps(
 
 def clip_gradients(parameters: list[Tensor], clip: float) -> Tensor:
     """Scaled down to the norm ``clip``, 0 for no scaling; the norm before, of the gradients of all shards."""
-    norm = nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    return parallel.gathered(norm)
+    groups = parallel.alike(parameters)
+    grads = [[p.grad for p in alike if p.grad is not None] for alike in groups]
+    norms = [parallel.whole(nn.utils.get_total_norm(some)) for some in grads]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    for alike in groups:
+        nn.utils.clip_grads_with_norm_(alike, clip or math.inf, norm)
+    return norm
 
 
 class StopSignal:

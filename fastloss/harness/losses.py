@@ -22,7 +22,7 @@ def fastloss_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: int) -
 
     return fastloss.linear_cross_entropy(
         hidden, head.weight, target, linear_bias=head.bias, ignore_index=IGNORE,
-        logit_scale=head.scale, softcap=head.softcap, normalizer=normalizer,
+        logit_scale=head.scale, softcap=head.softcap, normalizer=normalizer, group=head.group,
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def describe(name: str, head: Head, rows: int, dtype: torch.dtype) -> str:
     target = torch.zeros(rows, device=weight.device, dtype=torch.long)
     return explained(
         name, fastloss.linear_cross_entropy, hidden, weight, target, linear_bias=head.bias, ignore_index=IGNORE,
-        logit_scale=head.scale, softcap=head.softcap, normalizer=rows,
+        logit_scale=head.scale, softcap=head.softcap, normalizer=rows, group=head.group,
     )  # fmt: skip
 
 

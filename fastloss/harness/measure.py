@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from . import parallel
@@ -33,9 +34,18 @@ CPU_ATTENTION = {
 
 def count_flops(run: Callable[[], object]) -> int:
     """Multiply-adds, times two, of what ``run`` does in all processes; the random state is left as it was."""
-    with torch.random.fork_rng(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with torch.random.fork_rng(), _OwnFlops(display=False, custom_mapping=CPU_ATTENTION) as counter:
         run()
-    return int(parallel.summed(counter.get_total_flops())[0])
+    return int(parallel.of_all(counter.get_total_flops())[0])
+
+
+class _OwnFlops(FlopCounterMode):
+    """Of a product of tensors in parts (DTensor), this process's part of it."""
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        own = tree_map(lambda x: getattr(x, "_local_tensor", x), (out, args, kwargs))
+        super()._count_flops(func_packet, *own)
+        return out
 
 
 def synchronize(device: torch.device) -> None:

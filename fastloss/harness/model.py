@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 from transformers.utils import logging
 
+from . import parallel
 from .config import TrainConfig
 from .parallel import gathered
 from .report import count
@@ -28,13 +29,19 @@ class Head:
     bias: Tensor | None
     scale: float
     softcap: float | None
+    vocab: int  # rows of the whole matrix
+    group: Any = None  # of the processes that have the other rows of ``weight`` (tp)
 
     def gathered(self) -> Head:
-        """With the whole matrix and bias, where they lie in shards: what a loss reads."""
-        return replace(self, weight=gathered(self.weight), bias=gathered(self.bias))
+        """With the whole matrix and bias, where they lie in shards, or this process's rows of it: what a loss reads."""
+        group = parallel.axis("tp").get_group() if parallel.layout.tp > 1 else None
+        return replace(self, weight=gathered(self.weight), bias=gathered(self.bias), group=group)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        z = nn.functional.linear(hidden, self.weight, self.bias).float()
+        if self.group is not None:
+            z = parallel.logits_of_parts(hidden, self.weight, self.bias, self.vocab).float()
+        else:
+            z = nn.functional.linear(hidden, self.weight, self.bias).float()
         if self.softcap:
             z = self.softcap * torch.tanh(z / self.softcap)
         return z if self.scale == 1.0 else z * self.scale
@@ -124,7 +131,7 @@ def head_of(model: Any) -> Head:
         scale = 1.0 / float(config.logits_scaling)
     softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     softcap = softcap or getattr(config, "logits_soft_cap", None)  # RecurrentGemma
-    return Head(layer.weight, layer.bias, scale, float(softcap) if softcap else None)
+    return Head(layer.weight, layer.bias, scale, float(softcap) if softcap else None, layer.weight.shape[0])
 
 
 def body(model: Any) -> Any:
@@ -137,9 +144,13 @@ def body(model: Any) -> Any:
     return inner
 
 
-def hidden_states(model: Any, inputs: Tensor, positions: Tensor | None = None) -> Tensor:
+def hidden_states(
+    model: Any, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """The body alone: what the head would read. Positions that restart at 0 part a row's documents.  # [B, T, D]"""
     options = {} if positions is None else {"position_ids": positions}
+    if mask is not None:
+        options["attention_mask"] = mask
     return body(model)(input_ids=inputs, use_cache=False, **options).last_hidden_state
 
 

@@ -51,7 +51,7 @@ def fastloss_logprobs(hidden: Tensor, head: Head, target: Tensor, temperature: f
 
     out = fastloss.linear_token_stats(
         hidden, head.weight, target, linear_bias=head.bias, temperature=temperature,
-        logit_scale=head.scale, softcap=head.softcap,
+        logit_scale=head.scale, softcap=head.softcap, group=head.group,
     ).logprobs  # fmt: skip
     assert out is not None
     return out
@@ -71,7 +71,7 @@ def arguments(head: Head, tokens: Tokens, o: Objective) -> dict[str, Any]:
         "linear_bias": head.bias, "temperature": o.temperature, "logit_scale": head.scale,
         "softcap": head.softcap, "ref_logprobs": tokens.ref, "normalizer": o.normalizer,
         "cu_seqlens": tokens.offsets, "loss_type": o.loss_type, "clip_low": o.clip_low,
-        "clip_high": o.clip_high, "beta": o.beta, "max_length": float(o.max_length),
+        "clip_high": o.clip_high, "beta": o.beta, "max_length": float(o.max_length), "group": head.group,
     }  # fmt: skip
 
 

@@ -170,7 +170,7 @@ def run(config: PpoConfig, *, resume: bool, overwrite: bool, console: Console) -
     functions = rewards.load(config.reward)
     folder = open_folder(config, resume, overwrite, console)
     tok = tokenizer_of(config, folder, console)
-    data = prepare(config, tok, console)
+    data = parallel.from_reader(partial(prepare, config, tok, console))
     # no dropout: samples and updates must see one policy
     policy = language_model(config, tok).eval()
     ref = reference(config, policy)

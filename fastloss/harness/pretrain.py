@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import chat, corpus, layers, lora, measure, parallel, sources, tokenizer
 from .config import PretrainConfig, TrainConfig
+from .context import cut_rows, own_piece
 from .data import IGNORE, Batch, Rows
 from .export import export
 from .loop import Metrics, StepFn
@@ -84,14 +85,16 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
     device = head.weight.device
 
     def step_fn(step: int) -> Metrics:
-        batches = [rows.batch(start, config.batch_size) for start in config.starts(step)]
+        batches = [
+            own_piece(rows.batch(start, config.batch_size)).to(device) for start in config.starts(step)
+        ]
         # of all passes of all processes: the mean is global
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
-        for inputs, targets, _ in batches:
+        for batch in batches:
             with autocast(config, device):
-                hidden = hidden_states(model, inputs.to(device))  # [B, T, D]
-            loss, seconds = cut_backward(hidden, loss_of(loss_fn, head, targets.to(device), tokens, config))
+                hidden = hidden_states(model, batch.inputs, batch.positions, batch.mask)  # [B, T, D]
+            loss, seconds = cut_backward(hidden, loss_of(loss_fn, head, batch.targets, tokens, config))
             loss_s += seconds
             total += loss
         return {"loss": parallel.summed(total)[0], "tokens": tokens, "loss_s": loss_s}
@@ -130,12 +133,12 @@ def evaluate(model: Any, head: Head, loss_fn: Loss, data: Data, config: Pretrain
 def model_flops(model: Any, head: Head, rows: Rows, config: PretrainConfig) -> int:
     """Counted on one row with PyTorch's plain loss, so that a fused or hidden operator cannot change it.
 
-    Forward and backward are linear in the number of rows; the counter saw one of each process.
+    Forward and backward are linear in the number of rows; the counter saw one of each replica.
     """
     one = replace(config, batch_size=1, accumulate=1)
     flops = measure.count_flops(partial(make_step(model, head, torch_loss, rows, one), 0))
     model.zero_grad(set_to_none=True)
-    return flops * config.rows_per_step // parallel.world()
+    return flops * config.rows_per_step // parallel.replicas()
 
 
 def tokenizer_to_export(config: PretrainConfig, data: Data) -> Any:
@@ -147,7 +150,7 @@ def tokenizer_to_export(config: PretrainConfig, data: Data) -> Any:
 
 
 def loss_alone(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: PretrainConfig) -> Any:
-    inputs, targets, _ = rows.batch(0, config.batch_size).to(head.weight.device)
+    inputs, targets, *_ = rows.batch(0, config.batch_size).to(head.weight.device)
     with torch.no_grad(), autocast(config, inputs.device):
         hidden = hidden_states(model, inputs)
     return partial(loss_and_grad, hidden, loss_of(loss_fn, head, targets, targets.numel(), config))
@@ -160,9 +163,13 @@ def run(
 ) -> Result:  # fmt: skip
     loss_fn = loss_named(config.loss)
     folder = open_folder(config, resume, overwrite, console)
-    with parallel.first_alone():  # the others find its tokenizer
-        data = data or prepare(config, folder, console)
-        data.tokenizer.save(str(folder / "tokenizer.json"))
+
+    def read() -> Data:  # the others find the tokenizer
+        found = data or prepare(config, folder, console)
+        found.tokenizer.save(str(folder / "tokenizer.json"))
+        return found
+
+    data = parallel.from_reader(read, in_turn=True)
 
     device = layers.build_device(config)
     if config.keep_weights:
@@ -171,6 +178,7 @@ def run(
         model = build_model(model_config(config), config.seed, device)
     check_positions(model, config.seq_len)
     check_head(model, data.train.row(0)[0][None, :16].to(device))
+    cut_rows(model, config.seq_len, model.config.get_text_config().vocab_size)
     lora.add(model, config, model.get_output_embeddings())
     head = head_of(layers.prepare(model, config))
     dtype = torch.bfloat16 if config.bf16 else torch.float32

@@ -131,7 +131,7 @@ def run(config: RewardConfig, *, resume: bool, overwrite: bool, console: Console
     loss_fn = named(LOSSES, config.loss)
     folder = open_folder(config, resume, overwrite, console)
     tok = tokenizer_of(config, folder, console)
-    data = prepare(config, tok, console)
+    data = parallel.from_reader(partial(prepare, config, tok, console))
     model, score = scoring_model(config, tok)
 
     def one_loss(name: str) -> Any:

@@ -56,7 +56,8 @@ class Actor:
                 temperature=temperature, noise=noise,
             )  # fmt: skip
         texts = [chat.decode(self.tok, chat.without_end(tokens, stop)) for tokens in ids]
-        return ids, rewards.score(self.rewards, asked, texts, ids)
+        # once for all parts of a model: a reward function may draw
+        return ids, parallel.from_reader(lambda: rewards.score(self.rewards, asked, texts, ids))
 
     def noise(self, place: int, rows: int) -> Tensor:
         """The random numbers of so many samples: a function of the seed and the place in the run, no state to save.

@@ -21,6 +21,8 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 
+from fastloss.engine import failures
+
 from . import checkpoint, layers, logging, measure, parallel, plots, report
 from . import config as configs
 from .badsteps import Watch
@@ -62,10 +64,10 @@ def begun(run: Callable[..., Result]) -> Callable[..., Result]:
         config: TrainConfig, *, resume: bool = False, overwrite: bool = False,
         console: Console | None = None, **more: Any,
     ) -> Result:  # fmt: skip
-        parallel.start(config.device)
+        parallel.start(config.device, config.parallel)
         console = console or Terminal() if parallel.is_first() else Console(quiet=True)
         folder = Path(config.out)
-        with only_one(folder):
+        with failures.named(), only_one(folder):
             date = config.date or parallel.from_first(lambda: _date(folder, resume))
             config = dataclasses.replace(config, date=date)
             return run(config, resume=resume, overwrite=overwrite, console=console, **more)
@@ -145,8 +147,8 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
     optimizer = make_optimizer(stage.model, config.lr, (config.beta1, config.beta2), config.weight_decay)
     path, carry = parallel.from_first(lambda: checkpoint.latest(folder / CHECKPOINT)), dict[str, Tensor]()
     progress: dict[str, Any] = {"step": 0, "tokens": 0, "train_s": 0.0, "data": stage.fingerprint}
-    if not parallel.is_first():  # dropout of its own
-        torch.manual_seed((config.seed + 1_000_003 * parallel.rank()) % 2**63)
+    if parallel.data_rank():  # dropout of its own, and of all parts of one model the same
+        torch.manual_seed((config.seed + 1_000_003 * parallel.data_rank()) % 2**63)
     if resume and path:
         parallel.from_first(partial(checkpoint.check, path))
         if checkpoint.read_progress(path)["data"] != progress["data"]:
@@ -233,7 +235,7 @@ def train(stage: Stage, config: TrainConfig, folder: Path, *, resume: bool, cons
 
 def matmul_rate(device: torch.device, config: TrainConfig) -> float:
     """Of all processes, measured at the same time."""
-    return parallel.summed(measure.matmul_rate(device, torch.bfloat16 if config.bf16 else torch.float32))[0]
+    return parallel.of_all(measure.matmul_rate(device, torch.bfloat16 if config.bf16 else torch.float32))[0]
 
 
 def _summary(

@@ -35,7 +35,7 @@ def sample(
         raise ValueError("prompts: expected at least one token in each, got none in one")
     stop = {end} if isinstance(end, int) else set(end)
     stop_ids = torch.tensor(sorted(stop), device=head.weight.device)
-    device, sharded = head.weight.device, parallel.is_sharded(head.weight)
+    device, sharded = head.weight.device, parallel.is_over_data(head.weight)
     head = head.gathered()
     longest = max(map(len, prompts))
     inputs = torch.zeros(len(prompts), longest, dtype=torch.long)

@@ -18,6 +18,7 @@ from torch import Tensor
 from . import builtin, chat, measure, parallel, rows, sources
 from .chat import Example
 from .config import SftConfig
+from .context import own_piece
 from .data import IGNORE, Batch, Order, fingerprint, fit, pack, packed, padded
 from .export import export
 from .loop import Metrics, StepFn
@@ -98,7 +99,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConf
     device = head.weight.device
 
     def step_fn(step: int) -> Metrics:
-        batches = [data.batch(start, config).to(device) for start in config.starts(step)]
+        batches = [own_piece(data.batch(start, config)).to(device) for start in config.starts(step)]
         # of all passes of all processes
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
@@ -175,7 +176,7 @@ def run(config: SftConfig, *, resume: bool, overwrite: bool, console: Console) -
     loss_fn = loss_named(config.loss)
     folder: Path = open_folder(config, resume, overwrite, console)
     tok = tokenizer_of(config, folder, console)
-    data = prepare(config, tok, console)
+    data = parallel.from_reader(partial(prepare, config, tok, console))
     model = language_model(config, tok)
     head = head_of(model)
     if config.packing:

@@ -13,6 +13,7 @@ from torch import nn
 from . import chat, corpus, layers, lora, parallel, tokenizer
 from .classifier import with_score
 from .config import TrainConfig
+from .context import cut_rows
 from .model import build_model, check_head, check_positions, folder_of, head_of, load_model, model_config
 
 
@@ -40,6 +41,7 @@ def language_model(config: TrainConfig, tok: Any) -> Any:
         )
     check_positions(model, config.seq_len)
     check_head(model, torch.arange(1, 9, device=head.weight.device)[None] % len(tok))
+    cut_rows(model, config.seq_len, len(tok))
     return layers.prepare(lora.add(model, config, model.get_output_embeddings()), config).train()
 
 

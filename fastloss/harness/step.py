@@ -23,7 +23,7 @@ def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractCo
 def learned(model: Any, batch: Batch, config: TrainConfig) -> Tensor:
     """Hidden states at the tokens to learn, sequence after sequence; the head never sees the others.  # [N, D]"""
     with autocast(config, batch.inputs.device):
-        hidden = hidden_states(model, batch.inputs, batch.positions)
+        hidden = hidden_states(model, batch.inputs, batch.positions, batch.mask)
     return hidden[batch.targets != IGNORE]
 
 

@@ -361,7 +361,8 @@ def loss_factor(
     total = (w[classes.clamp(0, vocab - 1)] * kept).sum()
     if not on_cpu:
         return Factor(tensor=total.reciprocal(), of_count=True), loss
-    return Factor(_reciprocal(float(total)), of_count=True), over_tokens(loss, float(total), valid)
+    summed = total.item()
+    return Factor(_reciprocal(summed), of_count=True), over_tokens(loss, summed, valid)
 
 
 def loss_device(classes: Tensor | None, w: Tensor | None) -> torch.device:

@@ -100,7 +100,7 @@ def distillation_loss(
     )  # fmt: skip
     classes = min(logits.shape[-1], teacher_logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, teacher_logits.dtype)
-    tokens = _tokens(logits, ACC_DTYPES[dtype], target, ignore_index, token_weight, normalizer, reduction)
+    tokens = tokens_of(logits, ACC_DTYPES[dtype], target, ignore_index, token_weight, normalizer, reduction)
     call = resolve_call(
         "distillation_loss", backend, logits, teacher_logits, tokens.target, token_weight, dtype=dtype
     )
@@ -181,7 +181,7 @@ def linear_distillation_loss(
         raise ShapeError("linear_weight: expected at least one class, got 0")
     dtype, teacher_dtype = heads.compute_dtype(input), heads.compute_dtype(teacher_input)
     acc = ACC_DTYPES[torch.promote_types(dtype, teacher_dtype)]
-    tokens = _tokens(input, acc, target, ignore_index, token_weight, normalizer, reduction)
+    tokens = tokens_of(input, acc, target, ignore_index, token_weight, normalizer, reduction)
     call = resolve_call(
         "linear_distillation_loss", backend, input, linear_weight, linear_bias, teacher_input, teacher_weight, teacher_bias,
         tokens.target, token_weight, dtype=torch.promote_types(dtype, teacher_dtype),
@@ -241,7 +241,7 @@ def _other_precision(dtype: torch.dtype, teacher_dtype: torch.dtype) -> str:
 
 
 @dataclass(frozen=True)
-class _Tokens:
+class Tokens:
     """What a call's tokens are, flat."""
 
     target: Tensor | None  # int64 [N]
@@ -269,14 +269,14 @@ def _options(
     coef = checks.number("hard_loss_coef", hard_loss_coef, low=0.0)
     if coef and target is None:
         raise ValueError("hard_loss_coef: expected 0 where target is None")
-    name = _KL_AT_THE_END.get((divergence, w), divergence)
+    name = KL_AT_THE_END.get((divergence, w), divergence)
     code = DISTILLATION_DIVERGENCES.index(name)
     factor = t * t if temperature_squared else 1.0
     return DistillationOptions(code, w, 1.0 / t, 1.0 / teacher, factor, coef, int(ignore_index))
 
 
 # A divergence at an end of its interpolation is the KL that it tends to.
-_KL_AT_THE_END = {
+KL_AT_THE_END = {
     ("jsd", 0.0): "forward_kl",
     ("jsd", 1.0): "reverse_kl",
     ("alpha", 1.0): "forward_kl",
@@ -286,7 +286,7 @@ _KL_AT_THE_END = {
 }
 
 
-def _tokens(
+def tokens_of(
     like: Tensor,
     acc: torch.dtype,
     target: Tensor | None,
@@ -294,11 +294,12 @@ def _tokens(
     token_weight: Tensor | None,
     normalizer: Any,
     reduction: str,
-) -> _Tokens:
-    """Of ``like [..., any]``."""
+    counts: Tensor | None = None,
+) -> Tokens:
+    """Of ``like [..., any]``. ``counts``: bool ``[N]``, which tokens do where there is no target; None: all."""
     checks.is_one_of("reduction", reduction, checks.REDUCTIONS)
     lead, device = tuple(like.shape[:-1]), like.device
-    valid = torch.ones(lead, dtype=torch.bool, device=device).reshape(-1)
+    valid = torch.ones(lead, dtype=torch.bool, device=device).reshape(-1) if counts is None else counts
     if target is not None:
         checks.index_target("target", target, lead, device)
         target = target.reshape(-1).contiguous()
@@ -315,7 +316,7 @@ def _tokens(
         scale = scale / divisor
     elif reduction == "mean":
         scale = scale / valid.sum().clamp(min=1)
-    return _Tokens(target, valid, weights, scale)
+    return Tokens(target, valid, weights, scale)
 
 
 def _check_teacher(input: Tensor, teacher_input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -340,7 +341,7 @@ def _check_teacher(input: Tensor, teacher_input: Tensor, weight: Tensor, bias: T
 
 
 def _output(
-    loss: Tensor, statistics: Sequence[Tensor], tokens: _Tokens, reduction: str, lead: torch.Size
+    loss: Tensor, statistics: Sequence[Tensor], tokens: Tokens, reduction: str, lead: torch.Size
 ) -> DistillationOutput:
     """``loss [N]``, each token's; ``statistics``: those of DISTILLATION_SUMS after the loss."""
     value = loss * tokens.weights
@@ -348,7 +349,7 @@ def _output(
     return DistillationOutput(value, _metrics(statistics, tokens))
 
 
-def _metrics(statistics: Sequence[Tensor], tokens: _Tokens) -> dict[str, Tensor]:
+def _metrics(statistics: Sequence[Tensor], tokens: Tokens) -> dict[str, Tensor]:
     count = tokens.valid.sum().clamp(min=1)
     return {name: x.detach().sum() / count for name, x in zip(METRICS, statistics, strict=True)}
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastloss.engine import checks
+from fastloss.engine import checks, failures
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.shards import all_gather, process_group
 
@@ -84,7 +84,8 @@ def sequence_shard(
     learned = labels if mask is None else labels.masked_fill(mask == 0, ignore_index)
     target = _shifted(learned, documents, group, pieces, ignore_index) if shift else learned
     tokens = (target != ignore_index).sum()
-    dist.all_reduce(tokens, group=group)
+    with failures.named(group):
+        dist.all_reduce(tokens, group=group)
     return SequenceShard(target, tokens, tokens.clamp(min=1).to(torch.float32))
 
 
@@ -120,7 +121,8 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: Any) -> Tensor:
         total = part.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
+        with failures.named(group):
+            dist.all_reduce(total, group=group)
         return total
 
     @staticmethod

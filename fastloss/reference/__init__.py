@@ -14,10 +14,12 @@ from fastloss.reference.policy_gradient import (
 )
 from fastloss.reference.preference import pair_loss, segment_sum, unpaired_loss
 from fastloss.reference.token_stats import linear_token_stats, lse_parts, token_stats
+from fastloss.reference.topk_distillation import TopKRows, selected_logprobs, topk_distillation_rows
 
 __all__ = [
     "DistillationRows",
     "Sequences",
+    "TopKRows",
     "correction",
     "cross_entropy",
     "discounted_returns",
@@ -31,8 +33,10 @@ __all__ = [
     "policy_loss",
     "row_gradient",
     "segment_sum",
+    "selected_logprobs",
     "shares",
     "token_stats",
+    "topk_distillation_rows",
     "unpaired_loss",
     "value_loss",
 ]

@@ -234,6 +234,48 @@ def distillation_loss(d: Draw) -> Case:
     return Case("distillation_loss", tensors, distillation_options(d, tensors, lead, vocab), ("logits",))
 
 
+def some_ids(d: Draw, lead: tuple[int, ...], vocab: int) -> torch.Tensor:
+    return d.targets((*lead, d.pick(1, min(vocab, 3))), vocab, -1)
+
+
+def selected_logprobs(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = {"logits": d.logits((*lead, vocab), infinite=False), "ids": some_ids(d, lead, vocab)}
+    options = some(d, temperature=lambda: d.pick(0.5, 2.0), softcap=lambda: d.pick(5.0, 30.0))
+    return Case("selected_logprobs", tensors, options, ("logits",))
+
+
+def linear_selected_logprobs(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = hidden_and_weight(d, lead, vocab) | {"ids": some_ids(d, lead, vocab)}
+    options = some(d, temperature=lambda: d.pick(0.5, 2.0), softcap=lambda: d.pick(5.0, 30.0))
+    return Case("linear_selected_logprobs", tensors, options | head_options(d), HEAD, head=HEAD)
+
+
+def topk_teacher(d: Draw, lead: tuple[int, ...], vocab: int) -> Tensors:
+    ids = some_ids(d, lead, vocab)
+    return {"teacher_ids": ids, "teacher_logprobs": d.normal(tuple(ids.shape)).log_softmax(-1) - 0.3}
+
+
+def topk_options(d: Draw, tensors: Tensors, lead: tuple[int, ...], vocab: int) -> Options:
+    options = distillation_options(d, tensors, lead, vocab)
+    options.pop("teacher_temperature", None)
+    return options | {"tail": d.pick("bin", "renormalize", "none")}
+
+
+def topk_distillation_loss(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = {"logits": d.logits((*lead, vocab), infinite=False), **topk_teacher(d, lead, vocab)}
+    return Case("topk_distillation_loss", tensors, topk_options(d, tensors, lead, vocab), ("logits",))
+
+
+def linear_topk_distillation_loss(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = hidden_and_weight(d, lead, vocab) | topk_teacher(d, lead, vocab)
+    options = topk_options(d, tensors, lead, vocab) | head_options(d)
+    return Case("linear_topk_distillation_loss", tensors, options, HEAD, head=HEAD)
+
+
 def linear_distillation_loss(d: Draw) -> Case:
     lead, vocab, dim = d.lead(), d.vocab(), d.dim()
     tensors = hidden_and_weight(d, lead, vocab)
@@ -773,6 +815,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Draw], Case], int]] = {
 }  # fmt: skip
 
 ADDED_LATER = {
+    "selected_logprobs": (selected_logprobs, 3),
+    "linear_selected_logprobs": (linear_selected_logprobs, 3),
+    "topk_distillation_loss": (topk_distillation_loss, 4),
+    "linear_topk_distillation_loss": (linear_topk_distillation_loss, 4),
     "distillation_loss": (distillation_loss, 5),
     "linear_distillation_loss": (linear_distillation_loss, 5),
 }

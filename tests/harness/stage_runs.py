@@ -123,10 +123,35 @@ def slow_second_save(config: Any) -> Any:
     return second_save(wait)
 
 
+def kill_in_third_step(config: Any) -> Any:
+    """Of the second process: by a kill -9, after its backward and before the gradients' sum or the norm."""
+    steps = iter(range(99))
+
+    def sum_gradients(parameters: Any) -> None:
+        if next(steps) == 2 and parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        summing(parameters)
+
+    summing = parallel.sum_gradients
+    return mock.patch.object(parallel, "sum_gradients", sum_gradients)
+
+
+def kill_in_second_save(config: Any) -> Any:
+    """Of the second process: by a kill -9, when its tensors are on disk."""
+
+    def kill() -> None:
+        if parallel.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return second_save(kill)
+
+
 HOOKS = {
     f.__name__: f
-    for f in (signal_at_second_step, nan_in_second_step, disk_full_in_second_save, slow_second_save)
-}
+    for f in (
+        signal_at_second_step, nan_in_second_step, disk_full_in_second_save, slow_second_save, kill_in_third_step, kill_in_second_save,
+    )
+}  # fmt: skip
 
 
 def case(name: str, options: dict[str, Any], out: Path, **more: Any) -> dict[str, Any]:
@@ -145,11 +170,11 @@ def run_case(name: str, stage: str, config: dict[str, Any], resume: bool = False
             result = module.run(options, resume=resume, console=Console(quiet=True))
         except (OSError, ValueError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
-    weights = {name: parallel.gathered(p.detach()) for name, p in result.model.named_parameters()}
+    weights = {name: parallel.whole(p.detach()) for name, p in result.model.named_parameters()}
     return {
         "rows": [{k: v for k, v in row.items() if not k.endswith(("_s", "mfu"))} for row in result.rows],
         "before": result.before, "after": result.after, "done": result.done, "weights": weights,
-        "sharded": sum(map(parallel.is_sharded, result.model.parameters())),
+        "sharded": sum(map(parallel.is_over_data, result.model.parameters())),
         "held": sum(getattr(p, "_local_tensor", p).numel() for p in result.model.parameters()),
     }  # fmt: skip
 

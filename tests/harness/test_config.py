@@ -76,7 +76,7 @@ def test_what_is_saved_comes_back(name: str, tmp_path: Path) -> None:
             other[field.name] = ("yes", "1e-3", "ä: b #c", "")
         else:
             other[field.name] = choices[-1] if choices else "no"
-    other["date"] = "2026-11-05"
+    other["date"], other["parallel"] = "2026-11-05", "fsdp"
     config = kind(**other)
     configs.save(config, tmp_path / "config.yaml")
     assert configs.load(kind, tmp_path / "config.yaml") == config

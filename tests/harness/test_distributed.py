@@ -22,23 +22,33 @@ from fastloss.harness.model import load_model
 
 WORKER = Path(__file__).with_name("stage_runs.py")
 MODES = ("replicate", "fsdp")
+CUT = (("sft-tied", "tp=2"), ("packed", "cp=2"))  # one replica in two processes; test_layouts.py has four
 NAMES = ("pretrain", "pretrain-tied", "sft", "sft-tied", "reward", "dpo", "grpo", "ppo")
 
 
-def torchrun(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), env=environment(), capture_output=True, text=True, timeout=timeout)  # fmt: skip
+def torchrun(*arguments: str, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments, processes=processes), env=environment(), capture_output=True, text=True, timeout=timeout)  # fmt: skip
 
 
-def command(*arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def command(*arguments: str, processes: int = 2) -> list[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+    ]
     return [*launcher, *arguments]
 
 
-def outcomes(folder: Path, cases: list[dict[str, Any]]) -> dict[str, list[Outcome]]:
+def outcomes(
+    folder: Path, cases: list[dict[str, Any]], processes: int = 2, timeout: float = 300
+) -> dict[str, list[Outcome]]:
     """By case, what came of it in each process."""
-    done = torchrun(str(WORKER), written(folder, cases))
+    done = torchrun(str(WORKER), written(folder, cases), processes=processes, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return {case["name"]: [torch.load(folder / f"{case['name']}-{rank}.pt", weights_only=False) for rank in (0, 1)] for case in cases}  # fmt: skip
+    return {case["name"]: [torch.load(folder / f"{case['name']}-{rank}.pt", weights_only=False) for rank in range(processes)] for case in cases}  # fmt: skip
 
 
 def of_one(options: dict[str, Any], out: Path, **more: Any) -> Outcome:
@@ -82,6 +92,9 @@ def two(
         run_case(**case("", sft, folder / f"from-one-{mode}", batch_size=4, stop_after=2))
         cases.append(case(f"from-one-{mode}", sft, folder / f"from-one-{mode}", parallel=mode, resume=True))
         cases.append(case(f"to-one-{mode}", sft, folder / f"to-one-{mode}", parallel=mode, stop_after=2))
+    for name, how in CUT:
+        options = stages["sft"] | {"packing": True} if name == "packed" else stages[name]
+        cases.append(case(f"{name}-{how}", options, folder / f"{name}-{how}", parallel=how))
     return {"folder": folder, **outcomes(folder, cases)}
 
 
@@ -135,6 +148,18 @@ def test_two_processes_are_one_with_the_batch_of_both(
     assert first["held"] + second["held"] == (whole if mode == "fsdp" else 2 * whole)
     assert all(first[key] == second[key] for key in ("rows", "before", "after", "done"))
     assert apart(first, second) == 0
+
+
+@pytest.mark.parametrize(("name", "how"), CUT)
+def test_a_model_or_a_row_in_two_processes_is_that_of_one(
+    name: str, how: str, two: dict[str, Any], stages: dict[str, Any], tmp_path: Path
+) -> None:
+    options = stages["sft"] | {"packing": True} if name == "packed" else stages[name]
+    one = run_case(**case("", options, tmp_path / "one"))
+    first, second = two[f"{name}-{how}"]
+    same_run(first, one)
+    assert apart(first, one) < 0.02 * lr_of(options)
+    assert first["rows"] == second["rows"] and apart(first, second) == 0
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -150,7 +150,7 @@ def test_cut_graph_gives_the_gradients_of_one_backward(tiny: PretrainConfig, tie
     pretrain.make_step(model, head_of(model), torch_loss, rows, config)(0)
     cut = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    inputs, targets, _ = rows.batch(0, 2)
+    inputs, targets, *_ = rows.batch(0, 2)
     logits = model(input_ids=inputs).logits
     torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     for p, grad in zip(model.parameters(), cut, strict=True):

@@ -32,6 +32,14 @@ def steps(lengths: tuple[int, ...], padding: float = 0.0) -> Callable[[Generator
     return make
 
 
+def packed(borders: tuple[int, ...]) -> Callable[[Generator], Inputs]:
+    def make(generator: Generator) -> Inputs:
+        rewards, values = torch.randn(2, borders[-1], generator=generator, dtype=torch.float32, device="cpu")
+        return {"rewards": rewards, "values": values, "cu_seqlens": torch.tensor(borders, device="cpu")}
+
+    return make
+
+
 def rewards(*values: float) -> Callable[[Generator], Inputs]:
     return lambda generator: {"rewards": torch.tensor(values, dtype=torch.float32)}
 
@@ -54,6 +62,22 @@ def row(
 
 
 CHECKS = (
+    row(
+        "sequences beside each other",
+        "the next sequence's value is bootstrapped",
+        "packed_gae",
+        packed((0, 3, 9, 14)),
+        GAE,
+        gamma=0.9,
+        lam=0.8,
+    ),
+    row(
+        "an empty sequence and one of one token",
+        "the scan starts at the wrong border",
+        "packed_gae",
+        packed((0, 5, 5, 6)),
+        GAE,
+    ),
     row("full sequences", "the plain case", "gae", steps((6, 6)), GAE, gamma=0.9, lam=0.8),
     row(
         "past the end",

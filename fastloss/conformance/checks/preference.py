@@ -14,6 +14,8 @@ from fastloss.conformance.checks.tolerances import ROUNDING
 
 DPO = "arXiv:2305.18290, eq. 7, in float64"
 KTO = "arXiv:2402.01306, eq. 8, in float64"
+ORPO = "arXiv:2403.07691, eq. 6 and 7, in float64"
+BCO = "arXiv:2404.04656: -log σ(±(βx - δ)), in float64"
 PPO = "arXiv:1707.06347, eq. 7, in float64"
 K3 = "http://joschu.net/blog/kl-approx.html, in float64"
 
@@ -34,6 +36,38 @@ def answers(kinds: str) -> Callable[[Generator], Inputs]:
             "good": torch.ones(4, dtype=torch.bool),
         }
         return {"logps": logps, "ref_logps": ref, "desirable": desirable[kinds]}
+
+    return make
+
+
+def responses(per_token: float) -> Callable[[Generator], Inputs]:
+    """Pairs whose mean log-probs are up to ``per_token`` below 0."""
+
+    def make(generator: Generator) -> Inputs:
+        chosen_lengths = torch.full((5,), 7, dtype=torch.int64, device="cpu")
+        rejected_lengths = torch.tensor([3, 9, 1, 7, 12], device="cpu")
+        means = -(0.1 + torch.rand(2, 5, generator=generator, dtype=torch.float32, device="cpu")) * per_token
+        return {
+            "chosen": means[0] * chosen_lengths,
+            "rejected": means[1] * rejected_lengths,
+            "chosen_lengths": chosen_lengths,
+            "rejected_lengths": rejected_lengths,
+        }
+
+    return make
+
+
+def packed(borders: tuple[int, ...]) -> Callable[[Generator], Inputs]:
+    def make(generator: Generator) -> Inputs:
+        noise = torch.randn(2, borders[-1], generator=generator, dtype=torch.float32, device="cpu")
+        logprobs = -noise[0].abs() - 0.1
+        advantages = torch.randn(len(borders) - 1, generator=generator, dtype=torch.float32, device="cpu")
+        return {
+            "logprobs": logprobs,
+            "old": logprobs + noise[1] / 2,
+            "advantages": advantages,
+            "cu_seqlens": torch.tensor(borders, dtype=torch.int32, device="cpu"),
+        }
 
     return make
 
@@ -76,7 +110,8 @@ def row(
     **options: Any,
 ) -> Check:
     if leaves is None:
-        leaves = {"dpo": ("chosen", "rejected"), "kto": ("logps",)}.get(interface, ("logprobs",))
+        pair, alone = ("chosen", "rejected"), ("logps",)
+        leaves = {"dpo": pair, "orpo": pair, "kto": alone, "bco": alone}.get(interface, ("logprobs",))
     function = getattr(right, interface)
     return Check(
         f"{interface}: {name}", interface, inputs, function, how, ROUNDING, source, options, leaves, bug=bug
@@ -104,6 +139,29 @@ CHECKS = (
     row("backward twice", "a buffer scaled in place is scaled twice", "dpo", pairs(), DPO, measure.twice),
     row("both kinds", "the sign of the undesirable", "kto", answers("both"), KTO, kl=0.5),
     row("one kind alone", "the mean of nothing", "kto", answers("good"), KTO, kl=0.5),
+    row("value and gradients", "the odds' sign", "orpo", responses(3.0), ORPO),
+    row("log-probs near 0", "log(1 - p) of p near 1 is -inf", "orpo", responses(1e-5), ORPO),
+    row("far from 0", "p underflows", "orpo", responses(200.0), ORPO),
+    row("both kinds", "the sign of the undesirable", "bco", answers("both"), BCO, delta=0.3),
+    row("one kind alone", "the mean of nothing", "bco", answers("good"), BCO, delta=-0.2),
+    row(
+        "backward twice",
+        "a buffer scaled in place is scaled twice",
+        "bco",
+        answers("both"),
+        BCO,
+        measure.twice,
+        delta=0.3,
+    ),
+    row("mean over tokens", "a sequence's border is shifted", "packed_policy", packed((0, 4, 5, 11)), PPO),
+    row(
+        "mean over sequences, an empty one",
+        "0 / 0, or the empty one's neighbour counted twice",
+        "packed_policy",
+        packed((0, 4, 4, 11)),
+        PPO,
+        aggregation="seq-mean-token-mean",
+    ),
     row("clipped", "the clip's sign for negative advantages", "policy", tokens(), PPO),
     row("far off the policy", "exp of an unclamped log-ratio", "policy", tokens(spread=3.0), PPO),
     row("on the policy", "the ratio is not exactly 1", "policy", tokens(on_policy=True), PPO),

@@ -52,6 +52,14 @@ def _provider(backend: str) -> Provider:
     def kto(logps: Tensor, ref: Tensor, desirable: Tensor, *, kl: float = 0.0, beta: float = 0.1) -> Tensor:
         return fastloss.kto_loss(logps, ref, desirable, kl=kl, beta=beta, backend=backend).loss
 
+    def orpo(c: Tensor, r: Tensor, cl: Tensor, rl: Tensor, *, beta: float = 0.1) -> Tensor:
+        return fastloss.orpo_loss(
+            c, r, chosen_lengths=cl, rejected_lengths=rl, beta=beta, backend=backend
+        ).loss
+
+    def bco(logps: Tensor, ref: Tensor, desirable: Tensor, *, delta: float, beta: float = 0.1) -> Tensor:
+        return fastloss.bco_loss(logps, ref, desirable, delta=delta, beta=beta, backend=backend).loss
+
     def policy(
         logprobs: Tensor,
         old: Tensor,
@@ -73,6 +81,28 @@ def _provider(backend: str) -> Provider:
             **{"aggregation": "token-mean", **options},
         ).loss
 
+    def packed_policy(
+        logprobs: Tensor,
+        old: Tensor,
+        advantages: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        clip: float = 0.2,
+        aggregation: str = "token-mean",
+    ) -> Tensor:
+        return fastloss.policy_loss(
+            logprobs,
+            old,
+            advantages,
+            None,
+            loss_type="ppo",
+            clip_low=clip,
+            clip_high=clip,
+            aggregation=aggregation,
+            cu_seqlens=cu_seqlens,
+            backend=backend,
+        ).loss
+
     def kl(logprobs: Tensor, ref: Tensor, *, kind: str = "k3") -> Tensor:
         return fastloss.kl_estimate(logprobs, ref, kind=kind, backend=backend)
 
@@ -80,6 +110,13 @@ def _provider(backend: str) -> Provider:
         rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 0.95
     ) -> Tensor:
         return fastloss.gae(rewards, values, mask, gamma=gamma, lam=lam, backend=backend)[0]
+
+    def packed_gae(
+        rewards: Tensor, values: Tensor, cu_seqlens: Tensor, *, gamma: float = 1.0, lam: float = 0.95
+    ) -> Tensor:
+        return fastloss.gae(
+            rewards, values, None, gamma=gamma, lam=lam, cu_seqlens=cu_seqlens, backend=backend
+        )[0]
 
     functions = (
         cross_entropy,
@@ -89,6 +126,10 @@ def _provider(backend: str) -> Provider:
         entropy,
         dpo,
         kto,
+        orpo,
+        bco,
+        packed_policy,
+        packed_gae,
         policy,
         kl,
         gae,

@@ -1,0 +1,278 @@
+"""The operators of torch.compile for selected log-probabilities and for teachers of K classes (engine/topk.py)."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastloss.engine import backend as backends
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import new_gradient
+from fastloss.engine.compile_ops import (
+    _all_fields,
+    _check_targets,
+    _fake_grads,
+    _gemm_flops,
+    _grad_dtypes,
+    _operator,
+    _or_nothing,
+    _record,
+    _row_fields,
+)
+from fastloss.engine.contract import WHOLE
+from fastloss.engine.head import Limits, Needs
+from fastloss.engine.selection import LEFT_OUT, marks
+from fastloss.engine.topk import (
+    Chosen,
+    logprobs_gradient,
+    logprobs_of_head,
+    logprobs_of_logits,
+    rows_of_head,
+    rows_of_logits,
+    teacher_of,
+)
+from fastloss.tables import ACC_DTYPES, TOPK_SUMS, RowOptions, TopKOptions
+
+_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, str backend"
+
+
+def _limits(chunk: int, memory: str) -> Limits:
+    return Limits(chunk or None, memory)
+
+
+# --- log-probabilities ---------------------------------------------------------------------------------------------------
+
+
+@_operator("selected_logprobs", "Tensor logits, Tensor ids", RowOptions, "str backend", "Tensor[]")
+def _selected(logits, ids, *, backend, **fields):
+    _check_targets(ids, logits.shape[1], -1)
+    mark = marks(ids, None, logits.shape[1], LEFT_OUT)
+    return [*logprobs_of_logits(backends.runnable(backend), logits, ids, mark, _record(RowOptions, fields))]
+
+
+@_selected.register_fake
+def _(logits, ids, **fields):
+    acc = ACC_DTYPES[logits.dtype]
+    return [logits.new_empty(ids.shape, dtype=acc), logits.new_empty((ids.shape[0], 2), dtype=acc)]
+
+
+@_operator(
+    "selected_logprobs_grad", "Tensor logits, Tensor ids, Tensor parts, Tensor upstream", RowOptions, "str backend", "Tensor"
+)  # fmt: skip
+def _selected_grad(logits, ids, parts, upstream, *, backend, **fields):
+    own = Chosen(marks(ids, None, logits.shape[1], LEFT_OUT), ids, upstream.contiguous())
+    out = new_gradient(logits.shape, logits.dtype, logits.device)
+    logprobs_gradient(backends.runnable(backend), logits, own, parts, _record(RowOptions, fields), out)
+    return out
+
+
+@_selected_grad.register_fake
+def _(logits, *tensors, **fields):
+    return logits.new_empty(logits.shape)
+
+
+def _save_selected(ctx, inputs, keyword_only_inputs, output):
+    ctx.given = keyword_only_inputs
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward_selected(ctx, upstream):
+    return _selected_grad(*ctx.saved_tensors, upstream[0], **ctx.given), None
+
+
+_selected.register_autograd(_backward_selected, setup_context=_save_selected)
+
+
+def selected_logprobs(logits: Tensor, ids: Tensor, options: RowOptions, backend: str) -> Tensor:
+    return _selected(logits, ids, **_row_fields(options), backend=backend)[0]
+
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
+
+
+@_operator("linear_selected_logprobs", _HEAD + "Tensor ids, Tensor? upstream", RowOptions, _HOW, "Tensor[]")
+def _linear_selected(hidden, weight, bias, ids, upstream, *, needs, dtype, chunk, memory, backend, **fields):
+    _check_targets(ids, weight.shape[0], -1)
+    head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
+    mark, needed = marks(ids, None, weight.shape[0], LEFT_OUT), Needs(*needs)
+    keep = heads.kept_rows(mark, LEFT_OUT, traced=True)
+    count = heads.count_kept(hidden.shape[0], keep)
+    schedule = heads.chunked(head, count, needed, _limits(chunk, memory))
+    own = Chosen(mark, ids, None if upstream is None else upstream.contiguous())
+    out, grads = logprobs_of_head(head, needed, own, _record(RowOptions, fields), schedule, keep)
+    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
+    return [out, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
+
+
+@_linear_selected.register_fake
+def _(hidden, weight, bias, ids, upstream, *, needs, dtype, **fields):
+    out = hidden.new_empty(ids.shape, dtype=ACC_DTYPES[dtype])
+    return [out, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
+
+
+def _save_linear_selected(ctx, inputs, keyword_only_inputs, output):
+    ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
+    ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward_linear_selected(ctx, upstream):
+    _, *made = _linear_selected(*ctx.saved_tensors, upstream[0], **{**ctx.given, "needs": ctx.needs})
+    grads = [x.to(t) if need else None for x, need, t in zip(made, ctx.needs, ctx.dtypes, strict=True)]
+    return (*grads, None, None)
+
+
+_linear_selected.register_autograd(_backward_linear_selected, setup_context=_save_linear_selected)
+
+
+def linear_selected_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    options: RowOptions,
+    dtype: torch.dtype,
+    limits: Limits,
+    backend: str,
+) -> Tensor:
+    return _linear_selected(
+        hidden, weight, bias, ids, None, **_row_fields(options), needs=[False] * 3, dtype=dtype,
+        chunk=limits.chunk_size or 0, memory=limits.memory, backend=backend,
+    )[0]  # fmt: skip
+
+
+# --- a teacher of K classes ----------------------------------------------------------------------------------------------
+
+_TEACHER = "Tensor ids, Tensor logprobs, Tensor? target, Tensor? factors"
+
+
+def _check(ids: Tensor, target: Tensor | None, vocab: int, options: TopKOptions) -> None:
+    _check_targets(ids, vocab, -1)
+    _check_targets(target, vocab, options.ignore_index)
+
+
+@_operator("topk_distillation", "Tensor logits, " + _TEACHER, TopKOptions, "str backend", "Tensor[]")
+def _topk(logits, ids, logprobs, target, factors, *, backend, **fields):
+    options, vocab = _record(TopKOptions, fields), logits.shape[1]
+    _check(ids, target, vocab, options)
+    teacher = teacher_of(ids, logprobs, target, factors, vocab, options, ACC_DTYPES[logits.dtype])
+    out = None if factors is None else new_gradient(logits.shape, logits.dtype, logits.device)
+    sums = rows_of_logits(backends.runnable(backend), logits, teacher, options, out)
+    return [sums[:, 0].clone(), sums, logits.new_empty(0) if out is None else out]
+
+
+@_topk.register_fake
+def _(logits, ids, logprobs, target, factors, **fields):
+    acc, rows = ACC_DTYPES[logits.dtype], logits.shape[0]
+    return [
+        logits.new_empty(rows, dtype=acc),
+        logits.new_empty((rows, len(TOPK_SUMS)), dtype=acc),
+        logits.new_empty(0 if factors is None else logits.shape),
+    ]
+
+
+def _save_topk(ctx, inputs, keyword_only_inputs, output):
+    ctx.given = keyword_only_inputs
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _backward_topk(ctx, upstream):
+    return _topk(*ctx.saved_tensors, upstream[0].contiguous(), **ctx.given)[2], *[None] * 4
+
+
+_topk.register_autograd(_backward_topk, setup_context=_save_topk)
+
+
+def topk_distillation(
+    logits: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    target: Tensor | None,
+    options: TopKOptions,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(loss [rows], sums [rows, 7])."""
+    loss, sums, _ = _topk(logits, ids, logprobs, target, None, **_all_fields(options), backend=backend)
+    return loss, sums.detach()
+
+
+@_operator("linear_topk_distillation", _HEAD + _TEACHER, TopKOptions, _HOW, "Tensor[]")
+def _linear_topk(
+    hidden, weight, bias, ids, logprobs, target, factors, *, needs, dtype, chunk, memory, backend, **fields
+):
+    options, vocab, kernels = _record(TopKOptions, fields), weight.shape[0], backends.runnable(backend)
+    _check(ids, target, vocab, options)
+    needed = Needs(*needs)
+    teacher = teacher_of(
+        ids, logprobs, target, factors if needed else None, vocab, options, ACC_DTYPES[dtype]
+    )
+    keep = heads.kept_rows(teacher.mark, LEFT_OUT, traced=True)
+    head = heads.make_head(kernels, hidden, weight, bias, dtype)
+    count = heads.count_kept(hidden.shape[0], keep)
+    schedule = heads.chunked(head, count, needed, _limits(chunk, memory))
+    sums, grads = rows_of_head(head, needed, teacher, options, schedule, keep)
+    loss = sums[:, 0]
+    total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)
+    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
+    return [total, sums, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
+
+
+@_linear_topk.register_fake
+def _(hidden, weight, bias, *given, needs, dtype, **fields):
+    rows, acc = hidden.shape[0], ACC_DTYPES[dtype]
+    total = hidden.new_empty((rows,) if given[-1] is None else (), dtype=acc)
+    sums = hidden.new_empty((rows, len(TOPK_SUMS)), dtype=acc)
+    return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
+
+
+def _save_linear_topk(ctx, inputs, keyword_only_inputs, output):
+    ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
+    ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
+    made = any(ctx.given["needs"])
+    ctx.save_for_backward(*((None,) * 7 if made else inputs), *(output[-3:] if made else (None,) * 3))
+
+
+def _backward_linear_topk(ctx, upstream):
+    *inputs, factors, d_hidden, d_weight, d_bias = ctx.saved_tensors
+    given, g = ctx.given, upstream[0]
+    if any(given["needs"]):
+        made, needs = [x * g for x in (d_hidden, d_weight, d_bias)], given["needs"]
+    else:
+        needs = ctx.needs
+        g = g.contiguous() if factors is None else g * factors
+        _, _, *made = _linear_topk(*inputs, g, **{**given, "needs": needs})
+    grads = [x.to(t) if need else None for x, need, t in zip(made, needs, ctx.dtypes, strict=True)]
+    return (*grads, *[None] * 4)
+
+
+_linear_topk.register_autograd(_backward_linear_topk, setup_context=_save_linear_topk)
+
+
+def linear_topk_distillation(
+    operands: tuple[Tensor | None, ...],
+    given: tuple[Tensor | None, ...],
+    options: TopKOptions,
+    needs: Needs,
+    dtype: torch.dtype,
+    limits: Limits,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 7])."""
+    total, sums, *_ = _linear_topk(
+        *operands, *given, **_all_fields(options), needs=list(needs), dtype=dtype,
+        chunk=limits.chunk_size or 0, memory=limits.memory, backend=backend,
+    )  # fmt: skip
+    return total, sums.detach()
+
+
+@register_flop_formula(torch.ops.fastloss.linear_topk_distillation)
+def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:
+    return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+
+
+@register_flop_formula(torch.ops.fastloss.linear_selected_logprobs)
+def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:
+    return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))

@@ -1,0 +1,242 @@
+"""selected_logprobs and linear_selected_logprobs: log-probabilities of K given classes at each position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss.engine import checks, compile_topk
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import differentiable_again, new_gradient
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views, targets_are_validated
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.contract import Backend
+from fastloss.engine.head_types import NOTHING, Limits, Needs
+from fastloss.engine.selection import LEFT_OUT, marks
+from fastloss.engine.topk import Chosen, logprobs_gradient, logprobs_of_head, logprobs_of_logits
+from fastloss.losses.token_stats import row_options
+from fastloss.tables import ACC_DTYPES, RowOptions
+
+
+@resolves_views
+def selected_logprobs(
+    logits: Tensor,
+    ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Log-probabilities of ``ids [..., K]`` under ``softmax(z)``, ``z = logit_scale · softcap · tanh(logits / softcap) / temperature``.
+
+    The gradient of position n is ``dz_v = -(Σ_k c_k) p_v + Σ_k c_k [v = id_k]``, c the upstream gradient: one tensor of the logits' shape.
+
+    Args:
+        logits: ``[..., V]`` in float32, bfloat16, float16 or float64.
+        ids: int64 ``[..., K]``. An id may repeat; -1 is padding: 0, and no gradient.
+        temperature, logit_scale: > 0.
+
+    Returns:
+        nats, float32 (float64 for float64 logits) ``[..., K]``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options that do not fit.
+        IndexError: on the CPU, an id that is neither -1 nor a class. On a GPU its position is NaN.
+
+    >>> import torch, fastloss
+    >>> fastloss.selected_logprobs(torch.zeros(1, 4), torch.tensor([[2, 0, -1]]))
+    tensor([[-1.3863, -1.3863,  0.0000]])
+    """
+    checks.is_floating("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ShapeError(f"logits: expected shape [..., V], got {list(logits.shape)}")
+    lead, vocab = logits.shape[:-1], logits.shape[-1]
+    check_ids("ids", ids, lead, logits.device)
+    options = positive_options(temperature, logit_scale, softcap)
+    call = resolve_call("selected_logprobs", backend, logits, ids)
+    call.announce(selected="PyTorch's operations on [rows, K] beside the row kernels")
+    reject_bad_ids("ids", ids, vocab)
+    rows, flat = logits.reshape(-1, vocab), ids.reshape(-1, ids.shape[-1])
+    if call.by_definition:
+        out = reference.selected_logprobs(rows, flat, scale=options.scale, softcap=options.softcap or None)
+        return out.reshape(ids.shape)
+    if rows.stride(1) != 1 and vocab > 1:
+        rows = rows.contiguous()
+    if call.traced:
+        return compile_topk.selected_logprobs(rows, flat, options, call.backend.name).reshape(ids.shape)
+    return SelectedLogprobs.apply(rows, flat, call.backend, options).reshape(ids.shape)
+
+
+@resolves_views
+def linear_selected_logprobs(
+    input: Tensor,
+    linear_weight: Tensor,
+    ids: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_size: int | None = None,
+    memory: str = "auto",
+    backend: str = "auto",
+) -> Tensor:
+    """:func:`selected_logprobs` of ``input @ linear_weight.T + linear_bias``, normalised over the whole vocabulary, without those logits.
+
+    1 GEMM, and 3 in the backward, which makes the logits again (2 where one of hidden states and weight asks for no gradient).
+
+    Args:
+        input: hidden states ``[..., D]``. linear_weight: ``[V, D]``. linear_bias: ``[V]``. All may ask for gradients.
+        ids and the rest: as in :func:`selected_logprobs`. A position whose ids are all -1 is not computed (on the CPU).
+        chunk_size, memory: as in :func:`linear_cross_entropy`.
+
+    >>> import torch, fastloss
+    >>> fastloss.linear_selected_logprobs(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([[2, 0, -1]]))
+    tensor([[-1.3863, -1.3863,  0.0000]])
+    """
+    rows = heads.check_head(input, linear_weight, linear_bias)
+    vocab = linear_weight.shape[0]
+    if vocab < 1:
+        raise ShapeError("linear_weight: expected at least one class, got 0")
+    check_ids("ids", ids, input.shape[:-1], input.device)
+    checks.chunk_size_value(chunk_size)
+    checks.memory_value(memory)
+    limits = Limits(chunk_size, memory)
+    options = positive_options(temperature, logit_scale, softcap)
+    dtype = heads.compute_dtype(input)
+    call = resolve_call(
+        "linear_selected_logprobs", backend, input, linear_weight, linear_bias, ids, dtype=dtype
+    )
+    flat = ids.reshape(-1, ids.shape[-1]).contiguous()
+    if call.by_definition:
+        call.announce()
+        reject_bad_ids("ids", ids, vocab)
+        logits = heads.defined_logits(rows, linear_weight, linear_bias, dtype)
+        out = reference.selected_logprobs(logits, flat, scale=options.scale, softcap=options.softcap or None)
+        return out.reshape(ids.shape)
+    if call.traced:
+        out = compile_topk.linear_selected_logprobs(
+            rows, linear_weight, linear_bias, flat, options, dtype, limits, call.backend.name
+        )
+        return out.reshape(ids.shape)
+    mark = marks(flat, None, vocab, LEFT_OUT)
+    keep = heads.kept_rows(mark, LEFT_OUT)
+    needs = heads.needs_of(input, linear_weight, linear_bias)
+    run = _Run(call.backend, options, dtype, limits, needs, mark, keep)
+    head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype)
+    count = heads.count_kept(rows.shape[0], keep)
+    schedule = heads.chunked(head, count, needs, limits)
+    call.announce(
+        **schedule.details(head, count, needs, bool(needs)),
+        selected="PyTorch's operations on [rows, K] beside the head",
+    )
+    reject_bad_ids("ids", ids, vocab)
+    return LinearSelectedLogprobs.apply(rows, linear_weight, linear_bias, flat, run).reshape(ids.shape)
+
+
+def check_ids(name: str, ids: Tensor, lead: torch.Size, device: torch.device) -> None:
+    """``[..., K]``, K at least 1."""
+    checks.is_tensor(name, ids)
+    if ids.dim() != len(lead) + 1 or ids.shape[:-1] != lead or ids.shape[-1] < 1:
+        raise ShapeError(f"{name}: expected shape {[*lead, 'K']} with K at least 1, got {list(ids.shape)}")
+    checks.index_target(name, ids, tuple(ids.shape), device)
+
+
+def reject_bad_ids(name: str, ids: Tensor, vocab: int) -> None:
+    """On the CPU, and with ``validate_targets(True)`` on a GPU: IndexError for an id that is neither -1 nor a class."""
+    if torch.compiler.is_compiling() or not (ids.device.type == "cpu" or targets_are_validated()):
+        return
+    check_targets(ids, vocab, -1)
+
+
+def positive_options(temperature: float, logit_scale: float, softcap: float | None) -> RowOptions:
+    checks.number("logit_scale", logit_scale, low=0.0, open_low=True)
+    return row_options(temperature, logit_scale, softcap, LEFT_OUT)
+
+
+def _again(ctx: Any) -> Any:
+    logits, ids, _ = ctx.saved_tensors
+    options: RowOptions = ctx.call[1]
+    return [reference.selected_logprobs(logits, ids, scale=options.scale, softcap=options.softcap or None)], [
+        logits
+    ]
+
+
+class SelectedLogprobs(torch.autograd.Function):
+    """(logits ``[N, V]``, ids ``[N, K]``) -> ``[N, K]``."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, backend: Backend, options: RowOptions) -> Tensor:
+        mark = marks(ids, None, logits.shape[1], LEFT_OUT)
+        out, parts = logprobs_of_logits(backend, logits.detach(), ids, mark, options)
+        ctx.call, ctx.mark = (backend, options), mark
+        ctx.save_for_backward(logits, ids, parts)
+        return out
+
+    @staticmethod
+    @differentiable_again(_again)
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        backend, options = ctx.call
+        logits, ids, parts = ctx.saved_tensors
+        out = new_gradient(logits.shape, logits.dtype, logits.device)
+        own = Chosen(ctx.mark, ids, upstream.to(parts.dtype).contiguous())
+        logprobs_gradient(backend, logits, own, parts, options, out)
+        return out, None, None, None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What forward and backward need beside the tensors."""
+
+    backend: Backend
+    options: RowOptions
+    dtype: torch.dtype
+    limits: Limits
+    needs: Needs
+    mark: Tensor
+    keep: Tensor | None  # the rows that are computed; None: all
+
+
+def _linear_again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias, ids = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype).to(ACC_DTYPES[run.dtype])
+    o = run.options
+    return [reference.selected_logprobs(logits, ids, scale=o.scale, softcap=o.softcap or None)], [
+        hidden,
+        weight,
+        bias,
+    ]
+
+
+class LinearSelectedLogprobs(torch.autograd.Function):
+    """(hidden, weight, bias, ids ``[N, K]``) -> ``[N, K]``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, run: _Run
+    ) -> Tensor:
+        ctx.run = run
+        ctx.save_for_backward(hidden, weight, bias, ids)
+        return _pass(hidden, weight, bias, Chosen(run.mark, ids, None), NOTHING, run)[0]
+
+    @staticmethod
+    @differentiable_again(_linear_again)
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        run: _Run = ctx.run
+        hidden, weight, bias, ids = ctx.saved_tensors
+        own = Chosen(run.mark, ids, upstream.to(ACC_DTYPES[run.dtype]).contiguous())
+        _, grads = _pass(hidden, weight, bias, own, run.needs, run)
+        return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend), None, None)
+
+
+def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, own: Chosen, needs: Needs, run: _Run) -> Any:
+    head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
+    count = heads.count_kept(hidden.shape[0], run.keep)
+    schedule = heads.chunked(head, count, needs, run.limits)
+    return logprobs_of_head(head, needs, own, run.options, schedule, run.keep)

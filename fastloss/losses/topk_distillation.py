@@ -1,0 +1,431 @@
+"""topk_distillation_loss and linear_topk_distillation_loss: a student learns from a teacher that named K classes a position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import reference
+from fastloss.engine import checks, compile_topk
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import differentiable_again, new_gradient, savable, upstream_scale
+from fastloss.engine.backend import check_targets, resolve_call, resolves_views
+from fastloss.engine.checks import ShapeError
+from fastloss.engine.contract import WHOLE, Backend
+from fastloss.engine.head_types import NOTHING, Limits, Needs
+from fastloss.engine.topk import Teacher, rows_of_head, rows_of_logits, teacher_of
+from fastloss.losses.cross_entropy import cross_entropy
+from fastloss.losses.distillation import KL_AT_THE_END, DistillationOutput, Tokens, tokens_of
+from fastloss.losses.linear_cross_entropy import linear_cross_entropy
+from fastloss.losses.selected_logprobs import check_ids, positive_options, reject_bad_ids
+from fastloss.tables import (
+    ACC_DTYPES,
+    DISTILLATION_DIVERGENCES,
+    LATE_DTYPES,
+    TAILS,
+    TOPK_SUMS,
+    TopKOptions,
+)
+
+METRICS = TOPK_SUMS[1:]
+# Classes that a teacher may name at a position: [rows, K] is then small beside [rows, V].
+MOST = 512
+
+
+@resolves_views
+def topk_distillation_loss(
+    logits: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    target: Tensor | None = None,
+    *,
+    tail: str = "bin",
+    divergence: str = "forward_kl",
+    interpolation: float = 0.5,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    hard_loss_coef: float = 0.0,
+    normalizer: Any = None,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> DistillationOutput:
+    r"""The divergence of a student from a teacher of whom K classes a position are known (served by an engine, or stored).
+
+    p is the teacher's distribution over the classes that it named, q the student's ``softmax(z)`` there; what becomes of the others says
+    ``tail``. Formulas and which one to take: docs/distillation.md.
+
+    Args:
+        logits: the student's, ``[..., V]``, any float dtype.
+        teacher_ids: int64 ``[..., K]``, K from 1 to 512. -1 is padding; of an id that repeats the probabilities add up.
+        teacher_logprobs: nats ``[..., K]``, at the temperature that the teacher is meant to have; -inf is a probability of 0. No gradient.
+        target: int64 ``[...]``. A token with ``ignore_index`` has no loss. None: every token counts for which the teacher named a class.
+        tail: "bin" (all other classes are one more outcome, of probability 1 - Σ), "renormalize" (p and q over the named classes alone)
+            or "none" (Σ over the named classes alone, of probabilities over the whole vocabulary: what verl computes).
+        divergence, interpolation: as in :func:`distillation_loss`.
+        temperature: T, the student's. temperature_squared: multiplies the divergence by T².
+        logit_scale, softcap: z is ``logit_scale · softcap · tanh(logits / softcap) / T``.
+        hard_loss_coef: coefficient of the cross-entropy against ``target`` at temperature 1. With another T it is a second call.
+        token_weight, normalizer, reduction: as in :func:`distillation_loss`.
+
+    Returns:
+        :class:`DistillationOutput` in float32 (float64 for float64 logits). Metrics, means over tokens that count: ``kl``, ``reverse_kl``,
+        ``agreement`` (the teacher's likeliest class is the student's), ``mass`` and ``teacher_mass`` (probability of the named classes),
+        ``hard_loss``.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options that do not fit; K larger than V or 512.
+        IndexError: an id or a target outside the vocabulary (on the CPU; on a GPU the token's loss is NaN).
+
+    >>> import torch, fastloss
+    >>> ids, logprobs = torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]).log()
+    >>> round(fastloss.topk_distillation_loss(torch.zeros(1, 4), ids, logprobs).loss.item(), 4)
+    0.1733
+    """
+    checks.is_floating("logits", logits)
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ShapeError(f"logits: expected shape [..., V], got {list(logits.shape)}")
+    lead, vocab = logits.shape[:-1], logits.shape[-1]
+    _check_teacher(teacher_ids, teacher_logprobs, lead, vocab, logits.device)
+    options = _options(
+        tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
+    )  # fmt: skip
+    ids, logprobs = _flat(teacher_ids), _flat(teacher_logprobs.detach())
+    tokens = _tokens(logits, ids, target, ignore_index, token_weight, normalizer, reduction)
+    later, options = _second_call(options, temperature)
+    call = resolve_call("topk_distillation_loss", backend, logits, ids, logprobs, tokens.target, token_weight)
+    call.announce(terms="PyTorch's operations on [rows, K] beside the row kernels")
+    reject_bad_ids("teacher_ids", teacher_ids, vocab)
+    check_targets(tokens.target, vocab, ignore_index)
+    rows = logits.reshape(-1, vocab)
+    if call.by_definition:
+        loss, *statistics = reference.topk_distillation_rows(rows, ids, logprobs, tokens.target, options)
+    else:
+        if rows.stride(1) != 1 and vocab > 1:
+            rows = rows.contiguous()
+        if call.traced:
+            loss, sums = compile_topk.topk_distillation(
+                rows, ids, logprobs, tokens.target, options, call.backend.name
+            )
+        else:
+            loss, sums = TopKDistillation.apply(rows, ids, logprobs, tokens.target, call.backend, options)
+        statistics = list(sums.unbind(1)[1:])
+    if later:
+        assert tokens.target is not None
+        hard = cross_entropy(
+            rows, tokens.target, ignore_index=ignore_index, reduction="none", logit_scale=logit_scale,
+            softcap=softcap, backend=backend,
+        ).to(loss.dtype)  # fmt: skip
+        loss, statistics = loss + later * hard, [*statistics[:-1], hard]
+    value = loss * tokens.weights
+    value = value.reshape(lead) if reduction == "none" else value.sum() * tokens.scale
+    return DistillationOutput(value, _metrics(statistics, tokens))
+
+
+@resolves_views
+def linear_topk_distillation_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprobs: Tensor,
+    target: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    tail: str = "bin",
+    divergence: str = "forward_kl",
+    interpolation: float = 0.5,
+    temperature: float = 1.0,
+    temperature_squared: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    hard_loss_coef: float = 0.0,
+    normalizer: Any = None,
+    reduction: str = "mean",
+    chunk_size: int | None = None,
+    memory: str = "auto",
+    backend: str = "auto",
+) -> DistillationOutput:
+    """:func:`topk_distillation_loss` of ``input @ linear_weight.T + linear_bias``, without the logits of the batch.
+
+    The head's 3 GEMMs, as in :func:`linear_cross_entropy` (2 where one of hidden states and weight asks for no gradient). With
+    ``reduction="none"`` the backward makes the logits again: 4. A hard loss at another temperature than 1 is a second pass.
+
+    Args:
+        input, linear_weight, linear_bias: hidden states ``[..., D]``, vocabulary matrix ``[V, D]``, bias ``[V]``.
+        teacher_ids and the rest: as in :func:`topk_distillation_loss`.
+        chunk_size, memory: as in :func:`linear_cross_entropy`.
+
+    >>> import torch, fastloss
+    >>> ids, logprobs = torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]).log()
+    >>> out = fastloss.linear_topk_distillation_loss(torch.zeros(1, 8), torch.zeros(4, 8), ids, logprobs)
+    >>> round(out.loss.item(), 4)
+    0.1733
+    """
+    rows = heads.check_head(input, linear_weight, linear_bias)
+    vocab, lead = linear_weight.shape[0], input.shape[:-1]
+    if vocab < 1:
+        raise ShapeError("linear_weight: expected at least one class, got 0")
+    _check_teacher(teacher_ids, teacher_logprobs, lead, vocab, input.device)
+    checks.chunk_size_value(chunk_size)
+    checks.memory_value(memory)
+    limits = Limits(chunk_size, memory)
+    options = _options(
+        tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
+    )  # fmt: skip
+    dtype = heads.compute_dtype(input)
+    ids, logprobs = _flat(teacher_ids), _flat(teacher_logprobs.detach())
+    tokens = _tokens(input, ids, target, ignore_index, token_weight, normalizer, reduction, ACC_DTYPES[dtype])
+    later, options = _second_call(options, temperature)
+    call = resolve_call(
+        "linear_topk_distillation_loss", backend, input, linear_weight, linear_bias, ids, logprobs,
+        tokens.target, token_weight, dtype=dtype,
+    )  # fmt: skip
+    needs, per_row = heads.needs_of(input, linear_weight, linear_bias), reduction == "none"
+    factors = None if per_row else tokens.weights if dtype in LATE_DTYPES else tokens.weights * tokens.scale
+    given = (ids, logprobs, tokens.target, factors)
+    if call.by_definition:
+        call.announce()
+        reject_bad_ids("teacher_ids", teacher_ids, vocab)
+        check_targets(tokens.target, vocab, ignore_index)
+        z = heads.defined_logits(rows, linear_weight, linear_bias, dtype)
+        loss, *statistics = reference.topk_distillation_rows(z, ids, logprobs, tokens.target, options)
+        value = loss * tokens.weights
+        value = value.reshape(lead) if per_row else value.sum() * tokens.scale
+    else:
+        operands = (rows, linear_weight, linear_bias)
+        if call.traced:
+            made = NOTHING if per_row else needs
+            value, sums = compile_topk.linear_topk_distillation(
+                operands, given, options, made, dtype, limits, call.backend.name
+            )
+        else:
+            acc = ACC_DTYPES[dtype]
+            mark = teacher_of(ids, logprobs, tokens.target, None, vocab, options, acc).mark
+            keep = heads.kept_rows(mark, options.row_options().ignore_index)
+            run = _Run(call.backend, options, dtype, limits, keep, needs, per_row)
+            head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype)
+            count = heads.count_kept(rows.shape[0], keep)
+            schedule = heads.chunked(head, count, needs, limits)
+            call.announce(
+                **schedule.details(head, count, needs, per_row and bool(needs)),
+                terms="PyTorch's operations on [rows, K] beside the head",
+            )
+            reject_bad_ids("teacher_ids", teacher_ids, vocab)
+            check_targets(tokens.target, vocab, ignore_index)
+            value, sums = LinearTopKDistillation.apply(*operands, *given, run)
+        statistics = list(sums.unbind(1)[1:])
+        if per_row:
+            value = (value * tokens.weights).reshape(lead)
+        elif dtype in LATE_DTYPES:
+            value = value * tokens.scale
+    if later:
+        assert tokens.target is not None
+        hard, stats = linear_cross_entropy(
+            rows, linear_weight, tokens.target, linear_bias=linear_bias, ignore_index=ignore_index,
+            reduction="none" if per_row else "sum", token_weight=None if per_row else tokens.weights,
+            logit_scale=logit_scale, softcap=softcap, chunk_size=chunk_size, memory=memory, return_stats=True,
+            backend=backend,
+        )  # fmt: skip
+        hard = hard.to(value.dtype)
+        value = value + later * ((hard * tokens.weights).reshape(lead) if per_row else hard * tokens.scale)
+        statistics[-1] = -stats.logprobs
+    return DistillationOutput(value, _metrics(statistics, tokens))
+
+
+def _check_teacher(ids: Tensor, logprobs: Tensor, lead: torch.Size, vocab: int, device: torch.device) -> None:
+    check_ids("teacher_ids", ids, lead, device)
+    k = ids.shape[-1]
+    if k > min(vocab, MOST):
+        raise ShapeError(
+            f"teacher_ids: expected at most {min(vocab, MOST)} ids a position (of {vocab} classes), got {k}"
+        )
+    checks.is_floating("teacher_logprobs", logprobs)
+    checks.has_shape("teacher_logprobs", logprobs, tuple(ids.shape))
+    checks.same_device("teacher_logprobs", logprobs, device)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _options(
+    tail: str,
+    divergence: str,
+    interpolation: float,
+    temperature: float,
+    temperature_squared: bool,
+    logit_scale: float,
+    softcap: float | None,
+    hard_loss_coef: float,
+    target: Tensor | None,
+    ignore_index: int,
+) -> TopKOptions:
+    checks.is_one_of("tail", tail, TAILS)
+    checks.is_one_of("divergence", divergence, DISTILLATION_DIVERGENCES)
+    w = checks.number("interpolation", interpolation, low=0.0, high=1.0)
+    row = positive_options(temperature, logit_scale, softcap)
+    coef = checks.number("hard_loss_coef", hard_loss_coef, low=0.0)
+    if coef and target is None:
+        raise ValueError("hard_loss_coef: expected 0 where target is None")
+    name = KL_AT_THE_END.get((divergence, w), divergence)
+    factor = temperature**2 if temperature_squared else 1.0
+    return TopKOptions(
+        DISTILLATION_DIVERGENCES.index(name), w, TAILS.index(tail), row.scale, row.softcap, factor, coef, int(ignore_index)
+    )  # fmt: skip
+
+
+def _second_call(options: TopKOptions, temperature: float) -> tuple[float, TopKOptions]:
+    """The coefficient of a hard loss that has logits of its own (0: none), and the options of the rest."""
+    if temperature == 1.0 or not options.hard_loss_coef:
+        return 0.0, options
+    return options.hard_loss_coef, replace(options, hard_loss_coef=0.0)
+
+
+def _tokens(
+    like: Tensor,
+    ids: Tensor,
+    target: Tensor | None,
+    ignore_index: int,
+    token_weight: Tensor | None,
+    normalizer: Any,
+    reduction: str,
+    acc: torch.dtype | None = None,
+) -> Tokens:
+    counts = None if target is not None else (ids != -1).any(1)
+    acc = ACC_DTYPES[like.dtype] if acc is None else acc
+    return tokens_of(like, acc, target, ignore_index, token_weight, normalizer, reduction, counts)
+
+
+def _metrics(statistics: Sequence[Tensor], tokens: Tokens) -> dict[str, Tensor]:
+    count = tokens.valid.sum().clamp(min=1)
+    return {name: x.detach().sum() / count for name, x in zip(METRICS, statistics, strict=True)}
+
+
+def _again(ctx: Any) -> Any:
+    logits, ids, logprobs, target = ctx.saved_tensors
+    _, options = ctx.call
+    return [reference.topk_distillation_rows(logits, ids, logprobs, target, options).loss, None], [logits]
+
+
+class TopKDistillation(torch.autograd.Function):
+    """(logits, the teacher's ids and log-probs, target) -> (loss ``[N]``, sums ``[N, 7]``, which are detached)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        logprobs: Tensor,
+        target: Tensor | None,
+        backend: Backend,
+        options: TopKOptions,
+    ) -> Any:
+        teacher = teacher_of(ids, logprobs, target, None, logits.shape[1], options, ACC_DTYPES[logits.dtype])
+        sums = rows_of_logits(backend, logits.detach(), teacher, options)
+        ctx.call = backend, options
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, *savable(ids, logprobs), target)
+        ctx.mark_non_differentiable(sums)
+        return sums[:, 0].clone(), sums
+
+    @staticmethod
+    @differentiable_again(_again)
+    def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
+        backend, options = ctx.call
+        logits, ids, logprobs, target = ctx.saved_tensors
+        none = (None,) * 5
+        if upstream is None:
+            return (None, *none)
+        acc = ACC_DTYPES[logits.dtype]
+        teacher = teacher_of(ids, logprobs, target, upstream.to(acc), logits.shape[1], options, acc)
+        out = new_gradient(logits.shape, logits.dtype, logits.device)
+        rows_of_logits(backend, logits.detach(), teacher, options, out)
+        return (out, *none)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What forward and backward need beside the tensors."""
+
+    backend: Backend
+    options: TopKOptions
+    dtype: torch.dtype
+    limits: Limits
+    keep: Tensor | None  # the rows that are computed; None: all
+    needs: Needs
+    per_row: bool
+
+    def sums(self, operands: Any, teacher: Teacher, needs: Needs) -> Any:
+        hidden, weight, bias = operands
+        head = heads.make_head(self.backend, hidden, weight, bias, self.dtype)
+        count = heads.count_kept(operands[0].shape[0], self.keep)
+        schedule = heads.chunked(head, count, needs, self.limits)
+        return rows_of_head(head, needs, teacher, self.options, schedule, self.keep)
+
+
+def _linear_again(ctx: Any) -> Any:
+    run: _Run = ctx.run
+    hidden, weight, bias, ids, logprobs, target, factors = ctx.saved_tensors
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    loss = reference.topk_distillation_rows(logits, ids, logprobs, target, run.options).loss
+    return [loss if run.per_row else (loss * factors).sum(), None], [hidden, weight, bias]
+
+
+class LinearTopKDistillation(torch.autograd.Function):
+    """(hidden, weight, bias, the teacher's ids and log-probs, target, factors ``[N]``) -> (Σ factors · loss, or the loss ``[N]``; sums)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        logprobs: Tensor,
+        target: Tensor | None,
+        factors: Tensor | None,
+        run: _Run,
+    ) -> Any:
+        ctx.run, ctx.ahead = run, not run.per_row
+        ids, logprobs = savable(ids, logprobs)  # type: ignore[assignment]
+        needs = run.needs if ctx.ahead else NOTHING
+        teacher = teacher_of(
+            ids, logprobs, target, factors if needs else None, weight.shape[0], run.options, ACC_DTYPES[run.dtype]
+        )  # fmt: skip
+        sums, grads = run.sums((hidden, weight, bias), teacher, needs)
+        late = run.dtype in LATE_DTYPES
+        dtypes = heads.leaf_dtypes(hidden, weight, bias)
+        ctx.grads = grads if late else heads.finish(grads, dtypes, run.backend)
+        ctx.save_for_backward(hidden, weight, bias, ids, logprobs, target, factors)
+        ctx.mark_non_differentiable(sums)
+        loss = sums[:, 0]
+        if factors is None:
+            return loss.clone(), sums
+        return run.backend.sum_rows(loss * factors, WHOLE), sums
+
+    @staticmethod
+    @differentiable_again(_linear_again)
+    def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
+        run: _Run = ctx.run
+        *operands, ids, logprobs, target, factors = ctx.saved_tensors
+        dtypes, rest = heads.leaf_dtypes(*operands), (None,) * 5
+        grads, ctx.grads = ctx.grads, None
+        scale: Any = None
+        if ctx.ahead:
+            scale = upstream_scale(run.backend, upstream, None)
+        if not ctx.ahead or grads is None:  # retain_graph: the first backward gave the buffers away
+            factors = factors if ctx.ahead else upstream.contiguous()
+            teacher = teacher_of(
+                ids, logprobs, target, factors, operands[1].shape[0], run.options, ACC_DTYPES[run.dtype]
+            )
+            _, grads = run.sums(operands, teacher, run.needs)
+        return (*heads.finish(grads, dtypes, run.backend, scale), *rest)
