@@ -9,6 +9,7 @@ from fastloss.bench.kinds import (
     preference,
     rewards,
     token_stats,
+    topk,
     unpaired,
 )
 
@@ -22,5 +23,6 @@ FAMILIES = (
     corrections,
     advantages,
     distillation,
+    topk,
 )
 KINDS = {name: kind for family in FAMILIES for name, kind in family.KINDS.items()}
