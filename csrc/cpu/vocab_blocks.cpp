@@ -162,30 +162,45 @@ FASTLOSS_INLINE double total(F64V v) {
 #endif
 }
 
-// The largest of the row's n logits, whose last vector it fills with -inf; keeps the logits that are to be
-// kept. Those of a narrower type are kept relative to the largest, so that rounding errs most where the
-// probability is smallest: by |z - max|·2^-9 in a term that is at most exp(z - max).
+// The row's logit i with the head's bias.
+FASTLOSS_INLINE F32V with_bias(const float* bias, const float* x, int64_t i, int64_t n) {
+  return bias ? F32V(load(x + i) + load_upto(bias + i, n - i)) : load(x + i);
+}
+
+// The largest of the row's n logits without their bias; fills the last vector with -inf, and keeps the logits
+// that are to be kept. Those of a narrower type are kept with their bias and relative to the largest of them,
+// so that rounding errs most where the probability is smallest: by |z - max|·2^-9 in a term that is at most
+// exp(z - max).
 template <class T, class R>
 FASTLOSS_INLINE float keep_row(const HeadCall& c, float* x, int64_t row, int64_t start, int64_t n) {
   const int64_t whole = (n + W - 1) / W * W;
   for (int64_t i = n; i < whole; ++i) x[i] = -__builtin_inff();
-  F32V m0 = F32V{} + lowest_finite<float>(), m1 = m0;
-  int64_t i = 0;
-  for (; i + 2 * W <= whole; i += 2 * W) {
-    m0 = max_or_second(load(x + i), m0), m1 = max_or_second(load(x + i + W), m1);
-  }
-  for (; i < whole; i += W) m0 = max_or_second(load(x + i), m0);
-  const float max = largest(max_or_second(m0, m1));
+  const auto largest_of = [&](auto&& at) __attribute__((always_inline)) {
+    F32V m0 = F32V{} + lowest_finite<float>(), m1 = m0;
+    int64_t i = 0;
+    for (; i + 2 * W <= whole; i += 2 * W) m0 = max_or_second(at(i), m0), m1 = max_or_second(at(i + W), m1);
+    for (; i < whole; i += W) m0 = max_or_second(at(i), m0);
+    return largest(max_or_second(m0, m1));
+  };
+  const float max = largest_of([=](int64_t i) __attribute__((always_inline)) { return load(x + i); });
   if (row >= c.stored + c.more) return max;
+  const float* bias = nullptr;
   float origin = 0;
-  if (sizeof(T) == 2) origin = *kept_origin(c, row, start) = max;
+  if (sizeof(T) == 2) {
+    bias = c.logits.bias ? static_cast<const float*>(c.logits.bias) + start : nullptr;
+    const auto biased = [=](int64_t i) __attribute__((always_inline)) { return with_bias(bias, x, i, n); };
+    origin = *kept_origin(c, row, start) = bias ? largest_of(biased) : max;
+  }
   for (int64_t at = 0; at < n; at += kKept) {
     T* const out = kept_logits<T>(c, row, start + at);
     const int64_t count = n - at < kKept ? n - at : kKept;
     if (count % W == 0) {
-      for (int64_t k = 0; k < count; k += W) R::store_rounded(out + k, R::rounded(load(x + at + k) - origin));
+      for (int64_t k = 0; k < count; k += W) {
+        R::store_rounded(out + k, R::rounded(with_bias(bias, x, at + k, n) - origin));
+      }
     } else {
-      for (int64_t k = 0; k < count; ++k) store_one(out + k, x[at + k] - origin);
+      for (int64_t k = at; k < at + count; ++k)
+        store_one(out + (k - at), x[k] + (bias ? bias[k] : 0) - origin);
     }
   }
   return max;
@@ -434,6 +449,10 @@ void load_kept(const HeadCall& c, int64_t row, int64_t start, int64_t n, float* 
     } else {
       write_block(x + at, count, [=](int64_t i, int64_t left) { return load_upto(from + i, left) + origin; });
     }
+  }
+  if (sizeof(T) == 2 && c.logits.bias) {
+    const float* const bias = static_cast<const float*>(c.logits.bias) + start;
+    for (int64_t i = 0; i < n; ++i) x[i] = __builtin_isinf(bias[i]) ? 0.0f : x[i] - bias[i];
   }
 }
 

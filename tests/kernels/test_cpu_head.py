@@ -415,6 +415,24 @@ def test_logits_are_not_rounded(kind, offset):
         assert error <= 2**-8 * dz.abs().sum(0).max(), stored
 
 
+@pytest.mark.parametrize("kind", ["bfloat16", "pairs", "tiles"])
+def test_kept_logits_are_relative_to_the_largest_with_its_bias(kind):
+    """A bias that lifts a small logit over all others, and one of -inf, as of a vocabulary's padding."""
+    kinds = OPERANDS[kind]
+    hidden, weight, target = operands(40, 48, 500, kinds)
+    hidden[:, 0], weight[:, 0] = 4, 0
+    weight[7, 0] = -4
+    bias = torch.zeros(500)
+    bias[7], bias[490:] = 22, -float("inf")
+    target %= 490
+    dz = expect_ce(hidden.double() @ weight.double().t(), target, bias=bias)[1]
+    got = call(hidden, weight, target, bias=bias, pairs=kinds[2], stored=40)
+    want = {"d_bias": dz.sum(0), "d_hidden": dz @ weight.double()}
+    for name, value in want.items():
+        assert (got[name] - value).abs().max() <= 2**-8 * value.abs().max(), name
+    assert not got["d_bias"][490:].any()
+
+
 @pytest.mark.parametrize(
     "change, what",
     [
