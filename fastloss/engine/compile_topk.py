@@ -17,6 +17,7 @@ from fastloss.engine.compile_ops import (
     _fake_grads,
     _gemm_flops,
     _grad_dtypes,
+    _limits,
     _operator,
     _or_nothing,
     _record,
@@ -36,11 +37,7 @@ from fastloss.engine.topk import (
 )
 from fastloss.tables import ACC_DTYPES, TOPK_SUMS, RowOptions, TopKOptions
 
-_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, str backend"
-
-
-def _limits(chunk: int, memory: str) -> Limits:
-    return Limits(chunk or None, memory)
+_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
 
 
 # --- log-probabilities ---------------------------------------------------------------------------------------------------
@@ -94,13 +91,15 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
 
 
 @_operator("linear_selected_logprobs", _HEAD + "Tensor ids, Tensor? upstream", RowOptions, _HOW, "Tensor[]")
-def _linear_selected(hidden, weight, bias, ids, upstream, *, needs, dtype, chunk, memory, backend, **fields):
+def _linear_selected(
+    hidden, weight, bias, ids, upstream, *, needs, dtype, chunk, memory, float_logits, backend, **fields
+):
     _check_targets(ids, weight.shape[0], -1)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     mark, needed = marks(ids, None, weight.shape[0], LEFT_OUT), Needs(*needs)
     keep = heads.kept_rows(mark, LEFT_OUT, traced=True)
     count = heads.count_kept(hidden.shape[0], keep)
-    schedule = heads.chunked(head, count, needed, _limits(chunk, memory))
+    schedule = heads.chunked(head, count, needed, _limits(chunk, memory, float_logits))
     own = Chosen(mark, ids, None if upstream is None else upstream.contiguous())
     out, grads = logprobs_of_head(head, needed, own, _record(RowOptions, fields), schedule, keep)
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)
@@ -140,7 +139,7 @@ def linear_selected_logprobs(
 ) -> Tensor:
     return _linear_selected(
         hidden, weight, bias, ids, None, **_row_fields(options), needs=[False] * 3, dtype=dtype,
-        chunk=limits.chunk_size or 0, memory=limits.memory, backend=backend,
+        chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )[0]  # fmt: skip
 
 
@@ -201,7 +200,21 @@ def topk_distillation(
 
 @_operator("linear_topk_distillation", _HEAD + _TEACHER, TopKOptions, _HOW, "Tensor[]")
 def _linear_topk(
-    hidden, weight, bias, ids, logprobs, target, factors, *, needs, dtype, chunk, memory, backend, **fields
+    hidden,
+    weight,
+    bias,
+    ids,
+    logprobs,
+    target,
+    factors,
+    *,
+    needs,
+    dtype,
+    chunk,
+    memory,
+    float_logits,
+    backend,
+    **fields,
 ):
     options, vocab, kernels = _record(TopKOptions, fields), weight.shape[0], backends.runnable(backend)
     _check(ids, target, vocab, options)
@@ -212,7 +225,7 @@ def _linear_topk(
     keep = heads.kept_rows(teacher.mark, LEFT_OUT, traced=True)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
     count = heads.count_kept(hidden.shape[0], keep)
-    schedule = heads.chunked(head, count, needed, _limits(chunk, memory))
+    schedule = heads.chunked(head, count, needed, _limits(chunk, memory, float_logits))
     sums, grads = rows_of_head(head, needed, teacher, options, schedule, keep)
     loss = sums[:, 0]
     total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)
@@ -263,7 +276,7 @@ def linear_topk_distillation(
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 7])."""
     total, sums, *_ = _linear_topk(
         *operands, *given, **_all_fields(options), needs=list(needs), dtype=dtype,
-        chunk=limits.chunk_size or 0, memory=limits.memory, backend=backend,
+        chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )  # fmt: skip
     return total, sums.detach()
 

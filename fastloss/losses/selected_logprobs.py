@@ -84,6 +84,7 @@ def linear_selected_logprobs(
     softcap: float | None = None,
     chunk_size: int | None = None,
     memory: str = "auto",
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`selected_logprobs` of ``input @ linear_weight.T + linear_bias``, normalised over the whole vocabulary, without those logits.
@@ -93,7 +94,7 @@ def linear_selected_logprobs(
     Args:
         input: hidden states ``[..., D]``. linear_weight: ``[V, D]``. linear_bias: ``[V]``. All may ask for gradients.
         ids and the rest: as in :func:`selected_logprobs`. A position whose ids are all -1 is not computed (on the CPU).
-        chunk_size, memory: as in :func:`linear_cross_entropy`.
+        chunk_size, memory, logits_dtype: as in :func:`linear_cross_entropy`.
 
     >>> import torch, fastloss
     >>> fastloss.linear_selected_logprobs(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([[2, 0, -1]]))
@@ -106,7 +107,8 @@ def linear_selected_logprobs(
     check_ids("ids", ids, input.shape[:-1], input.device)
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
-    limits = Limits(chunk_size, memory)
+    checks.logits_dtype_value(logits_dtype)
+    limits = Limits(chunk_size, memory, None, logits_dtype is not None)
     options = positive_options(temperature, logit_scale, softcap)
     dtype = heads.compute_dtype(input)
     call = resolve_call(
@@ -116,7 +118,7 @@ def linear_selected_logprobs(
     if call.by_definition:
         call.announce()
         reject_bad_ids("ids", ids, vocab)
-        logits = heads.defined_logits(rows, linear_weight, linear_bias, dtype)
+        logits = heads.defined_logits(rows, linear_weight, linear_bias, dtype, limits.float_logits)
         out = reference.selected_logprobs(logits, flat, scale=options.scale, softcap=options.softcap or None)
         return out.reshape(ids.shape)
     if call.traced:
@@ -205,7 +207,9 @@ class _Run:
 def _linear_again(ctx: Any) -> Any:
     run: _Run = ctx.run
     hidden, weight, bias, ids = ctx.saved_tensors
-    logits = heads.defined_logits(hidden, weight, bias, run.dtype).to(ACC_DTYPES[run.dtype])
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.limits.float_logits).to(
+        ACC_DTYPES[run.dtype]
+    )
     o = run.options
     return [reference.selected_logprobs(logits, ids, scale=o.scale, softcap=o.softcap or None)], [
         hidden,

@@ -152,6 +152,7 @@ def linear_topk_distillation_loss(
     reduction: str = "mean",
     chunk_size: int | None = None,
     memory: str = "auto",
+    logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> DistillationOutput:
     """:func:`topk_distillation_loss` of ``input @ linear_weight.T + linear_bias``, without the logits of the batch.
@@ -162,7 +163,7 @@ def linear_topk_distillation_loss(
     Args:
         input, linear_weight, linear_bias: hidden states ``[..., D]``, vocabulary matrix ``[V, D]``, bias ``[V]``.
         teacher_ids and the rest: as in :func:`topk_distillation_loss`.
-        chunk_size, memory: as in :func:`linear_cross_entropy`.
+        chunk_size, memory, logits_dtype: as in :func:`linear_cross_entropy`.
 
     >>> import torch, fastloss
     >>> ids, logprobs = torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]).log()
@@ -177,7 +178,8 @@ def linear_topk_distillation_loss(
     _check_teacher(teacher_ids, teacher_logprobs, lead, vocab, input.device)
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
-    limits = Limits(chunk_size, memory)
+    checks.logits_dtype_value(logits_dtype)
+    limits = Limits(chunk_size, memory, None, logits_dtype is not None)
     options = _options(
         tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
     )  # fmt: skip
@@ -196,7 +198,7 @@ def linear_topk_distillation_loss(
         call.announce()
         reject_bad_ids("teacher_ids", teacher_ids, vocab)
         check_targets(tokens.target, vocab, ignore_index)
-        z = heads.defined_logits(rows, linear_weight, linear_bias, dtype)
+        z = heads.defined_logits(rows, linear_weight, linear_bias, dtype, limits.float_logits)
         loss, *statistics = reference.topk_distillation_rows(z, ids, logprobs, tokens.target, options)
         value = loss * tokens.weights
         value = value.reshape(lead) if per_row else value.sum() * tokens.scale
@@ -232,7 +234,7 @@ def linear_topk_distillation_loss(
         hard, stats = linear_cross_entropy(
             rows, linear_weight, tokens.target, linear_bias=linear_bias, ignore_index=ignore_index,
             reduction="none" if per_row else "sum", token_weight=None if per_row else tokens.weights,
-            logit_scale=logit_scale, softcap=softcap, chunk_size=chunk_size, memory=memory, return_stats=True,
+            logit_scale=logit_scale, softcap=softcap, chunk_size=chunk_size, memory=memory, logits_dtype=logits_dtype, return_stats=True,
             backend=backend,
         )  # fmt: skip
         hard = hard.to(value.dtype)
@@ -375,7 +377,7 @@ class _Run:
 def _linear_again(ctx: Any) -> Any:
     run: _Run = ctx.run
     hidden, weight, bias, ids, logprobs, target, factors = ctx.saved_tensors
-    logits = heads.defined_logits(hidden, weight, bias, run.dtype)
+    logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.limits.float_logits)
     loss = reference.topk_distillation_rows(logits, ids, logprobs, target, run.options).loss
     return [loss if run.per_row else (loss * factors).sum(), None], [hidden, weight, bias]
 
