@@ -18,16 +18,10 @@ def cases(quick: bool = False, device: str = "cpu") -> list[Case]:
 
 
 def data(case: Case, device: str) -> Data:
-    """Seeded, and made on the device, whatever default dtype the caller has set. What is as wide as the vocabulary or the
-    model is in the case's dtype."""
+    """Seeded, and made on the device. What is as wide as the vocabulary or the model is in the case's dtype."""
     kind = KINDS[case.kind]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device(device):
-            tensors = kind.tensors(case, torch.Generator(device).manual_seed(0))
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        tensors = kind.tensors(case, torch.Generator(device).manual_seed(0))
     leaves = () if case.nograd else kind.leaves(case)
     for name, tensor in tensors.items():
         wide = name in ("logits", "hidden", "weight", "ref_hidden", "ref_weight", "ref_logits")

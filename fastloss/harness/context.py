@@ -26,12 +26,14 @@ def own_piece(batch: Batch) -> Batch:
     rows, length = batch.inputs.shape
     size = -(-length // pieces)
     more = pieces * size - length  # padding at the end, a document of its own
-    positions = torch.arange(length).expand(rows, -1) if batch.positions is None else batch.positions
-    positions = torch.cat([positions, torch.arange(more).expand(rows, -1)], 1)
+    device = batch.inputs.device
+    place = torch.arange(pieces * size, dtype=torch.int64, device=device)
+    positions = place[:length].expand(rows, -1) if batch.positions is None else batch.positions
+    positions = torch.cat([positions, place[:more].expand(rows, -1)], 1)
     inputs = nn.functional.pad(batch.inputs, (0, more))
     targets = nn.functional.pad(batch.targets, (0, more), value=IGNORE)
     first = parallel.rank() // parallel.layout.tp % pieces * size
-    own, place = slice(first, first + size), torch.arange(pieces * size)
+    own = slice(first, first + size)
     document = (positions == 0).cumsum(1)
     mask = (document[:, own, None] == document[:, None, :]) & (place[own, None] >= place)  # [B, size, T]
     return Batch(inputs[:, own], targets[:, own], positions[:, own], mask[:, None])
@@ -53,12 +55,12 @@ def cut_rows(model: Any, seq_len: int, vocab_size: int) -> Any:
     with one_line(f"{type(model).__name__} does not take another attention, which cp needs"):
         model.set_attn_implementation(NAME)
     device, pieces = next(model.parameters()).device, parallel.layout.cp
-    ids = torch.arange(1, seq_len // pieces * pieces + 1)[None] % vocab_size
-    piece = own_piece(Batch(ids, ids)).to(device)
+    ids = torch.arange(1, seq_len // pieces * pieces + 1, dtype=torch.int64, device=device)[None] % vocab_size
+    piece = own_piece(Batch(ids, ids))
     training = model.training
     model.eval()
     with torch.no_grad(), one_line(f"{type(model).__name__} cannot read a piece of a row"):
-        whole = hidden_states(model, ids.to(device))
+        whole = hidden_states(model, ids)
         apart = hidden_states(model, piece.inputs, piece.positions, piece.mask)
     model.train(training)
     assert piece.positions is not None

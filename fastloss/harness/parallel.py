@@ -310,9 +310,13 @@ def gathered(tensor: Any) -> Any:
         shape = torch.Size([rows, *tensor.shape[1:]])
         tensor = DTensor.from_local(
             tensor.to_local(), axis("data"), [Shard(0)], run_check=False, shape=shape,
-            stride=torch.empty(shape, device="meta").stride(),
+            stride=_dense_stride(shape),
         )  # fmt: skip
     return tensor.full_tensor(grad_placements=[Partial()])
+
+
+def _dense_stride(shape: torch.Size) -> tuple[int, ...]:
+    return torch.empty(shape, dtype=torch.float32, device="meta").stride()
 
 
 def logits_of_parts(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int) -> Tensor:
@@ -323,8 +327,9 @@ def logits_of_parts(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: 
 
     def cut(rows: Tensor) -> Any:
         shape = torch.Size([vocab, *rows.shape[1:]])
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(rows, parts, [Shard(0)], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(
+            rows, parts, [Shard(0)], run_check=False, shape=shape, stride=_dense_stride(shape)
+        )
 
     everywhere = DTensor.from_local(hidden, parts, [Replicate()], run_check=False)
     z: Any = torch.nn.functional.linear(everywhere, cut(weight), None if bias is None else cut(bias))

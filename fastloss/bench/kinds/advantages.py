@@ -11,7 +11,7 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import Case, Data, Loss
 from fastloss.bench.exact import Exact, over_numbers
-from fastloss.bench.kinds.base import Kind, read_all_write_one
+from fastloss.bench.kinds.base import Kind, integers, normal, read_all_write_one, uniform
 from fastloss.bench.kinds.policy import GAMMA, padding
 
 GROUP = 8  # answers to a prompt
@@ -184,13 +184,13 @@ def _advantage(case: Case) -> Advantage:
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     answers = case.rows // case.length if case.length else case.rows
     mask = padding(case) if case.length else torch.ones(answers, 1, dtype=torch.bool)
-    logprobs = -0.1 - 2 * torch.rand(mask.shape, generator=generator)
+    logprobs = -0.1 - 2 * uniform(mask.shape, generator=generator)
     made = {
-        "rewards": torch.randn(answers, generator=generator),
-        "several": torch.randn(answers, 3, generator=generator),
-        "lengths": torch.randint(1, 4096, (answers,), generator=generator),
-        "greedy": torch.randn(answers, generator=generator),
-        "tokens": torch.randn(mask.shape, generator=generator) * mask,
+        "rewards": normal(answers, generator=generator),
+        "several": normal(answers, 3, generator=generator),
+        "lengths": integers(1, 4096, (answers,), generator=generator),
+        "greedy": normal(answers, generator=generator),
+        "tokens": normal(mask.shape, generator=generator) * mask,
         "logprobs": logprobs,
         "log_sum_sq": 2 * logprobs + 0.1,
         "mask": mask,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +28,26 @@ class Kind:
     needs: str = ""  # a function that not every fastloss has
 
 
+def normal(*shape: Any, generator: torch.Generator) -> Tensor:
+    """float32, on the case's device (:func:`fastloss.bench.cases.data`), as all that a case is made of."""
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device=torch.get_default_device())
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device=torch.get_default_device())
+
+
+def integers(low: int, high: int, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """int64."""
+    return torch.randint(
+        low, high, shape, generator=generator, dtype=torch.int64, device=torch.get_default_device()
+    )
+
+
 def head_tensors(case: Case, generator: torch.Generator, target: Tensor) -> dict[str, Tensor]:
     """Hidden states of ``target``'s shape and a vocabulary matrix."""
-    hidden = torch.randn(*target.shape, case.dim, generator=generator)
-    weight = torch.randn(case.vocab, case.dim, generator=generator) / case.dim**0.5
+    hidden = normal(*target.shape, case.dim, generator=generator)
+    weight = normal(case.vocab, case.dim, generator=generator) / case.dim**0.5
     if case.peaked:
         hidden += 12.0 * weight[target]
     return {"hidden": hidden, "weight": weight, "target": target}
@@ -42,7 +59,7 @@ def head_leaves(case: Case) -> tuple[str, ...]:
 
 def random_targets(case: Case, generator: torch.Generator) -> Tensor:
     shape = (case.rows // case.length, case.length) if case.length else (case.rows,)
-    return torch.randint(0, case.vocab, shape, generator=generator)
+    return integers(0, case.vocab, shape, generator=generator)
 
 
 def ignore_some(case: Case, target: Tensor, generator: torch.Generator) -> Tensor:
@@ -61,8 +78,8 @@ def with_reference(case: Case, generator: torch.Generator, tensors: dict[str, Te
     """A reference model beside the policy: the policy and a little noise, as after some steps of training; the first tokens
     of each answer are its prompt."""
     tensors["target"][:, : round(case.length * case.ignored)] = IGNORE
-    noise = 0.02 * torch.randn(tensors["weight"].shape, generator=generator)
-    ref_hidden = tensors["hidden"] + 0.02 * torch.randn(tensors["hidden"].shape, generator=generator)
+    noise = 0.02 * normal(tensors["weight"].shape, generator=generator)
+    ref_hidden = tensors["hidden"] + 0.02 * normal(tensors["hidden"].shape, generator=generator)
     return {**tensors, "ref_hidden": ref_hidden, "ref_weight": tensors["weight"] + noise / case.dim**0.5}
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import Case, Data, Loss
 from fastloss.bench.exact import Exact, over_numbers
-from fastloss.bench.kinds.base import Kind, read_all_write_one
+from fastloss.bench.kinds.base import Kind, integers, normal, read_all_write_one, uniform
 from fastloss.bench.kinds.policy import log_ratios, padding
 
 CLIP, DIVERGENCE, LARGEST_RATIO = 0.2, 0.15, 20.0
 LOW, HIGH = 0.5, 2.0  # of the ratio of trainer to sampler
 # None of their differences under LOG_RATIOS is near DIVERGENCE: no token hangs on a rounding.
-PROBABILITIES = torch.tensor([0.2, 0.4, 0.6, 0.8])
+PROBABILITIES = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float32, device="cpu")
 
 
 def _case(name: str, kind: str, quick: bool) -> Case:
@@ -43,13 +43,13 @@ def kl_cases(quick: bool) -> Iterator[Case]:
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     mask = padding(case)
-    drawn = torch.randint(0, len(PROBABILITIES), tuple(mask.shape), generator=generator)
+    drawn = integers(0, len(PROBABILITIES), tuple(mask.shape), generator=generator)
     logprobs = PROBABILITIES.to(drawn.device)[drawn].log()
     old = logprobs - log_ratios(mask.shape, generator)
-    advantages = torch.randn(len(mask), generator=generator)
+    advantages = normal(len(mask), generator=generator)
     tensors = {"logprobs": logprobs, "old": old, "advantages": advantages, "mask": mask}
     if _name(case) == "policy-weights":
-        tensors["weights"] = torch.rand(mask.shape, generator=generator)
+        tensors["weights"] = uniform(mask.shape, generator=generator)
     if _name(case) == "policy-trust-region":
         tensors["sampler"] = old - 2 * log_ratios(mask.shape, generator)
     return tensors
@@ -114,12 +114,12 @@ def _ours(case: Case, backend: str) -> Loss:
 def _value_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     """Values lie well inside of the clip's range, or well outside."""
     mask = padding(case)
-    values = torch.randn(mask.shape, generator=generator)
+    values = normal(mask.shape, generator=generator)
     old = values + log_ratios(mask.shape, generator)
     return {
         "values": values,
         "old": old,
-        "returns": torch.randn(mask.shape, generator=generator),
+        "returns": normal(mask.shape, generator=generator),
         "mask": mask,
     }
 
@@ -140,8 +140,8 @@ def _ours_value(case: Case, backend: str) -> Loss:
 
 def _kl_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     shape = (case.rows // case.length, case.length)
-    logprobs = -2.0 * torch.rand(shape, generator=generator)
-    return {"logprobs": logprobs, "ref": logprobs + 0.1 * torch.randn(shape, generator=generator)}
+    logprobs = -2.0 * uniform(shape, generator=generator)
+    return {"logprobs": logprobs, "ref": logprobs + 0.1 * normal(shape, generator=generator)}
 
 
 def _eager_kl(case: Case) -> Loss:

@@ -13,7 +13,7 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import IGNORE, Case, Data, Loss, short
 from fastloss.bench.exact import BLOCK, Exact
-from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, ignore_some, random_targets
+from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, ignore_some, normal, random_targets
 from fastloss.bench.kinds.cross_entropy import copy
 
 FUNCTION = "linear_distillation_loss"
@@ -26,7 +26,7 @@ def row_cases(quick: bool) -> Iterator[Case]:
 
 
 def _row_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    logits, teacher = (torch.randn(case.rows, case.vocab, generator=generator) for _ in range(2))
+    logits, teacher = (normal(case.rows, case.vocab, generator=generator) for _ in range(2))
     target = ignore_some(case, random_targets(case, generator), generator)
     return {"logits": logits, "ref_logits": logits + teacher, "target": target}
 
@@ -67,8 +67,8 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     """The teacher has the student's width."""
     tensors = head_tensors(case, generator, random_targets(case, generator))
     target = ignore_some(case, tensors.pop("target"), generator)
-    noise = torch.randn(tensors["weight"].shape, generator=generator) / case.dim**0.5
-    ref_hidden = tensors["hidden"] + torch.randn(tensors["hidden"].shape, generator=generator)
+    noise = normal(tensors["weight"].shape, generator=generator) / case.dim**0.5
+    ref_hidden = tensors["hidden"] + normal(tensors["hidden"].shape, generator=generator)
     return {
         **tensors,
         "ref_hidden": ref_hidden,

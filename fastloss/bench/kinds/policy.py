@@ -16,13 +16,16 @@ from fastloss.bench.kinds.base import (
     eager_logprobs,
     head_leaves,
     head_tensors,
+    integers,
+    normal,
     random_targets,
     read_all_write_one,
+    uniform,
 )
 
 GAMMA, LAMBDA = 0.99, 0.95
 # Drawn from, so that every branch of the clip is taken and none hangs on a rounding: log 0.8 and log 1.2 are far.
-LOG_RATIOS = torch.tensor([-0.5, -0.1, -0.05, 0.0, 0.05, 0.1, 0.5])
+LOG_RATIOS = torch.tensor([-0.5, -0.1, -0.05, 0.0, 0.05, 0.1, 0.5], dtype=torch.float32, device="cpu")
 OPTIONS: dict[str, dict[str, Any]] = {
     "ppo": {"clip_low": 0.2, "clip_high": 0.2, "beta": 0.04, "aggregation": "token-mean"},
     "gspo": {"clip_low": 3e-4, "clip_high": 4e-4, "beta": 0.0, "aggregation": "seq-mean-token-mean"},
@@ -67,19 +70,19 @@ def padding(case: Case) -> Tensor:
 
 
 def log_ratios(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    drawn = torch.randint(0, len(LOG_RATIOS), tuple(shape), generator=generator)
+    drawn = integers(0, len(LOG_RATIOS), tuple(shape), generator=generator)
     return LOG_RATIOS.to(drawn.device)[drawn]
 
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     mask = padding(case)
-    logprobs = -2.0 * torch.rand(mask.shape, generator=generator)
+    logprobs = -2.0 * uniform(mask.shape, generator=generator)
     return {
         "logprobs": logprobs,
         "old": logprobs - log_ratios(mask.shape, generator),
-        "advantages": torch.randn(len(mask), generator=generator),
+        "advantages": normal(len(mask), generator=generator),
         "mask": mask,
-        "ref": logprobs + 0.1 * torch.randn(mask.shape, generator=generator),
+        "ref": logprobs + 0.1 * normal(mask.shape, generator=generator),
     }
 
 
@@ -89,14 +92,14 @@ def _linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]
     return {
         **tensors,
         "old": now - log_ratios(mask.shape, generator),
-        "advantages": torch.randn(len(mask), generator=generator),
+        "advantages": normal(len(mask), generator=generator),
         "mask": mask,
     }
 
 
 def _gae_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     mask = padding(case)
-    rewards, values = torch.randn(2, *mask.shape, generator=generator) * mask
+    rewards, values = normal(2, *mask.shape, generator=generator) * mask
     return {"rewards": rewards, "values": values, "mask": mask}
 
 

@@ -17,7 +17,9 @@ from fastloss.bench.kinds.base import (
     eager_logprobs,
     head_leaves,
     head_tensors,
+    normal,
     random_targets,
+    uniform,
     with_reference,
 )
 
@@ -51,10 +53,10 @@ def linear_cases(quick: bool) -> Iterator[Case]:
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     names = ("chosen", "rejected", "ref_chosen", "ref_rejected")
-    values = -20.0 + torch.randn(4, case.rows, generator=generator)
+    values = -20.0 + normal(4, case.rows, generator=generator)
     tensors = dict(zip(names, values))
     if dict(case.options)["weighted"]:
-        tensors["weights"] = torch.rand(case.rows, generator=generator)
+        tensors["weights"] = uniform((case.rows,), generator=generator)
     return tensors
 
 

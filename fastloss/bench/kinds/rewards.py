@@ -11,7 +11,7 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import IGNORE, Case, Data, Loss
 from fastloss.bench.exact import Exact, over_numbers
-from fastloss.bench.kinds.base import Kind, read_all_write_one
+from fastloss.bench.kinds.base import Kind, integers, normal, read_all_write_one
 
 CENTER = 0.01
 
@@ -30,14 +30,14 @@ def process_cases(quick: bool) -> Iterator[Case]:
 
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    return dict(zip(("chosen", "rejected"), torch.randn(2, case.rows, generator=generator)))
+    return dict(zip(("chosen", "rejected"), normal(2, case.rows, generator=generator)))
 
 
 def _process_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     shape = (case.rows // case.length, case.length)
-    labels = torch.randint(0, 2, shape, generator=generator)
+    labels = integers(0, 2, shape, generator=generator)
     labels[:, torch.arange(case.length) % round(1 / (1 - case.ignored)) != 0] = IGNORE
-    return {"scores": torch.randn(*shape, 2, generator=generator), "labels": labels}
+    return {"scores": normal(*shape, 2, generator=generator), "labels": labels}
 
 
 def _ours(case: Case, backend: str) -> Loss:

@@ -12,7 +12,7 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import IGNORE, Case, Data, Loss, short
 from fastloss.bench.exact import BLOCK, Exact
-from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, ignore_some, random_targets
+from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, ignore_some, normal, random_targets
 
 FUNCTION = "linear_topk_distillation_loss"
 KNOWN = 64
@@ -30,7 +30,7 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     tensors = head_tensors(case, generator, random_targets(case, generator))
     target = tensors.pop("target")
     steps = torch.arange(KNOWN, dtype=torch.int64, device=target.device) * max(1, case.vocab // KNOWN)
-    logits = torch.randn(case.rows, KNOWN, generator=generator)
+    logits = normal(case.rows, KNOWN, generator=generator)
     return {
         **tensors,
         "ids": (target[:, None] + steps) % case.vocab,  # no token twice

@@ -16,6 +16,7 @@ from fastloss.bench.kinds.base import (
     eager_logprobs,
     head_leaves,
     head_tensors,
+    normal,
     random_targets,
     with_reference,
 )
@@ -40,7 +41,7 @@ def linear_cases(quick: bool) -> Iterator[Case]:
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     names = ("logps", "ref", "kl_logps", "ref_kl")
-    values = -20.0 + torch.randn(4, case.rows, generator=generator)
+    values = -20.0 + normal(4, case.rows, generator=generator)
     desirable = torch.arange(case.rows) % 2 == 0
     return {**dict(zip(names[:2], values)), "desirable": desirable, **dict(zip(names[2:], values[2:]))}
 

@@ -35,7 +35,11 @@ def steps(lengths: tuple[int, ...], padding: float = 0.0) -> Callable[[Generator
 def packed(borders: tuple[int, ...]) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
         rewards, values = torch.randn(2, borders[-1], generator=generator, dtype=torch.float32, device="cpu")
-        return {"rewards": rewards, "values": values, "cu_seqlens": torch.tensor(borders, device="cpu")}
+        return {
+            "rewards": rewards,
+            "values": values,
+            "cu_seqlens": torch.tensor(borders, dtype=torch.int64, device="cpu"),
+        }
 
     return make
 

@@ -45,7 +45,7 @@ def responses(per_token: float) -> Callable[[Generator], Inputs]:
 
     def make(generator: Generator) -> Inputs:
         chosen_lengths = torch.full((5,), 7, dtype=torch.int64, device="cpu")
-        rejected_lengths = torch.tensor([3, 9, 1, 7, 12], device="cpu")
+        rejected_lengths = torch.tensor([3, 9, 1, 7, 12], dtype=torch.int64, device="cpu")
         means = -(0.1 + torch.rand(2, 5, generator=generator, dtype=torch.float32, device="cpu")) * per_token
         return {
             "chosen": means[0] * chosen_lengths,
