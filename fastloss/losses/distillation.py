@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import WHOLE, Backend
 from fastloss.engine.distillation import details, log_sums, of_heads
 from fastloss.engine.head import Schedule
-from fastloss.engine.head_types import NOTHING, Head, Limits, Needs
+from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.tables import (
     ACC_DTYPES,
     DISTILLATION_DIVERGENCES,
@@ -225,7 +225,7 @@ def linear_distillation_loss(
     if per_row:
         return _output(loss, _columns(sums), tokens, reduction, lead)
     return DistillationOutput(
-        loss * tokens.scale if dtype in LATE_DTYPES else loss, _metrics(_columns(sums), tokens)
+        loss * tokens.scale if dtype in LATE_DTYPES else loss, means(METRICS, _columns(sums), tokens)
     )
 
 
@@ -346,12 +346,13 @@ def _output(
     """``loss [N]``, each token's; ``statistics``: those of DISTILLATION_SUMS after the loss."""
     value = loss * tokens.weights
     value = value.reshape(lead) if reduction == "none" else value.sum() * tokens.scale
-    return DistillationOutput(value, _metrics(statistics, tokens))
+    return DistillationOutput(value, means(METRICS, statistics, tokens))
 
 
-def _metrics(statistics: Sequence[Tensor], tokens: Tokens) -> dict[str, Tensor]:
+def means(names: Sequence[str], statistics: Sequence[Tensor], tokens: Tokens) -> dict[str, Tensor]:
+    """The metrics: of each statistic the mean over the tokens that count."""
     count = tokens.valid.sum().clamp(min=1)
-    return {name: x.detach().sum() / count for name, x in zip(METRICS, statistics, strict=True)}
+    return {name: x.detach().sum() / count for name, x in zip(names, statistics, strict=True)}
 
 
 def _columns(sums: Tensor) -> list[Tensor]:
@@ -441,6 +442,28 @@ def _linear_again(ctx: Any) -> Any:
     return [loss if run.per_row else (loss * factors).sum(), None], [hidden, weight, bias]
 
 
+def gradients_ahead(
+    ctx: Any,
+    upstream: Tensor,
+    operands: Sequence[Tensor | None],
+    factors: Tensor | None,
+    again: Callable[[Tensor], Grads],
+) -> Grads:
+    """Of a head's hidden states, weight and bias: what the forward made (``ctx.grads``), times the upstream gradient; else
+    ``again`` makes them, of each row's loss times a factor."""
+    hidden, weight, bias = operands
+    assert hidden is not None and weight is not None
+    backend = ctx.run.backend
+    grads, ctx.grads = ctx.grads, None
+    scale = upstream_scale(backend, upstream, None) if ctx.ahead else None
+    if not ctx.ahead:
+        grads = again(upstream.contiguous())
+    elif grads is None:  # retain_graph: the first backward gave the buffers away
+        assert factors is not None
+        grads = again(factors)
+    return heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend, scale)
+
+
 class LinearDistillation(torch.autograd.Function):
     """(the student's operands, the teacher's, target, factors ``[N]``) -> (Σ factors · loss, or the loss ``[N]``; sums)."""
 
@@ -479,13 +502,9 @@ class LinearDistillation(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
         run: _Run = ctx.run
         *operands, target, factors = ctx.saved_tensors
-        dtypes, rest = heads.leaf_dtypes(*operands[:3]), (None,) * 6
-        grads, ctx.grads = ctx.grads, None
-        scale: Any = None
-        if ctx.ahead:
-            scale = upstream_scale(run.backend, upstream, None)
-        if not ctx.ahead or grads is None:  # retain_graph: the first backward gave the buffers away
-            factors = factors if ctx.ahead else upstream.contiguous()
+
+        def again(factors: Tensor) -> Grads:
             pair = run.heads(*operands)
-            _, grads = of_heads(*pair, run.needs, target, factors, run.options, run.schedule, run.keep)
-        return (*heads.finish(grads, dtypes, run.backend, scale), *rest)
+            return of_heads(*pair, run.needs, target, factors, run.options, run.schedule, run.keep)[1]
+
+        return (*gradients_ahead(ctx, upstream, operands[:3], factors, again), *[None] * 6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +11,21 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks, compile_topk
 from fastloss.engine import head as heads
-from fastloss.engine.autograd import differentiable_again, new_gradient, savable, upstream_scale
+from fastloss.engine.autograd import differentiable_again, new_gradient, savable
 from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import WHOLE, Backend
-from fastloss.engine.head_types import NOTHING, Limits, Needs
+from fastloss.engine.head_types import NOTHING, Grads, Limits, Needs
 from fastloss.engine.topk import Teacher, rows_of_head, rows_of_logits, teacher_of
 from fastloss.losses.cross_entropy import cross_entropy
-from fastloss.losses.distillation import KL_AT_THE_END, DistillationOutput, Tokens, tokens_of
+from fastloss.losses.distillation import (
+    KL_AT_THE_END,
+    DistillationOutput,
+    Tokens,
+    gradients_ahead,
+    means,
+    tokens_of,
+)
 from fastloss.losses.linear_cross_entropy import linear_cross_entropy
 from fastloss.losses.selected_logprobs import check_ids, positive_options, reject_bad_ids
 from fastloss.tables import (
@@ -126,7 +132,7 @@ def topk_distillation_loss(
         loss, statistics = loss + later * hard, [*statistics[:-1], hard]
     value = loss * tokens.weights
     value = value.reshape(lead) if reduction == "none" else value.sum() * tokens.scale
-    return DistillationOutput(value, _metrics(statistics, tokens))
+    return DistillationOutput(value, means(METRICS, statistics, tokens))
 
 
 @resolves_views
@@ -240,7 +246,7 @@ def linear_topk_distillation_loss(
         hard = hard.to(value.dtype)
         value = value + later * ((hard * tokens.weights).reshape(lead) if per_row else hard * tokens.scale)
         statistics[-1] = -stats.logprobs
-    return DistillationOutput(value, _metrics(statistics, tokens))
+    return DistillationOutput(value, means(METRICS, statistics, tokens))
 
 
 def _check_teacher(ids: Tensor, logprobs: Tensor, lead: torch.Size, vocab: int, device: torch.device) -> None:
@@ -305,11 +311,6 @@ def _tokens(
     counts = None if target is not None else (ids != -1).any(1)
     acc = ACC_DTYPES[like.dtype] if acc is None else acc
     return tokens_of(like, acc, target, ignore_index, token_weight, normalizer, reduction, counts)
-
-
-def _metrics(statistics: Sequence[Tensor], tokens: Tokens) -> dict[str, Tensor]:
-    count = tokens.valid.sum().clamp(min=1)
-    return {name: x.detach().sum() / count for name, x in zip(METRICS, statistics, strict=True)}
 
 
 def _again(ctx: Any) -> Any:
@@ -419,15 +420,10 @@ class LinearTopKDistillation(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Any) -> Any:
         run: _Run = ctx.run
         *operands, ids, logprobs, target, factors = ctx.saved_tensors
-        dtypes, rest = heads.leaf_dtypes(*operands), (None,) * 5
-        grads, ctx.grads = ctx.grads, None
-        scale: Any = None
-        if ctx.ahead:
-            scale = upstream_scale(run.backend, upstream, None)
-        if not ctx.ahead or grads is None:  # retain_graph: the first backward gave the buffers away
-            factors = factors if ctx.ahead else upstream.contiguous()
-            teacher = teacher_of(
-                ids, logprobs, target, factors, operands[1].shape[0], run.options, ACC_DTYPES[run.dtype]
-            )
-            _, grads = run.sums(operands, teacher, run.needs)
-        return (*heads.finish(grads, dtypes, run.backend, scale), *rest)
+
+        def again(factors: Tensor) -> Grads:
+            vocab, acc = operands[1].shape[0], ACC_DTYPES[run.dtype]
+            teacher = teacher_of(ids, logprobs, target, factors, vocab, run.options, acc)
+            return run.sums(operands, teacher, run.needs)[1]
+
+        return (*gradients_ahead(ctx, upstream, operands, factors, again), *[None] * 5)
