@@ -86,8 +86,8 @@ def linear_cross_entropy(
         chunk_size: rows of logits in memory at once; None chooses. ``fastloss.explain`` shows the choice.
         memory: "fast" takes the fewest GEMMs, for memory of a float32 gradient of the weight at most; "low" the least memory, up
             to 4 GEMMs; "auto" "low" up to 2 D rows and "fast" beyond.
-        logits_dtype: torch.float32 never rounds the logits of low-precision operands to their dtype. On a CPU they are not rounded
-            in any case; a GPU then holds a chunk's logits in float32, and their gradient in the operands' dtype beside them.
+        logits_dtype: torch.float32 never rounds the logits of low-precision operands to their dtype. In the CPU's blocks of the
+            vocabulary they never are (``explain`` tells their dtype); a GPU then holds a chunk's logits in float32, and their gradient in the operands' dtype beside them.
         group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some rows of ``linear_weight`` and
             ``linear_bias``, one after the other, any number of them, also none. Input, target, options and ``weight`` (of all C
             classes) are the same on each; so are the results, and the gradient of the input, which is summed over the group.
