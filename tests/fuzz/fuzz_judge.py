@@ -337,8 +337,8 @@ def in_circumstances(case: Case, tensors: Numbers, how: How, backend: str) -> Nu
 
 
 def compare(case: Case, how: How, exact: Numbers, got: Numbers) -> Verdict:
-    as_written = replace(how, mode="grad") if how.mode == "compile" else how
-    eager = in_circumstances(case, plain(case.tensors), as_written, "reference") if how.mode != "func" else {}
+    as_written = replace(how, mode="grad") if how.mode in ("compile", "func") else how
+    eager = in_circumstances(case, plain(case.tensors), as_written, "reference")
     if got.keys() != exact.keys():
         return Verdict("wrong", f"results {sorted(got.keys() ^ exact.keys())} on one side only")
     responses: list[Numbers] = []
