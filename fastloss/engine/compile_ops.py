@@ -119,8 +119,16 @@ def _stats_coefficients(
 
 
 def _all_of(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
-    """``inputs`` with the last arguments that have their default, which PyTorch drops."""
+    """``inputs``, and None for last arguments that were left at it."""
     return (*inputs, *[None] * (count - len(inputs)))
+
+
+def _arguments(inputs: tuple[Any, ...], required: int) -> int:
+    """Of how many arguments PyTorch expects a gradient: it drops the last ones that have their default, None."""
+    count = len(inputs)
+    while count > required and inputs[count - 1] is None:
+        count -= 1
+    return count
 
 
 def _contiguous(k: Coefficients) -> Coefficients:
@@ -208,8 +216,7 @@ def _(logits, target, w, factor_tensor, row_scale=None, *, reduction, want, **fi
 
 
 def _save_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    # PyTorch drops last arguments that have their defaults, and expects no gradient of them.
-    ctx.given, ctx.arguments = keyword_only_inputs, len(inputs)
+    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 4)
     ctx.save_for_backward(*_all_of(inputs, 5), output[_LSE_PARTS_AT])
 
 
@@ -275,7 +282,7 @@ def _(logits, target, row_scale=None, *, want, **fields):  # type: ignore[no-unt
 
 
 def _save_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    ctx.given, ctx.arguments = keyword_only_inputs, len(inputs)
+    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 2)
     by_name = dict(zip(OUTPUTS, output, strict=True))
     ctx.save_for_backward(*_all_of(inputs, 3), by_name[LSE_PARTS], by_name["entropy"])
 
@@ -480,7 +487,7 @@ def _(
 
 def _save_linear_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, w, factor_tensor, token_weight, row_scale = _all_of(inputs, 8)
-    ctx.arguments = len(inputs)
+    ctx.arguments = _arguments(inputs, 6)
     ctx.given = keyword_only_inputs
     ctx.needs = list(ctx.needs_input_grad[:3])
     ctx.dtypes = heads.leaf_dtypes(hidden, weight, bias)
@@ -587,7 +594,7 @@ def _(hidden, weight, bias, target, row_scale=None, *, want, dtype, **fields):  
 
 def _save_linear_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
     ctx.given = keyword_only_inputs
-    ctx.needs, ctx.arguments = list(ctx.needs_input_grad[:3]), len(inputs)
+    ctx.needs, ctx.arguments = list(ctx.needs_input_grad[:3]), _arguments(inputs, 4)
     by_name = dict(zip(OUTPUTS, output, strict=True))
     ctx.save_for_backward(*_all_of(inputs, 5), by_name[LSE_PARTS], by_name["entropy"])
 
