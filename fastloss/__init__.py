@@ -48,6 +48,7 @@ from fastloss.losses.preference_linear import (
 from fastloss.losses.preference_named import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
 from fastloss.losses.reward_model import RewardOutput, process_reward_loss, reward_model_loss
 from fastloss.losses.selected_logprobs import linear_selected_logprobs, selected_logprobs
+from fastloss.losses.supervised import SupervisedOutput, linear_supervised_loss, supervised_loss
 from fastloss.losses.token_stats import (
     TokenStats,
     entropy_from_logits,
@@ -71,6 +72,7 @@ __all__ = [
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
+    "SupervisedOutput",
     "TokenStats",
     "UnpairedOutput",
     "ValueOutput",
@@ -101,6 +103,7 @@ __all__ = [
     "linear_preference_loss",
     "linear_selected_logprobs",
     "linear_simpo_loss",
+    "linear_supervised_loss",
     "linear_token_stats",
     "linear_topk_distillation_loss",
     "nn",
@@ -120,6 +123,7 @@ __all__ = [
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "simpo_loss",
+    "supervised_loss",
     "token_rewards",
     "token_stats",
     "topk_distillation_loss",

@@ -34,6 +34,7 @@ WITHOUT_EXAMPLE = {
     "PreferenceOutput",
     "RewardOutput",
     "SequenceShard",
+    "SupervisedOutput",
     "TokenStats",
     "UnpairedOutput",
     "ValueOutput",

@@ -8,6 +8,7 @@ from fastloss.bench.kinds import (
     policy,
     preference,
     rewards,
+    supervised,
     token_stats,
     topk,
     unpaired,
@@ -24,5 +25,6 @@ FAMILIES = (
     advantages,
     distillation,
     topk,
+    supervised,
 )
 KINDS = {name: kind for family in FAMILIES for name, kind in family.KINDS.items()}
