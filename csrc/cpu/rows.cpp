@@ -96,8 +96,8 @@ void row_stats(const Logits& l, const Stats& s, int64_t begin, int64_t end, void
     }
     const int64_t t = kind == RowKind::normal && l.target ? l.target[row] : -1;
     const T* x = static_cast<const T*>(l.x) + row * l.row_stride;
-    const RowSums r =
-        first_pass<T>(l, f.of_row(l, row), x, t, static_cast<const S*>(nullptr), wanted(s), scratch, scratch.e, nullptr);
+    const RowSums r = first_pass<T>(l, f.of_row(l, row), x, t, static_cast<const S*>(nullptr), wanted(s),
+                                    scratch, scratch.e, nullptr);
     write_stats<S>(s, row, r, double(l.vocab), kind == RowKind::bad);
   }
 }
