@@ -8,7 +8,9 @@ them when it is loaded (engine/native.py), the Triton kernels build their consta
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +34,9 @@ STATS_WITHOUT_TARGET = ("logsumexp", "entropy", "log_sum_sq_probs", "mean_logits
 DIFFERENTIABLE_STATS = ("logprobs", "entropy", "logsumexp")
 
 
+Row = TypeVar("Row", bound="RowOptions")
+
+
 @dataclass(frozen=True)
 class RowOptions:
     """From raw logits to the logits that a loss sees: ``scale · softcap · tanh((x + bias) / softcap)``."""
@@ -39,6 +44,17 @@ class RowOptions:
     ignore_index: int = -100
     scale: float = 1.0  # logit_scale / temperature
     softcap: float = 0.0  # 0: none
+    # acc [rows]: a further factor of each row's logits, one over its temperature
+    row_scale: Tensor | None = None
+
+    @property
+    def factor(self) -> Number:
+        """``scale``, or that of each row ``[rows]``."""
+        return self.scale if self.row_scale is None else self.row_scale * self.scale
+
+    def of_rows(self: Row, part: Callable[[Tensor], Tensor]) -> Row:
+        """With what belongs to some of the rows: ``part`` of each tensor that has one number per row."""
+        return self if self.row_scale is None else replace(self, row_scale=part(self.row_scale))
 
 
 @dataclass(frozen=True)
