@@ -35,6 +35,7 @@ from fastloss.losses.group_advantages import (
 )
 from fastloss.losses.kl_estimate import kl_estimate
 from fastloss.losses.linear_cross_entropy import linear_cross_entropy
+from fastloss.losses.multi_token import MultiTokenTargets, multi_token_targets
 from fastloss.losses.policy import PolicyOutput, policy_loss
 from fastloss.losses.policy_linear import linear_policy_loss
 from fastloss.losses.preference import PreferenceOutput, preference_loss
@@ -69,6 +70,7 @@ from fastloss.patch import patch  # isort: skip
 __all__ = [
     "DistillationOutput",
     "LazyLogits",
+    "MultiTokenTargets",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
@@ -106,6 +108,7 @@ __all__ = [
     "linear_supervised_loss",
     "linear_token_stats",
     "linear_topk_distillation_loss",
+    "multi_token_targets",
     "nn",
     "opo_advantages",
     "optimal_token_advantages",

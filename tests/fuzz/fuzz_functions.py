@@ -860,6 +860,7 @@ FUNCTIONS |= {name: draw for name, draw in ADDED_LATER.items() if name in fastlo
 NOT_DRAWN = {
     "backends": "says what is there",
     "explain": "says what a call would do",
+    "multi_token_targets": "moves labels, and computes nothing",
     "patch": "replaces torch's functions by those that are drawn",
     "use_backend": "every case is run under some backend by it or by backend=",
     "validate_targets": "a switch for GPUs",

@@ -246,7 +246,9 @@ def test_compiled() -> None:
             x, w, target, loss_type="eaft", eaft_alpha=power, reduction="none"
         )
         c = fastloss.supervised_loss(x @ w.t(), target, loss_type="soft_trim", trim_threshold=threshold)
-        return a.loss + b.loss.square().sum() + c.loss + b.metrics["entropy"] + c.metrics["nll"]
+        means: dict[str, Any] = {"aggregation": "seq-mean-token-mean", "cu_seqlens": torch.tensor([0, 4, 10])}
+        d = fastloss.linear_supervised_loss(x, w, target, **means)
+        return a.loss + d.loss + b.loss.square().sum() + c.loss + b.metrics["entropy"] + c.metrics["nll"]
 
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("eager")

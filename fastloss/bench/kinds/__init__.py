@@ -5,6 +5,7 @@ from fastloss.bench.kinds import (
     corrections,
     cross_entropy,
     distillation,
+    multi_token,
     policy,
     preference,
     rewards,
@@ -26,5 +27,6 @@ FAMILIES = (
     distillation,
     topk,
     supervised,
+    multi_token,
 )
 KINDS = {name: kind for family in FAMILIES for name, kind in family.KINDS.items()}
