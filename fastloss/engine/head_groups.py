@@ -110,6 +110,7 @@ def check_grouped_head(
     if not traced:
         check_targets(target.reshape(-1), heads.vocab_of(linear_weight, limits), options.ignore_index)
     grouped = _grouped(target, cu_seqlens, width, options.ignore_index, ACC_DTYPES[input.dtype], traced)
+    options = options.of_rows(lambda x: x.index_select(0, grouped.order))
     return GroupedHead(rows, linear_weight, linear_bias, grouped, options, limits)
 
 
@@ -220,7 +221,7 @@ def sum_tokens(backend: Backend, tokens: Tokens, values: Tensor, tails: Tensor |
 
 def _transform(options: RowOptions) -> dict[str, Any]:
     return {
-        "scale": options.scale,
+        "scale": options.factor,
         "softcap": options.softcap or None,
         "ignore_index": options.ignore_index,
     }

@@ -172,6 +172,36 @@ def linear_token_stats(d: Draw) -> Case:
     return Case("linear_token_stats", tensors, options, HEAD, head=HEAD)
 
 
+def supervised_options(d: Draw, tensors: Tensors, lead: tuple[int, ...]) -> Options:
+    options = row_options(d) | some(
+        d,
+        focal_gamma=lambda: d.pick(0.0, 0.5, 3.0),
+        power=lambda: d.pick(0.1, 1.0),
+        eaft_alpha=lambda: d.pick(0.0, 2.0),
+        trim_threshold=lambda: d.pick(1.0, 4.0),
+        reduction=lambda: d.pick("sum", "none"),
+    )
+    options["loss_type"] = d.pick("nll", "dft", "eaft", "focal", "power", "deft", "soft_trim")
+    if "reduction" not in options and len(lead) == 2 and d.chance(0.4):
+        options["aggregation"] = d.pick("seq-mean-token-mean", "seq-mean-token-sum")
+    if d.chance(0.2):
+        tensors["token_weight"] = d.uniform(lead, 0.0, 2.0)
+    return options
+
+
+def supervised_loss(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = {"logits": d.logits((*lead, vocab), infinite=False), "target": d.targets(lead, vocab, -100)}
+    return Case("supervised_loss", tensors, supervised_options(d, tensors, lead), ("logits",))
+
+
+def linear_supervised_loss(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = hidden_and_weight(d, lead, vocab) | {"target": d.targets(lead, vocab, -100)}
+    options = supervised_options(d, tensors, lead) | head_options(d)
+    return Case("linear_supervised_loss", tensors, options, HEAD, head=HEAD)
+
+
 def selective_log_softmax(d: Draw, function: str = "selective_log_softmax") -> Case:
     lead, vocab = d.lead(), d.vocab()
     several = (d.pick(1, 2, 5),) if function == "selective_log_softmax" and d.chance(0.3) else ()
@@ -825,6 +855,8 @@ ADDED_LATER = {
     "linear_selected_logprobs": (linear_selected_logprobs, 3),
     "topk_distillation_loss": (topk_distillation_loss, 4),
     "linear_topk_distillation_loss": (linear_topk_distillation_loss, 4),
+    "supervised_loss": (supervised_loss, 3),
+    "linear_supervised_loss": (linear_supervised_loss, 3),
     "distillation_loss": (distillation_loss, 5),
     "linear_distillation_loss": (linear_distillation_loss, 5),
 }
@@ -834,6 +866,7 @@ FUNCTIONS |= {name: draw for name, draw in ADDED_LATER.items() if name in fastlo
 NOT_DRAWN = {
     "backends": "says what is there",
     "explain": "says what a call would do",
+    "multi_token_targets": "moves labels, and computes nothing",
     "patch": "replaces torch's functions by those that are drawn",
     "use_backend": "every case is run under some backend by it or by backend=",
     "validate_targets": "a switch for GPUs",

@@ -5,9 +5,11 @@ from fastloss.bench.kinds import (
     corrections,
     cross_entropy,
     distillation,
+    multi_token,
     policy,
     preference,
     rewards,
+    supervised,
     token_stats,
     topk,
     unpaired,
@@ -24,5 +26,7 @@ FAMILIES = (
     advantages,
     distillation,
     topk,
+    supervised,
+    multi_token,
 )
 KINDS = {name: kind for family in FAMILIES for name, kind in family.KINDS.items()}
