@@ -70,6 +70,7 @@ def _put_moved_names_back() -> None:
             setattr(common_methods_invocations, name, value)
     if not hasattr(common_utils, "dtype_abbrs"):
         common_utils.dtype_abbrs = _dtype_abbrs.dtype_abbrs  # type: ignore[attr-defined]
+    _give_samples_as_pairs()
     try:
         import common_utils as of_functorch  # in the checkout; it refuses operators that are no more
     except ImportError:
@@ -78,6 +79,22 @@ def _put_moved_names_back() -> None:
         of_functorch.skipOps = skip_ops
     if hasattr(of_functorch, "opsToleranceOverride"):
         of_functorch.opsToleranceOverride = lambda *_: lambda test: test  # of other operators than the two
+
+
+def _give_samples_as_pairs() -> None:
+    """Older files take a sample with one context, newer ones with two: that of its subtest, and that of its skips."""
+    from torch.testing._internal.opinfo.core import OpInfo
+
+    expected = Path("functorch/test_vmap.py")  # pytest runs in the checkout's test folder
+    if not expected.exists() or "for sample_input, subtest_ctx in" not in expected.read_text():
+        return
+    original = OpInfo._sample_callback_fn
+
+    def of(self: Any, use_subtests: bool, device: Any) -> Any:
+        made = original(self, use_subtests, device)
+        return made and (lambda *sample: made(*sample)[:2])
+
+    OpInfo._sample_callback_fn = of  # type: ignore[method-assign]
 
 
 def _not_ours(test: Any) -> Any:
