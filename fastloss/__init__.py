@@ -48,6 +48,7 @@ from fastloss.losses.preference_linear import (
 from fastloss.losses.preference_named import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
 from fastloss.losses.reward_model import RewardOutput, process_reward_loss, reward_model_loss
 from fastloss.losses.selected_logprobs import linear_selected_logprobs, selected_logprobs
+from fastloss.losses.support import sampler_metrics, sampler_support, support_from_mask
 from fastloss.losses.token_stats import (
     TokenStats,
     entropy_from_logits,
@@ -116,10 +117,13 @@ __all__ = [
     "remax_advantages",
     "reward_model_loss",
     "rloo_advantages",
+    "sampler_metrics",
+    "sampler_support",
     "selected_logprobs",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "simpo_loss",
+    "support_from_mask",
     "token_rewards",
     "token_stats",
     "topk_distillation_loss",
