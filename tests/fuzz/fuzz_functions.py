@@ -157,7 +157,18 @@ def token_stats(d: Draw) -> Case:
     options = row_options(d) | {"outputs": wanted(d)}
     options |= detached(d, options)
     tensors = {"logits": d.logits((*lead, vocab)), "target": class_target(d, lead, vocab, options).long()}
-    return Case("token_stats", tensors, options, ("logits",))
+    return Case(
+        "token_stats", tensors | kept_classes(d, tensors["target"], vocab, options), options, ("logits",)
+    )
+
+
+def kept_classes(d: Draw, target: torch.Tensor, vocab: int, options: Options) -> Tensors:
+    """Sometimes a sampler's sets, with padding and doubles; a target is in its own."""
+    if not vocab or not d.chance(0.25):
+        return {}
+    more = d.targets((*target.shape, d.pick(1, 3, 20)), vocab, -1)
+    own = target.masked_fill(target == options.get("ignore_index", -100), -1)
+    return {"support": torch.cat([more, own[..., None]], -1)}
 
 
 def linear_token_stats(d: Draw) -> Case:
@@ -166,6 +177,7 @@ def linear_token_stats(d: Draw) -> Case:
     options |= detached(d, options)
     tensors = hidden_and_weight(d, lead, vocab)
     tensors["target"] = class_target(d, lead, vocab, options).long()
+    tensors |= kept_classes(d, tensors["target"], vocab, options)
     return Case("linear_token_stats", tensors, options, HEAD, head=HEAD)
 
 
@@ -828,6 +840,9 @@ FUNCTIONS |= {name: draw for name, draw in ADDED_LATER.items() if name in fastlo
 NOT_DRAWN = {
     "backends": "says what is there",
     "explain": "says what a call would do",
+    "sampler_metrics": "metrics of numbers that are drawn elsewhere",
+    "sampler_support": "returns classes",
+    "support_from_mask": "returns classes",
     "patch": "replaces torch's functions by those that are drawn",
     "use_backend": "every case is run under some backend by it or by backend=",
     "validate_targets": "a switch for GPUs",
