@@ -189,13 +189,13 @@ def first_bad(layout: Layout, target: Tensor | None, lead: torch.Size, vocab: in
 # --- statistics and gradients of the kept logits ------------------------------------------------------------------------------
 
 
-def _rows_of(z: Tensor, group: Group, rows: int) -> Tensor:
-    """The logits of a group ``[rows, width]``."""
+def _rows_of(z: Tensor, group: Group, rows: int, padding: float = -torch.inf) -> Tensor:
+    """The entries of a group ``[rows, width]``."""
     if group.place is None:
         if group.width:
             return z.view(rows, group.width)
-        return torch.full((rows, 1), -torch.inf, dtype=z.dtype, device=z.device)
-    return torch.nn.functional.pad(z, (0, 1), value=-torch.inf)[group.place]
+        return torch.full((rows, 1), padding, dtype=z.dtype, device=z.device)
+    return torch.nn.functional.pad(z, (0, 1), value=padding)[group.place]
 
 
 def _of_group(x: Tensor | None, group: Group) -> Tensor | None:
@@ -212,8 +212,8 @@ def stats_of(backend: Backend, z: Tensor, layout: Layout, want: tuple[str, ...])
         own, place = _rows_of(z, group, rows), _of_group(layout.place, group)
         made = backend.row_stats(own, place, _PLAIN, want=asked)
         if "mean_logits" in want:
-            inside = own > -torch.inf
-            made["mean_logits"] = torch.where(inside, own, 0.0).sum(1) / inside.sum(1)
+            inside = _rows_of((layout.classes >= 0).to(z.dtype), group, rows, 0.0)
+            made["mean_logits"] = torch.where(inside > 0, own, 0.0).sum(1) / inside.sum(1)
             if place is not None:
                 made["mean_logits"] = made["mean_logits"].masked_fill(place == LEFT_OUT, 0.0)
         for name, x in made.items():

@@ -335,6 +335,16 @@ def test_inplace_writes_over_the_logits() -> None:
     assert torch.equal(*grads)
 
 
+def test_a_kept_class_of_minus_infinity() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 1.0], [0.0, 1.0, 2.0]], requires_grad=True)
+    out = fastloss.token_stats(
+        logits, torch.tensor([0, 1]), support=torch.tensor([[0, 1], [0, 1]]), outputs=EVERY
+    )
+    assert out.logprobs[0] == 0 and out.entropy[0] == 0 and out.mean_logits.tolist() == [-math.inf, 0.5]
+    (out.logprobs + out.entropy).sum().backward()
+    assert logits.grad[0].tolist() == [0, 0, 0] and logits.grad[1, 2] == 0
+
+
 def test_explain_tells_the_path() -> None:
     target, ids, offsets = drawn()
     hidden, weight, _ = head(torch.bfloat16)
