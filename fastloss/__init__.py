@@ -35,6 +35,7 @@ from fastloss.losses.group_advantages import (
 )
 from fastloss.losses.kl_estimate import kl_estimate
 from fastloss.losses.linear_cross_entropy import linear_cross_entropy
+from fastloss.losses.multi_token import MultiTokenTargets, multi_token_targets
 from fastloss.losses.policy import PolicyOutput, policy_loss
 from fastloss.losses.policy_linear import linear_policy_loss
 from fastloss.losses.preference import PreferenceOutput, preference_loss
@@ -48,6 +49,7 @@ from fastloss.losses.preference_linear import (
 from fastloss.losses.preference_named import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
 from fastloss.losses.reward_model import RewardOutput, process_reward_loss, reward_model_loss
 from fastloss.losses.selected_logprobs import linear_selected_logprobs, selected_logprobs
+from fastloss.losses.supervised import SupervisedOutput, linear_supervised_loss, supervised_loss
 from fastloss.losses.support import sampler_metrics, sampler_support, support_from_mask
 from fastloss.losses.token_stats import (
     TokenStats,
@@ -69,9 +71,11 @@ from fastloss.patch import patch  # isort: skip
 __all__ = [
     "DistillationOutput",
     "LazyLogits",
+    "MultiTokenTargets",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
+    "SupervisedOutput",
     "TokenStats",
     "UnpairedOutput",
     "ValueOutput",
@@ -102,8 +106,10 @@ __all__ = [
     "linear_preference_loss",
     "linear_selected_logprobs",
     "linear_simpo_loss",
+    "linear_supervised_loss",
     "linear_token_stats",
     "linear_topk_distillation_loss",
+    "multi_token_targets",
     "nn",
     "opo_advantages",
     "optimal_token_advantages",
@@ -123,6 +129,7 @@ __all__ = [
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "simpo_loss",
+    "supervised_loss",
     "support_from_mask",
     "token_rewards",
     "token_stats",

@@ -8,7 +8,9 @@ them when it is loaded (engine/native.py), the Triton kernels build their consta
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +34,9 @@ STATS_WITHOUT_TARGET = ("logsumexp", "entropy", "log_sum_sq_probs", "mean_logits
 DIFFERENTIABLE_STATS = ("logprobs", "entropy", "logsumexp")
 
 
+Row = TypeVar("Row", bound="RowOptions")
+
+
 @dataclass(frozen=True)
 class RowOptions:
     """From raw logits to the logits that a loss sees: ``scale · softcap · tanh((x + bias) / softcap)``."""
@@ -39,6 +44,17 @@ class RowOptions:
     ignore_index: int = -100
     scale: float = 1.0  # logit_scale / temperature
     softcap: float = 0.0  # 0: none
+    # acc [rows]: a further factor of each row's logits, one over its temperature
+    row_scale: Tensor | None = None
+
+    @property
+    def factor(self) -> Number:
+        """``scale``, or that of each row ``[rows]``."""
+        return self.scale if self.row_scale is None else self.row_scale * self.scale
+
+    def of_rows(self: Row, part: Callable[[Tensor], Tensor]) -> Row:
+        """With what belongs to some of the rows: ``part`` of each tensor that has one number per row."""
+        return self if self.row_scale is None else replace(self, row_scale=part(self.row_scale))
 
 
 @dataclass(frozen=True)
@@ -289,6 +305,37 @@ class TopKOptions:
 
     def row_options(self) -> RowOptions:
         return RowOptions(scale=self.scale, softcap=self.softcap)
+
+
+# --- supervised losses (docs/supervised.md) ------------------------------------------------------------------------
+
+# name -> the numbers that it reads, fields of SupervisedOptions.
+SUPERVISED_NUMBERS: dict[str, tuple[str, ...]] = {
+    "nll": (),
+    "dft": (),
+    "eaft": ("eaft_alpha", "eaft_scale"),
+    "focal": ("focal_gamma",),
+    "power": ("power",),
+    "deft": (),
+    "soft_trim": ("trim_threshold", "trim_width"),
+    "unlikelihood": (),
+}
+SUPERVISED_LOSSES = tuple(SUPERVISED_NUMBERS)
+# Columns of what a pass makes of each row; "entropy" is 0 where the loss does not need it.
+SUPERVISED_SUMS = ("loss", "nll", "entropy")
+
+
+@dataclass(frozen=True)
+class SupervisedOptions(RowOptions):
+    """One function of a token's log-probability; a number may be a 0-d tensor."""
+
+    kind: int = 0  # code of SUPERVISED_LOSSES
+    eaft_alpha: Number = 1.0
+    eaft_scale: Number = 3.0
+    focal_gamma: Number = 2.0
+    power: Number = 0.7
+    trim_threshold: Number = 8.0
+    trim_width: Number = 1.0
 
 
 # What a native module's ``tables()`` must return: name -> the names of its codes, in order.

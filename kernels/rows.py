@@ -229,12 +229,21 @@ def read_target(target_ptr, row, vocab, ignore_index):
 
 
 @triton.jit
+def scale_of(scale, row_scale_ptr, row):
+    """The factor of a row's logits."""
+    if row_scale_ptr is not None:
+        scale = scale * tl.load(row_scale_ptr + row)
+    return scale
+
+
+@triton.jit
 def row_stats_kernel(
-    x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, softcap,
+    x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, row_scale_ptr, softcap,
     logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr, lse_parts_ptr,
     HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    scale = scale_of(scale, row_scale_ptr, row)
     x_row = x_ptr + row * row_stride
     ignored = row < 0  # no row is
     has_target = row < 0
@@ -329,11 +338,12 @@ def load_coefficient(ptr, row, factor):
 
 @triton.jit
 def row_grad_kernel(
-    x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, softcap,
+    x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, row_scale_ptr, softcap,
     lse_parts_ptr, a_ptr, b_ptr, c_ptr, d_ptr, w_ptr, w_row_stride, out_ptr, out_row_stride,
     HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
+    scale = scale_of(scale, row_scale_ptr, row)
     ignored = row < 0  # no row is
     t = -1
     # p = e^(z - largest) / sum, with log p = (z - largest) - log sum: b and c take in what is constant.
@@ -358,13 +368,14 @@ def row_grad_kernel(
 
 @triton.jit
 def row_cross_entropy_kernel(
-    x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, softcap,
+    x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, row_scale_ptr, softcap,
     w_ptr, w_row_stride, keep, smooth, z_loss, grad_scale, grad_scale_ptr, grad_ptr, grad_row_stride,
     loss_ptr, logsumexp_ptr, logprobs_ptr, entropy_ptr, log_sum_sq_probs_ptr, mean_logits_ptr, is_top1_ptr, lse_parts_ptr,
     HAS_SOFTCAP: tl.constexpr, SPREAD: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # keep = 1 - eps, smooth = eps / V, grad_scale contains the scale. SPREAD: Σ w z is needed (eps > 0, probabilities).
+    # keep = 1 - eps, smooth = eps / V. SPREAD: Σ w z is needed (eps > 0, probabilities).
     row = tl.program_id(0).to(tl.int64)
+    scale = scale_of(scale, row_scale_ptr, row)
     x_row = x_ptr + row * row_stride
     w_row = w_ptr
     if w_ptr is not None:
@@ -407,7 +418,7 @@ def row_cross_entropy_kernel(
     )  # fmt: skip
 
     if grad_ptr is not None:
-        factor = grad_scale
+        factor = grad_scale * scale
         if grad_scale_ptr is not None:
             factor *= tl.load(grad_scale_ptr)
         b = 2.0 * z_loss * lse
@@ -468,13 +479,13 @@ def row_stats(
     """The statistics named in ``want`` (of fastloss.tables.STATS) of ``logits [rows, V]``, float32 ``[rows]`` (is_top1: uint8)."""
     vocab = _row_of(logits)
     expect(torch.int64, target=target)
-    expect_float32(bias=bias)
+    expect_float32(bias=bias, row_scale=options.row_scale)
     out = _empty_stats(logits, want)
     if logits.shape[0]:
         with on_device_of(logits):
             row_stats_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
-                float(options.softcap), *[out.get(name) for name in (*STATS, LSE_PARTS)], HAS_SOFTCAP=options.softcap > 0,
+                options.row_scale, float(options.softcap), *[out.get(name) for name in (*STATS, LSE_PARTS)], HAS_SOFTCAP=options.softcap > 0,
                 **options_of(launch_shape(vocab, options.softcap > 0, logits.element_size()), logits.device),
             )  # fmt: skip
     return out
@@ -495,7 +506,7 @@ def row_grad(
     vocab = _row_of(logits)
     a, b, c, d = coefficients
     expect(torch.int64, target=target)
-    expect_float32(lse_parts=lse_parts, bias=bias, a=a, b=b, c=c, d=d, w=w)
+    expect_float32(lse_parts=lse_parts, bias=bias, row_scale=options.row_scale, a=a, b=b, c=c, d=d, w=w)
     expect(logits.dtype, out=out)
     shape = options_of(launch_shape(vocab, options.softcap > 0, logits.element_size()), logits.device)
     del shape["WIDTH"], shape["ALIGNED"]
@@ -503,7 +514,7 @@ def row_grad(
         with on_device_of(logits):
             row_grad_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
-                float(options.softcap), lse_parts, a, b, c, d, w, _w_stride(w), out, out.stride(0),
+                options.row_scale, float(options.softcap), lse_parts, a, b, c, d, w, _w_stride(w), out, out.stride(0),
                 HAS_SOFTCAP=options.softcap > 0, **shape,
             )  # fmt: skip
 
@@ -522,7 +533,7 @@ def row_cross_entropy(
     """ "loss", "lse_parts" and the wanted statistics; the gradient times ``factor`` into ``grad [rows, V]`` (may be ``logits``)."""
     vocab = _row_of(logits)
     expect(torch.int64, target=target)
-    expect_float32(bias=bias, w=w, factor=factor.tensor)
+    expect_float32(bias=bias, w=w, factor=factor.tensor, row_scale=options.row_scale)
     expect(logits.dtype, grad=grad)
     o, spread = options, target is None or options.label_smoothing > 0
     out = _empty_stats(logits, [*want, *({LSE_PARTS} - set(want))])
@@ -530,9 +541,9 @@ def row_cross_entropy(
     if logits.shape[0]:
         with on_device_of(logits):
             row_cross_entropy_kernel[(logits.shape[0],)](
-                logits, logits.stride(0), vocab, target, o.ignore_index, bias, float(o.scale), float(o.softcap),
+                logits, logits.stride(0), vocab, target, o.ignore_index, bias, float(o.scale), o.row_scale, float(o.softcap),
                 w, _w_stride(w), 1.0 - o.label_smoothing, o.label_smoothing / vocab, float(o.z_loss),
-                float(o.scale * factor.value), factor.tensor, grad, 0 if grad is None else grad.stride(0),
+                float(factor.value), factor.tensor, grad, 0 if grad is None else grad.stride(0),
                 out["loss"], *[out.get(name) for name in (*STATS, LSE_PARTS)],
                 HAS_SOFTCAP=o.softcap > 0, SPREAD=spread,
                 **options_of(launch_shape(vocab, o.softcap > 0, logits.element_size()), logits.device),

@@ -2,6 +2,7 @@
 
 FASTLOSS_TEST_DEVICE=cpu (the default) runs the Triton kernels in Triton's interpreter; FASTLOSS_TEST_DEVICE=cuda runs
 everything on the GPU. FASTLOSS_CPU_MODULE=<path of a .so> tests another build of the native CPU module (tools/sanitize.sh).
+FASTLOSS_TEST_SLOW=1 also runs what is marked slow.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
+SLOW = os.environ.get("FASTLOSS_TEST_SLOW", "") not in ("", "0")
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 if path := os.environ.get("FASTLOSS_CPU_MODULE"):
@@ -27,6 +29,19 @@ if DEVICE != "cuda":
 if WORKERS > 1:  # the workers share the cores; a test that is about threads sets its own number
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // WORKERS))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not SLOW:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="FASTLOSS_TEST_SLOW=1 runs it"))
+
+
+@pytest.fixture(scope="session")
+def slow_too() -> bool:
+    """Whether what is marked slow runs: for a fixture that makes in one launch what many tests look at."""
+    return SLOW
 
 
 @pytest.fixture

@@ -30,10 +30,12 @@ PUBLIC = dict(documented())
 # A result's type and torch's own machinery need no example.
 WITHOUT_EXAMPLE = {
     "DistillationOutput",
+    "MultiTokenTargets",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
     "SequenceShard",
+    "SupervisedOutput",
     "TokenStats",
     "UnpairedOutput",
     "ValueOutput",

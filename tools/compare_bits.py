@@ -1165,7 +1165,11 @@ def runs_in(case: Case, setting: Setting, first_isa: str) -> bool:
     return case.small if setting.backend in ("cuda", "triton") else True
 
 
-def make(out: Path, wanted: list[str], only: str) -> int:
+def matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def make(out: Path, wanted: list[str], only: list[str]) -> int:
     import fastloss
 
     checkout = Path(fastloss.__file__).resolve().parents[1]
@@ -1173,7 +1177,7 @@ def make(out: Path, wanted: list[str], only: str) -> int:
     settings, skipped = settings_of(fastloss, wanted, checkout)
     for name, reason in skipped.items():
         print(f"{name}: left out ({reason})")
-    cases = [case for case in all_cases() if fnmatch.fnmatch(f"{case.function}:{case.name}", only)]
+    cases = [case for case in all_cases() if matches(f"{case.function}:{case.name}", only)]
     calls: dict[str, dict[str, Any]] = {}
     for setting in settings:
         start = time.perf_counter()
@@ -1201,7 +1205,7 @@ def make(out: Path, wanted: list[str], only: str) -> int:
     public |= {
         n for n, c in vars(fastloss.nn).items() if inspect.isclass(c) and c.__module__ == fastloss.nn.__name__
     }
-    missing = sorted(public - called) if only == "*" else []
+    missing = sorted(public - called) if only == ["*"] else []
     save(calls, isas, out)
     print(f"{len(calls)} calls in {out}, sha256 {digest(calls)[:16]}")
     if missing:
@@ -1296,12 +1300,12 @@ def difference(a: Any, b: Any) -> str:
     return f"{int((~same_number).sum())} of {x.numel()} differ, by {error:.3g} at most ({roundings:.2g} eps of the largest, {size:.3g})"
 
 
-def compare(before: Path, after: Path, show: int, only: str) -> int:
+def compare(before: Path, after: Path, show: int, only: list[str]) -> int:
     old, new = (load(path) for path in (before, after))
     for field in ("torch", "isas"):
         if old[field] != new[field]:
             print(f"{field}: {old[field]} became {new[field]}")
-    a, b = ({k: v for k, v in x["calls"].items() if fnmatch.fnmatch(k, only)} for x in (old, new))
+    a, b = ({k: v for k, v in x["calls"].items() if matches(k, only)} for x in (old, new))
     for label, keys in (("only before", a.keys() - b.keys()), ("only after", b.keys() - a.keys())):
         if keys:
             print(f"{label}: {len(keys)} calls, such as {sorted(keys)[0]}")
@@ -1344,16 +1348,20 @@ def main() -> int:
     )
     command.add_argument("out", type=Path)
     command.add_argument("--backends", default="auto,reference,cpu,cuda,triton")
-    command.add_argument("--only", default="*", help="a pattern of function:name, such as 'linear_*'")
+    command.add_argument(
+        "--only", action="append", help="a pattern of function:name, such as 'linear_*'; again for more"
+    )
     command = commands.add_parser("compare", help="list the calls of which a bit differs")
     command.add_argument("before", type=Path)
     command.add_argument("after", type=Path)
     command.add_argument("--show", type=int, default=40, help="how many calls to print in full; 0: all")
-    command.add_argument("--only", default="*", help="a pattern of setting|function|name|dtype")
+    command.add_argument(
+        "--only", action="append", help="a pattern of setting|function|name|dtype; again for more"
+    )
     args = parser.parse_args()
     if args.command == "make":
-        return make(args.out, args.backends.split(","), args.only)
-    return compare(args.before, args.after, args.show, args.only)
+        return make(args.out, args.backends.split(","), args.only or ["*"])
+    return compare(args.before, args.after, args.show, args.only or ["*"])
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ struct LogitsOf {
   int64_t ignore_index;
   const Value* bias;  // acc [vocab] or null
   Number scale, softcap;
+  const Value* row_scale;  // acc [rows] or null: a factor of `scale` for each row, one over its temperature
 };
 
 template <class Value>

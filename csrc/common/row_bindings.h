@@ -36,7 +36,7 @@ struct RowBindings {
   using Stats = StatsOf<Value>;
 
   static Logits logits_of(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
-                          Address target, Address bias, const Record& options) {
+                          Address target, Address bias, Address row_scale, const Record& options) {
     using Number = typename Backend::Number;
     return {required("logits", logits),
             Backend::dtype_of(dtype),
@@ -47,14 +47,16 @@ struct RowBindings {
             options.integer("ignore_index"),
             at<Value>(bias),
             Number(options.number("scale")),
-            Number(options.number("softcap"))};
+            Number(options.number("softcap")),
+            at<Value>(row_scale)};
   }
 
   static void row_stats(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
-                        Address target, const pybind11::object& options, Address bias, Address logsumexp,
-                        Address logprobs, Address entropy, Address log_sum_sq_probs, Address mean_logits,
-                        Address is_top1, Address lse_parts, int64_t context) {
-    const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, Record(options));
+                        Address target, const pybind11::object& options, Address bias, Address row_scale,
+                        Address logsumexp, Address logprobs, Address entropy, Address log_sum_sq_probs,
+                        Address mean_logits, Address is_top1, Address lse_parts, int64_t context) {
+    const Logits in =
+        logits_of(logits, dtype, rows, vocab, row_stride, target, bias, row_scale, Record(options));
     if (!target && (logprobs || is_top1))
       throw std::invalid_argument("target: logprobs and is_top1 need one, got 0");
     const Stats stats = {nullptr,
@@ -69,10 +71,11 @@ struct RowBindings {
   }
 
   static void row_grad(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
-                       Address target, const pybind11::object& options, Address bias, Address lse_parts,
-                       Address a, Address b, Address c, Address d, Address w, int64_t w_row_stride,
-                       Address out, int64_t out_row_stride, int64_t context) {
-    const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, Record(options));
+                       Address target, const pybind11::object& options, Address bias, Address row_scale,
+                       Address lse_parts, Address a, Address b, Address c, Address d, Address w,
+                       int64_t w_row_stride, Address out, int64_t out_row_stride, int64_t context) {
+    const Logits in =
+        logits_of(logits, dtype, rows, vocab, row_stride, target, bias, row_scale, Record(options));
     const CoefficientsOf<Value> k = {required<Value>("lse_parts", lse_parts),
                                      at<Value>(a),
                                      at<Value>(b),
@@ -86,13 +89,14 @@ struct RowBindings {
   }
 
   static void row_cross_entropy(Address logits, int dtype, int64_t rows, int64_t vocab, int64_t row_stride,
-                                Address target, const pybind11::object& options, Address bias, Address w,
-                                int64_t w_row_stride, double factor, Address factor_tensor, Address grad,
-                                int64_t grad_row_stride, Address loss, Address logsumexp, Address logprobs,
-                                Address entropy, Address log_sum_sq_probs, Address mean_logits,
-                                Address is_top1, Address lse_parts, int64_t context) {
+                                Address target, const pybind11::object& options, Address bias,
+                                Address row_scale, Address w, int64_t w_row_stride, double factor,
+                                Address factor_tensor, Address grad, int64_t grad_row_stride, Address loss,
+                                Address logsumexp, Address logprobs, Address entropy,
+                                Address log_sum_sq_probs, Address mean_logits, Address is_top1,
+                                Address lse_parts, int64_t context) {
     const Record record(options);
-    const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, record);
+    const Logits in = logits_of(logits, dtype, rows, vocab, row_stride, target, bias, row_scale, record);
     if (!target && !w) throw std::invalid_argument("target: expected it or w, got neither");
     using Number = typename Backend::Number;
     const GivenCrossEntropy<Number> given = {
@@ -105,12 +109,13 @@ struct RowBindings {
 
   static void bind(pybind11::module_& m) {
     define(m, "row_stats", &row_stats, "logits", "dtype", "rows", "vocab", "row_stride", "target", "options",
-           "bias", "logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1",
-           "lse_parts", "context");
+           "bias", "row_scale", "logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits",
+           "is_top1", "lse_parts", "context");
     define(m, "row_grad", &row_grad, "logits", "dtype", "rows", "vocab", "row_stride", "target", "options",
-           "bias", "lse_parts", "a", "b", "c", "d", "w", "w_row_stride", "out", "out_row_stride", "context");
+           "bias", "row_scale", "lse_parts", "a", "b", "c", "d", "w", "w_row_stride", "out", "out_row_stride",
+           "context");
     define(m, "row_cross_entropy", &row_cross_entropy, "logits", "dtype", "rows", "vocab", "row_stride",
-           "target", "options", "bias", "w", "w_row_stride", "factor", "factor_tensor", "grad",
+           "target", "options", "bias", "row_scale", "w", "w_row_stride", "factor", "factor_tensor", "grad",
            "grad_row_stride", "loss", "logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits",
            "is_top1", "lse_parts", "context");
   }

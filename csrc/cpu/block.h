@@ -22,6 +22,12 @@ FASTLOSS_INLINE auto max_lanes(V v) {
   return max;
 }
 
+// The factor of a row's logits.
+template <class S>
+double scale_of(const Logits& l, int64_t row) {
+  return l.row_scale ? l.scale * double(static_cast<const S*>(l.row_scale)[row]) : l.scale;
+}
+
 // How logits become z. `plain`: z = x. Else z = scale * (x + bias), or outer * tanh((x + bias) / softcap).
 template <class T>
 struct Transform {
@@ -36,6 +42,16 @@ struct Transform {
         scale(S(l.scale)),
         softcap(l.softcap > 0 ? S(l.softcap) : S(0)),
         outer(S(l.scale * l.softcap)) {}
+
+  // With the row's own scale.
+  Transform of_row(const Logits& l, int64_t row) const {
+    if (!l.row_scale) return *this;
+    Transform mine = *this;
+    const double own = scale_of<S>(l, row);
+    mine.plain = !l.bias && own == 1.0 && !(l.softcap > 0);
+    mine.scale = S(own), mine.outer = S(own * l.softcap);
+    return mine;
+  }
 };
 
 // z of the n logits at x, in `scratch` (or x itself), padded with -inf to whole vectors. `max` starts at the

@@ -13,7 +13,6 @@ struct HeadCall {
   Stats stats;
   int64_t* argmax;            // [rows] or null: the first column of the largest logit
   const float* token_weight;  // [rows] factors of loss and gradient, or null
-  const float* row_scale;     // [rows] factors of the scale (1 / temperature), or null
   Coefficients given;         // lse not null: the backward alone, from these; else unused
   RowState* state;            // [rows]
   const int64_t* keep;        // [rows] where a row lies in hidden and d_hidden, or null: in its place

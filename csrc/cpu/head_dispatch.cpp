@@ -271,7 +271,7 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("tiles", tiles);
   FASTLOSS_FIELD("argmax", argmax);
   FASTLOSS_FIELD("token_weight", token_weight);
-  FASTLOSS_FIELD("row_scale", row_scale);
+  FASTLOSS_FIELD("row_scale", logits.row_scale);
   FASTLOSS_FIELD("origins", origins);
   FASTLOSS_FIELD("more_logits", more_logits);
   FASTLOSS_FIELD("more", more);

@@ -96,8 +96,8 @@ void row_stats(const Logits& l, const Stats& s, int64_t begin, int64_t end, void
     }
     const int64_t t = kind == RowKind::normal && l.target ? l.target[row] : -1;
     const T* x = static_cast<const T*>(l.x) + row * l.row_stride;
-    const RowSums r =
-        first_pass<T>(l, f, x, t, static_cast<const S*>(nullptr), wanted(s), scratch, scratch.e, nullptr);
+    const RowSums r = first_pass<T>(l, f.of_row(l, row), x, t, static_cast<const S*>(nullptr), wanted(s),
+                                    scratch, scratch.e, nullptr);
     write_stats<S>(s, row, r, double(l.vocab), kind == RowKind::bad);
   }
 }
@@ -124,7 +124,7 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
   using S = typename Acc<T>::S;
   const Scratch<T> scratch(l, c.grad != nullptr, memory);
   const Transform<T> f(l);
-  const double vocab = double(l.vocab), k = c.grad_scale * l.scale;
+  const double vocab = double(l.vocab);
   const Wanted want = wanted(s, l, c);
   for (int64_t row = begin; row < end; ++row) {
     const RowKind kind = kind_of(l, row);
@@ -141,7 +141,7 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
     if constexpr (sizeof(T) == sizeof(S)) {
       if (grad) e = grad;
     }
-    const RowSums r = first_pass<T>(l, f, static_cast<const T*>(l.x) + row * l.row_stride, t,
+    const RowSums r = first_pass<T>(l, f.of_row(l, row), static_cast<const T*>(l.x) + row * l.row_stride, t,
                                     want.sum_w ? w : nullptr, want, scratch, e, grad);
     write_stats<S>(s, row, r, vocab, bad);
     if (bad) {
@@ -152,6 +152,7 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
     const RowLoss g = loss_of_row(c, l.target != nullptr, t, w, vocab, r);
     put<S>(s.loss, row, g.loss);
     if (!grad) continue;
+    const double k = c.grad_scale * scale_of<S>(l, row);
     second_pass<T>(l, scratch, e, g.b * k / r.sum, S(g.d * k), w, grad);
     if (l.target) {
       const double p = __builtin_exp(r.z_target - r.max) / r.sum;
@@ -177,11 +178,13 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
     const S* const w = c.w ? static_cast<const S*>(c.w) + row * c.w_row_stride : nullptr;
     const double largest = get<S>(c.lse_parts, 2 * row), log_sum = get<S>(c.lse_parts, 2 * row + 1),
                  ra = get<S>(c.a, row), rb = get<S>(c.b, row), rc = get<S>(c.c, row), rd = get<S>(c.d, row);
-    const S b = S(rb * l.scale), cc = S(rc * l.scale), d = S(rd * l.scale);
+    const double scale = scale_of<S>(l, row);
+    const S b = S(rb * scale), cc = S(rc * scale), d = S(rd * scale);
+    const Transform<T> own = f.of_row(l, row);
     for (int64_t start = 0; start < l.vocab; start += kBlock) {
       const int64_t n = l.vocab - start < kBlock ? l.vocab - start : kBlock;
       S max;
-      const S* const z = load_block(f, x + start, start, n, scratch.z, scratch.slope, &max);
+      const S* const z = load_block(own, x + start, start, n, scratch.z, scratch.slope, &max);
       const bool here = t >= start && t < start + n;
       const double z_target = here ? double(z[t - start]) : 0.0;  // read before out overwrites it
       const S* const w_block = w ? w + start : nullptr;
@@ -206,7 +209,7 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
       const double log_p = (z_target - largest) - log_sum, p = __builtin_exp(log_p),
                    w_t = w ? double(w[t]) : 1.0;
       const double g = ra + rb * p + (c.c && p != 0 ? rc * p * log_p : 0.0) + (rd != 0 ? rd * w_t : 0.0);
-      store_one(out + t, S(g * l.scale * (scratch.slope ? double(scratch.slope[t - start]) : 1.0)));
+      store_one(out + t, S(g * scale * (scratch.slope ? double(scratch.slope[t - start]) : 1.0)));
     }
   }
 }

@@ -27,14 +27,6 @@ const float* weights_of(const CrossEntropy& c, int64_t row) {
   return c.w ? static_cast<const float*>(c.w) + row * c.w_row_stride : nullptr;
 }
 
-Transform<float> transform_of(const HeadCall& c, const Transform<float>& f, int64_t row) {
-  Transform<float> mine = f;
-  if (c.row_scale && c.row_scale[row] != 1.0f) {
-    mine.plain = false, mine.scale *= c.row_scale[row], mine.outer *= c.row_scale[row];
-  }
-  return mine;
-}
-
 Wanted wanted(const HeadCall& c) { return wanted(c.stats, c.logits, c.ce); }
 
 // --- sums of chapters
@@ -295,7 +287,7 @@ void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& strip
       float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
       max[g] = keep_row<T, R>(c, x, row, start, n);
       z[g] = x;
-      const Transform<float> f = transform_of(c, plain, row);
+      const Transform<float> f = plain.of_row(c.logits, row);
       if (!f.plain) z[g] = load_block(f, x, start, n, scratch.z + g * kSegment, scratch.slope, &max[g]);
       const int64_t t = kind == RowKind::normal && l.target ? l.target[row] - start : -1;
       if (t >= 0 && t < n) {
@@ -356,9 +348,6 @@ void merge(const HeadCall& c, const ChapterSums& sums, bool first, int64_t begin
 }
 
 double weight_of(const HeadCall& c, int64_t row) { return c.token_weight ? c.token_weight[row] : 1.0; }
-double scale_of(const HeadCall& c, int64_t row) {
-  return c.row_scale ? c.logits.scale * c.row_scale[row] : c.logits.scale;
-}
 
 void finish(const HeadCall& c, int64_t begin, int64_t end) {
   using S = float;
@@ -390,7 +379,7 @@ void finish(const HeadCall& c, int64_t begin, int64_t end) {
     const RowLoss g = loss_of_row(c.ce, l.target != nullptr, l.target ? l.target[row] : -1,
                                   weights_of(c.ce, row), double(l.vocab), r);
     put<S>(stats.loss, row, g.loss * weight_of(c, row));
-    const double k = c.ce.grad_scale * scale_of(c, row) * weight_of(c, row);
+    const double k = c.ce.grad_scale * scale_of<float>(c.logits, row) * weight_of(c, row);
     s.log_sum = r.log_sum;
     s.a = (g.a + (g.d != 0 ? g.d * g.w_t : 0.0)) * k, s.b = g.b * k, s.d = g.d * k;
   }
@@ -406,7 +395,7 @@ void set_coefficients(const HeadCall& c, int64_t begin, int64_t end) {
     if (kind != RowKind::normal) continue;
     s.max = get<float>(g.lse_parts, 2 * row), s.log_sum = get<float>(g.lse_parts, 2 * row + 1);
     const float* const w = weights_of(c.ce, row);
-    const double k = scale_of(c, row) * weight_of(c, row);
+    const double k = scale_of<float>(c.logits, row) * weight_of(c, row);
     s.b = get<float>(g.b, row) * k, s.c = get<float>(g.c, row) * k, s.d = get<float>(g.d, row) * k;
     s.a = get<float>(g.a, row) * k;
     if (c.logits.target && s.d != 0) s.a += s.d * (w ? double(w[c.logits.target[row]]) : 1.0);
@@ -472,7 +461,7 @@ void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* 
       continue;
     }
     float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
-    const Transform<float> f = transform_of(c, plain, row);
+    const Transform<float> f = plain.of_row(c.logits, row);
     const int64_t t = l.target ? l.target[row] - start : -1;
     const bool here = t >= 0 && t < n;
     double z_target, slope_target = 1;
@@ -548,7 +537,7 @@ void exponentials(const HeadCall& c, const ChapterSums* sums, const StripeOfLogi
       continue;
     }
     const float* z = stripe.z + i * stripe.stride;
-    const Transform<float> f = transform_of(c, plain, row);
+    const Transform<float> f = plain.of_row(c.logits, row);
     float max;
     if (!f.plain || n % W != 0) z = load_block(f, z, start, n, scratch.z, scratch.slope, &max);
     double largest_so_far = sums ? sums->max[row] : s.max;  // this chapter's, if it is not over

@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
                                                                      int keep_packs) {
   FASTLOSS_DYNAMIC_SHARED(shared);
   const int vocab = int(in.vocab);
-  const Transform<General> transform(in);
+  const Transform<General> of_all(in);
   const bool leader = threadIdx.x == 0;
 
   for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
 
     const bool has_target = in.target && wide_t >= 0 && wide_t < in.vocab, bad = in.target && !has_target;
     const int t = has_target ? int(wide_t) : -1;
+    const Transform<General> transform = of_all.of_row(in, row);
     const float* w_row = ce.w ? ce.w + row * ce.w_row_stride : nullptr;
     const bool weighs_all =
         in.target == nullptr || ce.terms.smooth != 0;  // else w is read at the target alone
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
     }
 
     if constexpr (Grad) {
-      const float factor = in.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
+      const float factor = transform.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
       const float weight_sum = Extra ? sums.w : 0.0f;
       auto k = cross_entropy_coefficients(ce.terms, in.target != nullptr, w_t, weight_sum, lse);
       if (bad) k.b = NAN;

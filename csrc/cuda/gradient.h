@@ -125,7 +125,7 @@ template <class T, bool General, bool Weights>
 __global__ void __launch_bounds__(kMaxThreads, 2) row_grad_kernel(Logits in, Coefficients k) {
   const int vocab = int(in.vocab);
   const int first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
-  const Transform<General> transform(in);
+  const Transform<General> of_all(in);
   for (int64_t row = blockIdx.x; row < in.rows; row += gridDim.x) {
     const int64_t t = in.target ? in.target[row] : -1;
     T* out = static_cast<T*>(k.out) + row * k.out_row_stride;
@@ -136,9 +136,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_grad_kernel(Logits in, Coe
     }
     // p = e^(z - largest) / sum, with log p = (z - largest) - log sum: b and c take in what is constant.
     const float log_sum = k.lse_parts[2 * row + 1], over_sum = expf(-log_sum);
-    const float b = at_row(k.b, row) * in.scale, c = at_row(k.c, row) * in.scale;
-    const RowGradient g = {k.lse_parts[2 * row], at_row(k.a, row) * in.scale, (b - c * log_sum) * over_sum,
-                           c * over_sum, at_row(k.d, row) * in.scale};
+    const Transform<General> transform = of_all.of_row(in, row);
+    const float scale = transform.scale, b = at_row(k.b, row) * scale, c = at_row(k.c, row) * scale;
+    const RowGradient g = {k.lse_parts[2 * row], at_row(k.a, row) * scale, (b - c * log_sum) * over_sum,
+                           c * over_sum, at_row(k.d, row) * scale};
     write_gradient<General, Weights, true>(static_cast<const T*>(in.x) + row * in.row_stride, out, vocab,
                                            in.bias, k.w ? k.w + row * k.w_row_stride : nullptr, int(t),
                                            transform, g, Kept{nullptr, 0, 0}, first, step);

@@ -31,6 +31,10 @@ __device__ inline float tanh_and_slope(float y, float* slope) {
   return copysignf(is_near ? near : far, y);
 }
 
+__device__ inline float scale_of(const Logits& in, int64_t row) {
+  return in.row_scale ? in.scale * in.row_scale[row] : in.scale;
+}
+
 // `General` off: no bias and no soft-cap, and the compiler drops their registers.
 template <bool General>
 struct Transform {
@@ -38,6 +42,13 @@ struct Transform {
 
   __device__ explicit Transform(const Logits& in)
       : scale(in.scale), softcap(in.softcap), inverse_softcap(in.softcap > 0 ? 1.0f / in.softcap : 0.0f) {}
+
+  // With the row's own scale.
+  __device__ Transform of_row(const Logits& in, int64_t row) const {
+    Transform mine = *this;
+    mine.scale = scale_of(in, row);
+    return mine;
+  }
 
   // The slope is that of the soft-cap alone; `scale` belongs to the coefficients.
   __device__ float operator()(float x, float bias, float* slope) const {

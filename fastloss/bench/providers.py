@@ -110,13 +110,12 @@ def registry() -> list[Provider]:
 
 
 def chosen(
-    case: Case, device: str, pattern: str = "*", skip: Sequence[str] = ()
+    case: Case, device: str, patterns: Sequence[str] = ("*",), skip: Sequence[str] = ()
 ) -> tuple[list[Provider], dict[str, str]]:
     """Those that can run the case, and the reasons of those that can't."""
     found, reasons = [], {}
     for provider in registry():
-        wanted = any(fnmatch.fnmatch(provider.name, p) for p in case.only)
-        if not wanted or not fnmatch.fnmatch(provider.name, pattern):
+        if not all(any(fnmatch.fnmatch(provider.name, p) for p in given) for given in (case.only, patterns)):
             continue
         reason = provider.available(case, device)
         if reason is None and any(fnmatch.fnmatch(provider.name, p) for p in skip):

@@ -24,7 +24,7 @@ def run_case(
     device: str = "cpu",
     repeats: int = 15,
     budget: float = 6.0,
-    pattern: str = "*",
+    patterns: Sequence[str] = ("*",),
     skip: Sequence[str] = (),
     tell: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def run_case(
     inputs = data(case, device)
     tell("float64")
     truth = exact(case, inputs)
-    providers, reasons = chosen(case, device, pattern, skip)
+    providers, reasons = chosen(case, device, patterns, skip)
     steps: dict[str, Any] = {**limits.limits(case, inputs, device), **limits.references(case, inputs, device)}
     entries: dict[str, dict[str, Any]] = {name: {"name": name} for name in steps}
     times: dict[str, clock.Taken] = {}
@@ -91,8 +91,8 @@ def run_case(
         "providers": [*entries.values(), *missing],
         "run": 0,
     }
-    if pattern != "*":
-        result["only"] = pattern
+    if "*" not in patterns:
+        result["only"] = " or ".join(patterns)
     return add_ratios(result)
 
 

@@ -29,7 +29,10 @@ def bench(
         list[str] | None,
         typer.Option(help="Only cases that match this pattern, e.g. 'row-*-inplace-*'; any number of them."),
     ] = None,
-    providers: Annotated[str, typer.Option(help="Only providers that match this pattern.")] = "*",
+    providers: Annotated[
+        list[str] | None,
+        typer.Option(help="Only providers that match this pattern, e.g. 'torch*'; any number of them."),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(help="Leave out providers that match this pattern, e.g. 'torch.compile'; any number."),
@@ -87,7 +90,7 @@ def bench(
             device=device,
             repeats=repeats,
             budget=budget,
-            pattern=providers,
+            patterns=tuple(providers or ("*",)),
             skip=tuple(skip or ()),
             stop_after=stop_after,
         )

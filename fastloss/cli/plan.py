@@ -38,6 +38,9 @@ def _stages(tokens: str, stage: list[str]) -> dict[str, float]:
         if name not in formulas.STAGES:
             known = ", ".join(formulas.STAGES)
             raise typer.BadParameter(f"expected one of {known}, got {name!r}", param_hint="--stage")
+        if name in stages:
+            also = " (--tokens is pretrain's)" if tokens and name == "pretrain" else ""
+            raise typer.BadParameter(f"expected {name} once, got it twice{also}", param_hint="--stage")
         stages[name] = amount(value, "--stage")
     if not stages:
         raise typer.BadParameter("expected --tokens or --stage", param_hint="--tokens")

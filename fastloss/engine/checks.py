@@ -26,6 +26,11 @@ def is_tensor(name: str, value: Any) -> None:
         _has_memory(name, value)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """``[..., W]`` as ``[rows, W]``, also where W is 0 and ``reshape(-1, W)`` could not tell how many."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _has_memory(name: str, value: Tensor) -> None:
     """PyTorch itself reads address 0 where a tensor's storage was freed."""
     try:
@@ -74,6 +79,27 @@ def number(
         close = ")" if high == math.inf else "]"
         raise ValueError(f"{name}: expected a finite number in {bracket}{low}, {high}{close}, got {value}")
     return value
+
+
+def row_scale(temperature: Tensor, lead: tuple[int, ...], like: Tensor) -> Tensor:
+    """One over the temperature of each token, ``[rows]``, in the accumulation dtype of ``like``. ``temperature`` is broadcast to the
+    tokens' shape ``lead``."""
+    is_floating("temperature", temperature)
+    same_device("temperature", temperature, like.device)
+    if temperature.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "temperature: expected a tensor that requires no gradient; to learn one, divide the logits or hidden states by it"
+        )
+    acc = torch.float64 if like.dtype == torch.float64 else torch.float32
+    try:
+        each = temperature.detach().to(acc).broadcast_to(lead)
+    except RuntimeError:
+        raise ShapeError(
+            f"temperature: expected a number, or shape {list(lead)}, got {list(temperature.shape)}"
+        ) from None
+    if host_reads(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
+        raise ValueError("temperature: expected finite numbers > 0, got others among them")
+    return each.reshape(-1).reciprocal()
 
 
 def softcap_value(softcap: float | None) -> float:

@@ -38,9 +38,15 @@ from fastloss.tables import (
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
 
 
-def _fields(record: type, prefix: str = "") -> str:
-    """The fields of an option record as keyword-only arguments of a schema."""
-    return ", ".join(f"{_SCHEMA_TYPES[str(f.type)]} {f.name}" for f in dataclasses.fields(record))
+def _numbers(record: type) -> tuple[str, ...]:
+    """The fields of an option record but its tensors, which an operator that has a gradient takes by position alone."""
+    return tuple(f.name for f in dataclasses.fields(record) if str(f.type) in _SCHEMA_TYPES)
+
+
+def _fields(record: type) -> str:
+    """The numbers of an option record as keyword-only arguments of a schema."""
+    types = {f.name: _SCHEMA_TYPES.get(str(f.type)) for f in dataclasses.fields(record)}
+    return ", ".join(f"{types[name]} {name}" for name in _numbers(record))
 
 
 def _operator(name: str, tensors: str, record: type, more: str, returns: str) -> Callable[..., Any]:
@@ -53,9 +59,10 @@ def _operator(name: str, tensors: str, record: type, more: str, returns: str) ->
     return decorate
 
 
-def _record(kind: type, arguments: dict[str, Any]) -> Any:
-    """The option record among an operator's keyword arguments."""
-    return kind(**{field.name: arguments[field.name] for field in dataclasses.fields(kind)})
+def _record(kind: type, arguments: dict[str, Any], row_scale: Tensor | None = None) -> Any:
+    """The option record among an operator's arguments."""
+    record = kind(**{name: arguments[name] for name in _numbers(kind)})
+    return record if row_scale is None else dataclasses.replace(record, row_scale=row_scale)
 
 
 def _names(want: str) -> tuple[str, ...]:
@@ -111,22 +118,36 @@ def _stats_coefficients(
     return of_upstream(want, [by_name[name] for name in want], entropy, dtype)
 
 
+def _all_of(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """``inputs``, and None for last arguments that were left at it."""
+    return (*inputs, *[None] * (count - len(inputs)))
+
+
+def _arguments(inputs: tuple[Any, ...], required: int) -> int:
+    """Of how many arguments PyTorch expects a gradient: it drops the last ones that have their default, None."""
+    count = len(inputs)
+    while count > required and inputs[count - 1] is None:
+        count -= 1
+    return count
+
+
 def _contiguous(k: Coefficients) -> Coefficients:
     return Coefficients(*[None if x is None else x.contiguous() for x in k])
 
 
 # --- rows of logits ------------------------------------------------------------------------------------------------
 
+_ROW_SCALE = "Tensor? row_scale=None"  # RowOptions's
 _GIVEN = "Tensor? target, Tensor lse_parts, Tensor? a, Tensor? b, Tensor? c, Tensor? d, Tensor? w"
 
 
-@_operator("row_grad", f"Tensor logits, {_GIVEN}", RowOptions, "str backend", "Tensor")
-def _row_grad(logits, target, lse_parts, a, b, c, d, w, *, backend, **fields):  # type: ignore[no-untyped-def]
+@_operator("row_grad", f"Tensor logits, {_GIVEN}, {_ROW_SCALE}", RowOptions, "str backend", "Tensor")
+def _row_grad(logits, target, lse_parts, a, b, c, d, w, row_scale=None, *, backend, **fields):  # type: ignore[no-untyped-def]
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backends.runnable(backend).row_grad(
         logits,
         target,
-        _record(RowOptions, fields),
+        _record(RowOptions, fields, row_scale),
         lse_parts=lse_parts,
         coefficients=Coefficients(a, b, c, d),
         out=out,
@@ -149,11 +170,13 @@ def row_grad(
     options: RowOptions,
     backend: str,
 ) -> Tensor:
-    return _row_grad(logits, target, lse_parts, *k, w, **_row_fields(options), backend=backend)
+    return _row_grad(
+        logits, target, lse_parts, *k, w, options.row_scale, **_row_fields(options), backend=backend
+    )
 
 
 # By name and not by dataclasses.fields(RowOptions), whose class torch.compile of torch 2.13 does not trace.
-_ROW_FIELDS = tuple(field.name for field in dataclasses.fields(RowOptions))
+_ROW_FIELDS = _numbers(RowOptions)
 
 
 def _row_fields(options: RowOptions) -> dict[str, Any]:
@@ -162,7 +185,7 @@ def _row_fields(options: RowOptions) -> dict[str, Any]:
 
 
 def _all_fields(options: RowOptions | DistillationOptions | TopKOptions) -> dict[str, Any]:
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "row_scale"}
 
 
 _LOSS = "float factor, str reduction, str want"
@@ -170,15 +193,15 @@ _LOSS = "float factor, str reduction, str want"
 
 @_operator(
     "cross_entropy",
-    "Tensor logits, Tensor? target, Tensor? w, Tensor? factor_tensor",
+    f"Tensor logits, Tensor? target, Tensor? w, Tensor? factor_tensor, {_ROW_SCALE}",
     CrossEntropyOptions,
     f"{_LOSS}, str backend",
     "Tensor[]",
 )
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, target, w, factor_tensor, *, factor, reduction, want, backend, **fields
+    logits, target, w, factor_tensor, row_scale=None, *, factor, reduction, want, backend, **fields
 ):
-    options, names = _record(CrossEntropyOptions, fields), _names(want)
+    options, names = _record(CrossEntropyOptions, fields, row_scale), _names(want)
     _check_targets(target, logits.shape[1], options.ignore_index)
     out = backends.runnable(backend).row_cross_entropy(logits, target, options, want=names, w=w)
     total = _sum(backend, out["loss"], reduction, Factor(factor, factor_tensor))
@@ -186,28 +209,29 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
 
 
 @_cross_entropy.register_fake
-def _(logits, target, w, factor_tensor, *, reduction, want, **fields):  # type: ignore[no-untyped-def]
+def _(logits, target, w, factor_tensor, row_scale=None, *, reduction, want, **fields):  # type: ignore[no-untyped-def]
     rows = logits.shape[0]
     loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[logits.dtype])
     return [loss, *_fake_stats(logits, rows, _names(want), logits.dtype)]
 
 
 def _save_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    ctx.given = keyword_only_inputs
-    ctx.save_for_backward(*inputs, output[_LSE_PARTS_AT])
+    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 4)
+    ctx.save_for_backward(*_all_of(inputs, 5), output[_LSE_PARTS_AT])
 
 
 def _backward_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
     """The gradient is made here, of the upstream one, and not in the forward: multiplying it afterwards would be another pass
     over all logits, into memory of its own. A graph may not write into what it saved (retain_graph runs it twice, and
     functionalisation copies what an operator writes to), so that eager's multiplication in place is no way out."""
-    logits, target, w, factor_tensor, lse_parts = ctx.saved_tensors
+    logits, target, w, factor_tensor, row_scale, lse_parts = ctx.saved_tensors
     given, g = ctx.given, upstream[0]
-    options = _record(CrossEntropyOptions, given)
+    options = _record(CrossEntropyOptions, given, row_scale)
     if given["reduction"] != "none":
         g = _times_factor(g, given["factor"], factor_tensor, logits.shape[0])
     k = _contiguous(of_cross_entropy(g, lse_parts, target, w, logits.shape[1], options))
-    return row_grad(logits, target, lse_parts, k, w, options, given["backend"]), None, None, None
+    grad = row_grad(logits, target, lse_parts, k, w, options, given["backend"])
+    return grad, *[None] * (ctx.arguments - 1)
 
 
 _cross_entropy.register_autograd(_backward_cross_entropy, setup_context=_save_cross_entropy)
@@ -229,6 +253,7 @@ def cross_entropy(
         target,
         w,
         factor.tensor,
+        options.row_scale,
         **_all_fields(options),
         factor=factor.value,
         reduction=reduction,
@@ -237,30 +262,37 @@ def cross_entropy(
     )
 
 
-@_operator("token_stats", "Tensor logits, Tensor? target", RowOptions, "str want, str backend", "Tensor[]")
-def _token_stats(logits, target, *, want, backend, **fields):  # type: ignore[no-untyped-def]
-    options, names = _record(RowOptions, fields), _names(want)
+@_operator(
+    "token_stats",
+    f"Tensor logits, Tensor? target, {_ROW_SCALE}",
+    RowOptions,
+    "str want, str backend",
+    "Tensor[]",
+)
+def _token_stats(logits, target, row_scale=None, *, want, backend, **fields):  # type: ignore[no-untyped-def]
+    options, names = _record(RowOptions, fields, row_scale), _names(want)
     _check_targets(target, logits.shape[1], options.ignore_index)
     out = backends.runnable(backend).row_stats(logits, target, options, want=heads.with_lse_parts(names))
     return _pack(out, names, logits, logits.dtype)
 
 
 @_token_stats.register_fake
-def _(logits, target, *, want, **fields):  # type: ignore[no-untyped-def]
+def _(logits, target, row_scale=None, *, want, **fields):  # type: ignore[no-untyped-def]
     return _fake_stats(logits, logits.shape[0], _names(want), logits.dtype)
 
 
 def _save_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    ctx.given = keyword_only_inputs
+    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 2)
     by_name = dict(zip(OUTPUTS, output, strict=True))
-    ctx.save_for_backward(*inputs, by_name[LSE_PARTS], by_name["entropy"])
+    ctx.save_for_backward(*_all_of(inputs, 3), by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
-    logits, target, lse_parts, entropy = ctx.saved_tensors
+    logits, target, row_scale, lse_parts, entropy = ctx.saved_tensors
     k = _stats_coefficients(_names(ctx.given["want"]), upstream, entropy, lse_parts.dtype)
-    options = _record(RowOptions, ctx.given)
-    return row_grad(logits, target, lse_parts, k, None, options, ctx.given["backend"]), None
+    options = _record(RowOptions, ctx.given, row_scale)
+    grad = row_grad(logits, target, lse_parts, k, None, options, ctx.given["backend"])
+    return grad, *[None] * (ctx.arguments - 1)
 
 
 _token_stats.register_autograd(_backward_token_stats, setup_context=_save_token_stats)
@@ -270,7 +302,9 @@ def token_stats(
     logits: Tensor, target: Tensor | None, options: RowOptions, want: tuple[str, ...], backend: str
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
-    return _token_stats(logits, target, **_row_fields(options), want=",".join(want), backend=backend)[:-1]
+    return _token_stats(
+        logits, target, options.row_scale, **_row_fields(options), want=",".join(want), backend=backend
+    )[:-1]
 
 
 # --- the linear head -----------------------------------------------------------------------------------------------
@@ -308,7 +342,7 @@ def _fake_grads(hidden, weight, bias, needs, dtypes):  # type: ignore[no-untyped
     ]
 
 
-@_operator("linear_row_grad", f"{_HEAD}, {_GIVEN}", RowOptions, _HOW, "Tensor[]")
+@_operator("linear_row_grad", f"{_HEAD}, {_GIVEN}, {_ROW_SCALE}", RowOptions, _HOW, "Tensor[]")
 def _linear_row_grad(  # type: ignore[no-untyped-def]
     hidden,
     weight,
@@ -320,6 +354,7 @@ def _linear_row_grad(  # type: ignore[no-untyped-def]
     c,
     d,
     w,
+    row_scale=None,
     *,
     needs,
     dtype,
@@ -329,7 +364,7 @@ def _linear_row_grad(  # type: ignore[no-untyped-def]
     float_logits=False,
     **fields,
 ):
-    options = _record(RowOptions, fields)
+    options = _record(RowOptions, fields, row_scale)
     needed = Needs(*needs)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     schedule, keep = _schedule(
@@ -364,6 +399,7 @@ def linear_row_grad(
         saved.lse_parts,
         *saved.coefficients,
         saved.w,
+        saved.options.row_scale,
         **_row_fields(saved.options),
         needs=needs,
         dtype=dtype,
@@ -377,16 +413,16 @@ def linear_row_grad(
 
 @_operator(
     "linear_cross_entropy",
-    f"{_HEAD}, Tensor? target, Tensor? w, Tensor? factor_tensor, Tensor? token_weight=None",
+    f"{_HEAD}, Tensor? target, Tensor? w, Tensor? factor_tensor, Tensor? token_weight=None, {_ROW_SCALE}",
     CrossEntropyOptions,
     f"{_LOSS}, {_HOW}",
     "Tensor[]",
 )
 def _linear_cross_entropy(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, factor_tensor, token_weight=None, *,
+    hidden, weight, bias, target, w, factor_tensor, token_weight=None, row_scale=None, *,
     factor, reduction, want, needs, dtype, chunk, backend, memory="auto", float_logits=False, **fields,
 ):  # fmt: skip
-    options, needed, names = _record(CrossEntropyOptions, fields), Needs(*needs), _names(want)
+    options, needed, names = _record(CrossEntropyOptions, fields, row_scale), Needs(*needs), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     per_row = reduction == "none"
@@ -435,6 +471,7 @@ def _(
     w,
     factor_tensor,
     token_weight=None,
+    row_scale=None,
     *,
     reduction,
     want,
@@ -449,20 +486,21 @@ def _(
 
 
 def _save_linear_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, factor_tensor, token_weight = inputs
-    # PyTorch drops a last argument that has its default, and expects no gradient of it.
-    ctx.constants = 3 if token_weight is None else 4
+    hidden, weight, bias, target, w, factor_tensor, token_weight, row_scale = _all_of(inputs, 8)
+    ctx.arguments = _arguments(inputs, 6)
     ctx.given = keyword_only_inputs
     ctx.needs = list(ctx.needs_input_grad[:3])
     ctx.dtypes = heads.leaf_dtypes(hidden, weight, bias)
     made = any(ctx.given["needs"])
-    operands = (None,) * 6 if made else (hidden, weight, bias, target, w, token_weight)
+    operands = (None,) * 7 if made else (hidden, weight, bias, target, w, token_weight, row_scale)
     grads = output[-3:] if made else (None,) * 3
     ctx.save_for_backward(*operands, *grads, None if made else output[_LSE_PARTS_AT], factor_tensor)
 
 
 def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, token_weight, *made, lse_parts, factor_tensor = ctx.saved_tensors
+    hidden, weight, bias, target, w, token_weight, row_scale, *made, lse_parts, factor_tensor = (
+        ctx.saved_tensors
+    )
     given, g = ctx.given, upstream[0]
     factor, dtype, per_row = given["factor"], given["dtype"], given["reduction"] == "none"
     if any(given["needs"]):
@@ -471,7 +509,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
         acc = ACC_DTYPES[dtype]  # a scalar is not rounded to the gradient's dtype first
         grads = [(x.to(acc) * scale.to(acc)).to(t) if need else None for x, need, t in needs]
     else:
-        options = _record(CrossEntropyOptions, given)
+        options = _record(CrossEntropyOptions, given, row_scale)
         if not per_row:
             g = _times_factor(g, factor, factor_tensor, hidden.shape[0])
         if token_weight is not None:
@@ -480,7 +518,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
         saved = Saved(target, lse_parts, k, options, None, w)
         how = ctx.needs, dtype, _given_limits(given), given["backend"]
         grads = linear_row_grad(hidden, weight, bias, saved, *how)
-    return (*grads, *[None] * ctx.constants)
+    return (*grads, *[None] * (ctx.arguments - 3))
 
 
 _linear_cross_entropy.register_autograd(
@@ -513,6 +551,7 @@ def linear_cross_entropy(
         w,
         factor.tensor,
         token_weight,
+        options.row_scale,
         **_all_fields(options),
         factor=factor.value,
         reduction=reduction,
@@ -528,15 +567,16 @@ def linear_cross_entropy(
 
 @_operator(
     "linear_token_stats",
-    f"{_HEAD}, Tensor? target",
+    f"{_HEAD}, Tensor? target, {_ROW_SCALE}",
     RowOptions,
     "str want, ScalarType dtype, int chunk, str backend, str memory='auto', bool float_logits=False",
     "Tensor[]",
 )
 def _linear_token_stats(
-    hidden, weight, bias, target, *, want, dtype, chunk, backend, memory="auto", float_logits=False, **fields
-):  # type: ignore[no-untyped-def]
-    options, names = _record(RowOptions, fields), _names(want)
+    hidden, weight, bias, target, row_scale=None, *,
+    want, dtype, chunk, backend, memory="auto", float_logits=False, **fields,
+):  # type: ignore[no-untyped-def]  # fmt: skip
+    options, names = _record(RowOptions, fields, row_scale), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     schedule, keep = _schedule(
@@ -547,30 +587,30 @@ def _linear_token_stats(
 
 
 @_linear_token_stats.register_fake
-def _(hidden, weight, bias, target, *, want, dtype, **fields):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, target, row_scale=None, *, want, dtype, **fields):  # type: ignore[no-untyped-def]
     like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
     return _fake_stats(like, hidden.shape[0], _names(want), dtype)
 
 
 def _save_linear_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
     ctx.given = keyword_only_inputs
-    ctx.needs = list(ctx.needs_input_grad[:3])
+    ctx.needs, ctx.arguments = list(ctx.needs_input_grad[:3]), _arguments(inputs, 4)
     by_name = dict(zip(OUTPUTS, output, strict=True))
-    ctx.save_for_backward(*inputs, by_name[LSE_PARTS], by_name["entropy"])
+    ctx.save_for_backward(*_all_of(inputs, 5), by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, lse_parts, entropy = ctx.saved_tensors
+    hidden, weight, bias, target, row_scale, lse_parts, entropy = ctx.saved_tensors
     given = ctx.given
     k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse_parts.dtype)
-    saved = Saved(target, lse_parts, k, _record(RowOptions, given), None)
+    saved = Saved(target, lse_parts, k, _record(RowOptions, given, row_scale), None)
     how = (
         ctx.needs,
         given["dtype"],
         _given_limits(given),
         given["backend"],
     )
-    return (*linear_row_grad(hidden, weight, bias, saved, *how), None)
+    return (*linear_row_grad(hidden, weight, bias, saved, *how), *[None] * (ctx.arguments - 3))
 
 
 _linear_token_stats.register_autograd(_backward_linear_token_stats, setup_context=_save_linear_token_stats)
@@ -593,6 +633,7 @@ def linear_token_stats(
         weight,
         bias,
         target,
+        options.row_scale,
         **_row_fields(options),
         want=",".join(want),
         dtype=dtype,

@@ -42,7 +42,7 @@ from fastloss.engine.support import (
 )
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, RowOptions
 
-_SETS = "Tensor? target, Tensor ids, Tensor? offsets"
+_SETS = "Tensor? target, Tensor ids, Tensor? offsets, Tensor? row_scale"
 _SAVED = "Tensor z, Tensor lse_parts, Tensor? a, Tensor? b, Tensor? c"
 
 
@@ -72,8 +72,8 @@ def _coefficients(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> Coeff
 
 
 @_operator("support_stats", "Tensor logits, " + _SETS, RowOptions, "str want, str backend", "Tensor[]")
-def _stats(logits, target, ids, offsets, *, want, backend, **fields):
-    options, names = _record(RowOptions, fields), _names(want)
+def _stats(logits, target, ids, offsets, row_scale, *, want, backend, **fields):
+    options, names = _record(RowOptions, fields, row_scale), _names(want)
     layout = _layout(logits.shape[0], target, ids, offsets, logits.shape[1], options)
     z = kept_of_logits(logits, layout, options)
     out = stats_of(backends.runnable(backend), z, layout, heads.with_lse_parts(names))
@@ -81,14 +81,14 @@ def _stats(logits, target, ids, offsets, *, want, backend, **fields):
 
 
 @_stats.register_fake
-def _(logits, target, ids, offsets, *, want, **fields):
+def _(logits, target, ids, offsets, row_scale, *, want, **fields):
     like = logits.new_empty(0, dtype=ACC_DTYPES[logits.dtype])
     return [*_fake_stats(like, logits.shape[0], _names(want), logits.dtype), like.new_empty(ids.shape[0])]
 
 
 @_operator("support_stats_grad", f"Tensor logits, {_SETS}, {_SAVED}", RowOptions, "str backend", "Tensor")
-def _grad(logits, target, ids, offsets, z, lse_parts, a, b, c, *, backend, **fields):
-    options = _record(RowOptions, fields)
+def _grad(logits, target, ids, offsets, row_scale, z, lse_parts, a, b, c, *, backend, **fields):
+    options = _record(RowOptions, fields, row_scale)
     layout = _layout(logits.shape[0], target, ids, offsets, logits.shape[1], options, check=False)
     d_z = gradient_of(backends.runnable(backend), z, layout, options, lse_parts, _coefficients(a, b, c))
     out = new_gradient(logits.shape, logits.dtype, logits.device)
@@ -115,7 +115,7 @@ def _backward(ctx, upstream):
     *inputs, z, parts, entropy = ctx.saved_tensors
     k = _k(ctx.given, upstream, entropy, parts.dtype)
     given = {name: x for name, x in ctx.given.items() if name != "want"}
-    return _grad(*inputs, z, parts, *k[:3], **given), None, None, None
+    return _grad(*inputs, z, parts, *k[:3], **given), *[None] * 4
 
 
 _stats.register_autograd(_backward, setup_context=_save)
@@ -131,7 +131,14 @@ def support_stats(
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
     out = _stats(
-        logits, target, sets.ids, sets.offsets, **_row_fields(options), want=",".join(want), backend=backend
+        logits,
+        target,
+        sets.ids,
+        sets.offsets,
+        options.row_scale,
+        **_row_fields(options),
+        want=",".join(want),
+        backend=backend,
     )
     return list(out[:-2])
 
@@ -144,15 +151,15 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
 @_operator(
     "linear_support_stats", _HEAD + _SETS, RowOptions, "str want, ScalarType dtype, str backend", "Tensor[]"
 )
-def _linear(hidden, weight, bias, target, ids, offsets, *, want, dtype, backend, **fields):
-    options, names, kernels = _record(RowOptions, fields), _names(want), backends.runnable(backend)
+def _linear(hidden, weight, bias, target, ids, offsets, row_scale, *, want, dtype, backend, **fields):
+    options, names, kernels = _record(RowOptions, fields, row_scale), _names(want), backends.runnable(backend)
     layout = _layout(hidden.shape[0], target, ids, offsets, weight.shape[0], options)
     z = kept_of_head(kernels, hidden, weight, bias, layout, options, dtype)
     return [*_pack(stats_of(kernels, z, layout, heads.with_lse_parts(names)), names, z, dtype), z]
 
 
 @_linear.register_fake
-def _(hidden, weight, bias, target, ids, offsets, *, want, dtype, **fields):
+def _(hidden, weight, bias, target, ids, offsets, row_scale, *, want, dtype, **fields):
     like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
     return [*_fake_stats(like, hidden.shape[0], _names(want), dtype), like.new_empty(ids.shape[0])]
 
@@ -162,9 +169,25 @@ def _(hidden, weight, bias, target, ids, offsets, *, want, dtype, **fields):
     "bool[] needs, ScalarType dtype, str backend", "Tensor[]",
 )  # fmt: skip
 def _linear_grad(
-    hidden, weight, bias, target, ids, offsets, z, lse_parts, a, b, c, *, needs, dtype, backend, **fields
+    hidden,
+    weight,
+    bias,
+    target,
+    ids,
+    offsets,
+    row_scale,
+    z,
+    lse_parts,
+    a,
+    b,
+    c,
+    *,
+    needs,
+    dtype,
+    backend,
+    **fields,
 ):
-    options, kernels = _record(RowOptions, fields), backends.runnable(backend)
+    options, kernels = _record(RowOptions, fields, row_scale), backends.runnable(backend)
     layout = _layout(hidden.shape[0], target, ids, offsets, weight.shape[0], options, check=False)
     d_z = gradient_of(kernels, z, layout, options, lse_parts, _coefficients(a, b, c))
     grads = gradients_of_head(kernels, hidden, weight, bias, d_z, layout, dtype, Needs(*needs))
@@ -187,7 +210,7 @@ def _backward_linear(ctx, upstream):
     k = _k(ctx.given, upstream, entropy, parts.dtype)
     given = {name: x for name, x in ctx.given.items() if name != "want"}
     made = _linear_grad(*inputs, z, parts, *k[:3], needs=ctx.needs, **given)
-    return (*(x if need else None for x, need in zip(made, ctx.needs, strict=True)), None, None, None)
+    return (*(x if need else None for x, need in zip(made, ctx.needs, strict=True)), *[None] * 4)
 
 
 _linear.register_autograd(_backward_linear, setup_context=_save_linear)
@@ -206,7 +229,7 @@ def linear_support_stats(
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
     out = _linear(
-        hidden, weight, bias, target, sets.ids, sets.offsets, **_row_fields(options), want=",".join(want),
+        hidden, weight, bias, target, sets.ids, sets.offsets, options.row_scale, **_row_fields(options), want=",".join(want),
         dtype=dtype, backend=backend,
     )  # fmt: skip
     return list(out[:-2])

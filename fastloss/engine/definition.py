@@ -231,7 +231,7 @@ class ReferenceBackend:
 def _transform(options: RowOptions) -> dict[str, Any]:
     return {
         "ignore_index": options.ignore_index,
-        "scale": options.scale,
+        "scale": options.factor,
         "softcap": options.softcap or None,
     }
 

@@ -25,9 +25,9 @@ from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.gate import address
 from fastloss.engine.head_rows import upcasts
-from fastloss.engine.head_types import Grads, Head, Needs
+from fastloss.engine.head_types import Grads, Head, Needs, options_of_part
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
-from fastloss.tables import DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, RowOptions
+from fastloss.tables import DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, Row, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
 # Columns of a block at most: the threads share a block of all rows' d logits.
@@ -49,6 +49,8 @@ def why_not(backend: Backend, dtype: torch.dtype, weight: Tensor) -> str:
         return "FASTLOSS_VOCABULARY_BLOCKS=0"
     if dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (torch.float32, torch.bfloat16):
         return "the dtype"
+    if weight.shape[1] == 0:
+        return "hidden states of width 0"
     if not multiplies_floats(weight, dtype):
         if not (supports_gemm_bf16() or backend.module.supports_tiles()):
             return "oneDNN multiplies bfloat16 faster than float32"
@@ -249,6 +251,9 @@ class BlockPart:
         """This part's entries of a tensor that has one for each computed row."""
         return None if per_row is None else per_row[self.start : self.stop]
 
+    def own(self, options: Row) -> Row:
+        return options_of_part(options, self.run.keep, self.start, self.stop)
+
     def cross_entropy(
         self,
         target: Tensor | None,
@@ -264,7 +269,7 @@ class BlockPart:
         self.run.multiplied += self.rows * gemms(self.needs, self.rows, dim, self.more)
         if w is not None and w.dim() == 2:
             w = w[self.start : self.stop]
-        call = _NativeCall(self, target, w, options)
+        call = _NativeCall(self, target, w, self.own(options))
         out = self._outputs(call, (*want, "loss"))
         call.record.set_loss(options)
         call.point_to(token_weight=row_factors)
@@ -280,7 +285,7 @@ class BlockPart:
         self._ahead = self.needs == Needs(True, False, False) and self.logprobs_only and target is not None
         self.run.multiplied += self.rows * (1 + self._ahead)
         needs = self.needs if self._ahead else Needs(False, self.needs.weight, False)
-        call = _NativeCall(self, target, None, options, needs)
+        call = _NativeCall(self, target, None, self.own(options), needs)
         out = self._outputs(call, want)
         if self._ahead:
             call.record.grad_scale = -1.0  # cross-entropy's loss is -log p
@@ -319,7 +324,7 @@ class BlockPart:
         self.run.multiplied += self.rows * (again + self.needs.hidden + self.needs.weight)
         if w is not None and w.dim() == 2:
             w = w[self.start : self.stop]
-        call = _NativeCall(self, target, w, options, kept=kept)
+        call = _NativeCall(self, target, w, self.own(options), kept=kept)
         k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
         call.point_to(given_lse_parts=lse_parts, **k)
         call.execute()
@@ -362,7 +367,7 @@ class _NativeCall:
         c.grad_scale, c.spread, c.split, c.pairs = 1.0, self.rest is None, self.split, pairs
         c.tiles = pairs and self.native.module.supports_tiles()
         self.point_to(
-            target=target, bias=h.bias, w=w, keep=self.keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
+            target=target, bias=h.bias, row_scale=options.row_scale, w=w, keep=self.keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
             d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias,
         )  # fmt: skip
         if kept is not None:

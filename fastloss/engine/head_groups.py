@@ -110,6 +110,7 @@ def check_grouped_head(
     if not traced:
         check_targets(target.reshape(-1), heads.vocab_of(linear_weight, limits), options.ignore_index)
     grouped = _grouped(target, cu_seqlens, width, options.ignore_index, ACC_DTYPES[input.dtype], traced)
+    options = options.of_rows(lambda x: x.index_select(0, grouped.order))
     return GroupedHead(rows, linear_weight, linear_bias, grouped, options, limits)
 
 
@@ -193,7 +194,7 @@ def reference_sums(
     """Σ log p of every sequence under the reference model: 1 GEMM over the same rows, no gradient."""
     rows, options = x.rows, x.options
     with torch.no_grad():
-        hidden = ref_input.detach().reshape(-1, ref_input.shape[-1]).index_select(0, rows.order)
+        hidden = checks.as_rows(ref_input.detach()).index_select(0, rows.order)
         heads.check_linear(hidden, ref_weight, ref_bias)
         shards = x.limits.shards
         if shards is not None:  # the reference's vocabulary is cut over the same processes
@@ -220,7 +221,7 @@ def sum_tokens(backend: Backend, tokens: Tokens, values: Tensor, tails: Tensor |
 
 def _transform(options: RowOptions) -> dict[str, Any]:
     return {
-        "scale": options.scale,
+        "scale": options.factor,
         "softcap": options.softcap or None,
         "ignore_index": options.ignore_index,
     }

@@ -19,10 +19,10 @@ from fastloss.engine import devices
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Factor
-from fastloss.engine.head_types import Grads, Head, Needs
+from fastloss.engine.head_types import Grads, Head, Needs, options_of_part
 from fastloss.engine.native import multiply_bf16, supports_gemm_bf16
 from fastloss.engine.selection import Selection, Taken, take, write_gradient
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, CrossEntropyOptions, Row, RowOptions
 
 # Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
 UPCAST_BLOCK = 2048
@@ -295,6 +295,9 @@ class Chunk:
         """This chunk's entries of a tensor that has one for each computed row."""
         return None if per_row is None else per_row[self.start : self.stop]
 
+    def own(self, options: Row) -> Row:
+        return options_of_part(options, self.run.keep, self.start, self.stop)
+
     @property
     def logits(self) -> Tensor:
         if self._logits is None:
@@ -305,14 +308,15 @@ class Chunk:
 
     def stats(self, target: Tensor | None, options: RowOptions, want: Sequence[str]) -> dict[str, Tensor]:
         head = self.run.head
-        return head.backend.row_stats(self.logits, target, options, want=want, bias=head.bias)
+        return head.backend.row_stats(self.logits, target, self.own(options), want=want, bias=head.bias)
 
     def distances(
         self, target: Tensor | None, options: CrossEntropyOptions, w: Tensor | None, want: Sequence[str]
     ) -> dict[str, Tensor]:
         """The losses alone, named "distance", and statistics; no gradient is made."""
         head = self.run.head
-        out = head.backend.row_cross_entropy(self.logits, target, options, want=want, bias=head.bias, w=w)
+        own = self.own(options)
+        out = head.backend.row_cross_entropy(self.logits, target, own, want=want, bias=head.bias, w=w)
         out["distance"] = out.pop("loss")
         return out
 
@@ -334,7 +338,7 @@ class Chunk:
         if w is not None and w.dim() == 2:
             w = w[self.start : self.stop]
         out = head.backend.row_cross_entropy(
-            z, target, options, factor=factor, grad=grad, want=want, bias=head.bias, w=w
+            z, target, self.own(options), factor=factor, grad=grad, want=want, bias=head.bias, w=w
         )
         if grad is not None:
             self.run.gemms.gradients(z, self.start, self.stop)
@@ -352,7 +356,7 @@ class Chunk:
         """The losses first, then their gradients from coefficients: a row kernel has one factor for all rows."""
         head, z = self.run.head, self.logits
         own = w[self.start : self.stop] if w is not None and w.dim() == 2 else w
-        out = head.backend.row_cross_entropy(z, target, options, want=want, bias=head.bias, w=own)
+        out = head.backend.row_cross_entropy(z, target, self.own(options), want=want, bias=head.bias, w=own)
         out["loss"] = out["loss"] * row_factors
         if self.run.needs and z.shape[0]:
             upstream = row_factors * factor.value
@@ -378,8 +382,8 @@ class Chunk:
             w = w[self.start : self.stop]
         head = self.run.head
         head.backend.row_grad(
-            z, target, options, lse_parts=lse_parts, coefficients=coefficients, out=z, bias=head.bias, w=w
-        )
+            z, target, self.own(options), lse_parts=lse_parts, coefficients=coefficients, out=z, bias=head.bias, w=w,
+        )  # fmt: skip
         self.add_gradients()
 
     def take(self, mark: Tensor, options: RowOptions, selection: Selection) -> Taken:
@@ -423,6 +427,11 @@ def count_gemms(head: Head, rows: int, gemms: float) -> None:
 @torch.library.custom_op("fastloss::head_gemms", mutates_args=())
 def _counted(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
     """Does nothing."""
+
+
+@_counted.register_fake
+def _(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
+    """A mode may repeat it on meta tensors."""
 
 
 @register_flop_formula(torch.ops.fastloss.head_gemms)

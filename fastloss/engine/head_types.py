@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastloss.engine.contract import Backend
 from fastloss.engine.shards import Shards
+from fastloss.tables import Row
 
 
 class Needs(NamedTuple):
@@ -50,3 +51,8 @@ class Head(NamedTuple):
     bias: Tensor | None  # acc [V]
     dtype: torch.dtype
     shards: Shards | None = None  # this weight is one of them
+
+
+def options_of_part(options: Row, keep: Tensor | None, start: int, stop: int) -> Row:
+    """A call's options for the computed rows [start, stop). ``keep``: which of all rows are computed (None: all)."""
+    return options.of_rows(lambda x: x[start:stop] if keep is None else x.index_select(0, keep[start:stop]))

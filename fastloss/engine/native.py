@@ -279,7 +279,7 @@ class NativeBackend:
             with self.context.guard(logits):
                 self.module.row_stats(
                     **_size(logits), options=options, context=self.context.argument(logits),
-                    **addresses({"logits": logits, "target": target, "bias": bias}, {**_NO_STATS, **out}),
+                    **addresses({"logits": logits, "target": target, "bias": bias, "row_scale": options.row_scale}, {**_NO_STATS, **out}),
                 )  # fmt: skip
         return out
 
@@ -299,7 +299,7 @@ class NativeBackend:
             return
         given = {
             "logits": logits, "target": target, "bias": bias, "lse_parts": lse_parts, "w": w, "out": out,
-            "a": coefficients.a, "b": coefficients.b, "c": coefficients.c, "d": coefficients.d,
+            "row_scale": options.row_scale, "a": coefficients.a, "b": coefficients.b, "c": coefficients.c, "d": coefficients.d,
         }  # fmt: skip
         with self.context.guard(logits):
             self.module.row_grad(
@@ -323,6 +323,7 @@ class NativeBackend:
         if logits.shape[0]:
             given = {
                 "logits": logits, "target": target, "bias": bias, "w": w, "grad": grad, "factor_tensor": factor.tensor,
+                "row_scale": options.row_scale,
             }  # fmt: skip
             with self.context.guard(logits):
                 self.module.row_cross_entropy(

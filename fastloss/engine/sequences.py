@@ -22,9 +22,17 @@ class Sequences:
     n: int  # tokens, padding included
     device: torch.device
 
-    @functools.cached_property
+    @property
     def ids(self) -> Tensor:
         """The sequence of each token, int64 ``[N]``; ``count`` past the last sequence."""
+        # torch.compile does not trace the lock that a cached property has in Python 3.10 and 3.11.
+        return self._found() if torch.compiler.is_compiling() else self._kept
+
+    @functools.cached_property
+    def _kept(self) -> Tensor:
+        return self._found()
+
+    def _found(self) -> Tensor:
         assert self.offsets is not None
         position = torch.arange(self.n, device=self.device, dtype=torch.int64)
         return torch.searchsorted(self.offsets[1:].contiguous(), position, right=True)

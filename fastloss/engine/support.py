@@ -21,7 +21,6 @@ from fastloss.engine.coefficients import Coefficients, of_upstream
 from fastloss.engine.contract import Backend
 from fastloss.engine.gather import segments_of
 from fastloss.engine.head_types import Grads, Needs
-from fastloss.engine.selection import raw_gradient
 from fastloss.engine.sequences import Sequences, packed_layout
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, RowOptions
 
@@ -259,7 +258,17 @@ def gradient_of(
             out.scatter_(0, group.place.view(-1), made.view(-1))
         elif group.width:
             out[:entries] = made.view(-1)
-    return torch.where(layout.classes >= 0, raw_gradient(z, out[:entries], options), 0.0)
+    factor = _factor(layout, options)
+    d_z = out[:entries] * factor
+    if options.softcap:
+        d_z = d_z * (1 - (z / (factor * options.softcap)) ** 2)
+    return torch.where(layout.classes >= 0, d_z, 0.0)
+
+
+def _factor(layout: Layout, options: RowOptions) -> float | Tensor:
+    """What the entries' logits are multiplied by."""
+    factor = options.factor
+    return factor[layout.row] if isinstance(factor, Tensor) else factor
 
 
 def _seen(z: Tensor, layout: Layout, options: RowOptions) -> Tensor:
@@ -267,7 +276,7 @@ def _seen(z: Tensor, layout: Layout, options: RowOptions) -> Tensor:
     get them so."""
     if options.softcap:
         z = options.softcap * (z / options.softcap).tanh()
-    return (z if options.scale == 1.0 else z * options.scale).masked_fill(layout.classes < 0, -torch.inf)
+    return (z * _factor(layout, options)).masked_fill(layout.classes < 0, -torch.inf)
 
 
 # --- from logits ---------------------------------------------------------------------------------------------------------
@@ -310,7 +319,7 @@ def _defined(logits: Tensor, target: Tensor | None, run: SupportRun) -> list[Ten
     out = reference.token_stats(
         logits,
         target,
-        scale=o.scale,
+        scale=o.factor,
         softcap=o.softcap or None,
         ignore_index=o.ignore_index,
         kept=mask,

@@ -45,6 +45,9 @@ def _renamed(columns: Sequence[str]) -> dict[str, str]:
     for column, (ours, _, theirs) in zip(columns, pairs, strict=True):
         if not (ours and theirs):
             raise ValueError(f"column: expected a pair like completion=answer, got {column!r}")
+    for names in zip(*((ours, theirs) for ours, _, theirs in pairs), strict=True):
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"column: expected each name once, got {twice[0]} twice in {' '.join(columns)}")
     return {theirs: ours for ours, _, theirs in pairs}
 
 

@@ -19,6 +19,7 @@ from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor, count_plainly
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DIRECT_CODES, cpu_backend
+from fastloss.engine.sequences import Sequences
 from fastloss.losses.token_stats import TokenStats, stats_from
 from fastloss.tables import (
     ACC_DTYPES,
@@ -27,6 +28,7 @@ from fastloss.tables import (
     STATS,
     STATS_WITHOUT_TARGET,
     CrossEntropyOptions,
+    Number,
 )
 
 
@@ -44,14 +46,17 @@ def cross_entropy(
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    temperature: Number = 1.0,
     normalizer: int | float | Tensor | None = None,
+    token_weight: Tensor | None = None,
+    loss_dtype: torch.dtype | None = None,
     inplace: bool = False,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:
     r"""Drop-in for :func:`torch.nn.functional.cross_entropy`: the logits are read once, their gradient written once.
 
-    With ``z = logit_scale · softcap · tanh(input / softcap)`` and class weights ``w``, a row's loss is
+    With ``z = logit_scale · softcap · tanh(input / softcap) / temperature`` and class weights ``w``, a row's loss is
 
     .. math:: (1-\epsilon)\,w_t(\mathrm{lse}(z) - z_t) + \tfrac{\epsilon}{V}\sum_v w_v(\mathrm{lse}(z) - z_v)
               + \zeta\,\mathrm{lse}(z)^2
@@ -69,6 +74,13 @@ def cross_entropy(
         z_loss: coefficient of ``logsumexp²``, in the same reduction; its mean is over tokens, whatever their class weights.
         logit_scale: a factor on the (capped) logits.
         softcap: cap the logits smoothly to ``(-softcap, softcap)``.
+        temperature: > 0: a number, or one per token, of ``target``'s shape (class probabilities: without C) or what broadcasts to
+            it, in any float dtype.
+        token_weight: a factor of each token's loss and gradient, of the targets' shape (class probabilities: without C), any
+            float dtype; that of an ignored token may be anything, NaN too. A mean still divides by the number of targets or the
+            sum of their class weights; ``normalizer`` by what it says. The backward then reads the logits again, as with
+            "none"; where it requires a gradient, the definition computes the call.
+        loss_dtype: a float dtype of the returned loss; None is PyTorch's rule.
         normalizer: the sum is divided by this in place of the mean's count (transformers' num_items_in_batch).
         inplace: the gradient overwrites ``input``. Refused for a leaf, or a tensor that autograd still needs.
         return_stats: also a :class:`TokenStats`, detached, from the same pass.
@@ -98,6 +110,10 @@ def cross_entropy(
         and z_loss == 0.0
         and logit_scale == 1.0
         and softcap is None
+        and token_weight is None
+        and loss_dtype is None
+        and not isinstance(temperature, Tensor)
+        and temperature == 1.0
         and normalizer is None
         and not inplace
         and not return_stats
@@ -108,14 +124,17 @@ def cross_entropy(
         reduction = torch.nn._reduction.legacy_get_string(size_average, reduce)
     target = checks.wide_index(target)
     probabilities = _check(input, target, weight, ignore_index, reduction)
-    loss = loss_options(
-        reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats,
-        input.device, probabilities,
-    )  # fmt: skip
     shape = target.shape
-    logits = input
     if probabilities:
         shape = input.shape[:1] + input.shape[2:] if input.dim() > 1 else input.shape[:0]
+    loss = loss_options(
+        reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, temperature, normalizer, return_stats,
+        input, shape, probabilities,
+    )  # fmt: skip
+    token_weight = flat_token_weight(token_weight, shape, input.device)
+    if loss_dtype is not None:
+        checks.float_dtype("loss_dtype", loss_dtype)
+    logits = input
     if input.dim() != 2:
         logits, target = _as_rows(input, target, probabilities)
     call = resolve_call(
@@ -125,7 +144,11 @@ def cross_entropy(
         target,
         weight,
         normalizer,
-        unsupported=constants_with_gradients(target, weight) or z_loss_of_weighted_mean(loss, weight, target),
+        token_weight,
+        loss.row.row_scale,
+        unsupported=constants_with_gradients(target, weight)
+        or token_weight_with_gradient(token_weight)
+        or z_loss_of_weighted_mean(loss, weight, target),
     )
     rows, vocab = logits.shape
     if vocab == 0:
@@ -133,9 +156,9 @@ def cross_entropy(
             raise ShapeError("input: expected at least one class for return_stats, got 0")
         call = call.without_kernels("there is no class")
     call.announce(inplace=inplace)
-    dtype = checks.loss_dtype(input, target, weight)
+    dtype = loss_dtype or checks.loss_dtype(input, target, weight)
     if call.by_definition:
-        return loss.shaped(by_definition(logits, target, weight, loss, dtype), shape)
+        return loss.shaped(by_definition(logits, target, weight, loss, dtype, token_weight), shape)
     if logits.stride(1) != 1 and vocab > 1:
         logits = logits.contiguous()
     elif inplace and not call.traced:
@@ -144,14 +167,60 @@ def cross_entropy(
     classes, w = weights_of(target, weight, loss, acc)
     factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    factors = row_factors(token_weight, classes, loss.row.ignore_index, acc)
+    each = loss if factors is None else replace(loss, reduction="none")
+    names: tuple[str, ...]
     if call.traced:
-        out = compile_ops.cross_entropy(
-            logits, classes, w, factor, loss.row, loss.reduction, loss.want, call.backend.name
+        value, *stats = compile_ops.cross_entropy(
+            logits, classes, w, factor, each.row, each.reduction, each.want, call.backend.name
         )
-        return loss.shaped(loss.with_stats(out[0].to(dtype), out[1:7], STATS), shape)
-    run = _Run(call.backend, loss, factor, inplace, dtype, needs_grad)
-    out = CrossEntropy.apply(logits, classes, w, run)
-    return loss.shaped(loss.with_stats(out[0], out[1:], loss.want) if loss.want else out, shape)
+        names, stats = STATS, stats[:6]
+    else:
+        run = _Run(call.backend, each, factor, inplace, dtype if factors is None else acc, needs_grad)
+        out = CrossEntropy.apply(logits, classes, w, run)
+        value, *stats = out if loss.want else (out,)
+        names = loss.want
+    if factors is not None:
+        value = _weighted(call, value, factors, factor, loss.reduction)
+    return loss.shaped(loss.with_stats(value.to(dtype), stats, names), shape)
+
+
+def _weighted(call: Call, losses: Tensor, factors: Tensor, factor: Factor, reduction: str) -> Tensor:
+    """The rows' losses times their token weights, reduced."""
+    if reduction == "none":
+        return losses * factors
+    if call.traced:
+        return factor.times((losses * factors).sum())
+    layout = Sequences(None, losses.numel(), 1, losses.numel(), losses.device)
+    return factor.times(autograd.segment_sum(call.backend, losses, factors, layout).squeeze(0))
+
+
+def flat_token_weight(token_weight: Any, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    """The checked factors of the tokens' losses, ``[rows]``."""
+    if token_weight is None:
+        return None
+    checks.is_floating("token_weight", token_weight)
+    checks.same_device("token_weight", token_weight, device)
+    checks.has_shape("token_weight", token_weight, shape)
+    flat: Tensor = token_weight.reshape(-1)
+    return flat
+
+
+def token_weight_with_gradient(token_weight: Tensor | None) -> str:
+    """Why no kernel can compute the call; empty if one can."""
+    if token_weight is not None and token_weight.requires_grad and torch.is_grad_enabled():
+        return "the token weights' own gradient is computed by the definition"
+    return ""
+
+
+def row_factors(
+    token_weight: Tensor | None, classes: Tensor | None, ignore_index: int, acc: torch.dtype
+) -> Tensor | None:
+    """The token weights as kernels read them: 0 where a row has no target, whatever was there."""
+    if token_weight is None:
+        return None
+    factors = token_weight.detach().to(acc)
+    return (factors if classes is None else factors.masked_fill(classes == ignore_index, 0)).contiguous()
 
 
 @dataclass(frozen=True)
@@ -187,36 +256,61 @@ def loss_options(
     z_loss: float,
     logit_scale: float,
     softcap: float | None,
+    temperature: Number,
     normalizer: Any,
     return_stats: bool,
-    device: torch.device,
+    input: Tensor,
+    shape: tuple[int, ...],
     probabilities: bool,
 ) -> LossOptions:
-    """The record of a call's options; the error of one that does not fit names it."""
+    """The record of a call's options; the error of one that does not fit names it. ``shape``: that of the tokens."""
     if reduction not in checks.REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")  # PyTorch's words
     make = _row_options.__wrapped__ if torch.compiler.is_compiling() else _row_options
-    row = make(ignore_index, label_smoothing, z_loss, logit_scale, softcap)
-    norm = None if normalizer is None else checks.normalizer_value(normalizer, reduction, device)
+    if isinstance(temperature, Tensor):
+        row = make(ignore_index, label_smoothing, z_loss, logit_scale, softcap, 1.0)
+        row = with_row_scale(row, checks.row_scale(temperature, shape, input))
+    else:
+        row = make(ignore_index, label_smoothing, z_loss, logit_scale, softcap, temperature)
+    norm = None if normalizer is None else checks.normalizer_value(normalizer, reduction, input.device)
     want: tuple[str, ...] = ()
     if return_stats:
         want = STATS_WITHOUT_TARGET if probabilities else STATS
     return LossOptions(row, reduction, norm, want, probabilities, return_stats)
 
 
+def with_row_scale(row: CrossEntropyOptions, row_scale: Tensor) -> CrossEntropyOptions:
+    """(torch.compile does not trace dataclasses.replace of every torch.)"""
+    return CrossEntropyOptions(
+        row.ignore_index, row.scale, row.softcap, row_scale, row.label_smoothing, row.z_loss
+    )
+
+
 @functools.lru_cache(maxsize=64, typed=True)
 def _row_options(
-    ignore_index: int, label_smoothing: float, z_loss: float, logit_scale: float, softcap: float | None
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
 ) -> CrossEntropyOptions:
     if label_smoothing < 0.0 or label_smoothing > 1.0:
         raise ShapeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     return CrossEntropyOptions(
         ignore_index=int(ignore_index),
-        scale=1.0 if logit_scale == 1.0 else checks.number("logit_scale", logit_scale),
+        scale=_scale(logit_scale, temperature),
         softcap=checks.softcap_value(softcap),
         label_smoothing=float(label_smoothing),
         z_loss=0.0 if z_loss == 0.0 else checks.number("z_loss", z_loss, low=0.0),
     )
+
+
+def _scale(logit_scale: float, temperature: float) -> float:
+    scale = 1.0 if logit_scale == 1.0 else checks.number("logit_scale", logit_scale)
+    if isinstance(temperature, float) and temperature == 1.0:
+        return scale
+    return scale / checks.number("temperature", temperature, low=0.0, open_low=True)
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
@@ -278,7 +372,12 @@ def constants_with_gradients(target: Tensor, weight: Tensor | None) -> str:
 
 
 def by_definition(
-    logits: Tensor, target: Tensor, weight: Tensor | None, loss: LossOptions, dtype: torch.dtype
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    loss: LossOptions,
+    dtype: torch.dtype,
+    token_weight: Tensor | None,
 ) -> Any:
     """The loss of ``logits [rows, V]`` in ``dtype``, or ``(loss, TokenStats)``, in plain PyTorch."""
     if not loss.probabilities:
@@ -286,7 +385,7 @@ def by_definition(
     row = loss.row
     shared: dict[str, Any] = {
         "ignore_index": row.ignore_index,
-        "scale": row.scale,
+        "scale": row.factor,
         "softcap": row.softcap or None,
     }
     value = reference.cross_entropy(
@@ -297,6 +396,7 @@ def by_definition(
         label_smoothing=row.label_smoothing,
         z_loss=row.z_loss,
         normalizer=loss.normalizer,
+        token_weight=token_weight,
         **shared,
     ).to(dtype)
     if not loss.return_stats:

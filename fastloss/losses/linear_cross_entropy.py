@@ -24,15 +24,18 @@ from fastloss.losses.cross_entropy import (
     LossOptions,
     constants_with_gradients,
     cross_entropy,
+    flat_token_weight,
     kernel_options,
     loss_factor,
     loss_options,
     over_tokens,
+    row_factors,
+    token_weight_with_gradient,
     weights_of,
     z_loss_of_weighted_mean,
 )
 from fastloss.losses.token_stats import TokenStats
-from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS
+from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS, Number
 
 # Bytes of the logits of a K-dimensional loss up to which they are made whole.
 WHOLE_LOGITS = 16 << 20
@@ -54,6 +57,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    temperature: Number = 1.0,
     normalizer: int | float | Tensor | None = None,
     token_weight: Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
@@ -74,8 +78,8 @@ def linear_cross_entropy(
         linear_weight: ``[C, D]``; ``[C, d1, …, D]`` for a K-dimensional loss, as in PyTorch.
         target: int64 or uint8 classes ``[N]`` (``[N, d1, …]``), or class probabilities ``[N, C]``.
         linear_bias: ``[C]`` (``[C, d1, …]``).
-        weight, reduction, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats, backend: as in
-            :func:`cross_entropy`.
+        weight, reduction, label_smoothing, z_loss, logit_scale, softcap, temperature, normalizer, return_stats, backend: as
+            in :func:`cross_entropy`.
         ignore_index: None is -100 for classes; it must be None for class probabilities.
         options: torch's LinearCrossEntropyOptions; its ``batch_chunk_size``, where set, is honoured.
         token_weight: a factor of each token's loss and gradient, of the targets' shape (class probabilities: without C), any
@@ -109,7 +113,7 @@ def linear_cross_entropy(
     lead = input.shape[:-1]
     rows = input
     if input.dim() > 2 and target.dtype == torch.int64 and target.shape == lead and linear_weight.dim() == 2:
-        rows, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)  # tokens of any shape
+        rows, target = checks.as_rows(input), target.reshape(-1)  # tokens of any shape
     heads.check_linear(rows, linear_weight, linear_bias)
     places = linear_weight.shape[1:-1]
     vocab = linear_weight.shape[0]
@@ -125,7 +129,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     loss = loss_options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,
-        normalizer, return_stats, input.device, probabilities,
+        temperature, normalizer, return_stats, input, (*lead, *places), probabilities,
     )  # fmt: skip
     if limits.shards is not None:
         if probabilities or places:
@@ -134,10 +138,7 @@ def linear_cross_entropy(
             )
         vocab = limits.shards.vocab
     _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input)
-    if token_weight is not None:
-        checks.is_floating("token_weight", token_weight)
-        checks.same_device("token_weight", token_weight, input.device)
-        checks.has_shape("token_weight", token_weight, (*lead, *places))
+    token_weight = flat_token_weight(token_weight, (*lead, *places), input.device)
     if loss_dtype is not None:
         checks.float_dtype("loss_dtype", loss_dtype)
     extra = _Extra(token_weight, loss_dtype)
@@ -145,8 +146,6 @@ def linear_cross_entropy(
         return _k_dimensional(rows, linear_weight, target, linear_bias, weight, loss, limits, backend, extra)
     if rows.dim() == 1:
         rows, target = rows.unsqueeze(0), target.unsqueeze(0)
-    if token_weight is not None:
-        extra = _Extra(token_weight.reshape(-1), loss_dtype)
     return loss.shaped(
         _of_rows(rows, linear_weight, target, linear_bias, weight, loss, limits, backend, extra), lead
     )
@@ -157,21 +156,6 @@ class _Extra(NamedTuple):
 
     token_weight: Tensor | None  # one for each row or place
     loss_dtype: torch.dtype | None  # None: PyTorch's rule
-
-
-def _token_weight_with_gradient(token_weight: Tensor | None) -> str:
-    """Why no kernel can compute the call; empty if one can."""
-    if token_weight is not None and token_weight.requires_grad and torch.is_grad_enabled():
-        return "the token weights' own gradient is computed by the definition"
-    return ""
-
-
-def _factors(extra: _Extra, classes: Tensor | None, ignore_index: int, acc: torch.dtype) -> Tensor | None:
-    """The token weights as kernels read them: 0 where a row has no target, whatever was there."""
-    if extra.token_weight is None:
-        return None
-    factors = extra.token_weight.detach().to(acc)
-    return (factors if classes is None else factors.masked_fill(classes == ignore_index, 0)).contiguous()
 
 
 def _check_target(
@@ -223,8 +207,9 @@ def _of_rows(
         weight,
         extra.token_weight,
         loss.normalizer,
+        loss.row.row_scale,
         unsupported=constants_with_gradients(target, weight)
-        or _token_weight_with_gradient(extra.token_weight)
+        or token_weight_with_gradient(extra.token_weight)
         or z_loss_of_weighted_mean(loss, weight, target),
         dtype=dtype,
     )
@@ -247,7 +232,7 @@ def _of_rows(
     if call.traced:
         classes, w = weights_of(target, weight, loss, acc)
         factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
-        factors = _factors(extra, classes, loss.row.ignore_index, acc)
+        factors = row_factors(extra.token_weight, classes, loss.row.ignore_index, acc)
         out = compile_ops.linear_cross_entropy(
             input, linear_weight, linear_bias, classes, w, factors, factor, kernel_options(loss), loss.reduction, loss.want,
             NOTHING if again else needs, dtype, limits, call.backend.name,
@@ -264,7 +249,7 @@ def _of_rows(
     counted = computed if devices.may_wait(target.device) else None
     factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc, counted)
     run = _Run(loss, factor, loss_dtype, dtype, schedule, needs, keep, limits.shards)
-    factors = _factors(extra, classes, loss.row.ignore_index, acc)
+    factors = row_factors(extra.token_weight, classes, loss.row.ignore_index, acc)
     out = LinearCrossEntropy.apply(input, linear_weight, linear_bias, classes, w, factors, call.backend, run)
     return loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
 
@@ -285,7 +270,7 @@ def _by_definition(
     shared: dict[str, Any] = {
         "linear_bias": linear_bias,
         "ignore_index": row.ignore_index,
-        "scale": row.scale,
+        "scale": row.factor,
         "softcap": row.softcap or None,
     }
     value = reference.linear_cross_entropy(
@@ -429,9 +414,14 @@ def _k_dimensional(
     ``[N, C, d1, …]``), one head per place, one mean over all places. Small logits are made whole, in one GEMM over all places."""
     vocab, *places, dim = linear_weight.shape
     logits_bytes = input.shape[0] * linear_weight.numel() // max(1, dim) * input.element_size()
-    if logits_bytes <= WHOLE_LOGITS and extra == (None, None) and not limits.float_logits:
+    if (
+        logits_bytes <= WHOLE_LOGITS
+        and extra == (None, None)
+        and not limits.float_logits
+        and loss.row.row_scale is None
+    ):
         bias = None if linear_bias is None else linear_bias.reshape(-1)
-        logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, dim), bias)
+        logits = torch.nn.functional.linear(input, checks.as_rows(linear_weight), bias)
         row = loss.row
         return cross_entropy(
             logits.view(input.shape[0], vocab, *places),
@@ -451,7 +441,7 @@ def _k_dimensional(
     biases = None if linear_bias is None else linear_bias.flatten(1)
     targets = target.flatten(2 if loss.probabilities else 1)
     factors = extra.token_weight
-    factors = None if factors is None else factors.flatten(1)
+    factors = None if factors is None else factors.view(-1, weights.shape[1])
     count = None
     if loss.reduction == "mean" and loss.normalizer is None:
         count, kept = _count(target, weight, loss, vocab, weights.shape[1])
@@ -465,7 +455,7 @@ def _k_dimensional(
             targets[..., k],
             None if biases is None else biases[:, k],
             weight,
-            each,
+            _of_place(each, k, weights.shape[1]),
             limits,
             backend,
             _Extra(None if factors is None else factors[:, k], extra.loss_dtype),
@@ -490,6 +480,10 @@ def _k_dimensional(
             for field in zip(*stats, strict=True)
         )
     )
+
+
+def _of_place(loss: LossOptions, place: int, places: int) -> LossOptions:
+    return replace(loss, row=loss.row.of_rows(lambda x: x.view(-1, places)[:, place].contiguous()))
 
 
 def _mean(value: Tensor, count: Tensor) -> Tensor:

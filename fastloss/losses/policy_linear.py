@@ -122,7 +122,7 @@ def linear_policy_loss(
     hidden = heads.check_head(input, linear_weight, linear_bias)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
     limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, None, 0, logits_dtype)
-    row = row_options(temperature, logit_scale, softcap, IGNORED)
+    row = row_options(temperature, logit_scale, softcap, IGNORED, input.shape[:-1], input)
     inputs = lay_flat(
         "target",
         target,
@@ -165,6 +165,7 @@ def linear_policy_loss(
         weights,
         normalizer,
         cu_seqlens,
+        row.row_scale,
         has_operators=False,
         dtype=dtype,
     )

@@ -131,7 +131,7 @@ def linear_preference_loss(
             average_rewards=average_rewards,
         )
     )
-    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    options = row_options(temperature, logit_scale, softcap, ignore_index, input.shape[:-1], input)
     x = groups.check_grouped_head(
         input,
         linear_weight,

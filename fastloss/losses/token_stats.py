@@ -45,6 +45,7 @@ from fastloss.tables import (
     LSE_PARTS,
     STATS,
     STATS_WITHOUT_TARGET,
+    Number,
     RowOptions,
 )
 
@@ -81,7 +82,7 @@ def token_stats(
     logits: Tensor,
     target: Tensor | None,
     *,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -99,7 +100,7 @@ def token_stats(
     Args:
         logits: ``[..., V]`` in float32, bfloat16, float16 or float64.
         target: int64 ``[...]``; None if no output needs it.
-        temperature: > 0.
+        temperature: > 0: a number, or one per token, ``[...]`` or what broadcasts to it, in any float dtype.
         ignore_index: tokens with this target give 0 and no gradient.
         outputs: of "logprobs" (log p of the target, nats), "entropy" (nats), "logsumexp", "log_sum_sq_probs"
             (log Σ p²), "mean_logits" (Σ z / V), "is_top1" (no logit is larger than the target's); with ``support`` also "log_mass".
@@ -139,15 +140,18 @@ def token_stats(
     kept = _differentiable(want, detach)
     if target is not None:
         checks.index_target("target", target, tuple(lead), logits.device)
-    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    options = row_options(temperature, logit_scale, softcap, ignore_index, lead, logits)
     if support is not None:
         if group is not None:
             raise ValueError("support: expected None with group, got a support")
-        given = Given(target, options, want, detach, backend)
+        raw = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        given = Given(target, options, raw, want, detach, backend)
         return _shaped(_of_kept_logits(logits, support, inplace, given), want, lead)
     rows = logits.reshape(-1 if shards is None else math.prod(lead), vocab)
     flat = None if target is None else target.reshape(-1).contiguous()
-    call = resolve_call("token_stats", backend, logits, target, has_operators=shards is None)
+    call = resolve_call(
+        "token_stats", backend, logits, target, options.row_scale, has_operators=shards is None
+    )
     call.announce(
         inplace=inplace,
         **({} if shards is None else shards.details(rows.shape[0], want, ACC_DTYPES[rows.dtype])),
@@ -179,7 +183,7 @@ def linear_token_stats(
     target: Tensor | None,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -225,16 +229,26 @@ def linear_token_stats(
     vocab, shards = heads.vocab_of(linear_weight, limits), limits.shards
     if vocab == 0:
         raise ShapeError("linear_weight: expected at least one class, got 0")
-    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    options = row_options(temperature, logit_scale, softcap, ignore_index, lead, input)
     flat = None if target is None else target.reshape(-1).contiguous()
     dtype = heads.compute_dtype(input)
     if support is not None:
-        given = Given(target, options, want, detach, backend)
+        raw = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        given = Given(target, options, raw, want, detach, backend)
         how = {"chunk_size": chunk_size, "memory": memory}
         return _shaped(
             _of_kept_rows(input, linear_weight, linear_bias, support, dtype, how, given), want, lead
         )
-    call = resolve_call("linear_token_stats", backend, input, linear_weight, linear_bias, target, dtype=dtype)
+    call = resolve_call(
+        "linear_token_stats",
+        backend,
+        input,
+        linear_weight,
+        linear_bias,
+        target,
+        options.row_scale,
+        dtype=dtype,
+    )
     if call.traced and not call.by_definition:
         values = compile_ops.linear_token_stats(
             hidden, linear_weight, linear_bias, flat, options, want, dtype, limits, call.backend.name
@@ -268,13 +282,13 @@ class Given(NamedTuple):
 
     target: Tensor | None
     options: RowOptions
+    raw: dict[str, Any]  # what the options were made of
     want: tuple[str, ...]
     detach: tuple[str, ...] | None
     backend: str
 
     def transform(self) -> dict[str, Any]:
-        o = self.options
-        return {"logit_scale": o.scale, "softcap": o.softcap or None, "ignore_index": o.ignore_index}
+        return {**self.raw, "ignore_index": self.options.ignore_index}
 
     @property
     def over_kept(self) -> tuple[str, ...]:
@@ -292,7 +306,9 @@ def _of_kept_logits(logits: Tensor, support: Any, inplace: bool, given: Given) -
     lead, vocab, options, want = logits.shape[:-1], logits.shape[-1], given.options, given.over_kept
     sets = sets_of(support, lead, logits.device)
     rows, flat = logits.reshape(-1, vocab), given.flat()
-    call = resolve_call("token_stats", given.backend, logits, given.target, sets.ids, sets.offsets)
+    call = resolve_call(
+        "token_stats", given.backend, logits, given.target, options.row_scale, sets.ids, sets.offsets
+    )
     call.announce(inplace=inplace, kept=sets.ids.shape[0])
     whole_lse = None
     if "log_mass" in given.want:  # before anything is written in place
@@ -334,8 +350,8 @@ def _of_kept_rows(
     sets = sets_of(support, lead, input.device)
     hidden, flat = input.reshape(-1, input.shape[-1]), given.flat()
     call = resolve_call(
-        "linear_token_stats", given.backend, input, linear_weight, linear_bias, given.target, sets.ids,
-        sets.offsets, dtype=dtype,
+        "linear_token_stats", given.backend, input, linear_weight, linear_bias, given.target, options.row_scale,
+        sets.ids, sets.offsets, dtype=dtype,
     )  # fmt: skip
     if call.by_definition:
         call.announce()
@@ -415,7 +431,7 @@ _NONE = -(2**63)
 def selective_log_softmax(
     logits: Tensor,
     index: Tensor,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     row_mask: Tensor | None = None,
     *,
     backend: str = "auto",
@@ -452,11 +468,13 @@ def _masked(index: Tensor, row_mask: Tensor | None) -> Tensor:
 
 
 def _of_several(
-    logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, backend: str
+    logits: Tensor, index: Tensor, temperature: Number, row_mask: Tensor | None, backend: str
 ) -> Tensor:
     """``[..., K]``: the likeliest of a row's K, from the kernel, and the others by their distance to it, in which an offset of
     all logits is no part."""
-    scale = row_options(temperature, 1.0, None, 0).scale
+    scale: Number = row_options(temperature, 1.0, None, 0, index.shape[:-1], logits).factor
+    if isinstance(scale, Tensor):
+        scale = scale.view(*index.shape[:-1], 1)
     checks.index_target("index", index, tuple(index.shape), logits.device)
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.reject_bad_targets(index, logits.shape[-1], _NONE)
@@ -492,7 +510,7 @@ def selective_log_softmax_and_entropy(
     logits: Tensor,
     index: Tensor,
     entropy_requires_grad: bool = True,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     row_mask: Tensor | None = None,
     *,
     backend: str = "auto",
@@ -520,9 +538,23 @@ def selective_log_softmax_and_entropy(
 
 
 def row_options(
-    temperature: float, logit_scale: float, softcap: float | None, ignore_index: int
+    temperature: Number,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    lead: tuple[int, ...] | None = None,
+    like: Tensor | None = None,
 ) -> RowOptions:
-    """The checked record of what happens to raw logits: temperature, scale, soft-cap, ignore_index."""
+    """The checked record of what happens to raw logits: temperature, scale, soft-cap, ignore_index. ``lead``: the shape of the
+    tokens that may have a temperature each; ``like``: the logits or hidden states."""
+    if isinstance(temperature, Tensor) and lead is not None:
+        assert like is not None
+        return RowOptions(
+            ignore_index=ignore_index,
+            scale=checks.number("logit_scale", logit_scale),
+            softcap=checks.softcap_value(softcap),
+            row_scale=checks.row_scale(temperature, lead, like),
+        )
     scale = checks.number("logit_scale", logit_scale) / checks.number(
         "temperature", temperature, low=0.0, open_low=True
     )
@@ -531,7 +563,7 @@ def row_options(
 
 def _transform(options: RowOptions) -> dict[str, Any]:
     return {
-        "scale": options.scale,
+        "scale": options.factor,
         "softcap": options.softcap or None,
         "ignore_index": options.ignore_index,
     }

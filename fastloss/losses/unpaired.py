@@ -402,7 +402,7 @@ def linear_kto_loss(
     """
     checks.is_one_of("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
     o = _checked(loss_type, beta, desirable_weight, undesirable_weight, reduction)
-    options = row_options(temperature, logit_scale, softcap, ignore_index)
+    options = row_options(temperature, logit_scale, softcap, ignore_index, input.shape[:-1], input)
     x = groups.check_grouped_head(
         input,
         linear_weight,

@@ -27,7 +27,7 @@ from fastloss.losses.cross_entropy import (
     weights_of,
     z_loss_of_weighted_mean,
 )
-from fastloss.tables import ACC_DTYPES, LSE_PARTS
+from fastloss.tables import ACC_DTYPES, LSE_PARTS, Number
 
 
 def vocab_shards(linear_weight: Tensor, group: Any) -> Shards:
@@ -63,6 +63,7 @@ def vocab_parallel_cross_entropy(
     z_loss: float = 0.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    temperature: Number = 1.0,
     normalizer: int | float | Tensor | None = None,
     inplace: bool = False,
     return_stats: bool = False,
@@ -78,7 +79,7 @@ def vocab_parallel_cross_entropy(
         target: int64 ``[...]``, classes of the whole vocabulary, the same on each process.
         group: a ProcessGroup, a DeviceMesh of one dimension, or :func:`vocab_shards`. All its processes must call.
         weight: ``[V]``, a weight for each class of the whole vocabulary.
-        ignore_index, reduction, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats, backend: as in
+        ignore_index, reduction, label_smoothing, z_loss, logit_scale, softcap, temperature, normalizer, return_stats, backend: as in
             :func:`fastloss.cross_entropy`.
         inplace: the gradient overwrites ``logits``.
 
@@ -106,8 +107,8 @@ def vocab_parallel_cross_entropy(
     together = Call(target.numel(), 0, logits.dtype, target, ignore_index)
     shards = of_group(group, logits.shape[-1], logits.device, together)
     loss = loss_options(
-        reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, normalizer, return_stats,
-        logits.device, False,
+        reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, temperature, normalizer,
+        return_stats, logits, lead, False,
     )  # fmt: skip
     if weight is not None:
         checks.is_floating("weight", weight)
@@ -120,6 +121,7 @@ def vocab_parallel_cross_entropy(
         rows,
         flat,
         weight,
+        loss.row.row_scale,
         unsupported=constants_with_gradients(flat, weight) or z_loss_of_weighted_mean(loss, weight, flat),
         has_operators=False,
     )
@@ -127,7 +129,7 @@ def vocab_parallel_cross_entropy(
     if call.by_definition:
         columns = whole(rows.t(), shards)
         assert columns is not None
-        return loss.shaped(by_definition(columns.t(), flat, weight, loss, rows.dtype), torch.Size(lead))
+        return loss.shaped(by_definition(columns.t(), flat, weight, loss, rows.dtype, None), torch.Size(lead))
     acc = ACC_DTYPES[rows.dtype]
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()

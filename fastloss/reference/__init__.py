@@ -13,6 +13,7 @@ from fastloss.reference.policy_gradient import (
     value_loss,
 )
 from fastloss.reference.preference import pair_loss, segment_sum, unpaired_loss
+from fastloss.reference.supervised import supervised_rows, supervised_terms
 from fastloss.reference.token_stats import kept_mask, linear_token_stats, lse_parts, token_stats
 from fastloss.reference.topk_distillation import TopKRows, selected_logprobs, topk_distillation_rows
 
@@ -36,6 +37,8 @@ __all__ = [
     "segment_sum",
     "selected_logprobs",
     "shares",
+    "supervised_rows",
+    "supervised_terms",
     "token_stats",
     "topk_distillation_rows",
     "unpaired_loss",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastloss.reference.logits import effective_logits, linear_logits
+from fastloss.tables import Number
 
 
 def cross_entropy(
@@ -17,7 +18,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
-    scale: float = 1.0,
+    scale: Number = 1.0,
     softcap: float | None = None,
     normalizer: float | Tensor | None = None,
     bias: Tensor | None = None,

@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastloss.tables import Number
+
 
 def effective_logits(
-    logits: Tensor, *, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+    logits: Tensor, *, bias: Tensor | None = None, scale: Number = 1.0, softcap: float | None = None
 ) -> Tensor:
-    """``scale · softcap · tanh((logits + bias) / softcap)`` in float32 (float64 for float64 logits)."""
+    """``scale · softcap · tanh((logits + bias) / softcap)`` in float32 (float64 for float64 logits). ``scale``: a number, or one for
+    each row ``[rows]``."""
     z = logits if logits.dtype == torch.float64 else logits.float()
     if bias is not None:
         z = z + bias.to(z.dtype)
     if softcap:
         z = softcap * torch.tanh(z / softcap)
+    if isinstance(scale, Tensor):
+        return z * scale.to(z.dtype).unsqueeze(-1)
     return z if scale == 1.0 else z * scale
 
 
@@ -34,7 +39,7 @@ def row_gradient(
     *,
     w: Tensor | None = None,
     bias: Tensor | None = None,
-    scale: float = 1.0,
+    scale: Number = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:

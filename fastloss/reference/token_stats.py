@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastloss.reference.logits import effective_logits, linear_logits
+from fastloss.tables import Number
 
 
 def token_stats(
@@ -13,7 +14,7 @@ def token_stats(
     target: Tensor | None,
     *,
     bias: Tensor | None = None,
-    scale: float = 1.0,
+    scale: Number = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
     kept: Tensor | None = None,
@@ -80,7 +81,7 @@ def lse_parts(
     target: Tensor | None,
     *,
     bias: Tensor | None = None,
-    scale: float = 1.0,
+    scale: Number = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
 ) -> Tensor:

@@ -31,7 +31,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [name for name in SMALL if name not in ON_CPU])
 def test_every_case_runs(name: str) -> None:
     case = SMALL[name]
-    result = run_case(case, repeats=1, pattern="[ft]*", skip=("torch chunked*",))
+    result = run_case(case, repeats=1, patterns=("[ft]*",), skip=("torch chunked*",))
     measured = {p["name"]: p for p in result["providers"] if "errors" in p}
     assert "torch eager" in measured
     tolerance = 0.05 if case.dtype == torch.bfloat16 else 1e-5

@@ -151,6 +151,15 @@ def test_patterns_add_up_and_a_folder_keeps_its_other_cases(tmp_path) -> None:
     assert names == {"gae-4x64", "tiny", "preference-sigmoid-64"}
 
 
+def test_patterns_of_providers_add_up(tmp_path) -> None:
+    arguments = ["--quick", "--cases", "gae-*", "--repeats", "1", "--out", str(tmp_path)]
+    run = CliRunner().invoke(APP, [*arguments, "--providers", "torch eager", "--providers", "fastloss?cpu?"])
+    assert run.exit_code == 0, run.output
+    (case,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert case["only"] == "torch eager or fastloss?cpu?"
+    assert {"torch eager", "fastloss[cpu]"} <= {p["name"] for p in case["providers"]}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

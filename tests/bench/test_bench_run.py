@@ -47,7 +47,7 @@ def test_every_provider_agrees_with_float64(name: str) -> None:
 
 
 def test_the_limit_is_the_least_of_those_measured() -> None:
-    result = run_case(QUICK["linear-bf16-32x16x500-frozen"], repeats=3, pattern="torch eager")
+    result = run_case(QUICK["linear-bf16-32x16x500-frozen"], repeats=3, patterns=("torch eager",))
     limits = {p["name"]: p["median"] for p in result["providers"] if p["name"].startswith("limit")}
     assert set(limits) == {"limit: 2 GEMMs bf16", "limit: 2 GEMMs f32"}
     assert limits[result["limit"]] == min(limits.values()) > 0
@@ -123,7 +123,7 @@ def test_ignored_and_frozen_are_what_they_say() -> None:
 
 
 def test_the_rows_with_a_loss_have_a_line_of_their_own() -> None:
-    result = run_case(QUICK["linear-f32-32x16x500-half-ignored"], repeats=3, pattern="torch eager")
+    result = run_case(QUICK["linear-f32-32x16x500-half-ignored"], repeats=3, patterns=("torch eager",))
     found = {p["name"]: p for p in result["providers"]}
     kept, eager = found["kept rows: 3 GEMMs f32"], found["torch eager"]
     assert result["limit"] == "limit: 3 GEMMs f32" and "fastloss_speedup" not in kept
@@ -137,7 +137,7 @@ def test_where_low_precision_is_emulated_nobody_waits_for_it(monkeypatch: pytest
 
     monkeypatch.setattr(internals, "upcasts", lambda device, dtype: dtype == torch.bfloat16)
     monkeypatch.setattr(module, "EMULATED_WORK", 1)
-    result = run_case(QUICK["policy-linear-bf16-32x16x500"], repeats=1, pattern="torch*")
+    result = run_case(QUICK["policy-linear-bf16-32x16x500"], repeats=1, patterns=("torch*",))
     measured = {p["name"]: "reason" not in p for p in result["providers"]}
     assert (
         measured["torch eager, f32 GEMMs"] and not measured["torch eager"] and not measured["torch.compile"]

@@ -8,9 +8,13 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+import typer
 from backends_under_test import ALL, DEVICE, need
+from typer.testing import CliRunner
 
 from fastloss import conformance
+from fastloss.cli import _mount
+from fastloss.cli.check import check as check_command
 from fastloss.conformance import report
 from fastloss.conformance.providers import Missing
 
@@ -148,3 +152,41 @@ def test_every_check_names_its_source_and_its_tolerance() -> None:
     assert len(set(names)) == len(names)
     for check in conformance.CHECKS:
         assert check.source and check.tolerance.reason and check.bug, check.name
+
+
+def _listed(*arguments: str) -> list[str]:
+    """Names of the checks that the command line chooses."""
+    app = typer.Typer()
+    app.command()(check_command)
+    run = CliRunner().invoke(app, [*arguments, "--format", "sources"])
+    assert run.exit_code == 0, run.output
+    return [line.split("|")[1].strip() for line in run.output.splitlines()[2:]]
+
+
+def test_only_takes_several_names() -> None:
+    names = [check.name for check in conformance.CHECKS]
+    assert _listed() == names
+    both = [name for name in names if "kto:" in name or "dpo:" in name]
+    assert len(both) > 4
+    assert _listed("--only", "kto:", "--only", "dpo:") == both
+    assert _listed("--only", "kto:,dpo:") == _listed("--only", "kto:, dpo:,") == both
+    assert _listed("--only", "ce: all ignored, sum") == [n for n in names if "ce: all ignored, sum" in n]
+    for arguments in (["--only", "kto:", "--only", "nothing"], ["--only", "kto:,nothing"]):
+        app = typer.Typer()
+        app.command()(check_command)
+        run = CliRunner().invoke(app, arguments)
+        assert run.exit_code == 2 and "'nothing'" in run.output
+
+
+def test_an_option_that_selects_takes_several() -> None:
+    """Of the whole command line: one that keeps the last of several leaves out what was asked for."""
+    app = typer.Typer()
+    _mount(app)
+    found = []
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        for option in command.params:
+            text = (getattr(option, "help", "") or "").lower()
+            if text.startswith(("only ", "leave out ")) or "any number" in text:
+                found.append(f"{name} {option.name}")
+                assert option.multiple, found[-1]
+    assert {"check only", "check provider", "bench cases", "bench providers", "bench skip"} <= set(found)

@@ -44,7 +44,16 @@ needs_module = pytest.mark.skipif(bool(cpu_backend().why_not()), reason="the nat
 def test_memory_that_a_call_needs_cannot_be_0() -> None:
     module, x = cpu_backend().module, torch.zeros(3)
     place = x.data_ptr()
-    rows = {"logits": place, "dtype": 0, "rows": 1, "vocab": 3, "row_stride": 3, "target": 0, "bias": 0}
+    rows = {
+        "logits": place,
+        "dtype": 0,
+        "rows": 1,
+        "vocab": 3,
+        "row_stride": 3,
+        "target": 0,
+        "bias": 0,
+        "row_scale": 0,
+    }
     stats = dict.fromkeys((*NATIVE_TABLES["stats"], LSE_PARTS), 0)
     with pytest.raises(ValueError, match="logits: expected an address, got 0"):
         module.row_stats(**{**rows, "logits": 0}, options=RowOptions(), **stats, context=1)

@@ -94,6 +94,18 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
         ).loss,
         ((ROWS, DIM), (VOCAB, DIM)),
     ),
+    "supervised_loss": (
+        lambda x, backend: fastloss.supervised_loss(
+            x, TARGET.to(x.device), loss_type="focal", token_weight=torch.ones(ROWS).to(x), backend=backend
+        ).loss,
+        ((ROWS, VOCAB),),
+    ),
+    "linear_supervised_loss": (
+        lambda h, w, backend: fastloss.linear_supervised_loss(
+            h, w, TARGET.to(h.device), loss_type="power", backend=backend
+        ).loss,
+        ((ROWS, DIM), (VOCAB, DIM)),
+    ),
     "linear_preference_loss": (
         lambda h, w, backend: fastloss.linear_preference_loss(
             h, w, PAIRS.to(h.device), reference_free=True, backend=backend

@@ -276,6 +276,10 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
         "value_loss", {"old_values": _seeded(2, 3, seed=1), "returns": _seeded(2, 3, seed=2), "mask": MASK},
         {"values": _seeded(2, 3)},
     ),
+    "supervised_loss": (
+        "supervised_loss", {"target": TARGET, "token_weight": torch.ones(5), "unlikely": torch.ones(5)},
+        {"logits": _seeded(5, 6), "loss_type": "dft"},
+    ),
     "distillation_loss": (
         "distillation_loss", {"teacher_logits": _seeded(5, 6, seed=1), "target": TARGET, "token_weight": torch.ones(5)},
         {"logits": _seeded(5, 6), "hard_loss_coef": 0.3},

@@ -94,7 +94,10 @@ def process_reward_loss(d: Draw) -> Case:
 def hidden_and_weight(d: Draw, lead: tuple[int, ...], vocab: int) -> Tensors:
     dim = d.dim()
     scale = d.pick(0.1, 1.0, 1.0, 4.0)
-    tensors = {"input": d.normal((*lead, dim), scale), "linear_weight": d.normal((vocab, dim), dim**-0.5)}
+    tensors = {
+        "input": d.normal((*lead, dim), scale),
+        "linear_weight": d.normal((vocab, dim), max(dim, 1) ** -0.5),
+    }
     if d.chance(0.4):
         tensors["linear_bias"] = d.normal((vocab,), d.pick(0.1, 1.0), shift=d.pick(0.0, 0.0, 0.0, 1e3, -1e3))
     return tensors
@@ -181,6 +184,36 @@ def linear_token_stats(d: Draw) -> Case:
     return Case("linear_token_stats", tensors, options, HEAD, head=HEAD)
 
 
+def supervised_options(d: Draw, tensors: Tensors, lead: tuple[int, ...]) -> Options:
+    options = row_options(d) | some(
+        d,
+        focal_gamma=lambda: d.pick(0.0, 0.5, 3.0),
+        power=lambda: d.pick(0.1, 1.0),
+        eaft_alpha=lambda: d.pick(0.0, 2.0),
+        trim_threshold=lambda: d.pick(1.0, 4.0),
+        reduction=lambda: d.pick("sum", "none"),
+    )
+    options["loss_type"] = d.pick("nll", "dft", "eaft", "focal", "power", "deft", "soft_trim")
+    if "reduction" not in options and len(lead) == 2 and d.chance(0.4):
+        options["aggregation"] = d.pick("seq-mean-token-mean", "seq-mean-token-sum")
+    if d.chance(0.2):
+        tensors["token_weight"] = d.uniform(lead, 0.0, 2.0)
+    return options
+
+
+def supervised_loss(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = {"logits": d.logits((*lead, vocab), infinite=False), "target": d.targets(lead, vocab, -100)}
+    return Case("supervised_loss", tensors, supervised_options(d, tensors, lead), ("logits",))
+
+
+def linear_supervised_loss(d: Draw) -> Case:
+    lead, vocab = d.lead(), d.vocab()
+    tensors = hidden_and_weight(d, lead, vocab) | {"target": d.targets(lead, vocab, -100)}
+    options = supervised_options(d, tensors, lead) | head_options(d)
+    return Case("linear_supervised_loss", tensors, options, HEAD, head=HEAD)
+
+
 def selective_log_softmax(d: Draw, function: str = "selective_log_softmax") -> Case:
     lead, vocab = d.lead(), d.vocab()
     several = (d.pick(1, 2, 5),) if function == "selective_log_softmax" and d.chance(0.3) else ()
@@ -211,7 +244,7 @@ def k_dimensional(d: Draw) -> Case:
     )
     tensors = {
         "input": d.normal((rows, dim)),
-        "linear_weight": d.normal((vocab, *places, dim), dim**-0.5),
+        "linear_weight": d.normal((vocab, *places, dim), max(dim, 1) ** -0.5),
         "target": d.targets((rows, *places), vocab, -100),
     }
     if d.chance(0.4):
@@ -291,7 +324,10 @@ def linear_topk_distillation_loss(d: Draw) -> Case:
 def linear_distillation_loss(d: Draw) -> Case:
     lead, vocab, dim = d.lead(), d.vocab(), d.dim()
     tensors = hidden_and_weight(d, lead, vocab)
-    tensors |= {"teacher_input": d.normal((*lead, dim)), "teacher_weight": d.normal((vocab, dim), dim**-0.5)}
+    tensors |= {
+        "teacher_input": d.normal((*lead, dim)),
+        "teacher_weight": d.normal((vocab, dim), max(dim, 1) ** -0.5),
+    }
     options = distillation_options(d, tensors, lead, vocab) | head_options(d)
     operands = (*HEAD, "teacher_input", "teacher_weight")
     return Case("linear_distillation_loss", tensors, options, HEAD, head=operands)
@@ -831,6 +867,8 @@ ADDED_LATER = {
     "linear_selected_logprobs": (linear_selected_logprobs, 3),
     "topk_distillation_loss": (topk_distillation_loss, 4),
     "linear_topk_distillation_loss": (linear_topk_distillation_loss, 4),
+    "supervised_loss": (supervised_loss, 3),
+    "linear_supervised_loss": (linear_supervised_loss, 3),
     "distillation_loss": (distillation_loss, 5),
     "linear_distillation_loss": (linear_distillation_loss, 5),
 }
@@ -843,6 +881,7 @@ NOT_DRAWN = {
     "sampler_metrics": "metrics of numbers that are drawn elsewhere",
     "sampler_support": "returns classes",
     "support_from_mask": "returns classes",
+    "multi_token_targets": "moves labels, and computes nothing",
     "patch": "replaces torch's functions by those that are drawn",
     "use_backend": "every case is run under some backend by it or by backend=",
     "validate_targets": "a switch for GPUs",

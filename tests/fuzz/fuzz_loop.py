@@ -40,9 +40,11 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="only this one, with its traceback")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=None)
-    parser.add_argument("--functions", type=lambda s: tuple(s.split(",")), default=())
-    parser.add_argument("--backends", type=lambda s: tuple(s.split(",")), default=USUAL)
+    parser.add_argument("--functions", action="append", help="these alone, with commas; again for more")
+    parser.add_argument("--backends", action="append", help="these alone, with commas; again for more")
     o = parser.parse_args()
+    o.functions = tuple(",".join(o.functions).split(",")) if o.functions else ()
+    o.backends = tuple(",".join(o.backends).split(",")) if o.backends else USUAL
     unknown = set(o.functions) - set(FUNCTIONS)
     if unknown:
         parser.error(

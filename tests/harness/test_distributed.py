@@ -1,4 +1,7 @@
-"""Two processes under torchrun (gloo) are one with the batch of both: rows, normaliser, weights, figures, checkpoints."""
+"""Two processes under torchrun (gloo) are one with the batch of both: rows, normaliser, weights, figures, checkpoints.
+
+By default every question is asked of sharded parameters and half of the stages; FASTLOSS_TEST_SLOW=1 asks all of both modes.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,12 @@ from fastloss.harness.loop import make_optimizer
 from fastloss.harness.model import load_model
 
 WORKER = Path(__file__).with_name("stage_runs.py")
-MODES = ("replicate", "fsdp")
+MODES = ("fsdp", "replicate")
 CUT = (("sft-tied", "tp=2"), ("packed", "cp=2"))  # one replica in two processes; test_layouts.py has four
-NAMES = ("pretrain", "pretrain-tied", "sft", "sft-tied", "reward", "dpo", "grpo", "ppo")
+NAMES = ("pretrain", "pretrain-tied", "sft", "sft-tied", "distill", "reward", "dpo", "grpo", "ppo")
+# What runs without FASTLOSS_TEST_SLOW=1.
+QUICK = {"fsdp": ("pretrain", "pretrain-tied", "sft", "dpo", "grpo"), "replicate": ("sft", "distill", "ppo")}
+modes = pytest.mark.parametrize("mode", ["fsdp", pytest.param("replicate", marks=pytest.mark.slow)])
 
 
 def torchrun(*arguments: str, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -68,14 +74,20 @@ def killed(stages: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def two(
-    stages: dict[str, dict[str, Any]], killed: Path, tmp_path_factory: pytest.TempPathFactory
+    stages: dict[str, dict[str, Any]],
+    killed: Path,
+    slow_too: bool,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """All runs of two processes, in one launch: its start takes longer than they do."""
     folder = tmp_path_factory.mktemp("two")
     cases = [{"name": "collectives"}, case("after-kill", stages["sft"], killed, parallel="fsdp", resume=True)]
     for mode in MODES:
         for name, options in stages.items():
-            cases.append(case(f"{name}-{mode}", options, folder / f"{name}-{mode}", parallel=mode))
+            if slow_too or name in QUICK[mode]:
+                cases.append(case(f"{name}-{mode}", options, folder / f"{name}-{mode}", parallel=mode))
+        if mode == "replicate" and not slow_too:
+            continue
         pretrain, sft = stages["pretrain"], stages["sft"]
         cases += [
             case(f"bf16-{mode}", pretrain, folder / f"bf16-{mode}", parallel=mode, bf16=True),
@@ -99,9 +111,12 @@ def two(
 
 
 @pytest.fixture(scope="module")
-def one(stages: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def one(
+    stages: dict[str, dict[str, Any]], slow_too: bool, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcome]:
     folder = tmp_path_factory.mktemp("one")
-    return {name: of_one(options, folder / name) for name, options in stages.items()}
+    names = NAMES if slow_too else {name for mode in MODES for name in QUICK[mode]}
+    return {name: of_one(options, folder / name) for name, options in stages.items() if name in names}
 
 
 def same_run(got: Outcome, expected: Outcome, *, rel: float = 1e-5) -> None:
@@ -130,8 +145,14 @@ def test_collectives(two: dict[str, Any]) -> None:
     assert two["collectives"][1]["turns"] == "01"
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        pytest.param(name, mode, marks=[] if name in QUICK[mode] else pytest.mark.slow)
+        for mode in MODES
+        for name in NAMES
+    ],
+)
 def test_two_processes_are_one_with_the_batch_of_both(
     name: str, mode: str, two: dict[str, Any], one: dict[str, Outcome], stages: dict[str, Any]
 ) -> None:
@@ -162,7 +183,10 @@ def test_a_model_or_a_row_in_two_processes_is_that_of_one(
     assert first["rows"] == second["rows"] and apart(first, second) == 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("sft", "grpo") else pytest.param(name, marks=pytest.mark.slow) for name in NAMES],
+)
 def test_accumulation_is_a_large_batch(
     name: str, one: dict[str, Outcome], stages: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -172,7 +196,7 @@ def test_accumulation_is_a_large_batch(
     assert apart(small, one[name]) < 0.02 * lr_of(stages[name])
 
 
-@pytest.mark.parametrize("mode", MODES)
+@modes
 def test_bf16(mode: str, two: dict[str, Any], stages: dict[str, Any], tmp_path: Path) -> None:
     """Weights and the sum over processes stay float32, so only the GEMMs' rounding is bfloat16's."""
     got, _ = two[f"bf16-{mode}"]
@@ -181,13 +205,13 @@ def test_bf16(mode: str, two: dict[str, Any], stages: dict[str, Any], tmp_path: 
     assert got["rows"][0]["loss"] != two[f"pretrain-{mode}"][0]["rows"][0]["loss"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@modes
 def test_recomputed_activations_change_no_bit(mode: str, two: dict[str, Any]) -> None:
     got, expected = two[f"recomputed-{mode}"][0], two[f"sft-{mode}"][0]
     assert got["rows"] == expected["rows"] and apart(got, expected) == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
+@modes
 def test_resume_bit_for_bit(mode: str, two: dict[str, Any]) -> None:
     """grpo, stopped between the two updates of one batch of samples, of which each process holds its own."""
     for rank in (0, 1):
@@ -197,7 +221,7 @@ def test_resume_bit_for_bit(mode: str, two: dict[str, Any]) -> None:
         assert apart(rest, whole) == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
+@modes
 def test_another_number_of_processes_goes_on(
     mode: str, two: dict[str, Any], one: dict[str, Outcome], stages: dict[str, Any]
 ) -> None:
@@ -213,7 +237,7 @@ def test_another_number_of_processes_goes_on(
     assert "between two updates of one batch of samples" in refused["error"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@modes
 def test_a_signal_to_one_process_stops_all_after_one_step(mode: str, two: dict[str, Any]) -> None:
     for outcome in two[f"signal-{mode}"]:
         assert outcome["done"] == 2 and len(outcome["rows"]) == 2
@@ -221,7 +245,7 @@ def test_a_signal_to_one_process_stops_all_after_one_step(mode: str, two: dict[s
     assert checkpoint.latest(folder) == folder / "step-2"
 
 
-@pytest.mark.parametrize("mode", MODES)
+@modes
 def test_a_bad_gradient_in_one_process_is_skipped_by_all(
     mode: str, two: dict[str, Any], stages: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -237,7 +261,7 @@ def test_a_bad_gradient_in_one_process_is_skipped_by_all(
     assert bad["examples"] == same["examples"] and "gradient norm nan" in bad["bad"]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@modes
 def test_a_save_that_fails_in_one_process_fails_in_all(mode: str, two: dict[str, Any]) -> None:
     """The old checkpoint is there, and the run that goes on from it ends as one that never failed."""
     for outcome in two[f"full-{mode}"]:

@@ -4,7 +4,6 @@ says why not. The few that are here by default each have something of their own;
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from fastloss.harness import chat, export, lora, tokenizer
 from fastloss.harness.config import RewardConfig, SftConfig
 from fastloss.harness.start import scoring_model
 
-SLOW = os.environ.get("FASTLOSS_TEST_SLOW", "") not in ("", "0")
 # wrappers around vision or audio, whose sizes are not these
 LARGE = {
     "blt", "dots3_note", "emu3", "fuyu", "gemma3", "gemma4", "gemma4_unified", "gemma4_unified_assistant", "git", "got_ocr2",
@@ -93,7 +91,7 @@ def test_families_with_something_of_their_own(
     assert ("error" in got) == (name == "gpt_oss")
 
 
-@pytest.mark.skipif(not SLOW, reason="FASTLOSS_TEST_SLOW=1: an hour")
+@pytest.mark.slow  # an hour
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in LARGE])
 def test_every_stage_with_every_family(name: str, stage: str, tok: Any, data: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fastloss.harness import checkpoint, logging, pretrain
 from fastloss.harness import config as configs
 from fastloss.harness.config import PretrainConfig
 
-STEPS = 400
+STEPS = 120
 COMMAND = [sys.executable, "-c", "from fastloss.cli import main; main()", "train", "pretrain"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -19,8 +18,6 @@ from fastloss.harness import checkpoint, context, layers, parallel, pretrain
 from fastloss.harness.config import DpoConfig, GrpoConfig, PretrainConfig, SftConfig
 from fastloss.harness.data import Batch
 from fastloss.harness.layout import Layout
-
-slow = pytest.mark.skipif(os.environ.get("FASTLOSS_TEST_SLOW") != "1", reason="FASTLOSS_TEST_SLOW=1 runs it")
 
 # of four processes: stage, --parallel, how many replicas
 RUNS = (
@@ -67,7 +64,7 @@ def four(stages: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> di
     return {"folder": folder, **outcomes(folder, cases, processes=4, timeout=900)}
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "how", "replicas"), RUNS)
 def test_four_processes_are_one(
     name: str, how: str, replicas: int, four: dict[str, Any], stages: dict[str, Any], tmp_path: Path
@@ -88,7 +85,7 @@ def test_four_processes_are_one(
     )  # norms are whole
 
 
-@slow
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_in_another_layout(
     four: dict[str, Any], stages: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -108,7 +105,7 @@ KILLS = ("kill_in_third_step", "kill_in_second_save")
 KILLED = "tp=2,fsdp"
 
 
-@slow
+@pytest.mark.slow
 def test_a_killed_run_goes_on(stages: dict[str, Any], tmp_path: Path) -> None:
     """kill -9 of one of four processes: the others end and name it; what goes on from the last whole checkpoint ends as if nothing had been,
     with four processes to the bit, with two within float error."""

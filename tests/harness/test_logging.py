@@ -88,7 +88,9 @@ def test_tensorboard_has_every_number_of_the_log(tiny: PretrainConfig, quiet: Co
         assert got == pytest.approx({r["step"]: r[key] for r in result.rows}, rel=1e-6)
 
 
-@pytest.mark.parametrize("missing, extra", [("tensorboard", "train"), ("wandb", "wandb")])
+@pytest.mark.parametrize(
+    "missing, extra", [("tensorboard", "train"), pytest.param("wandb", "wandb", marks=pytest.mark.slow)]
+)
 def test_a_missing_package_is_one_line_before_any_work(missing: str, extra: str, tmp_path: Path) -> None:
     code = f"import sys; sys.modules[{missing!r}] = None; from fastloss.cli import main; main()"
     arguments = ["train", "sft", "--out", str(tmp_path / "run"), "--wandb", "project"]

@@ -106,7 +106,9 @@ def test_every_stage_trains_adapters_alone_and_resumes(
     assert float((now - before).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "grpo", "ppo"])
+@pytest.mark.parametrize(
+    "name", ["sft", "grpo", *(pytest.param(n, marks=pytest.mark.slow) for n in ("pretrain", "dpo", "ppo"))]
+)
 def test_frozen_head_has_no_gradient(
     name: str, configs: dict[str, TrainConfig], quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

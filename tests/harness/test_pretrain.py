@@ -39,8 +39,14 @@ MADE = (
 FIXED = ("step", "loss", "grad_norm", "lr", "tokens")  # the columns that are not times
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "tie"),
+    [
+        pytest.param(name, tie, marks=pytest.mark.slow if tie and name != "fastloss" else [])
+        for name in LOSSES
+        for tie in (False, True)
+    ],
+)
 def test_resume_bit_for_bit(
     tiny: PretrainConfig, quiet: Console, tmp_path: Path, loss: str, tie: bool
 ) -> None:

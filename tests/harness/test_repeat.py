@@ -47,7 +47,9 @@ STAGES: dict[str, tuple[Callable[..., Result], Make]] = {
 
 
 @pytest.mark.usefixtures("light")
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize(
+    "name", [n if n in ("sft", "grpo") else pytest.param(n, marks=pytest.mark.slow) for n in STAGES]
+)
 def test_one_seed_gives_one_model(
     name: str, base: Path, text_file: Path, pairs_file: Path, quiet: Console, tmp_path: Path
 ) -> None:

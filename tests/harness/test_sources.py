@@ -128,6 +128,12 @@ def test_columns_under_other_names(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: column: expected `query`, got \['answer', "):
         rows.read([str(path)], rows.supervised_row, columns=["prompt=query"])
+    for twice, columns in (
+        ("prompt", ["prompt=question", "prompt=answer"]),
+        ("query", ["prompt=query", "completion=query"]),
+    ):
+        with pytest.raises(ValueError, match=f"each name once, got {twice} twice"):
+            rows.read([str(path)], rows.supervised_row, columns=columns)
     with pytest.raises(ValueError, match="expected a pair like completion=answer, got 'prompt'"):
         rows.read([str(path)], rows.supervised_row, columns=["prompt"])
 

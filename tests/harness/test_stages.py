@@ -82,7 +82,9 @@ def test_resume_bit_for_bit(
     assert columns(other)[0] != columns(whole)[0]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [n if n in ("sft", "dpo", "grpo") else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
+)
 def test_fastloss_and_torch_give_one_curve(
     name: str, configs: dict[str, TrainConfig], quiet: Console, tmp_path: Path
 ) -> None:
@@ -295,6 +297,7 @@ def test_resume_on_other_data_is_refused(configs: dict[str, Any], quiet: Console
         grpo.run(replace(configs["grpo"], group_size=2), resume=True, console=quiet)
 
 
+@pytest.mark.slow
 def test_chain(tiny: PretrainConfig, pairs_file: Path, quiet: Console, tmp_path: Path) -> None:
     """Each stage starts from the one before; the report has them all."""
     shape = {"save_every": 0, "steps": 2, "compare": True, "batch_size": 2}

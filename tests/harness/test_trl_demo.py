@@ -1,6 +1,5 @@
 """`fastloss demo --trainer trl`: both sides train, and the report compares them."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -9,10 +8,8 @@ from typer.testing import CliRunner
 
 from fastloss.cli.train import demo
 
-slow = pytest.mark.skipif(os.environ.get("FASTLOSS_TEST_SLOW") != "1", reason="FASTLOSS_TEST_SLOW=1 runs it")
 
-
-@slow
+@pytest.mark.slow
 def test_the_report_compares_trl_with_and_without_fastloss(tmp_path: Path) -> None:
     pytest.importorskip("trl", minversion="1.16")
     from fastloss.harness.trl_demo import STEPS, run_trl_demo

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 import fastloss
 from fastloss.integrations.handle import Handle, UnknownVersion, expect_signature, replace_everywhere
-from integrations.conftest import slow
 from integrations.peers import load
 from integrations.table import record
 from integrations.tiny_models import VOCAB, batch, tiny_model
@@ -544,7 +543,7 @@ def test_nemo_rl(aggregation):
 # -- accelerate, Lightning -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=slow), 1024.0])
+@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 1024.0])
 def test_accelerate(scale):
     """GradScaler's gradient of the loss is not 1; accelerate puts a forward of its own on the model."""
     accelerate = pytest.importorskip("accelerate")

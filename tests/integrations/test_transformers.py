@@ -15,7 +15,6 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss  # noqa: E402
 
 from fastloss.integrations.transformers import apply, lazy_class  # noqa: E402
-from integrations.conftest import slow  # noqa: E402
 from integrations.table import record  # noqa: E402
 from integrations.tiny_models import VOCAB, batch, class_names, tiny_model  # noqa: E402
 
@@ -68,7 +67,7 @@ def test_loss_and_gradients(name):
     )
 
 
-@slow
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in class_names() if n not in SELECTION])
 def test_loss_and_gradients_of_every_class(name):
     try:
@@ -78,7 +77,7 @@ def test_loss_and_gradients_of_every_class(name):
     compare(name, model)
 
 
-@slow
+@pytest.mark.slow
 def test_how_many_classes_run():
     runs = 0
     for name in class_names():
@@ -353,7 +352,9 @@ def test_adapters(llama, target):
     assert max(differences(stock, ours)) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["LlamaForCausalLM", pytest.param("Gemma2ForCausalLM", marks=slow)])
+@pytest.mark.parametrize(
+    "name", ["LlamaForCausalLM", pytest.param("Gemma2ForCausalLM", marks=pytest.mark.slow)]
+)
 def test_compiled_in_one_graph(name):
     model = tiny_model(name)
     stock = step(model)
@@ -366,7 +367,7 @@ def test_compiled_in_one_graph(name):
     torch._dynamo.reset()
 
 
-@slow
+@pytest.mark.slow
 def test_compiled_with_an_adapter_on_the_head(llama):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama, peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).train()
@@ -469,7 +470,7 @@ def train(tmp_path, lazy, model_name="LlamaForCausalLM", steps=4, **options):
     )
 
 
-TRAINED = [("LlamaForCausalLM", {}), *(pytest.param(n, o, marks=slow) for n, o in [
+TRAINED = [("LlamaForCausalLM", {}), *(pytest.param(n, o, marks=pytest.mark.slow) for n, o in [
     ("Gemma2ForCausalLM", {}),
     ("Qwen3MoeForCausalLM", {}),
     ("GPT2LMHeadModel", {"gradient_accumulation_steps": 1}),

@@ -13,7 +13,6 @@ from trl.trainer import utils  # noqa: E402
 from fastloss.integrations.handle import UnknownVersion  # noqa: E402
 from fastloss.integrations.trl import FastlossLogProb, apply  # noqa: E402
 from fastloss.lazy_logits import LazyLogits  # noqa: E402
-from integrations.conftest import slow  # noqa: E402
 from integrations.table import record  # noqa: E402
 
 N, D, V = 24, 16, 61
@@ -305,7 +304,7 @@ def run(kind, tokenizer, folder, **options):
 RUNS = [
     ("SFT", {}),
     *(
-        pytest.param(kind, options, marks=slow)
+        pytest.param(kind, options, marks=pytest.mark.slow)
         for kind, options in [
             ("SFT", {"completion_only_loss": False}),
             ("SFT", {"loss_type": "dft"}),

@@ -12,7 +12,6 @@ import fastloss  # noqa: E402
 from fastloss.integrations import trl_losses  # noqa: E402
 from fastloss.integrations.handle import UnknownVersion  # noqa: E402
 from fastloss.integrations.trl import apply  # noqa: E402
-from integrations.conftest import slow  # noqa: E402
 from integrations.table import record  # noqa: E402
 from integrations.test_trl import tokenizer, trainer  # noqa: E402, F401
 
@@ -78,7 +77,7 @@ MORE = [
 
 
 @pytest.mark.parametrize(
-    "kind, options, keywords", [*CASES, *(pytest.param(*case, marks=slow) for case in MORE)]
+    "kind, options, keywords", [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)]
 )
 def test_the_same_batch(kind, options, keywords, ready, monkeypatch):
     own, inputs = ready(kind)

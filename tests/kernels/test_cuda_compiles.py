@@ -15,8 +15,13 @@ report = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(report)
 
 
+QUICK = ("sm_80", "sm_90")
+
+
 @pytest.mark.skipif(report.find_tool("nvcc") is None, reason="no nvcc")
-@pytest.mark.parametrize("arch", report.ARCHES)
+@pytest.mark.parametrize(
+    "arch", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in report.ARCHES]
+)
 def test_no_kernel_touches_local_memory(arch: str) -> None:
     kernels = report.collect_arch(arch)
     names = [kernel["kernel"] for kernel in kernels]

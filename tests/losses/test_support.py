@@ -112,6 +112,30 @@ def test_parity(linear: bool, backend: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(x.grad.double() / size, y.grad / size, rtol=tolerance, atol=tolerance)
 
 
+def test_a_temperature_for_each_token() -> None:
+    target, ids, offsets = drawn()
+    temperature = torch.linspace(0.5, 2.0, ROWS)
+    hidden, weight, bias = head()
+    given = {"linear_bias": bias, "softcap": 5.0, "outputs": (*EVERY[:3], "log_mass"), "logit_scale": 1.5}
+    out = fastloss.linear_token_stats(
+        hidden, weight, target, support=(ids, offsets), temperature=temperature, **given
+    )
+    loss_of(out).backward()
+    grads = [x.grad.clone() for x in (hidden, weight, bias)]
+    for x in (hidden, weight, bias):
+        x.grad = None
+    rows = []
+    for row in range(ROWS):
+        own = {"support": ids[offsets[row] : offsets[row + 1]][None], "temperature": float(temperature[row])}
+        at = slice(row, row + 1)
+        rows.append(fastloss.linear_token_stats(hidden[at], weight, target[at], **own, **given))
+    one = fastloss.TokenStats(*(None if x[0] is None else torch.cat(x) for x in zip(*rows, strict=True)))
+    loss_of(one).backward()
+    for x, y in zip((*out, *grads), (*one, hidden.grad, weight.grad, bias.grad), strict=True):
+        if x is not None:
+            torch.testing.assert_close(x, y)
+
+
 def test_an_ignored_row_touches_nothing() -> None:
     target, ids, offsets = drawn()
     hidden, weight, _ = head(torch.float32)
@@ -502,12 +526,12 @@ def test_operators() -> None:
     ops = torch.ops.fastloss
     torch.library.opcheck(
         ops.linear_support_stats,
-        (hidden, weight, bias, target, ids, offsets),
+        (hidden, weight, bias, target, ids, offsets, None),
         {**given, "dtype": torch.float32},
         test_utils=checks,
     )
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(ops.support_stats, (logits, target, ids, offsets), given, test_utils=checks)
+    torch.library.opcheck(ops.support_stats, (logits, target, ids, offsets, None), given, test_utils=checks)
 
 
 def test_fake_and_meta_tensors() -> None:

@@ -53,6 +53,7 @@ def numbers() -> dict[str, Tensor]:
         "ref_weight": randn(VOCAB, DIM) * 0.5,
         "class_weight": torch.rand(VOCAB, generator=g, dtype=torch.float64) + 0.5,
         "token_weight": torch.rand(ROWS, generator=g, dtype=torch.float64),
+        "temperature": torch.linspace(0.5, 2.0, ROWS, dtype=torch.float64),
         "old": -randn(2 * PAIRS, LENGTH).abs(),
         "advantages": randn(2 * PAIRS),
     }
@@ -183,6 +184,9 @@ CASES: dict[str, Case] = {
         reduction="none", label_smoothing=0.2, weight="class_weight"
     ),
     "cross_entropy: sum, token weights": cross_entropy(reduction="sum", token_weight="token_weight"),
+    "cross_entropy: a temperature for each token": cross_entropy(
+        temperature="temperature", softcap=4.0, label_smoothing=0.1
+    ),
     "cross_entropy: normalizer": cross_entropy(normalizer=31),
     "cross_entropy: ignore_index is a class": cross_entropy(ignore_index=5),
     "statistics": statistics("logprobs"),

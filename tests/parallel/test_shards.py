@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import processes
@@ -13,10 +12,7 @@ import pytest
 TOLERANCE = {"float64": 1e-12, "float32": 4e-6, "bfloat16": 2e-2}
 
 
-slow = pytest.mark.skipif(os.environ.get("FASTLOSS_TEST_SLOW") != "1", reason="FASTLOSS_TEST_SLOW=1 runs it")
-
-
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=slow)])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process wrote."""
     world, folder = request.param, tmp_path_factory.mktemp("shards")

@@ -487,6 +487,8 @@ def test_generation_at_its_own_speed_takes_longer() -> None:
         (["gpt-2", "--tokens", "many"], "15.6T"),
         (["gpt-2", "--tokens", "1e"], "15.6T"),
         (["gpt-2", "--stage", "rlhf=1M"], "grpo"),
+        (["gpt-2", "--stage", "dpo=1M", "--stage", "dpo=2M"], "got it twice"),
+        (["gpt-2", "--tokens", "1M", "--stage", "pretrain=2M"], "--tokens is pretrain's"),
         (["gpt-2", "--tokens", "1M", "--hardware", "TPU"], "MI300X"),
         (["gpt-2", "--tokens", "1M", "--mfu", "1.5"], "share of the peak"),
     ],

@@ -153,7 +153,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=300.0)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--vocab", type=int, default=1003)
-    parser.add_argument("--only", default="", help="calls that begin so")
+    parser.add_argument("--only", action="append", help="calls that begin so; again for more")
     given = parser.parse_args(arguments)
     backends = given.backend or ["cuda", "triton"]
     if given.under:
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str]) -> int:
     bad = 0
     for backend in backends:
         for name, call in calls(backend, device, given.rows, given.vocab):
-            if not name.startswith(given.only):
+            if not name.startswith(tuple(given.only or [""])):
                 continue
             try:
                 call()

@@ -224,13 +224,13 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="small shapes")
-    parser.add_argument("--only", default="", help="lines that begin so")
+    parser.add_argument("--only", action="append", help="lines that begin so; again for more")
     parser.add_argument("--seconds", type=float, default=90.0)
     given = parser.parse_args(arguments)
     until, bad = time.monotonic() + given.seconds, 0
     torch.manual_seed(0)
     for name, check in checks(given.device, given.small):
-        if not name.startswith(given.only):
+        if not name.startswith(tuple(given.only or [""])):
             continue
         began = time.monotonic()
         if began > until:

@@ -160,7 +160,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    parser.add_argument("--only", choices=[*PARTS], help="this part alone")
+    parser.add_argument("--only", choices=[*PARTS], action="append", help="this part; again for more")
     parser.add_argument("--variants", type=Path)
     parser.add_argument("--seconds", type=float, default=300.0, help="begin nothing after that")
     parser.add_argument("--out", type=Path)
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str]) -> int:
 
     def everything() -> Iterator[Found]:
         for name, part in PARTS.items():
-            if given.only in (None, name):
+            if name in (given.only or PARTS):
                 yield from part(given.device, given.small)
         if given.variants:
             left = max(1.0, until - time.monotonic())

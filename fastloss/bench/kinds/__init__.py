@@ -5,9 +5,11 @@ from fastloss.bench.kinds import (
     corrections,
     cross_entropy,
     distillation,
+    multi_token,
     policy,
     preference,
     rewards,
+    supervised,
     support,
     token_stats,
     topk,
@@ -26,5 +28,7 @@ FAMILIES = (
     advantages,
     distillation,
     topk,
+    supervised,
+    multi_token,
 )
 KINDS = {name: kind for family in FAMILIES for name, kind in family.KINDS.items()}

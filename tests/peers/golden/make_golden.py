@@ -13,6 +13,7 @@ FAMILIES = (
     "trl_kto",
     "trl_cpo_orpo",
     "trl_reward",
+    "trl_sft",
     "trl_grpo",
     "trl_rloo",
     "trl_advantages",

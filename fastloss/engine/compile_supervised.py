@@ -1,0 +1,117 @@
+"""The operator of torch.compile for supervised losses from a head (engine/supervised.py)."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastloss.engine import backend as backends
+from fastloss.engine import head as heads
+from fastloss.engine.compile_ops import (
+    _check_targets,
+    _fake_grads,
+    _gemm_flops,
+    _grad_dtypes,
+    _limits,
+    _operator,
+    _or_nothing,
+    _row_fields,
+)
+from fastloss.engine.contract import WHOLE
+from fastloss.engine.head import Limits, Needs
+from fastloss.engine.supervised import Labels, rows_of_head
+from fastloss.tables import (
+    ACC_DTYPES,
+    SUPERVISED_LOSSES,
+    SUPERVISED_NUMBERS,
+    SUPERVISED_SUMS,
+    RowOptions,
+    SupervisedOptions,
+)
+
+# The loss's own numbers come as a tensor: a float that an operator is given compiles again with each value.
+_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? unlikely, Tensor? factors, Tensor numbers"
+_HOW = "int kind, bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
+
+
+@_operator("linear_supervised", _TENSORS, RowOptions, _HOW, "Tensor[]")
+def _linear(
+    hidden, weight, bias, target, unlikely, factors, numbers, *, kind, needs, dtype, chunk, memory, float_logits, backend, **fields
+):  # fmt: skip
+    own = dict(zip(SUPERVISED_NUMBERS[SUPERVISED_LOSSES[kind]], numbers.unbind(), strict=True))
+    o = SupervisedOptions(**{**fields, "kind": kind, **own})
+    kernels, needed = backends.runnable(backend), Needs(*needs)
+    _check_targets(target, weight.shape[0], o.ignore_index)
+    head = heads.make_head(kernels, hidden, weight, bias, dtype)
+    keep = heads.kept_rows(target, o.ignore_index, traced=True)
+    count = heads.count_kept(hidden.shape[0], keep)
+    limits = _limits(chunk, memory, float_logits)
+    schedule = heads.schedule_of_one_pass(head, count, needed, limits, logprobs_only=True)
+    sums, grads = rows_of_head(head, needed, Labels(target, unlikely, factors), o, schedule, keep)
+    loss = sums[:, 0]
+    total = (
+        loss.clone()
+        if factors is None
+        else kernels.sum_rows(torch.where(factors == 0, 0.0, loss * factors), WHOLE)
+    )
+    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
+    return [total, sums, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
+
+
+@_linear.register_fake
+def _(hidden, weight, bias, target, unlikely, factors, numbers, *, needs, dtype, **fields):
+    rows, acc = hidden.shape[0], ACC_DTYPES[dtype]
+    total = hidden.new_empty((rows,) if factors is None else (), dtype=acc)
+    sums = hidden.new_empty((rows, len(SUPERVISED_SUMS)), dtype=acc)
+    return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
+
+
+def _save(ctx, inputs, keyword_only_inputs, output):
+    ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
+    ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
+    made = any(ctx.given["needs"])
+    ctx.save_for_backward(*((None,) * 7 if made else inputs), *(output[-3:] if made else (None,) * 3))
+
+
+def _backward(ctx, upstream):
+    *inputs, factors, numbers, d_hidden, d_weight, d_bias = ctx.saved_tensors
+    given, g = ctx.given, upstream[0]
+    if any(given["needs"]):
+        made, needs = [x * g for x in (d_hidden, d_weight, d_bias)], given["needs"]
+    else:
+        needs = ctx.needs
+        g = g.contiguous() if factors is None else g * factors
+        _, _, *made = _linear(*inputs, g, numbers, **{**given, "needs": needs})
+    grads = [x.to(t) if need else None for x, need, t in zip(made, needs, ctx.dtypes, strict=True)]
+    return (*grads, *[None] * 4)
+
+
+_linear.register_autograd(_backward, setup_context=_save)
+
+
+def linear_supervised(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    labels: Labels,
+    options: SupervisedOptions,
+    needs: Needs,
+    dtype: torch.dtype,
+    limits: Limits,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 3])."""
+    one = torch.ones(1, dtype=ACC_DTYPES[dtype], device=operands[0].device)
+    names = SUPERVISED_NUMBERS[SUPERVISED_LOSSES[options.kind]]
+    numbers = torch.cat([one * getattr(options, name) for name in names]) if names else one[:0]
+    total, sums, *_ = _linear(
+        *operands, *labels, numbers, **_row_fields(options), kind=options.kind, needs=list(needs), dtype=dtype,
+        chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
+    )  # fmt: skip
+    return total, sums.detach()
+
+
+@register_flop_formula(torch.ops.fastloss.linear_supervised)
+def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:
+    return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
