@@ -35,10 +35,11 @@ def _mount(app) -> None:  # type: ignore[no-untyped-def]
     app.command()(plan)
     try:
         from fastloss.cli.train import app as train
-        from fastloss.cli.train import demo
+        from fastloss.cli.train import demo, teach
 
         app.add_typer(train, name="train", help="Train a language model through fastloss's losses.")
         app.command()(demo)
+        app.command()(teach)
     except ImportError as error:
         app.command(name="train", help=f"Not available: {error}")(_missing("train", str(error)))
     try:

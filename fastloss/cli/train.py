@@ -8,12 +8,13 @@ import inspect
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 from fastloss.harness import config as configs
 from fastloss.harness.config import (
+    DistillConfig,
     DpoConfig,
     GrpoConfig,
     PpoConfig,
@@ -119,10 +120,48 @@ class errors:
 
 add_stage("pretrain", PretrainConfig, "Pretrain from random weights: tokenizer, model, report.")
 add_stage("sft", SftConfig, "Instruction tuning: cross-entropy on the answers alone.")
+add_stage(
+    "distill",
+    DistillConfig,
+    "A student from a teacher: a model folder, or the tokens that it named in the data.",
+)
 add_stage("reward", RewardConfig, "A reward model from pairs of a better and a worse answer.")
 add_stage("dpo", DpoConfig, "Direct preference optimisation on such pairs.")
 add_stage("grpo", GrpoConfig, "Reinforcement with groups of samples and a reward function.")
 add_stage("ppo", PpoConfig, "Reinforcement with a value head and a reward function.")
+
+
+def teach(
+    teacher: Annotated[str, typer.Option(help="transformers folder of the teacher")],
+    data: Annotated[
+        list[str], typer.Option(help="files, folders, globs, hf:NAME[:config][:split], as in sft")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="JSON lines to write: the rows, with teacher_ids and teacher_logprobs")
+    ],
+    top_k: int = typer.Option(64, min=1, max=512, help="the teacher's likeliest tokens of each position"),
+    temperature: float = typer.Option(1.0, min=1e-3, help="of the teacher's distribution"),
+    column: Annotated[
+        list[str] | None,
+        typer.Option(help="completion=answer: the data's column `answer` is our `completion`"),
+    ] = None,
+    seq_len: int = typer.Option(256, min=2, help="longer examples are left out"),
+    skip_bad_rows: bool = typer.Option(False, "--skip-bad-rows", help="leave out rows that do not fit"),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1 …"),
+    bf16: bool = typer.Option(False, "--bf16", help="autocast to bfloat16"),
+    overwrite: bool = typer.Option(False, "--overwrite", help="write over a file that is there"),
+    debug: bool = typer.Option(False, "--debug", help="an error with its traceback"),
+) -> None:
+    """Store what a teacher says of each token of the data's answers, for `fastloss train distill` without the teacher."""
+    with errors(debug):
+        from fastloss.harness import teacher as teachers
+        from fastloss.harness.report import Terminal
+
+        config = DistillConfig(
+            teacher=teacher, data=tuple(data), top_k=top_k, temperature=temperature, column=tuple(column or ()), seq_len=seq_len,
+            skip_bad_rows=skip_bad_rows, device=device, bf16=bf16,
+        )  # fmt: skip
+        teachers.write(config, out, overwrite=overwrite, console=Terminal())
 
 
 def demo(
@@ -132,7 +171,7 @@ def demo(
         show_default=False,
     ),
     chain: bool = typer.Option(
-        False, "--chain", help="all stages, each from the model of the one before: pretrain … ppo"
+        False, "--chain", help="all stages, each from the model of an earlier one: pretrain … distill"
     ),
     trainer: str = typer.Option(
         "", help="trl: SFT, DPO and GRPO by TRL's trainers, with and without fastloss", show_default=False

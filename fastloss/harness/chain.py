@@ -1,4 +1,4 @@
-"""The whole chain on one small model: pretrain, sft, reward, dpo, grpo, ppo, and one report of them all."""
+"""The whole chain on one small model: pretrain, sft, reward, dpo, grpo, ppo, distill, and one report of them all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
-from . import dpo, grpo, measure, parallel, plots, ppo, pretrain, report, reward, sft
-from .config import DpoConfig, GrpoConfig, PpoConfig, PretrainConfig, RewardConfig, SftConfig, TrainConfig
+from . import distill, dpo, grpo, measure, parallel, plots, ppo, pretrain, report, reward, sft
+from .config import (
+    DistillConfig,
+    DpoConfig,
+    GrpoConfig,
+    PpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    SftConfig,
+    TrainConfig,
+)
 from .report import Terminal
 from .run import Result, only_one
 
@@ -34,6 +43,10 @@ STAGES: tuple[Link, ...] = (
     ("grpo", grpo.run, "sft",
      GrpoConfig(**SHAPE, **REINFORCE, steps=160, batch_size=64, group_size=4, lr=2e-4)),
     ("ppo", ppo.run, "sft", PpoConfig(**SHAPE, **REINFORCE, steps=120, batch_size=256, lr=3e-4)),
+    # what reinforcement found, taught to the model that it began from; the teacher is a stage's name here
+    ("distill", distill.run, "sft",
+     DistillConfig(**SHAPE, teacher="ppo", task="arithmetic", steps=200, batch_size=8, lr=5e-4, repeat=50, wrong=0.3,
+                   max_new_tokens=5, on_policy=0.5)),
 )  # fmt: skip
 
 
@@ -57,6 +70,8 @@ def _run_chain(
             config, out=str(folder / name), model=model, seed=seed, threads=threads,
             steps=min(steps or config.steps, config.steps),
         )  # fmt: skip
+        if isinstance(config, DistillConfig):
+            config = replace(config, teacher=str(folder / config.teacher / "model"))
         console.rule(name)
         began = time.perf_counter()
         results[name] = run(config, overwrite=True, console=console)

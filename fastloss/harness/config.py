@@ -13,6 +13,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fastloss.tables import DISTILLATION_DIVERGENCES
+
 from . import parallel as processes
 from .layout import Layout
 
@@ -206,6 +208,40 @@ class SftConfig(TrainConfig):
     packing: bool = option(True, "several examples in a row, blind to each other")
     exact: int = option(200, "held-back examples answered for the exact match; 0: none", least=0)
     max_new_tokens: int = option(32, "longest answer in the exact match", least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(SftConfig):
+    """Learning from a teacher's distribution over each token, of the data's answers or of the student's own."""
+
+    group: ClassVar[str] = "Only in distill"
+    cuts_rows: ClassVar[bool] = False
+
+    out: str = option("runs/distill", "folder of the run: logs, checkpoint, report")
+    loss: str = option("fastloss", "fastloss or torch (whole logits of both models)")
+    lr: float = option(5e-4, "peak learning rate", least=0)
+    teacher: str = option(
+        "", "transformers folder of the teacher; none: rows of --data carry teacher_ids and teacher_logprobs"
+    )
+    top_k: int = option(
+        0, "learn from this many of the teacher's likeliest tokens; 0: from all", least=0, most=512
+    )
+    tail: str = option("bin", "with --top-k or stored rows: the other tokens are one more outcome (bin), left out after "
+                       "renormalising (renormalize), or no term (none)", choices=("bin", "renormalize", "none"))  # fmt: skip
+    divergence: str = option("forward_kl", "of fastloss.distillation_loss; --loss torch knows forward_kl, reverse_kl, jsd",
+                             choices=DISTILLATION_DIVERGENCES)  # fmt: skip
+    interpolation: float = option(0.5, "the teacher's part in jsd and the skewed divergences", least=0)
+    temperature: float = option(1.0, "of both distributions", least=1e-3)
+    hard: float = option(0.0, "coefficient of the cross-entropy on the tokens themselves", least=0)
+    on_policy: float = option(
+        0.0, "share of steps whose answers the student samples itself (GKD)", least=0, most=1
+    )
+    sample_temperature: float = option(1.0, "of these samples", least=1e-3)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if Layout.parse(self.parallel).tp > 1:
+            raise ValueError("parallel: distill takes no tp; use replicate or fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,13 +40,18 @@ class Data:
     source: str
     order: Order
 
-    def batch(self, position: int, config: SftConfig) -> Batch:
-        chosen = [
-            [self.train[i] for i in self.groups[row]] for row in self.order.take(position, config.batch_size)
-        ]
+    def taken(self, position: int, config: SftConfig) -> list[list[Example]]:
+        """The examples of each row of a pass."""
+        taken = self.order.take(position, config.batch_size)
+        return [[self.train[i] for i in self.groups[row]] for row in taken]
+
+    def laid_out(self, groups: list[list[Example]], config: SftConfig) -> Batch:
         if config.packing:
-            return packed(chosen, config.seq_len)
-        return padded([example for group in chosen for example in group])
+            return packed(groups, config.seq_len)
+        return padded([example for group in groups for example in group])
+
+    def batch(self, position: int, config: SftConfig) -> Batch:
+        return self.laid_out(self.taken(position, config), config)
 
 
 def prepare(config: SftConfig, tok: Any, console: Console) -> Data:

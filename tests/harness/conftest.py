@@ -135,6 +135,9 @@ def stages(base: Path, tied_base: Path, text_file: Path, pairs_file: Path) -> di
         "pretrain-tied": text | {"tie": True},
         "sft": sums | {"model": str(base)},
         "sft-tied": sums | {"model": str(tied_base)},
+        "distill": sums | {
+            "stage": "distill", "model": str(base), "teacher": str(tied_base), "on_policy": 0.5, "packing": True, "hard": 0.1
+        },
         "reward": {"stage": "reward", **pairs},
         "dpo": {"stage": "dpo", **pairs},
         "grpo": {"stage": "grpo", "model": str(base), "group_size": 4, "beta": 0.05, "scale": "batch", **rollouts, **common},

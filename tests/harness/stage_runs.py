@@ -21,8 +21,22 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from fastloss.harness import checkpoint, dpo, grpo, measure, parallel, plots, ppo, pretrain, reward, run, sft
+from fastloss.harness import (
+    checkpoint,
+    distill,
+    dpo,
+    grpo,
+    measure,
+    parallel,
+    plots,
+    ppo,
+    pretrain,
+    reward,
+    run,
+    sft,
+)
 from fastloss.harness.config import (
+    DistillConfig,
     DpoConfig,
     GrpoConfig,
     PpoConfig,
@@ -33,7 +47,7 @@ from fastloss.harness.config import (
 from fastloss.harness.cost import Cost
 
 STAGES: dict[str, tuple[Any, Any]] = {
-    "pretrain": (pretrain, PretrainConfig), "sft": (sft, SftConfig), "reward": (reward, RewardConfig),
+    "pretrain": (pretrain, PretrainConfig), "sft": (sft, SftConfig), "distill": (distill, DistillConfig), "reward": (reward, RewardConfig),
     "dpo": (dpo, DpoConfig), "grpo": (grpo, GrpoConfig), "ppo": (ppo, PpoConfig),
 }  # fmt: skip
 

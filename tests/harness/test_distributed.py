@@ -26,9 +26,9 @@ from fastloss.harness.model import load_model
 WORKER = Path(__file__).with_name("stage_runs.py")
 MODES = ("fsdp", "replicate")
 CUT = (("sft-tied", "tp=2"), ("packed", "cp=2"))  # one replica in two processes; test_layouts.py has four
-NAMES = ("pretrain", "pretrain-tied", "sft", "sft-tied", "reward", "dpo", "grpo", "ppo")
+NAMES = ("pretrain", "pretrain-tied", "sft", "sft-tied", "distill", "reward", "dpo", "grpo", "ppo")
 # What runs without FASTLOSS_TEST_SLOW=1.
-QUICK = {"fsdp": ("pretrain", "pretrain-tied", "sft", "dpo", "grpo"), "replicate": ("sft", "ppo")}
+QUICK = {"fsdp": ("pretrain", "pretrain-tied", "sft", "dpo", "grpo"), "replicate": ("sft", "distill", "ppo")}
 modes = pytest.mark.parametrize("mode", ["fsdp", pytest.param("replicate", marks=pytest.mark.slow)])
 
 
