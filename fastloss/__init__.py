@@ -48,6 +48,7 @@ from fastloss.losses.preference_linear import (
 )
 from fastloss.losses.preference_named import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
 from fastloss.losses.reward_model import RewardOutput, process_reward_loss, reward_model_loss
+from fastloss.losses.router import RouterOutput, moe_load_balancing_loss, router_z_loss
 from fastloss.losses.selected_logprobs import linear_selected_logprobs, selected_logprobs
 from fastloss.losses.supervised import SupervisedOutput, linear_supervised_loss, supervised_loss
 from fastloss.losses.token_stats import (
@@ -74,6 +75,7 @@ __all__ = [
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
+    "RouterOutput",
     "SupervisedOutput",
     "TokenStats",
     "UnpairedOutput",
@@ -108,6 +110,7 @@ __all__ = [
     "linear_supervised_loss",
     "linear_token_stats",
     "linear_topk_distillation_loss",
+    "moe_load_balancing_loss",
     "multi_token_targets",
     "nn",
     "opo_advantages",
@@ -122,6 +125,7 @@ __all__ = [
     "remax_advantages",
     "reward_model_loss",
     "rloo_advantages",
+    "router_z_loss",
     "selected_logprobs",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",

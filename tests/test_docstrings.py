@@ -34,6 +34,7 @@ WITHOUT_EXAMPLE = {
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
+    "RouterOutput",
     "SequenceShard",
     "SupervisedOutput",
     "TokenStats",

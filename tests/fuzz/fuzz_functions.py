@@ -32,6 +32,32 @@ def given(tensors: dict[str, Tensor | None]) -> Tensors:
     return {name: x for name, x in tensors.items() if x is not None}
 
 
+# --- routers -----------------------------------------------------------------------------------------------------------
+
+
+def router_tensors(d: Draw) -> Tensors:
+    shape = (d.pick(1, 3), *d.pick((0, 3), (2, 3), (1, 17)))
+    tensors = {"router_logits": d.logits((*shape, d.pick(1, 2, 8, 33)), infinite=False)}
+    if d.chance(0.4):
+        tensors["mask"] = d.mask(shape[1:])
+    return tensors
+
+
+def moe_load_balancing_loss(d: Draw) -> Case:
+    tensors = router_tensors(d)
+    options = {"top_k": d.whole(1, min(3, tensors["router_logits"].shape[-1]))} | some(
+        d,
+        scope=lambda: d.pick("layer", "sequence"),
+        scores=lambda: "sigmoid",
+        per_choice=lambda: True,
+    )
+    return Case("moe_load_balancing_loss", tensors, options, ("router_logits",))
+
+
+def router_z_loss(d: Draw) -> Case:
+    return Case("router_z_loss", router_tensors(d), {}, ("router_logits",))
+
+
 # --- cross-entropy and statistics --------------------------------------------------------------------------------------
 
 
@@ -849,6 +875,8 @@ ADDED_LATER = {
     "linear_selected_logprobs": (linear_selected_logprobs, 3),
     "topk_distillation_loss": (topk_distillation_loss, 4),
     "linear_topk_distillation_loss": (linear_topk_distillation_loss, 4),
+    "moe_load_balancing_loss": (moe_load_balancing_loss, 2),
+    "router_z_loss": (router_z_loss, 2),
     "supervised_loss": (supervised_loss, 3),
     "linear_supervised_loss": (linear_supervised_loss, 3),
     "distillation_loss": (distillation_loss, 5),
