@@ -238,7 +238,7 @@ class _Run:
 
 def _defined(run: _Run, given: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     logits = torch.cat([x.to(run.acc) for x in given]) if len(given) > 1 else given[0].to(run.acc)
-    chosen = run.selected or list(torch.cat([x.detach() for x in given]).topk(run.top_k, -1).indices)
+    chosen = run.selected or [ids for x in given for ids in x.detach().topk(run.top_k, -1).indices.unbind(0)]
     return reference.load_balancing(
         logits, torch.stack(chosen), run.kept, run.scopes, run.scores, run.load, run.per_choice
     )
@@ -262,7 +262,7 @@ class LoadBalancing(torch.autograd.Function):
         sequences = run.kept.shape[0]
         chosen, mass = [], []
         # Whole numbers are added: the same in any order. A masked token's choices go to a place of their own.
-        place = torch.arange(sequences, device=device)[:, None, None] * (experts + 1)
+        place = torch.arange(sequences, dtype=torch.int64, device=device)[:, None, None] * (experts + 1)
         for k, logits in enumerate(layers):
             ids = logits.detach().topk(run.top_k, -1).indices if run.selected is None else run.selected[k]
             ids = torch.where(run.kept[..., None], ids, experts) + place
