@@ -117,6 +117,50 @@ def process_reward_loss(d: Draw) -> Case:
     return Case("process_reward_loss", tensors, options, ("logits",))
 
 
+def list_options(d: Draw, tensors: Tensors, shape: tuple[int, int]) -> Options:
+    if d.chance(0.4):
+        tensors["mask"] = d.mask(shape)
+    if d.chance(0.2):
+        tensors["weights"] = d.uniform(shape[:1], 0.0, 2.0)
+    loss_type = d.pick("plackett_luce", "softmax", "pair_logistic", "pair_hinge", "lambda")
+    return {"loss_type": loss_type} | some(d, reduction=lambda: d.pick("sum", "none"))
+
+
+def listwise_reward_loss(d: Draw) -> Case:
+    shape = (d.pick(0, 1, 4), d.pick(1, 2, 5))
+    tensors = {"scores": d.normal(shape, 2.0), "labels": d.integers(shape, 0, 4)}
+    return Case("listwise_reward_loss", tensors, list_options(d, tensors, shape), ("scores",))
+
+
+def listwise_preference_loss(d: Draw) -> Case:
+    shape = (d.pick(0, 1, 4), d.pick(1, 2, 5))
+    tensors = {
+        "logps": d.normal(shape, 3.0),
+        "labels": d.integers(shape, 0, 4),
+        "ref_logps": d.normal(shape, 3.0),
+    }
+    return Case("listwise_preference_loss", tensors, list_options(d, tensors, shape), ("logps",))
+
+
+def tied_reward_loss(d: Draw) -> Case:
+    shape = (d.pick(0, 1, 6),)
+    names = ("first_rewards", "second_rewards")
+    tensors = {name: d.normal(shape, 2.0) for name in names} | {"outcome": d.integers(shape, -1, 2)}
+    options = some(
+        d, model=lambda: "davidson", tie_strength=lambda: 0.3, reduction=lambda: d.pick("sum", "none")
+    )
+    return Case("tied_reward_loss", tensors, options, names)
+
+
+def reward_regression_loss(d: Draw) -> Case:
+    shape = d.pick((0,), (5,), (4, 3))
+    tensors = {"rewards": d.normal(shape, 2.0), "labels": d.uniform(shape, 0.0, 1.0)}
+    if d.chance(0.4):
+        tensors["mask"] = d.mask(shape)
+    options = some(d, loss_type=lambda: d.pick("huber", "bce"), reduction=lambda: d.pick("sum", "none"))
+    return Case("reward_regression_loss", tensors, options, ("rewards",))
+
+
 def hidden_and_weight(d: Draw, lead: tuple[int, ...], vocab: int) -> Tensors:
     dim = d.dim()
     scale = d.pick(0.1, 1.0, 1.0, 4.0)
@@ -881,6 +925,10 @@ ADDED_LATER = {
     "linear_selected_logprobs": (linear_selected_logprobs, 3),
     "topk_distillation_loss": (topk_distillation_loss, 4),
     "linear_topk_distillation_loss": (linear_topk_distillation_loss, 4),
+    "listwise_reward_loss": (listwise_reward_loss, 1),
+    "listwise_preference_loss": (listwise_preference_loss, 1),
+    "tied_reward_loss": (tied_reward_loss, 1),
+    "reward_regression_loss": (reward_regression_loss, 1),
     "moe_load_balancing_loss": (moe_load_balancing_loss, 2),
     "router_z_loss": (router_z_loss, 2),
     "supervised_loss": (supervised_loss, 3),
