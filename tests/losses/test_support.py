@@ -219,6 +219,21 @@ def test_padded_sets_are_ragged_sets() -> None:
         assert torch.equal(x, y)
 
 
+def test_rising_ids_are_not_sorted_and_give_the_same() -> None:
+    target, ids, offsets = drawn()
+    rising = [x[x >= 0].unique() for x in ids.tensor_split(offsets[1:-1])]
+    sizes = torch.tensor([0, *map(len, rising)])
+    layout = lay_out(Sets(torch.cat(rising), sizes.cumsum(0), ROWS), target, VOCAB, -100)
+    assert layout.order is None
+    hidden, weight, _ = head()
+    made = []
+    for support in ((ids, offsets), (torch.cat(rising), sizes.cumsum(0))):
+        out = fastloss.linear_token_stats(hidden, weight, target, support=support, outputs=EVERY[:3])
+        made.append([out.logprobs, *torch.autograd.grad(loss_of(out), [hidden, weight])])
+    for x, y in zip(*made, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_a_token_has_the_same_bits_in_any_batch() -> None:
     target, ids, offsets = drawn()
     hidden, weight, _ = (x.detach() for x in head(torch.float32))
