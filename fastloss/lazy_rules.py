@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
 import fastloss
+from fastloss.engine.checks import as_rows
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -213,7 +214,7 @@ def argmax(z: HeadLogits, dim: int | None = None, keepdim: bool = False) -> Any:
     """The arg-max of each row, a block of rows at a time."""
     if z.classes_second or dim is None or dim % (z.hidden.dim()) != z.hidden.dim() - 1 or z.after <= 0:
         return NotImplemented
-    hidden = z.hidden.reshape(-1, z.hidden.shape[-1])
+    hidden = as_rows(z.hidden)
     block = max(64, 2**22 // z.vocab)
     with torch.no_grad(), z.autocast():
         parts = [F.linear(rows, z.weight, z.bias).argmax(-1) for rows in hidden.split(block)]

@@ -26,6 +26,11 @@ def is_tensor(name: str, value: Any) -> None:
         _has_memory(name, value)
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """``[..., W]`` as ``[rows, W]``, also where W is 0 and ``reshape(-1, W)`` could not tell how many."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _has_memory(name: str, value: Tensor) -> None:
     """PyTorch itself reads address 0 where a tensor's storage was freed."""
     try:

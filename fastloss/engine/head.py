@@ -17,6 +17,7 @@ rows and their logits are never there at once.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -179,7 +180,7 @@ def limits_of(
     if group is None:
         return Limits(chunk_size, memory, None, float_logits)
     dim = input.shape[-1]
-    call = SharedCall(input.numel() // max(1, dim), dim, input.dtype, target, ignore_index)
+    call = SharedCall(math.prod(input.shape[:-1]), dim, input.dtype, target, ignore_index)
     shards = of_group(group, linear_weight.shape[0], linear_weight.device, call)
     return Limits(chunk_size, memory, shards, float_logits)
 
@@ -558,6 +559,6 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None)
         raise ShapeError(
             f"linear_weight: expected shape [V, {input.shape[-1] if input.dim() else 'D'}], got {list(linear_weight.shape)}"
         )
-    rows = input.reshape(-1, input.shape[-1])
+    rows = checks.as_rows(input)
     check_linear(rows, linear_weight, linear_bias)
     return rows

@@ -49,6 +49,8 @@ def why_not(backend: Backend, dtype: torch.dtype, weight: Tensor) -> str:
         return "FASTLOSS_VOCABULARY_BLOCKS=0"
     if dtype not in (torch.float32, torch.bfloat16) or weight.dtype not in (torch.float32, torch.bfloat16):
         return "the dtype"
+    if weight.shape[1] == 0:
+        return "hidden states of width 0"
     if not multiplies_floats(weight, dtype):
         if not (supports_gemm_bf16() or backend.module.supports_tiles()):
             return "oneDNN multiplies bfloat16 faster than float32"

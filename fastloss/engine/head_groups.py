@@ -194,7 +194,7 @@ def reference_sums(
     """Σ log p of every sequence under the reference model: 1 GEMM over the same rows, no gradient."""
     rows, options = x.rows, x.options
     with torch.no_grad():
-        hidden = ref_input.detach().reshape(-1, ref_input.shape[-1]).index_select(0, rows.order)
+        hidden = checks.as_rows(ref_input.detach()).index_select(0, rows.order)
         heads.check_linear(hidden, ref_weight, ref_bias)
         shards = x.limits.shards
         if shards is not None:  # the reference's vocabulary is cut over the same processes

@@ -430,6 +430,11 @@ def _counted(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
     """Does nothing."""
 
 
+@_counted.register_fake
+def _(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
+    """A mode may repeat it on meta tensors."""
+
+
 @register_flop_formula(torch.ops.fastloss.head_gemms)
 def _(
     hidden_shape: list[int], weight_shape: list[int], rows: int, gemms: float, *args: Any, **kwargs: Any

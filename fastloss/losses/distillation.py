@@ -107,7 +107,7 @@ def distillation_loss(
     call.announce()
     check_targets(tokens.target, classes, ignore_index)
     # [N, classes]: the wider vocabulary's padding is left out, and autograd gives it a gradient of 0.
-    z, y = (x[..., :classes].reshape(-1, classes).to(dtype) for x in (logits, teacher_logits.detach()))
+    z, y = (checks.as_rows(x[..., :classes]).to(dtype) for x in (logits, teacher_logits.detach()))
     if call.by_definition:
         loss, *statistics = reference.distillation_rows(z, y, tokens.target, options)
         return _output(loss, statistics, tokens, reduction, lead)
@@ -337,7 +337,7 @@ def _check_teacher(input: Tensor, teacher_input: Tensor, weight: Tensor, bias: T
         checks.is_floating("teacher_bias", bias)
         checks.has_shape("teacher_bias", bias, (weight.shape[0],))
         checks.same_device("teacher_bias", bias, input.device)
-    return teacher_input.detach().reshape(-1, width)
+    return checks.as_rows(teacher_input.detach())
 
 
 def _output(

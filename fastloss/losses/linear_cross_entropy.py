@@ -113,7 +113,7 @@ def linear_cross_entropy(
     lead = input.shape[:-1]
     rows = input
     if input.dim() > 2 and target.dtype == torch.int64 and target.shape == lead and linear_weight.dim() == 2:
-        rows, target = input.reshape(-1, input.shape[-1]), target.reshape(-1)  # tokens of any shape
+        rows, target = checks.as_rows(input), target.reshape(-1)  # tokens of any shape
     heads.check_linear(rows, linear_weight, linear_bias)
     places = linear_weight.shape[1:-1]
     vocab = linear_weight.shape[0]
@@ -421,7 +421,7 @@ def _k_dimensional(
         and loss.row.row_scale is None
     ):
         bias = None if linear_bias is None else linear_bias.reshape(-1)
-        logits = torch.nn.functional.linear(input, linear_weight.reshape(-1, dim), bias)
+        logits = torch.nn.functional.linear(input, checks.as_rows(linear_weight), bias)
         row = loss.row
         return cross_entropy(
             logits.view(input.shape[0], vocab, *places),

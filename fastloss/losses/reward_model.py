@@ -164,7 +164,7 @@ def process_reward_loss(
     checks.index_target("labels", labels, tuple(logits.shape[:-1]), logits.device)
     flat = labels.reshape(-1)
     loss, stats = cross_entropy(
-        logits.reshape(-1, logits.shape[-1]),
+        checks.as_rows(logits),
         flat,
         ignore_index=ignore_index,
         reduction=reduction,

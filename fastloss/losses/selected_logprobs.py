@@ -61,7 +61,7 @@ def selected_logprobs(
     call = resolve_call("selected_logprobs", backend, logits, ids)
     call.announce(selected="PyTorch's operations on [rows, K] beside the row kernels")
     reject_bad_ids("ids", ids, vocab)
-    rows, flat = logits.reshape(-1, vocab), ids.reshape(-1, ids.shape[-1])
+    rows, flat = checks.as_rows(logits), checks.as_rows(ids)
     if call.by_definition:
         out = reference.selected_logprobs(rows, flat, scale=options.scale, softcap=options.softcap or None)
         return out.reshape(ids.shape)
@@ -114,7 +114,7 @@ def linear_selected_logprobs(
     call = resolve_call(
         "linear_selected_logprobs", backend, input, linear_weight, linear_bias, ids, dtype=dtype
     )
-    flat = ids.reshape(-1, ids.shape[-1]).contiguous()
+    flat = checks.as_rows(ids).contiguous()
     if call.by_definition:
         call.announce()
         reject_bad_ids("ids", ids, vocab)

@@ -103,14 +103,14 @@ def topk_distillation_loss(
     options = _options(
         tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
     )  # fmt: skip
-    ids, logprobs = _flat(teacher_ids), _flat(teacher_logprobs.detach())
+    ids, logprobs = checks.as_rows(teacher_ids), checks.as_rows(teacher_logprobs.detach())
     tokens = _tokens(logits, ids, target, ignore_index, token_weight, normalizer, reduction)
     later, options = _second_call(options, temperature)
     call = resolve_call("topk_distillation_loss", backend, logits, ids, logprobs, tokens.target, token_weight)
     call.announce(terms="PyTorch's operations on [rows, K] beside the row kernels")
     reject_bad_ids("teacher_ids", teacher_ids, vocab)
     check_targets(tokens.target, vocab, ignore_index)
-    rows = logits.reshape(-1, vocab)
+    rows = checks.as_rows(logits)
     if call.by_definition:
         loss, *statistics = reference.topk_distillation_rows(rows, ids, logprobs, tokens.target, options)
     else:
@@ -190,7 +190,7 @@ def linear_topk_distillation_loss(
         tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
     )  # fmt: skip
     dtype = heads.compute_dtype(input)
-    ids, logprobs = _flat(teacher_ids), _flat(teacher_logprobs.detach())
+    ids, logprobs = checks.as_rows(teacher_ids), checks.as_rows(teacher_logprobs.detach())
     tokens = _tokens(input, ids, target, ignore_index, token_weight, normalizer, reduction, ACC_DTYPES[dtype])
     later, options = _second_call(options, temperature)
     call = resolve_call(
@@ -259,10 +259,6 @@ def _check_teacher(ids: Tensor, logprobs: Tensor, lead: torch.Size, vocab: int, 
     checks.is_floating("teacher_logprobs", logprobs)
     checks.has_shape("teacher_logprobs", logprobs, tuple(ids.shape))
     checks.same_device("teacher_logprobs", logprobs, device)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _options(

@@ -58,7 +58,8 @@ class Draw:
         return self.whole(1, 700) if self.chance(0.4) else self.pick(*VOCABS)
 
     def dim(self) -> int:
-        return self.pick(*DIMS)
+        """Of hidden states; without any, logits are their bias."""
+        return 0 if self.chance(0.03) else self.pick(*DIMS)
 
     def lead(self) -> tuple[int, ...]:
         """Leading dimensions of a batch of tokens."""

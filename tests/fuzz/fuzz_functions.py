@@ -94,7 +94,10 @@ def process_reward_loss(d: Draw) -> Case:
 def hidden_and_weight(d: Draw, lead: tuple[int, ...], vocab: int) -> Tensors:
     dim = d.dim()
     scale = d.pick(0.1, 1.0, 1.0, 4.0)
-    tensors = {"input": d.normal((*lead, dim), scale), "linear_weight": d.normal((vocab, dim), dim**-0.5)}
+    tensors = {
+        "input": d.normal((*lead, dim), scale),
+        "linear_weight": d.normal((vocab, dim), max(dim, 1) ** -0.5),
+    }
     if d.chance(0.4):
         tensors["linear_bias"] = d.normal((vocab,), d.pick(0.1, 1.0), shift=d.pick(0.0, 0.0, 0.0, 1e3, -1e3))
     return tensors
@@ -229,7 +232,7 @@ def k_dimensional(d: Draw) -> Case:
     )
     tensors = {
         "input": d.normal((rows, dim)),
-        "linear_weight": d.normal((vocab, *places, dim), dim**-0.5),
+        "linear_weight": d.normal((vocab, *places, dim), max(dim, 1) ** -0.5),
         "target": d.targets((rows, *places), vocab, -100),
     }
     if d.chance(0.4):
@@ -309,7 +312,10 @@ def linear_topk_distillation_loss(d: Draw) -> Case:
 def linear_distillation_loss(d: Draw) -> Case:
     lead, vocab, dim = d.lead(), d.vocab(), d.dim()
     tensors = hidden_and_weight(d, lead, vocab)
-    tensors |= {"teacher_input": d.normal((*lead, dim)), "teacher_weight": d.normal((vocab, dim), dim**-0.5)}
+    tensors |= {
+        "teacher_input": d.normal((*lead, dim)),
+        "teacher_weight": d.normal((vocab, dim), max(dim, 1) ** -0.5),
+    }
     options = distillation_options(d, tensors, lead, vocab) | head_options(d)
     operands = (*HEAD, "teacher_input", "teacher_weight")
     return Case("linear_distillation_loss", tensors, options, HEAD, head=operands)

@@ -18,7 +18,7 @@ import contextlib
 import inspect
 import math
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class How:
     backend: str = "auto"
     isa: str | None = None
     threads: int | None = None
-    mode: str = "grad"  # "grad", "twice", "second", "func", "no_grad", "inference", "meta"
+    mode: str = "grad"  # "grad", "twice", "second", "func", "compile", "no_grad", "inference", "meta"
     autocast: torch.dtype | None = None
     inplace: bool = False
     asking: tuple[str, ...] = ()  # leaves that require a gradient
@@ -86,8 +86,11 @@ def draw_case(
         mode = d.pick("no_grad", "no_grad", "inference", "meta")
     else:
         mode = d.random.choices(
-            ("grad", "twice", "second", "func", "no_grad", "inference", "meta"), (70, 6, 6, 4, 4, 4, 2)
+            ("grad", "twice", "second", "func", "compile", "no_grad", "inference", "meta"),
+            (70, 6, 6, 4, 2, 4, 4, 2),
         )[0]
+    if mode == "compile" and backend not in ("auto", "cpu", "reference"):
+        mode = "grad"
     expanded = expanded_rows(d, case.tensors)
     how = How(
         backend=backend,
@@ -96,8 +99,8 @@ def draw_case(
         mode=mode,
         autocast=d.pick(torch.bfloat16, torch.float16) if d.chance(0.08) else None,
         inplace=name in ("cross_entropy", "token_stats") and mode == "grad" and d.chance(0.1),
-        asking=asking if mode in ("grad", "twice", "second", "func") else (),
-        kinds=drawn_kinds(d, case.tensors, asking) | expanded,
+        asking=asking if mode in ("grad", "twice", "second", "func", "compile") else (),
+        kinds=drawn_kinds(d, case.tensors, asking, mode == "compile") | expanded,
         expanded_upstream=d.chance(0.2),
     )
     return case, how
@@ -129,13 +132,20 @@ def upstream(name: str, like: Tensor, expanded: bool) -> Tensor:
     return (steps.double() / 8).to(like.dtype).expand(like.shape)
 
 
-def call(case: Case, tensors: Numbers, backend: str) -> Any:
+def call(case: Case, tensors: Numbers, backend: str, compiled: bool = False) -> Any:
     function = getattr(fastloss, case.function)
     parameters = inspect.signature(function).parameters
     accepts = "backend" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     options = case.options | ({"backend": backend} if accepts else {})
+
+    def of(given: Numbers) -> Any:
+        return function(**given, **options)
+
+    if compiled:
+        torch.compiler.reset()  # every case is another graph of the same code
+        of = torch.compile(of, fullgraph=True, backend="aot_eager")
     with contextlib.nullcontext() if accepts else fastloss.use_backend(backend):
-        return function(**tensors, **options)
+        return of(tensors)
 
 
 def run(case: Case, tensors: Numbers, how: How, backend: str) -> Numbers:
@@ -153,7 +163,7 @@ def run(case: Case, tensors: Numbers, how: How, backend: str) -> Numbers:
         how.mode, contextlib.nullcontext()
     )
     with grad:
-        out = flat(call(case, tensors, backend))
+        out = flat(call(case, tensors, backend, how.mode == "compile"))
     found = {name: x.detach() for name, x in out.items()}
     carrying = {name: x for name, x in out.items() if x.requires_grad}
     if not leaves:
@@ -293,6 +303,8 @@ def judge(case: Case, how: How) -> Verdict:
     except Exception as error:
         if expected is not None and type(error) is type(expected) and ": " in str(error):  # words of ours
             return Verdict("error", error_text(error))
+        if expected is not None and how.mode == "compile" and str(expected) in str(error):  # dynamo wraps it
+            return Verdict("error", error_text(expected))
         if REFUSED in str(error) and how.backend not in ("auto", "reference"):
             return Verdict("refused", error_text(error))
         if (
@@ -325,7 +337,8 @@ def in_circumstances(case: Case, tensors: Numbers, how: How, backend: str) -> Nu
 
 
 def compare(case: Case, how: How, exact: Numbers, got: Numbers) -> Verdict:
-    eager = in_circumstances(case, plain(case.tensors), how, "reference") if how.mode != "func" else {}
+    as_written = replace(how, mode="grad") if how.mode in ("compile", "func") else how
+    eager = in_circumstances(case, plain(case.tensors), as_written, "reference")
     if got.keys() != exact.keys():
         return Verdict("wrong", f"results {sorted(got.keys() ^ exact.keys())} on one side only")
     responses: list[Numbers] = []

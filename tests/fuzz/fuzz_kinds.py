@@ -74,12 +74,17 @@ KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def drawn_kinds(d: Draw, tensors: dict[str, Tensor], fixed: tuple[str, ...]) -> dict[str, str]:
-    """A kind for each tensor; ``fixed`` ones ask for a gradient, which a tensor of inference mode cannot."""
+def drawn_kinds(
+    d: Draw, tensors: dict[str, Tensor], fixed: tuple[str, ...], traced: bool = False
+) -> dict[str, str]:
+    """A kind for each tensor; ``fixed`` ones ask for a gradient, which a tensor of inference mode cannot. What is ``traced`` by
+    torch.compile is dense memory, of any strides."""
     if d.chance(0.4):
         return dict.fromkeys(tensors, "plain")
     common = ("plain", "plain", "transposed", "odd offset", "every other")
     rare = ("negative view", "imaginary part", "half of complex", "parameter", "subclass", "inference")
+    if traced:
+        rare = ("parameter",)
     out = {}
     for name in tensors:
         kind = d.pick(*common) if d.chance(0.75) else d.pick(*rare)

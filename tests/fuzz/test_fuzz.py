@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import os
+from dataclasses import replace
 
 import pytest
 import torch
+from fuzz_draw import Case, Draw
 from fuzz_functions import FUNCTIONS, NOT_DRAWN
 from fuzz_judge import How, Verdict, call, describe, draw_case, judge
 from fuzz_loop import USUAL, command
@@ -13,6 +16,7 @@ from fuzz_loop import USUAL, command
 import fastloss
 
 SEED = 0
+SLOW = os.environ.get("FASTLOSS_TEST_SLOW", "") not in ("", "0")
 CASES, IN_A_TEST = 600, 100
 
 
@@ -22,11 +26,17 @@ def test_every_public_function_is_drawn() -> None:
     assert not set(FUNCTIONS) & set(NOT_DRAWN)
 
 
+def _drawn(number: int, backends: tuple[str, ...], functions: tuple[str, ...]) -> tuple[Case, How]:
+    """What torch.compile takes a second for runs as written, but for FASTLOSS_TEST_SLOW."""
+    case, how = draw_case(SEED, number, backends, functions)
+    return case, replace(how, mode="grad") if how.mode == "compile" and not SLOW else how
+
+
 @pytest.mark.parametrize("first", range(0, CASES, IN_A_TEST))
 def test_cases(first: int) -> None:
     wrong, computed = [], 0
     for number in range(first, first + IN_A_TEST):
-        case, how = draw_case(SEED, number, USUAL, ())
+        case, how = _drawn(number, USUAL, ())
         verdict = judge(case, how)
         computed += verdict.state == "right"
         if verdict.state == "wrong":
@@ -38,9 +48,36 @@ def test_cases(first: int) -> None:
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_each_function_is_computed(name: str) -> None:
     """Few of a function's drawings are errors, or its fuzzing would be empty."""
-    states = [judge(*draw_case(SEED, number, ("auto",), (name,))) for number in range(5)]
+    states = [judge(*_drawn(number, ("auto",), (name,))) for number in range(5)]
     assert not [v.detail for v in states if v.state == "wrong"]
     assert sum(v.state == "right" for v in states) >= 2
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name.startswith("linear_")])
+def test_hidden_states_of_no_width(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are their bias, or 0."""
+    monkeypatch.setattr(Draw, "dim", lambda self: 0)
+    states = [judge(*_drawn(number, ("auto", "auto", "reference"), (name,))) for number in range(8)]
+    assert not [v.detail for v in states if v.state == "wrong"]
+    assert sum(v.state == "right" for v in states) >= 4
+
+
+def test_a_compiled_call_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number that torch.compile alone makes wrong."""
+    case = Case(
+        "kl_estimate", {n: torch.arange(6.0) / (3 + k) for k, n in enumerate(("logprobs", "ref_logprobs"))}
+    )
+    case.leaves = ("logprobs",)
+    how = How(mode="compile", asking=case.leaves)
+    assert judge(case, how).state == "right"
+    right = fastloss.kl_estimate
+
+    def wrong(logprobs, ref_logprobs, **options):
+        return right(logprobs, ref_logprobs, **options) * (2 if torch.compiler.is_compiling() else 1)
+
+    monkeypatch.setattr(fastloss, "kl_estimate", wrong)
+    assert judge(case, how).state == "wrong"
+    assert judge(case, How(asking=case.leaves)).state == "right"
 
 
 def test_a_case_is_the_same_each_time() -> None:

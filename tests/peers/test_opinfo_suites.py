@@ -20,10 +20,13 @@ import fastloss
 
 common = pytest.importorskip("torch.testing._internal.common_methods_invocations")
 compliance = pytest.importorskip("torch.testing._internal.composite_compliance")
+from torch._library.custom_ops import OPDEFS  # noqa: E402
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.testing._internal.common_device_type import instantiate_device_type_tests, ops  # noqa: E402
 from torch.testing._internal.common_utils import TestCase, TestGradients  # noqa: E402
 from torch.testing._internal.optests import aot_autograd_check  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves, tree_map_only  # noqa: E402
 
 SLOW = os.environ.get("FASTLOSS_TEST_SLOW", "") not in ("", "0")
 # Samples of each entry, spread over them; of the checks that trace, fewer.
@@ -115,6 +118,31 @@ class TestOurGradients(TestGradients):  # type: ignore[misc]
         self._check_helper(device, dtype, op, op.get_op(), "fwgrad_bwgrad")
 
 
+class RepeatedOnMeta(TorchDispatchMode):
+    """Every operator that is called is called on meta tensors too, which must give the same shapes, strides and dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        on_meta = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+        out = func(*args, **kwargs)
+        if func.namespace == "fastloss":
+            self.ours.add(str(func))
+            got = func(*on_meta[0], **on_meta[1])
+            for x, y in zip(tree_leaves(got), tree_leaves(out), strict=True):
+                if isinstance(y, Tensor):
+                    assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype), func
+        return out
+
+
+def test_every_operator_has_a_meta_kernel() -> None:
+    ours = {name: op for name, op in OPDEFS.items() if name.startswith("fastloss::")}
+    assert len(ours) > 3 and [name for name, op in ours.items() if op._abstract_fn is None] == []
+
+
 class TestOurComposition(TestCase):  # type: ignore[misc]
     """test_ops.py, test_meta.py, test_proxy_tensor.py, test_decomp.py and those of functorch, in what concerns one operator."""
 
@@ -168,6 +196,13 @@ class TestOurComposition(TestCase):  # type: ignore[misc]
             assert got.is_meta and got.shape == want.shape and got.dtype == want.dtype
             (grad,) = torch.autograd.grad(got.sum(), leaf)
             assert grad.is_meta and grad.shape == sample.input.shape
+
+    @of_float()
+    def test_operators_on_meta(self, device: str, dtype: torch.dtype, op: Any) -> None:
+        with RepeatedOnMeta() as mode:
+            for sample in op.sample_inputs(device, dtype, requires_grad=True):
+                op(sample.input, *sample.args, **sample.kwargs).sum().backward()
+        assert "linear" not in op.name or "fastloss.head_gemms.default" in mode.ours
 
     @traced()
     def test_make_fx(self, device: str, dtype: torch.dtype, op: Any) -> None:
