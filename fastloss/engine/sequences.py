@@ -163,7 +163,7 @@ def tokens_of(
 class TimeSteps:
     """Tokens by their time step: the n-th unmasked token of each sequence in column n, whatever lies between them.
 
-    The layout is ``[count, width]``; for a packed batch the host waits for the longest length."""
+    The layout is ``[count, width]``; for a packed batch the host waits for the longest length; under torch.compile it is the batch's."""
 
     def __init__(self, layout: Sequences, keep: Tensor) -> None:
         count, offsets, n = layout.count, layout.offsets, layout.n
@@ -174,8 +174,9 @@ class TimeSteps:
             row = torch.arange(n, device=keep.device, dtype=torch.int64) // max(1, layout.length)
         else:
             self.width = 0
-            if count:  # a meta tensor has no lengths: the most there can be
-                self.width = n if offsets.is_meta else int(offsets.diff().max())
+            if count:  # a meta tensor has no lengths, nor has a trace: the most there can be
+                unknown = offsets.is_meta or torch.compiler.is_compiling()
+                self.width = n if unknown else int(offsets.diff().max())
             starts, row = offsets[:-1], layout.ids
         step = before[:-1] - layout.expand(before[starts])
         # Masked tokens share one place past the end.

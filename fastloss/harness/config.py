@@ -93,6 +93,11 @@ class LossOptions:
     group: ClassVar[str] = "Loss"
 
     loss: str = option("fastloss", "fastloss, or torch (whole logits)")
+    router_aux: float = option(
+        -1.0, "mixtures of experts: coefficient of the load-balancing loss in pretrain and sft; below 0: router_aux_loss_coef "
+        "where the model's config has output_router_logits",
+    )  # fmt: skip
+    router_z: float = option(0.0, "mixtures of experts: coefficient of the routers' z-loss", least=0)
     compare: bool = option(False, "measure PyTorch's loss beside this one after the run (whole logits)")
 
 

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.engine import checks
-from fastloss.engine.backend import resolve_call, resolves_views
-from fastloss.engine.contract import Backend
+from fastloss.engine import checks, compile_scans
+from fastloss.engine.backend import Call, resolve_call, resolves_views
 from fastloss.engine.sequences import TimeSteps, flat_mask, layout_of
 from fastloss.losses.group_advantages import check_group_size, grouped
 from fastloss.losses.policy_inputs import check_like
@@ -51,9 +50,10 @@ def gae(
     gamma, lam = checks.number("gamma", gamma, low=0, high=1), checks.number("lam", lam, low=0, high=1)
     layout = layout_of("rewards", rewards, cu_seqlens)
     keep = flat_mask(mask, rewards)
-    run = _resolve("gae", backend, rewards, values, mask, cu_seqlens)
+    call = _resolve("gae", backend, rewards, values, mask, cu_seqlens)
     with torch.no_grad():
-        result = run.gae(_acc(rewards), _acc(values, rewards), keep, layout, gamma, lam)
+        given = (_acc(rewards), _acc(values, rewards), keep, layout, gamma, lam)
+        result = compile_scans.gae(*given, call.backend.name) if call.traced else call.backend.gae(*given)
     return result[0].view(rewards.shape), result[1].view(rewards.shape)
 
 
@@ -76,9 +76,14 @@ def discounted_returns(
     gamma = checks.number("gamma", gamma, low=0, high=1)
     layout = layout_of("rewards", rewards, cu_seqlens)
     keep = flat_mask(mask, rewards)
-    run = _resolve("discounted_returns", backend, rewards, mask, cu_seqlens)
+    call = _resolve("discounted_returns", backend, rewards, mask, cu_seqlens)
     with torch.no_grad():
-        return run.discounted_returns(_acc(rewards), keep, layout, gamma).view(rewards.shape)
+        given = (_acc(rewards), keep, layout, gamma)
+        if call.traced:
+            returns = compile_scans.discounted_returns(*given, call.backend.name)
+        else:
+            returns = call.backend.discounted_returns(*given)
+        return returns.view(rewards.shape)
 
 
 @torch.no_grad()
@@ -277,7 +282,7 @@ def _acc(x: Tensor, like: Tensor | None = None) -> Tensor:
     return x.detach().reshape(-1).to(ACC_DTYPES[(x if like is None else like).dtype]).contiguous()
 
 
-def _resolve(function: str, backend: str, rewards: Tensor, *others: Tensor | None) -> Backend:
-    call = resolve_call(function, backend, rewards, *others, has_operators=False)
+def _resolve(function: str, backend: str, rewards: Tensor, *others: Tensor | None) -> Call:
+    call = resolve_call(function, backend, rewards, *others, dtype=ACC_DTYPES[rewards.dtype])
     call.announce()
-    return call.backend
+    return call

@@ -64,7 +64,10 @@ def top_entropy(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
         return mask
     rank = (1 - quantile) * (tokens - 1).clamp(min=0).to(entropy.dtype)
     below = rank.floor()
-    lower, upper = (ordered[i.long().clamp(max=ordered.numel() - 1)] for i in (below, rank.ceil()))
+    places = torch.stack([below, rank.ceil()]).long().clamp(max=ordered.numel() - 1)
+    lower, upper = ordered.index_select(
+        0, places
+    ).unbind()  # an index of 0 dimensions would be a number of the trace
     threshold = torch.lerp(lower, upper, rank - below)
     return mask & (entropy.detach() >= threshold)
 

@@ -217,3 +217,53 @@ def test_errors(fn: Callable[..., Any], arguments: tuple[Any, ...], message: str
         fastloss.gae(torch.zeros(1, 2), torch.zeros(1, 2), None, gamma=1.5)
     with pytest.raises(ValueError, match="scale: expected one of"):
         fastloss.group_advantages(torch.zeros(2), 2, scale="std")
+
+
+def _packed_calls() -> dict[str, Callable[..., Any]]:
+    old = torch.linspace(-2, -0.1, 7)
+    return {
+        "gae": lambda x, m, cu: fastloss.gae(x, old, m, gamma=0.9, lam=0.8, cu_seqlens=cu),
+        "discounted_returns": lambda x, m, cu: fastloss.discounted_returns(x, m, gamma=0.9, cu_seqlens=cu),
+        "reinforce_plus_plus": lambda x, m, cu: fastloss.reinforce_plus_plus_advantages(x, m, cu_seqlens=cu),
+        "optimal_token": lambda x, m, cu: fastloss.optimal_token_advantages(x, old, old, m, 2, cu_seqlens=cu),
+        "token_rewards": lambda x, m, cu: fastloss.token_rewards(x[:4], m, cu_seqlens=cu),
+        "top entropy": lambda x, m, cu: (
+            fastloss.policy_loss(
+                old,
+                old,
+                x[:4],
+                m,
+                entropy=x.square(),
+                top_entropy_quantile=0.4,
+                cu_seqlens=cu,
+                max_length=8.0,
+            ).loss
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", _packed_calls())
+def test_packed_sequences_under_compile(name: str) -> None:
+    """Lengths are numbers that a trace does not know; one graph for all of them, and for other masks."""
+    call = _packed_calls()[name]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x = torch.linspace(-1, 2, 7).sin()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for cu, masked in (([0, 3, 3, 5, 7], 1), ([0, 0, 1, 6, 7], 4)):
+            mask, offsets = torch.arange(7) != masked, torch.tensor(cu)
+            torch.testing.assert_close(compiled(x, mask, offsets), call(x, mask, offsets))
+
+
+def test_compiled_scans_do_not_grow_with_the_length() -> None:
+    """A loop over steps in a graph would."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    x, values = torch.randn(2, 50), torch.randn(2, 50)
+    compiled = torch.compile(lambda x, v: fastloss.gae(x, v, None, lam=0.9), fullgraph=True, backend=keep)
+    torch.testing.assert_close(compiled(x, values), fastloss.gae(x, values, None, lam=0.9))
+    assert len(graphs) == 1 and len(graphs[0].graph.nodes) < 30
