@@ -11,6 +11,7 @@ from torch import Tensor
 from fastloss import reference
 from fastloss.engine import checks, compile_ops, compile_support
 from fastloss.engine import head as heads
+from fastloss.engine.argmax import largest_class, row_statistics
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
 from fastloss.engine.backend import (
     check_targets,
@@ -39,8 +40,10 @@ from fastloss.engine.support import (
     lay_out,
     sets_of,
 )
+from fastloss.reference.logits import linear_logits
 from fastloss.tables import (
     ACC_DTYPES,
+    ARGMAX,
     DIFFERENTIABLE_STATS,
     LSE_PARTS,
     STATS,
@@ -59,6 +62,7 @@ class TokenStats(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+    argmax: Tensor | None = None  # int64
     log_mass: Tensor | None = None
 
 
@@ -103,7 +107,9 @@ def token_stats(
         temperature: > 0: a number, or one per token, ``[...]`` or what broadcasts to it, in any float dtype.
         ignore_index: tokens with this target give 0 and no gradient.
         outputs: of "logprobs" (log p of the target, nats), "entropy" (nats), "logsumexp", "log_sum_sq_probs"
-            (log Σ p²), "mean_logits" (Σ z / V), "is_top1" (no logit is larger than the target's); with ``support`` also "log_mass".
+            (log Σ p²), "mean_logits" (Σ z / V), "is_top1" (no logit is larger than the target's), "argmax" (the class of the
+            largest logit, the first of several; another reading of the logits but in the CPU's blocks of the vocabulary; not with
+            ``support``); with ``support`` also "log_mass".
         detach: of the outputs, those that nobody differentiates (a metric); they come without a gradient. () says that all
             are differentiated, None that it is not known: see :func:`linear_token_stats`.
         inplace: the backward writes its gradient over ``logits``.
@@ -163,6 +169,8 @@ def token_stats(
             assert columns is not None
             rows = columns.t()
         out = reference.token_stats(rows, flat, **_transform(options))
+        if ARGMAX in want:
+            out[ARGMAX] = largest_class(rows, flat, options)
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     if rows.stride(1) != 1 and vocab > 1:
         rows = rows.contiguous()
@@ -170,7 +178,10 @@ def token_stats(
         refuse_inplace(rows)
     if call.traced:
         values = compile_ops.token_stats(rows, flat, options, want, call.backend.name)
-        return _shaped(_cut_off(dict(zip(STATS, values, strict=True)), detach), want, lead)
+        named = dict(zip(STATS, values, strict=True))
+        if ARGMAX in want:
+            named[ARGMAX] = largest_class(rows, flat, options)
+        return _shaped(_cut_off(named, detach), want, lead)
     values = TokenStatistics.apply(rows, flat, call.backend, options, want, inplace, shards, kept)
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
@@ -253,7 +264,7 @@ def linear_token_stats(
         values = compile_ops.linear_token_stats(
             hidden, linear_weight, linear_bias, flat, options, want, dtype, limits, call.backend.name
         )
-        return _shaped(_cut_off(dict(zip(STATS, values, strict=True)), detach), want, lead)
+        return _shaped(_cut_off(dict(zip((*STATS, ARGMAX), values, strict=True)), detach), want, lead)
     if call.by_definition:
         call.announce()
         check_targets(flat, vocab, ignore_index)
@@ -261,6 +272,8 @@ def linear_token_stats(
         assert all_weight is not None
         with heads.float_operands(limits.float_logits, hidden, all_weight, all_bias) as (x, w, bias):
             out = reference.linear_token_stats(x, w, flat, linear_bias=bias, **_transform(options))
+            if ARGMAX in want:
+                out[ARGMAX] = largest_class(linear_logits(x, w, bias), flat, options)
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype, shards)
     needs = heads.needs_of(input, linear_weight, linear_bias)
@@ -576,7 +589,9 @@ def _wanted(outputs: tuple[str, ...], target: Tensor | None, support: Any = None
         checks.is_one_of("outputs", name, TokenStats._fields)
         if name == "log_mass" and support is None:
             raise ValueError("support: expected the kept classes for outputs='log_mass', got None")
-        if target is None and name not in (*STATS_WITHOUT_TARGET, "log_mass"):
+        if name == ARGMAX and support is not None:
+            raise ValueError("support: expected None for outputs='argmax', got a support")
+        if target is None and name not in (*STATS_WITHOUT_TARGET, ARGMAX, "log_mass"):
             raise ValueError(f"target: expected a tensor for outputs={name!r}, got None")
     return tuple(dict.fromkeys(outputs))
 
@@ -603,7 +618,7 @@ def _again(ctx: Any) -> Any:
     if inplace:
         raise RuntimeError("inplace: expected False where the gradient is differentiated again, got True")
     logits, target, *_ = ctx.saved_tensors
-    out = REFERENCE.row_stats(logits, target, options, want=want)
+    out = REFERENCE.row_stats(logits, target, options, want=kept)
     return [out[n] if n in kept else None for n in want], [logits]
 
 
@@ -629,7 +644,7 @@ class TokenStatistics(torch.autograd.Function):
     ) -> Any:
         every = heads.with_lse_parts(want)
         if shards is None:
-            out = backend.row_stats(logits, target, options, want=every)
+            out = row_statistics(backend, logits.detach(), target, options, every)
         else:
             out = of_columns(shards, logits.detach(), backend).stats(target, options, every)
         ctx.call = backend, options, want, inplace, shards, kept

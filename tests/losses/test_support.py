@@ -326,6 +326,8 @@ def test_errors_name_what_is_wrong() -> None:
         call(group=object())
     with pytest.raises(ValueError, match="support: expected the kept classes for outputs='log_mass'"):
         call(support=None, outputs=("log_mass",))
+    with pytest.raises(ValueError, match="support: expected None for outputs='argmax'"):
+        call(outputs=("argmax",))
 
 
 def test_a_target_outside_its_set_is_nan_where_nobody_looks() -> None:

@@ -180,7 +180,7 @@ def statistics_of_logits(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tens
     return [s for s in out if s is not None]
 
 
-ALL = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "is_top1")
+ALL = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "is_top1", "argmax")
 CASES: dict[str, Case] = {
     "cross_entropy": cross_entropy(),
     "cross_entropy: smoothing": cross_entropy(label_smoothing=0.1),
