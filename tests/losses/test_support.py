@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from backends_under_test import ALL, contract, need
-from torch import Tensor
+from torch import Tensor, library
 
 import fastloss
 from fastloss.engine.coefficients import Coefficients
@@ -541,14 +541,14 @@ def test_operators() -> None:
     given = {**row, "want": "logprobs,entropy", "backend": "cpu"}
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     ops = torch.ops.fastloss
-    torch.library.opcheck(
+    library.opcheck(
         ops.linear_support_stats,
         (hidden, weight, bias, target, ids, offsets, None),
         {**given, "dtype": torch.float32},
         test_utils=checks,
     )
     logits = (hidden @ weight.T).detach().requires_grad_()
-    torch.library.opcheck(ops.support_stats, (logits, target, ids, offsets, None), given, test_utils=checks)
+    library.opcheck(ops.support_stats, (logits, target, ids, offsets, None), given, test_utils=checks)
 
 
 def test_fake_and_meta_tensors() -> None:
