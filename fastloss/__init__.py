@@ -47,9 +47,18 @@ from fastloss.losses.preference_linear import (
     linear_simpo_loss,
 )
 from fastloss.losses.preference_named import cpo_loss, dpo_loss, ipo_loss, orpo_loss, simpo_loss
+from fastloss.losses.reward_lists import (
+    ListwiseOutput,
+    listwise_preference_loss,
+    listwise_reward_loss,
+    reward_regression_loss,
+    tied_reward_loss,
+)
 from fastloss.losses.reward_model import RewardOutput, process_reward_loss, reward_model_loss
+from fastloss.losses.router import RouterOutput, moe_load_balancing_loss, router_z_loss
 from fastloss.losses.selected_logprobs import linear_selected_logprobs, selected_logprobs
 from fastloss.losses.supervised import SupervisedOutput, linear_supervised_loss, supervised_loss
+from fastloss.losses.support import sampler_metrics, sampler_support, support_from_mask
 from fastloss.losses.token_stats import (
     TokenStats,
     entropy_from_logits,
@@ -70,10 +79,12 @@ from fastloss.patch import patch  # isort: skip
 __all__ = [
     "DistillationOutput",
     "LazyLogits",
+    "ListwiseOutput",
     "MultiTokenTargets",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
+    "RouterOutput",
     "SupervisedOutput",
     "TokenStats",
     "UnpairedOutput",
@@ -108,6 +119,9 @@ __all__ = [
     "linear_supervised_loss",
     "linear_token_stats",
     "linear_topk_distillation_loss",
+    "listwise_preference_loss",
+    "listwise_reward_loss",
+    "moe_load_balancing_loss",
     "multi_token_targets",
     "nn",
     "opo_advantages",
@@ -121,12 +135,18 @@ __all__ = [
     "reinforce_plus_plus_advantages",
     "remax_advantages",
     "reward_model_loss",
+    "reward_regression_loss",
     "rloo_advantages",
+    "router_z_loss",
+    "sampler_metrics",
+    "sampler_support",
     "selected_logprobs",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "simpo_loss",
     "supervised_loss",
+    "support_from_mask",
+    "tied_reward_loss",
     "token_rewards",
     "token_stats",
     "topk_distillation_loss",

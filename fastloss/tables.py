@@ -30,6 +30,9 @@ STATS = ("logsumexp", "logprobs", "entropy", "log_sum_sq_probs", "mean_logits", 
 # Beside them, [rows, 2]: a row's largest logit and log Σ e^(z - largest). Their sum is logsumexp; apart they keep the digits of
 # p = e^((z - largest) - log Σ) that a float32 logsumexp loses where all logits share a large offset. What a backward needs.
 LSE_PARTS = "lse_parts"
+# The class of the largest logit, the first of several, int64. It is no row kernel's: PyTorch reads the logits once more, but in the
+# CPU's blocks of the vocabulary, which find it on the way.
+ARGMAX = "argmax"
 STATS_WITHOUT_TARGET = ("logsumexp", "entropy", "log_sum_sq_probs", "mean_logits")
 DIFFERENTIABLE_STATS = ("logprobs", "entropy", "logsumexp")
 

@@ -30,10 +30,12 @@ PUBLIC = dict(documented())
 # A result's type and torch's own machinery need no example.
 WITHOUT_EXAMPLE = {
     "DistillationOutput",
+    "ListwiseOutput",
     "MultiTokenTargets",
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
+    "RouterOutput",
     "SequenceShard",
     "SupervisedOutput",
     "TokenStats",

@@ -46,7 +46,15 @@ CUDA_ARCHS = "80;90;100;120+PTX"
 # Objects that see no Python header: made once for all Pythons that build in this tree.
 SHARED = f"build/native-{sysconfig.get_platform()}"
 # csrc/cpu sources compiled once per instruction set, each in its own namespace; every other one is plain C++.
-PER_ISA = ("rows.cpp", "policy.cpp", "gemm.cpp", "vocab_blocks.cpp", "head.cpp", "divergences.cpp")
+PER_ISA = (
+    "rows.cpp",
+    "policy.cpp",
+    "gemm.cpp",
+    "vocab_blocks.cpp",
+    "head.cpp",
+    "divergences.cpp",
+    "gather.cpp",
+)
 
 
 class Missing(Exception):

@@ -14,6 +14,7 @@ namespace fastloss {
 void bind_pairs(pybind11::module_&);
 void bind_policy(pybind11::module_&);
 void bind_head(pybind11::module_&);
+void bind_gather(pybind11::module_&);
 void bind_direct_cross_entropy(pybind11::module_&);
 
 namespace {
@@ -87,5 +88,6 @@ PYBIND11_MODULE(_cpu, m) {
   bind_pairs(m);
   bind_policy(m);
   bind_head(m);
+  bind_gather(m);
   bind_direct_cross_entropy(m);
 }

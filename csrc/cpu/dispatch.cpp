@@ -17,9 +17,16 @@ namespace fastloss {
   extern const HeadKernels head_kernels;             \
   extern const GemmKernel gemm_bf16;                 \
   extern const DivergenceKernels divergence_kernels; \
+  extern const GatherKernels gather_kernels;         \
   }
 #define FASTLOSS_ISA_TABLE(isa) \
-  {#isa, isa::kernels, isa::policy_kernels, isa::head_kernels, isa::gemm_bf16, isa::divergence_kernels}
+  {#isa,                        \
+   isa::kernels,                \
+   isa::policy_kernels,         \
+   isa::head_kernels,           \
+   isa::gemm_bf16,              \
+   isa::divergence_kernels,     \
+   isa::gather_kernels}
 
 FASTLOSS_DECLARE_ISA(generic)
 #if defined(__x86_64__)
@@ -100,6 +107,18 @@ void row_divergence(const RowDivergence& a, int64_t threads) {
   const DivergenceKernels& k = isa().divergences;
   for_rows(a.rows, a.vocab, threads, k.scratch_bytes(),
            [&](int64_t begin, int64_t end, void* scratch) { k.row_divergence(a, begin, end, scratch); });
+}
+
+void gathered_dots(const GatheredDots& a, int64_t entries, int64_t threads) {
+  const GatherKernels& k = isa().gather;
+  for_rows(a.segments, (entries / a.segments + 1) * a.dim, threads, 0,
+           [&](int64_t begin, int64_t end, void*) { k.dots(a, begin, end); });
+}
+
+void gathered_sums(const GatheredSums& a, int64_t entries, int64_t threads) {
+  const GatherKernels& k = isa().gather;
+  for_rows(a.segments, (entries / a.segments + 1) * a.dim, threads, k.scratch_bytes(a.dim),
+           [&](int64_t begin, int64_t end, void* scratch) { k.sums(a, begin, end, scratch); });
 }
 
 void convert(const void* src, int src_dtype, void* dst, int dst_dtype, int64_t n, int64_t threads) {

@@ -8,6 +8,7 @@
 
 #include "args.h"
 #include "divergences.h"
+#include "gather.h"
 #include "gemm.h"
 #include "head.h"
 #include "policy.h"
@@ -22,6 +23,7 @@ struct Isa {
   const HeadKernels& head;
   const GemmKernel& gemm_bf16;
   const DivergenceKernels& divergences;
+  const GatherKernels& gather;
 };
 
 // The one that is used: the first of supported_isas, or the one that set_isa named.

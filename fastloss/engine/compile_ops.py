@@ -25,6 +25,7 @@ from fastloss.engine.distillation import log_sums, of_heads
 from fastloss.engine.head import NOTHING, Head, Limits, Needs, Saved, Schedule
 from fastloss.tables import (
     ACC_DTYPES,
+    ARGMAX,
     DISTILLATION_SUMS,
     LATE_DTYPES,
     LSE_PARTS,
@@ -115,7 +116,7 @@ def _stats_coefficients(
     want: tuple[str, ...], upstream: list[Tensor], entropy: Tensor, dtype: torch.dtype
 ) -> Coefficients:
     by_name = dict(zip(OUTPUTS, upstream, strict=True))
-    return of_upstream(want, [by_name[name] for name in want], entropy, dtype)
+    return of_upstream(want, [by_name.get(name) for name in want], entropy, dtype)
 
 
 def _all_of(inputs: tuple[Any, ...], count: int) -> tuple[Any, ...]:
@@ -302,8 +303,9 @@ def token_stats(
     logits: Tensor, target: Tensor | None, options: RowOptions, want: tuple[str, ...], backend: str
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
+    names = ",".join(name for name in want if name != ARGMAX)
     return _token_stats(
-        logits, target, options.row_scale, **_row_fields(options), want=",".join(want), backend=backend
+        logits, target, options.row_scale, **_row_fields(options), want=names, backend=backend
     )[:-1]
 
 
@@ -583,26 +585,28 @@ def _linear_token_stats(
         head, target, options.ignore_index, NOTHING, _limits(chunk, memory, float_logits)
     )
     out, _ = heads.stats(head, target, options, names, schedule, keep)
-    return _pack(out, names, out[LSE_PARTS], dtype)
+    found = out[ARGMAX] if ARGMAX in names else out[LSE_PARTS].new_empty(0, dtype=torch.int64)
+    return [*_pack(out, names, out[LSE_PARTS], dtype), found]
 
 
 @_linear_token_stats.register_fake
 def _(hidden, weight, bias, target, row_scale=None, *, want, dtype, **fields):  # type: ignore[no-untyped-def]
     like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
-    return _fake_stats(like, hidden.shape[0], _names(want), dtype)
+    found = like.new_empty(hidden.shape[0] if ARGMAX in _names(want) else 0, dtype=torch.int64)
+    return [*_fake_stats(like, hidden.shape[0], _names(want), dtype), found]
 
 
 def _save_linear_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
     ctx.given = keyword_only_inputs
     ctx.needs, ctx.arguments = list(ctx.needs_input_grad[:3]), _arguments(inputs, 4)
-    by_name = dict(zip(OUTPUTS, output, strict=True))
+    by_name = dict(zip(OUTPUTS, output[:-1], strict=True))
     ctx.save_for_backward(*_all_of(inputs, 5), by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, row_scale, lse_parts, entropy = ctx.saved_tensors
     given = ctx.given
-    k = _stats_coefficients(_names(given["want"]), upstream, entropy, lse_parts.dtype)
+    k = _stats_coefficients(_names(given["want"]), upstream[:-1], entropy, lse_parts.dtype)
     saved = Saved(target, lse_parts, k, _record(RowOptions, given, row_scale), None)
     how = (
         ctx.needs,
@@ -627,8 +631,8 @@ def linear_token_stats(
     limits: Limits,
     backend: str,
 ) -> list[Tensor]:
-    """The statistics in the order of STATS."""
-    return _linear_token_stats(
+    """The statistics in the order of STATS, and "argmax"."""
+    *stats, _, found = _linear_token_stats(
         hidden,
         weight,
         bias,
@@ -641,7 +645,8 @@ def linear_token_stats(
         memory=limits.memory,
         float_logits=limits.float_logits,
         backend=backend,
-    )[:-1]
+    )
+    return [*stats, found]
 
 
 # --- distillation --------------------------------------------------------------------------------------------------

@@ -212,6 +212,17 @@ class Backend(Protocol):
         column "slope" of its sums."""
         ...
 
+    def gathered_dots(self, x: Tensor, m: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+        """acc ``[entries]``: ``x[s] · m[index[j]]`` of each entry j of segment s, which has the entries ``[offsets[s],
+        offsets[s + 1])``; -inf where the index is negative. ``x [segments, D]`` and ``m [.., D]`` of one dtype, int64 ``index
+        [entries]`` and ``offsets [segments + 1]``."""
+        ...
+
+    def gathered_sums(self, m: Tensor, index: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
+        """Writes Σ ``weights[j] · m[index[j]]`` over the entries j of each segment to ``out [segments, D]``, of ``m``'s dtype, rounded
+        once. A weight (acc ``[entries]``) of 0 reads no row."""
+        ...
+
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
         """factor · Σ values, 0-d; the same bits run after run, on a CPU with any number of threads."""
         ...

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
+from fastloss.engine import gather
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
     WHOLE,
@@ -154,6 +155,12 @@ class ReferenceBackend:
             logits, teacher_logits, target, options, lse_parts=lse_parts,
             teacher_lse_parts=teacher_lse_parts, factors=factors, grad=out,
         )  # fmt: skip
+
+    def gathered_dots(self, x: Tensor, m: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+        return gather.dots(x, m, index, offsets)
+
+    def gathered_sums(self, m: Tensor, index: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
+        gather.sums(m, index, weights, offsets, out)
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
         return factor.times(values.sum())

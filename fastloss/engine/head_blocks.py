@@ -27,7 +27,7 @@ from fastloss.engine.gate import address
 from fastloss.engine.head_rows import upcasts
 from fastloss.engine.head_types import Grads, Head, Needs, options_of_part
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
-from fastloss.tables import DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, Row, RowOptions
+from fastloss.tables import ARGMAX, DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, Row, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
 # Columns of a block at most: the threads share a block of all rows' d logits.
@@ -298,8 +298,10 @@ class BlockPart:
         return out
 
     def _outputs(self, call: _NativeCall, want: Sequence[str]) -> dict[str, Tensor]:
-        names = dict.fromkeys((*want, LSE_PARTS))
+        names = dict.fromkeys(name for name in (*want, LSE_PARTS) if name != ARGMAX)
         out = self.native.empty_stats(self.head.hidden, self.rows, names)
+        if ARGMAX in want:
+            out[ARGMAX] = torch.zeros(self.rows, dtype=torch.int64, device=self.head.hidden.device)
         call.point_to(**out)
         return out
 

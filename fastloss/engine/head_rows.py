@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
 from fastloss.engine import devices
+from fastloss.engine.argmax import row_statistics
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Factor
@@ -308,7 +309,7 @@ class Chunk:
 
     def stats(self, target: Tensor | None, options: RowOptions, want: Sequence[str]) -> dict[str, Tensor]:
         head = self.run.head
-        return head.backend.row_stats(self.logits, target, self.own(options), want=want, bias=head.bias)
+        return row_statistics(head.backend, self.logits, target, self.own(options), want, head.bias)
 
     def distances(
         self, target: Tensor | None, options: CrossEntropyOptions, w: Tensor | None, want: Sequence[str]

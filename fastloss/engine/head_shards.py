@@ -15,13 +15,14 @@ from torch import Tensor
 
 from fastloss.engine import failures
 from fastloss.engine import shards as cut
+from fastloss.engine.argmax import row_statistics
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import BlockPart, VocabularyBlocks
 from fastloss.engine.head_rows import RowChunks
 from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
 from fastloss.engine.shards import Shards
-from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
+from fastloss.tables import ACC_DTYPES, ARGMAX, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 
 class ShardedRun:
@@ -77,6 +78,8 @@ class ShardedPart:
         """Those of whole rows: one all-gather."""
         local, _ = self.shards.local(target, options.ignore_index)
         out = self.part.stats(local, cut.local_options(options), cut.needed(want))
+        if ARGMAX in out:
+            out[ARGMAX] = out[ARGMAX] + self.shards.first  # a class of the whole vocabulary
         whole = cut.exchange(self.shards, out, target, options.ignore_index)
         return {name: whole[name] for name in want}
 
@@ -206,7 +209,7 @@ class Columns:
     def stats(self, target: Tensor | None, options: RowOptions, want: Sequence[str]) -> dict[str, Tensor]:
         if not self.logits.shape[1]:
             return self._nothing(want)
-        return self.backend.row_stats(self.logits, target, options, want=want)
+        return row_statistics(self.backend, self.logits, target, options, want)
 
     def distances(
         self, target: Tensor | None, options: CrossEntropyOptions, w: Tensor | None, want: Sequence[str]

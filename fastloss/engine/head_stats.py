@@ -47,7 +47,8 @@ def _again(ctx: Any) -> Any:
     heads.again_only_whole(run.shards)
     hidden, weight, bias, target, *_ = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.schedule.float_logits)
-    out = REFERENCE.row_stats(logits, target, run.options, want=run.want)
+    kept = [name for name in run.want if name in run.differentiable]
+    out = REFERENCE.row_stats(logits, target, run.options, want=kept)
     return [out[n] if n in run.differentiable else None for n in run.want], [hidden, weight, bias]
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastloss.engine import gather
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
     ONE_BLOCK,
@@ -409,6 +410,32 @@ class NativeBackend:
                 x=address(x), dtype=DTYPE_CODES[x.dtype], rows=rows, width=width, row_stride=x.stride(0),
                 factor=address(scale), context=self.context.argument(x),
             )  # fmt: skip
+
+    # Rows that an index names.
+
+    def gathered_dots(self, x: Tensor, m: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+        if not self.has_head:
+            return gather.dots(x, m, index, offsets)
+        out = torch.empty(index.shape, dtype=ACC_DTYPES[m.dtype], device=m.device)
+        self.module.gathered_dots(
+            dtype=DTYPE_CODES[m.dtype], x_row_stride=x.stride(0), m_row_stride=m.stride(0), dim=m.shape[1],
+            entries=index.shape[0], segments=x.shape[0], context=self.context.argument(m),
+            **addresses({"x": x, "m": m, "index": index, "offsets": offsets}, {"out": out}),
+        )  # fmt: skip
+        return out
+
+    def gathered_sums(self, m: Tensor, index: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
+        if not self.has_head:
+            gather.sums(m, index, weights, offsets, out)
+            return
+        given: dict[str, Tensor | None] = {
+            "m": m, "index": index, "weights": weights, "offsets": offsets, "out": out,
+        }  # fmt: skip
+        self.module.gathered_sums(
+            dtype=DTYPE_CODES[m.dtype], m_row_stride=m.stride(0), dim=m.shape[1], entries=index.shape[0],
+            segments=out.shape[0], out_row_stride=out.stride(0), context=self.context.argument(m),
+            **addresses(given, {}),
+        )  # fmt: skip
 
     # Reductions.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fastloss.engine import failures
 from fastloss.engine.checks import ShapeError
-from fastloss.tables import DTYPE_CODES, LSE_PARTS, RowOptions
+from fastloss.tables import ARGMAX, DTYPE_CODES, LSE_PARTS, RowOptions
 
 # Its name since torch 2.13, and the one before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -240,6 +240,8 @@ def combine(
     if "mean_logits" in parts:
         of = torch.tensor(sizes, dtype=largest.dtype, device=largest.device).unsqueeze(1) / sum(sizes)
         out["mean_logits"] = torch.where(of == 0, 0.0, parts["mean_logits"] * of).sum(0)
+    if ARGMAX in parts:  # of equal ones the first shard's; a float32 holds any class exactly
+        out[ARGMAX] = parts[ARGMAX].gather(0, largest.argmax(0, keepdim=True))[0].long()
     if "distance" in parts:
         of = torch.tensor(weights, dtype=largest.dtype, device=largest.device).unsqueeze(1)
         further = torch.where(of == 0, 0.0, parts["distance"] - of * log_share)

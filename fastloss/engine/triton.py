@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fastloss.engine import gather
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
     ONE_BLOCK,
@@ -158,6 +159,12 @@ class TritonBackend:
             logits, teacher_logits, target, options, lse_parts=lse_parts, teacher_lse_parts=teacher_lse_parts,
             slopes=slopes, factors=factors, out=out, hard_lse_parts=hard_lse_parts,
         )  # fmt: skip
+
+    def gathered_dots(self, x: Tensor, m: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+        return gather.dots(x, m, index, offsets)
+
+    def gathered_sums(self, m: Tensor, index: Tensor, weights: Tensor, offsets: Tensor, out: Tensor) -> None:
+        gather.sums(m, index, weights, offsets, out)
 
     def sum_rows(self, values: Tensor, factor: Factor) -> Tensor:
         if values.numel() > ONE_BLOCK:

@@ -93,6 +93,11 @@ class LossOptions:
     group: ClassVar[str] = "Loss"
 
     loss: str = option("fastloss", "fastloss, or torch (whole logits)")
+    router_aux: float = option(
+        -1.0, "mixtures of experts: coefficient of the load-balancing loss in pretrain and sft; below 0: router_aux_loss_coef "
+        "where the model's config has output_router_logits",
+    )  # fmt: skip
+    router_z: float = option(0.0, "mixtures of experts: coefficient of the routers' z-loss", least=0)
     compare: bool = option(False, "measure PyTorch's loss beside this one after the run (whole logits)")
 
 
@@ -307,6 +312,13 @@ class GrpoConfig(RolloutConfig):
                         choices=("group", "batch", "none"))  # fmt: skip
     loss_type: str = option("dapo", "of fastloss.policy_loss; --loss torch knows dapo")
     beta: float = option(0.0, "coefficient of the KL to the model it starts from", least=0)
+    top_k: int = option(0, "the sampler keeps so many of the likeliest tokens; 0: all", least=0)
+    top_p: float = option(
+        1.0, "the sampler keeps the likeliest tokens that have this probability together", least=1e-6
+    )
+    whole: bool = option(
+        False, "log-probs over the whole vocabulary though the sampler cuts it: a bias, to be seen"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

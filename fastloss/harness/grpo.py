@@ -25,6 +25,7 @@ from .rollout import (
     Data,
     asked_ids,
     check_carried,
+    cut_of,
     drawn_with,
     evaluate,
     parts,
@@ -64,12 +65,12 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
         total, loss_s = 0.0, 0.0
         sums: dict[str, Tensor] = {}
         for start, batch in parts(Batch(carry["inputs"], carry["targets"]), config, config.group_size):
-            read = tokens_of(carry, start, batch)
+            read = tokens_of(carry, start, batch, config)
             seen: list[Out] = []
             hidden = learned(actor.model, batch, config)
             loss, seconds = cut_backward(hidden, loss_of(actor, name, read, objective, config, seen))
             total, loss_s = total + float(loss), loss_s + seconds
-            for key, value in seen[0].metrics.items():
+            for key, value in {**seen[0].metrics, **beside_sampler(carry, start, batch)}.items():
                 sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * (len(read.target) / tokens)
         step_loss, *means = parallel.summed(total, *sums.values())
         return {
@@ -96,12 +97,25 @@ def objective_of(config: GrpoConfig, tokens: float, samples: float) -> Objective
     )  # fmt: skip
 
 
-def tokens_of(carry: Carry, start: int, batch: Batch) -> Tokens:
+def tokens_of(carry: Carry, start: int, batch: Batch, config: GrpoConfig) -> Tokens:
     """One pass's share of the samples."""
     rows = slice(start, start + len(batch.inputs))
     kept = batch.targets != IGNORE
     ref = carry["ref"][rows][kept] if "ref" in carry else None
-    return Tokens(targets(batch), offsets(batch), carry["old"][rows][kept], ref, carry["advantages"][rows])
+    sets = carry["kept"][rows][kept] if "kept" in carry and not config.whole else None
+    old, advantages = carry["old"][rows][kept], carry["advantages"][rows]
+    return Tokens(targets(batch), offsets(batch), old, ref, advantages, sets)
+
+
+def beside_sampler(carry: Carry, start: int, batch: Batch) -> dict[str, Tensor]:
+    """How far the log-probs that the loss starts from are from the sampler's, where that cut its distribution."""
+    import fastloss
+
+    if "sampler" not in carry:
+        return {}
+    rows, kept = slice(start, start + len(batch.inputs)), batch.targets != IGNORE
+    out = fastloss.sampler_metrics(carry["old"][rows], carry["sampler"][rows], kept)
+    return {"sampler_ratio": out["ratio/mean"], "sampler_kl": out["kl"]}
 
 
 def loss_of(
@@ -151,7 +165,7 @@ def run(config: GrpoConfig, *, resume: bool, overwrite: bool, console: Console) 
             hidden = learned(model, batch, config)
         tokens, samples, *_ = counts(config, carry)
         objective = objective_of(config, tokens, samples)
-        of = loss_of(actor, name, tokens_of(carry, start, batch), objective, config, [])
+        of = loss_of(actor, name, tokens_of(carry, start, batch, config), objective, config, [])
         return partial(loss_and_grad, hidden, of)
 
     size = config.batch_size * config.group_size
@@ -164,7 +178,7 @@ def run(config: GrpoConfig, *, resume: bool, overwrite: bool, console: Console) 
             config.seed,
             config.rows_per_step,
             config.updates,
-            *drawn_with(config, config.group_size),
+            *drawn_with(config, config.group_size, *(cut_of(config) or ())),
         ),
         step=step,
         loss_alone=one_loss,

@@ -21,6 +21,7 @@ class Tokens(NamedTuple):
     old: Tensor  # [N] log-probs when they were sampled
     ref: Tensor | None  # [N] log-probs of the reference
     advantages: Tensor  # [B] or [N]
+    kept: Tensor | None = None  # [N, K] tokens that the sampler kept, padded with -1; None: all
 
 
 class Objective(NamedTuple):
@@ -41,17 +42,19 @@ class Out(NamedTuple):
 
 
 LogProbs = Callable[
-    [Tensor, Head, Tensor, float], Tensor
-]  # hidden [N, D], head, target [N], temperature -> [N]
+    [Tensor, Head, Tensor, float, Tensor | None], Tensor
+]  # hidden [N, D], head, target [N], temperature, kept [N, K] -> [N]
 PolicyLoss = Callable[[Tensor, Head, Tokens, Objective], Out]
 
 
-def fastloss_logprobs(hidden: Tensor, head: Head, target: Tensor, temperature: float) -> Tensor:
+def fastloss_logprobs(
+    hidden: Tensor, head: Head, target: Tensor, temperature: float, kept: Tensor | None = None
+) -> Tensor:
     import fastloss
 
     out = fastloss.linear_token_stats(
         hidden, head.weight, target, linear_bias=head.bias, temperature=temperature,
-        logit_scale=head.scale, softcap=head.softcap, group=head.group,
+        logit_scale=head.scale, softcap=head.softcap, group=head.group, support=kept,
     ).logprobs  # fmt: skip
     assert out is not None
     return out
@@ -72,16 +75,24 @@ def arguments(head: Head, tokens: Tokens, o: Objective) -> dict[str, Any]:
         "softcap": head.softcap, "ref_logprobs": tokens.ref, "normalizer": o.normalizer,
         "cu_seqlens": tokens.offsets, "loss_type": o.loss_type, "clip_low": o.clip_low,
         "clip_high": o.clip_high, "beta": o.beta, "max_length": float(o.max_length), "group": head.group,
+        "support": tokens.kept,
     }  # fmt: skip
 
 
-def torch_logprobs(hidden: Tensor, head: Head, target: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(head.logits(hidden) / temperature, -1).gather(1, target[:, None])[:, 0]
+def torch_logprobs(
+    hidden: Tensor, head: Head, target: Tensor, temperature: float, kept: Tensor | None = None
+) -> Tensor:
+    logits = head.logits(hidden) / temperature
+    if kept is not None:
+        padding = torch.where(kept < 0, logits.shape[1], kept).long()
+        own = torch.ones(len(kept), logits.shape[1] + 1, dtype=torch.bool, device=kept.device)
+        logits = logits.masked_fill(own.scatter(1, padding, False)[:, :-1], -torch.inf)
+    return torch.log_softmax(logits, -1).gather(1, target[:, None])[:, 0]
 
 
 def torch_policy(hidden: Tensor, head: Head, tokens: Tokens, o: Objective) -> Out:
     """What most training loops do: all logits. The clipped ratio, averaged over tokens (dapo, ppo)."""
-    logprobs = torch_logprobs(hidden, head, tokens.target, o.temperature)
+    logprobs = torch_logprobs(hidden, head, tokens.target, o.temperature, tokens.kept)
     advantages = tokens.advantages
     if len(advantages) != len(logprobs):
         advantages = torch.repeat_interleave(advantages, tokens.offsets.diff())

@@ -31,6 +31,7 @@ from .model import (
     load_model,
     model_config,
 )
+from .routers import routers_of, with_routers
 from .run import Result, begun, open_folder, train
 from .stage import Stage
 from .step import autocast, begins, cut_backward, loss_and_grad
@@ -82,7 +83,7 @@ def prepare(config: TrainConfig, folder: Path, console: Console) -> Data:
 
 def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: PretrainConfig) -> StepFn:
     """Forward and backward of one optimizer step."""
-    device = head.weight.device
+    device, routers = head.weight.device, routers_of(model, config)
 
     def step_fn(step: int) -> Metrics:
         batches = [
@@ -92,9 +93,10 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
         for batch in batches:
-            with autocast(config, device):
-                hidden = hidden_states(model, batch.inputs, batch.positions, batch.mask)  # [B, T, D]
-            loss, seconds = cut_backward(hidden, loss_of(loss_fn, head, batch.targets, tokens, config))
+            hidden, beside = with_routers(model, batch, config, routers, len(batches))  # [B, T, D]
+            loss, seconds = cut_backward(
+                hidden, loss_of(loss_fn, head, batch.targets, tokens, config), beside
+            )
             loss_s += seconds
             total += loss
         return {"loss": parallel.summed(total)[0], "tokens": tokens, "loss_s": loss_s}

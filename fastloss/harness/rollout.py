@@ -18,7 +18,7 @@ from .config import RolloutConfig
 from .data import IGNORE, Batch, Order, padded
 from .model import Head
 from .policy import LogProbs
-from .sampler import sample
+from .sampler import Cut, Kept, sample
 from .step import autocast, learned, targets
 
 Carry = dict[
@@ -45,15 +45,19 @@ class Actor:
     config: RolloutConfig
 
     def answer(
-        self, asked: Sequence[rows.Row], temperature: float, noise: Tensor
+        self,
+        asked: Sequence[rows.Row],
+        temperature: float,
+        noise: Tensor,
+        kept: list[list[Kept]] | None = None,
     ) -> tuple[list[list[int]], list[float]]:
-        """Tokens and reward of an answer to each row."""
+        """Tokens and reward of an answer to each row; ``kept``: gets what the sampler kept, where it cuts its distribution."""
         stop = chat.ends(self.tok, self.model.generation_config.eos_token_id)
         with autocast(self.config, self.head.weight.device):
             ids = sample(
                 self.model, self.head, [asked_ids(self.tok, row) for row in asked],
                 max_new_tokens=self.config.max_new_tokens, end=stop,
-                temperature=temperature, noise=noise,
+                temperature=temperature, noise=noise, cut=cut_of(self.config), kept=kept,
             )  # fmt: skip
         texts = [chat.decode(self.tok, chat.without_end(tokens, stop)) for tokens in ids]
         # once for all parts of a model: a reward function may draw
@@ -65,6 +69,12 @@ class Actor:
         seed = (self.config.seed * 1_000_003 + place) * 1_000_003  # not one of those that shuffle the data
         generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.rand(rows, self.config.max_new_tokens, dtype=torch.float64, generator=generator)
+
+
+def cut_of(config: RolloutConfig) -> Cut | None:
+    """How the sampler cuts its distribution; None: not at all."""
+    cut = Cut(getattr(config, "top_k", 0), getattr(config, "top_p", 1.0))
+    return None if cut == Cut(0, 1.0) else cut
 
 
 def asked_ids(tok: Any, row: rows.Row) -> list[int]:
@@ -114,11 +124,12 @@ def roll_out(
     config = actor.config
     examples: list[Example] = []
     scores: list[float] = []
+    kept: list[list[Kept]] = []
     noise = actor.noise(index, config.rows_per_step * group)  # of all processes
     for at in config.starts(index):
         asked = [data.train[i] for i in data.order.take(at, config.batch_size) for _ in range(group)]
         first = (at - index * config.rows_per_step) * group
-        ids, gained = actor.answer(asked, config.temperature, noise[first : first + len(asked)])
+        ids, gained = actor.answer(asked, config.temperature, noise[first : first + len(asked)], kept)
         scores += gained
         for row, tokens, reward in zip(asked, ids, gained, strict=True):
             before = asked_ids(actor.tok, row)
@@ -130,27 +141,47 @@ def roll_out(
             f"reward: expected a value, got None for each of the {samples:.0f} samples of a step"
         )
     batch = padded(examples).to(actor.head.weight.device)
+    cut: Carry = {}
+    if cut_of(config) is not None:
+        cut = _laid_out(kept, batch.targets)
+    sets = None if getattr(config, "whole", False) else cut.get("kept")
     carry = {
+        **cut,
         "inputs": batch.inputs,
         "targets": batch.targets,
-        "old": token_logprobs(actor.model, actor.head, logprobs, batch, config, group),
+        "old": token_logprobs(actor.model, actor.head, logprobs, batch, config, group, sets),
         "rewards": torch.tensor(scores, device=batch.inputs.device),
     }
     if ref is not None and ref_head is not None:
-        carry["ref"] = token_logprobs(ref, ref_head, logprobs, batch, config, group)
+        carry["ref"] = token_logprobs(ref, ref_head, logprobs, batch, config, group, sets)
     return carry
+
+
+def _laid_out(kept: list[list[Kept]], targets: Tensor) -> Carry:
+    """What the sampler kept where each token to learn was drawn, padded with -1, int32 [R, T, K], and its log-prob [R, T]."""
+    device = targets.device
+    widest = max((len(each.ids) for drawn in kept for each in drawn), default=1)
+    ids = torch.full((*targets.shape, widest), -1, dtype=torch.int32)
+    logprobs = torch.zeros(targets.shape)
+    for row, (learned_here, drawn) in enumerate(zip((targets != IGNORE).cpu(), kept, strict=True)):
+        for column, each in zip(learned_here.nonzero()[:, 0].tolist(), drawn, strict=False):
+            ids[row, column, : len(each.ids)] = torch.tensor(each.ids, dtype=torch.int32)
+            logprobs[row, column] = each.logprob
+    return {"kept": ids.to(device), "sampler": logprobs.to(device)}
 
 
 @torch.no_grad()
 def token_logprobs(
-    model: Any, head: Head, logprobs: LogProbs, batch: Batch, config: RolloutConfig, group: int
-) -> Tensor:
+    model: Any, head: Head, logprobs: LogProbs, batch: Batch, config: RolloutConfig, group: int,
+    kept: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Of the sampled tokens, 0 elsewhere; in the updates' passes, so that the first ratio is 1.  # [R, T]"""
     out = torch.zeros(batch.targets.shape, device=batch.targets.device)
     for start, part in parts(batch, config, group):
         hidden = learned(model, part, config)
         with autocast(config, hidden.device):
-            values = logprobs(hidden, head.gathered(), targets(part), config.temperature)
+            own = None if kept is None else kept[start : start + len(part.inputs)][part.targets != IGNORE]
+            values = logprobs(hidden, head.gathered(), targets(part), config.temperature, own)
         out[start : start + len(part.inputs)][part.targets != IGNORE] = values
     return out
 

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import parallel
 from .model import Head, body, hidden_states
+
+
+class Cut(NamedTuple):
+    """How a sampler cuts its distribution."""
+
+    top_k: int  # 0: nothing
+    top_p: float
+
+
+class Kept(NamedTuple):
+    """The tokens that a sampler kept where it drew one, and that one's log-prob among them."""
+
+    ids: list[int]
+    logprob: float
 
 
 @torch.no_grad()
@@ -23,11 +37,14 @@ def sample(
     end: int | Collection[int],
     temperature: float,
     noise: Tensor | None = None,
+    cut: Cut | None = None,
+    kept: list[list[Kept]] | None = None,
 ) -> list[list[int]]:
     """A completion of each prompt, up to and with a token of ``end``. Temperature 0 takes the likeliest token.
 
     noise: float64 [prompts, max_new_tokens], uniform in [0, 1): a row's own, so that its sample does not depend on
     which others share its batch.
+    cut: what is kept of the distribution; None: all. kept: gets, for each prompt, what was kept where each token was drawn.
     """
     from transformers import DynamicCache
 
@@ -53,9 +70,10 @@ def sample(
     names = inspect.signature(body(model).forward).parameters
     # of a kind for each layer, where transformers knows more than keys and values
     known = "config" in inspect.signature(DynamicCache.__init__).parameters
-    kept = DynamicCache(config=model.config.get_text_config(decoder=True)) if known else DynamicCache()
-    cache = {"cache" if "cache" in names else "past_key_values": kept}
+    states = DynamicCache(config=model.config.get_text_config(decoder=True)) if known else DynamicCache()
+    cache = {"cache" if "cache" in names else "past_key_values": states}
     drawn: list[Tensor] = []
+    sets: list[list[Kept]] = []  # of each step, of each prompt
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for _ in range(max_new_tokens):
         hidden = body(model)(
@@ -66,9 +84,12 @@ def sample(
             token = logits.argmax(-1)
         else:
             assert noise is not None  # temperature above 0
+            logits, support = kept_logits(logits, cut, temperature)
             upto = torch.softmax(logits / temperature, -1, dtype=torch.float64).cumsum(-1)  # [B, V]
             drawn_at = noise[:, len(drawn), None] * upto[:, -1:]
             token = torch.searchsorted(upto, drawn_at, right=True)[:, 0].clamp(max=upto.shape[1] - 1)
+            if kept is not None and support is not None:
+                sets.append(kept_of(logits / temperature, support, token))
         drawn.append(token)
         finished |= torch.isin(token, stop_ids)
         done = bool(finished.all())
@@ -79,7 +100,35 @@ def sample(
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], 1)
     model.train(training)
     rows = torch.stack(drawn, 1).tolist()
-    return [ids[: next((i + 1 for i, id in enumerate(ids) if id in stop), None)] for ids in rows]
+    rows = [ids[: next((i + 1 for i, id in enumerate(ids) if id in stop), None)] for ids in rows]
+    if kept is not None:
+        kept += [[step[row] for step in sets[: len(ids)]] for row, ids in enumerate(rows)]
+    return rows
+
+
+Support = tuple[Tensor, Tensor]  # token ids and offsets
+
+
+def kept_logits(logits: Tensor, cut: Cut | None, temperature: float) -> tuple[Tensor, Support | None]:
+    """The logits with -inf for what is not kept, and what is."""
+    import fastloss
+
+    if cut is None:
+        return logits, None
+    ids, offsets = fastloss.sampler_support(
+        logits, top_k=cut.top_k or None, top_p=cut.top_p, temperature=temperature
+    )
+    row = torch.repeat_interleave(torch.arange(len(logits), device=ids.device), offsets.diff())
+    masked = torch.full_like(logits, -torch.inf)
+    masked[row, ids] = logits[row, ids]
+    return masked, (ids, offsets)
+
+
+def kept_of(logits: Tensor, support: Support, token: Tensor) -> list[Kept]:
+    ids, offsets = support
+    logprobs = logits.log_softmax(-1).gather(1, token[:, None])[:, 0].tolist()
+    sets = [x.tolist() for x in ids.cpu().tensor_split(offsets[1:-1].cpu())]
+    return [Kept(*each) for each in zip(sets, logprobs, strict=True)]
 
 
 @torch.no_grad()

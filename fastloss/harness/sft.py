@@ -24,6 +24,7 @@ from .export import export
 from .loop import Metrics, StepFn
 from .losses import Loss, describe, loss_named
 from .model import Head, check_packing, head_of
+from .routers import routers_of, with_routers
 from .run import Result, begun, open_folder, train
 from .sampler import check_sampler, sample
 from .stage import Stage
@@ -101,7 +102,7 @@ def _asked(tok: Any, row: rows.Row) -> list[int]:
 
 
 def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConfig) -> StepFn:
-    device = head.weight.device
+    device, routers = head.weight.device, routers_of(model, config)
 
     def step_fn(step: int) -> Metrics:
         batches = [own_piece(data.batch(start, config)).to(device) for start in config.starts(step)]
@@ -109,8 +110,11 @@ def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConf
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
         total, loss_s = torch.zeros((), device=device), 0.0
         for batch in batches:
-            hidden = learned(model, batch, config)  # [N, D]
-            loss, seconds = cut_backward(hidden, loss_of(loss_fn, head, targets(batch), tokens, config))
+            rows_hidden, beside = with_routers(model, batch, config, routers, len(batches))
+            hidden = rows_hidden[batch.targets != IGNORE]  # [N, D]
+            loss, seconds = cut_backward(
+                hidden, loss_of(loss_fn, head, targets(batch), tokens, config), beside
+            )
             loss_s += seconds
             total += loss
         return {"loss": parallel.summed(total)[0], "tokens": tokens, "loss_s": loss_s}

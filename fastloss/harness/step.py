@@ -43,8 +43,11 @@ def begins(tok: Any, numbers: Iterable[int], ids: Callable[[int], list[int]]) ->
     return {number: chat.decode(tok, ids(number)[:24]) for number in numbers}
 
 
-def cut_backward(hidden: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, float]:
-    """Backward of ``loss_of(hidden)`` with the graph cut at ``hidden``; the loss, and the seconds it took.
+def cut_backward(
+    hidden: Tensor, loss_of: Callable[[Tensor], Tensor], beside: Tensor | None = None
+) -> tuple[Tensor, float]:
+    """Backward of ``loss_of(hidden)`` with the graph cut at ``hidden``; the loss, and the seconds it took. ``beside``: a loss of the
+    body's own (harness/routers.py), whose backward goes with that of ``hidden``.
 
     The loss runs forward and backward on its own, then its gradient goes into the body's backward. The
     arithmetic is that of one backward, and every step gives the loss's full time.
@@ -54,7 +57,10 @@ def cut_backward(hidden: Tensor, loss_of: Callable[[Tensor], Tensor]) -> tuple[T
     loss, grad = loss_and_grad(hidden, loss_of)
     measure.synchronize(hidden.device)
     seconds = time.perf_counter() - started
-    hidden.backward(grad)
+    if beside is None:
+        hidden.backward(grad)
+    else:
+        torch.autograd.backward([hidden, beside], [grad, None])
     return loss, seconds
 
 

@@ -20,6 +20,7 @@ from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import Grads, Head, Needs, Schedule
 from fastloss.engine.sequences import Sequences
 from fastloss.engine.shards import Shards
+from fastloss.engine.support import sets_of
 from fastloss.losses.policy import PolicyOutput, empty_out, entropy_share, metrics_from, policy_loss
 from fastloss.losses.policy_inputs import (
     advantage_per_token,
@@ -29,7 +30,7 @@ from fastloss.losses.policy_inputs import (
     weighted,
 )
 from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
-from fastloss.losses.token_stats import TokenStats, linear_token_stats, row_options
+from fastloss.losses.token_stats import TokenStats, linear_token_stats, row_options, support_details
 from fastloss.tables import (
     ACC_DTYPES,
     CORRECTIONS,
@@ -71,6 +72,8 @@ def linear_policy_loss(
     with_entropy: bool = False,
     cu_seqlens: Tensor | None = None,
     return_stats: bool = False,
+    support: Any = None,
+    with_mass: bool = False,
     backend: str = "auto",
     **options: Any,
 ) -> Any:
@@ -91,6 +94,11 @@ def linear_policy_loss(
         with_entropy: also the metric "entropy" where the loss does not need it.
         return_stats: also a :class:`TokenStats` of ``target``'s shape, from the same pass: logprobs, and entropy where it was
             computed, both detached, 0 where masked.
+        support: the classes that the sampler kept at each position, as in :func:`token_stats`: log-probs, ratios, entropy, KL and gradients
+            are those of the distribution over them alone, as the sampler's own log-probs are. No GEMM: the kept rows of the weight are
+            multiplied alone. Masked positions may have any set, or none.
+        with_mass: also the metrics "support/mass" and "support/mass_min": what the kept classes have in the whole distribution. It costs
+            the whole head once.
         **options: the other keywords of :func:`policy_loss` (``loss_type``, ``clip_low``, ``beta``, …).
 
     Returns:
@@ -161,6 +169,8 @@ def linear_policy_loss(
         has_operators=False,
         dtype=dtype,
     )
+    if with_mass and support is None:
+        raise ValueError("support: expected the kept classes for with_mass=True, got None")
     needs = heads.needs_of(input, linear_weight, linear_bias)
     keep = None if call.by_definition else heads.kept_rows(classes, IGNORED)
     rows = heads.count_kept(hidden.shape[0], keep)
@@ -172,6 +182,10 @@ def linear_policy_loss(
     )
     if call.by_definition:
         call.announce()
+    elif support is not None:
+        if limits.shards is not None:
+            raise ValueError("support: expected None with group, got a support")
+        call.announce(**support_details(sets_of(support, target.shape, input.device), dtype, with_mass))
     else:
         ahead = token_level or (needs == Needs(True, False, False) and not resolved.entropy_coef)
         call.announce(
@@ -187,7 +201,7 @@ def linear_policy_loss(
         # A masked row that stays in the GEMM adds 0 · hidden to the weight's gradient: NaN where its hidden state is NaN.
         hidden = hidden.masked_fill((inputs.mask == 0).unsqueeze(-1), 0)
         input = hidden.view(input.shape)
-    if call.by_definition or not token_level:
+    if call.by_definition or not token_level or support is not None:
         name = "auto" if call.traced else call.backend.name
         stats = linear_token_stats(
             input,
@@ -198,12 +212,13 @@ def linear_policy_loss(
             logit_scale=logit_scale,
             softcap=softcap,
             ignore_index=IGNORED,
-            outputs=("logprobs", "entropy") if entropy else ("logprobs",),
+            outputs=("logprobs", *(("entropy",) if entropy else ()), *(("log_mass",) if with_mass else ())),
             detach=("entropy",) if entropy and not resolved.entropy_coef else (),
             chunk_size=chunk_size,
             memory=memory,
             group=limits.shards,
             logits_dtype=logits_dtype,
+            support=support,
             backend=name,
         )
         assert stats.logprobs is not None
@@ -221,6 +236,8 @@ def linear_policy_loss(
             backend=name,
             **options,
         )
+        if stats.log_mass is not None:
+            output.metrics.update(mass_metrics(stats.log_mass, inputs.mask))
         return _with_stats(output, stats.logprobs, stats.entropy, target) if return_stats else output
     check_targets(classes.view(target.shape), heads.vocab_of(linear_weight, limits), IGNORED)
     share, scale = shares(
@@ -263,6 +280,20 @@ def linear_policy_loss(
     )
     output = PolicyOutput(loss, metrics)
     return _with_stats(output, logprobs, token_entropy, target) if return_stats else output
+
+
+@torch.no_grad()
+def mass_metrics(log_mass: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    """The mean and the least of what was kept, over the unmasked tokens; 1 where there is none."""
+    keep, mass = mask.bool(), log_mass.reshape(-1).exp()
+    if not keep.numel():
+        return {"support/mass": mass.new_ones(()), "support/mass_min": mass.new_ones(())}
+    mean = torch.where(keep, mass, 0.0).sum() / keep.sum().clamp(min=1)
+    least = torch.where(keep, mass, torch.inf).amin()
+    return {
+        "support/mass": torch.where(keep.any(), mean, 1.0),
+        "support/mass_min": torch.where(keep.any(), least, 1.0),
+    }
 
 
 def _with_stats(

@@ -142,11 +142,12 @@ def process_reward_loss(
     backend: str = "auto",
     **options: Any,
 ) -> RewardOutput:
-    """Process reward model: each labelled step is classified by cross-entropy (arXiv:2305.20050).
+    """Process reward model: each labelled step is classified by cross-entropy (arXiv:2305.20050; soft labels: arXiv:2312.08935).
 
     Args:
         logits: ``[..., C]``, two classes for right and wrong steps.
-        labels: int64 ``[...]``; ``ignore_index`` on every token that ends no step.
+        labels: int64 ``[...]``; ``ignore_index`` on every token that ends no step. Or float: of two classes the probability of class 1
+            ``[...]``, of more a probability of each ``[..., C]``; a step is ignored where it, or its first, is ``ignore_index``.
         options: those of :func:`cross_entropy` (``weight``, ``label_smoothing``, ``normalizer``, …).
 
     Returns:
@@ -161,6 +162,9 @@ def process_reward_loss(
     checks.is_floating("logits", logits)
     if logits.dim() < 2:
         raise ShapeError(f"logits: expected shape [..., C], got {list(logits.shape)}")
+    checks.is_tensor("labels", labels)
+    if labels.is_floating_point():
+        return _of_probabilities(logits, labels, ignore_index, reduction, backend, options)
     checks.index_target("labels", labels, tuple(logits.shape[:-1]), logits.device)
     flat = labels.reshape(-1)
     loss, stats = cross_entropy(
@@ -176,3 +180,39 @@ def process_reward_loss(
         kept = flat != ignore_index
         right = (stats.is_top1 & kept).sum() / kept.sum().clamp(min=1)
     return RewardOutput(loss.reshape(labels.shape) if reduction == "none" else loss, {"accuracy": right})
+
+
+def _of_probabilities(
+    logits: Tensor, labels: Tensor, ignore_index: int, reduction: str, backend: str, options: dict[str, Any]
+) -> RewardOutput:
+    classes, lead = logits.shape[-1], tuple(logits.shape[:-1])
+    two = classes == 2 and tuple(labels.shape) == lead
+    if not two and labels.shape != logits.shape:
+        raise ShapeError(
+            f"labels: expected int64, or probabilities of 2 classes {list(lead)} or of each {list(logits.shape)}, got "
+            f"{str(labels.dtype).removeprefix('torch.')} of shape {list(labels.shape)}"
+        )
+    checks.same_device("labels", labels, logits.device)
+    p = (labels if two else labels[..., 1:]).detach().reshape(-1, classes - 1)
+    first = labels.detach().reshape(-1, 1) if two else labels.detach().reshape(-1, classes)[:, :1]
+    kept = first != ignore_index
+    p = torch.where(kept, torch.cat([1 - p if two else first, p], 1), 0.0)
+    normalizer = checks.normalizer_value(options.pop("normalizer", None), reduction, logits.device)
+    # What is ignored may hold anything.
+    rows = torch.where(kept, logits.reshape(-1, classes), 0.0)
+    each = cross_entropy(rows, p, reduction="none", backend=backend, **options)
+    kept = kept.squeeze(1)
+    each = torch.where(kept, each, 0.0)
+    count = kept.sum()
+    with torch.no_grad():
+        right = (rows.argmax(-1) == p.argmax(-1)) & kept
+        metrics = {"accuracy": right.sum() / count.clamp(min=1)}
+    if reduction == "none":
+        return RewardOutput(each.reshape(lead), metrics)
+    loss = each.sum()
+    if normalizer is not None:
+        loss = loss / normalizer
+    elif reduction == "mean":  # of no step it is NaN, whose gradient is 0, as PyTorch's
+        empty = count == 0
+        loss = loss / count.masked_fill(empty, 1) + torch.where(empty, torch.nan, 0.0)
+    return RewardOutput(loss, metrics)

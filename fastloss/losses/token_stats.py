@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops
+from fastloss.engine import checks, compile_ops, compile_support
 from fastloss.engine import head as heads
+from fastloss.engine.argmax import largest_class, row_statistics
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
-from fastloss.engine.backend import check_targets, resolve_call, resolves_views
+from fastloss.engine.backend import (
+    check_targets,
+    resolve_call,
+    resolves_views,
+    targets_are_validated,
+    tracing_reason,
+)
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_upstream
 from fastloss.engine.contract import Backend
@@ -20,10 +27,23 @@ from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head_shards import of_columns
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
+from fastloss.engine.head_types import NOTHING
 from fastloss.engine.shards import Call as SharedCall
 from fastloss.engine.shards import Shards, of_group, whole
+from fastloss.engine.support import (
+    Layout,
+    LinearSupportStatistics,
+    Sets,
+    SupportRun,
+    SupportStatistics,
+    first_bad,
+    lay_out,
+    sets_of,
+)
+from fastloss.reference.logits import linear_logits
 from fastloss.tables import (
     ACC_DTYPES,
+    ARGMAX,
     DIFFERENTIABLE_STATS,
     LSE_PARTS,
     STATS,
@@ -42,13 +62,19 @@ class TokenStats(NamedTuple):
     log_sum_sq_probs: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
+    argmax: Tensor | None = None  # int64
+    log_mass: Tensor | None = None
 
 
 def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
     """A TokenStats of the wanted statistics that a kernel wrote; is_top1 becomes bool."""
     return TokenStats(
         *[
-            None if name not in want else out[name].bool() if name == "is_top1" else out[name]
+            None
+            if name not in want or name not in out
+            else out[name].bool()
+            if name == "is_top1"
+            else out[name]
             for name in TokenStats._fields
         ]
     )
@@ -68,6 +94,7 @@ def token_stats(
     detach: tuple[str, ...] | None = None,
     inplace: bool = False,
     group: Any = None,
+    support: Any = None,
     backend: str = "auto",
 ) -> TokenStats:
     """Statistics of each token's distribution, with gradients through logprobs, entropy and logsumexp.
@@ -80,20 +107,29 @@ def token_stats(
         temperature: > 0: a number, or one per token, ``[...]`` or what broadcasts to it, in any float dtype.
         ignore_index: tokens with this target give 0 and no gradient.
         outputs: of "logprobs" (log p of the target, nats), "entropy" (nats), "logsumexp", "log_sum_sq_probs"
-            (log Σ p²), "mean_logits" (Σ z / V), "is_top1" (no logit is larger than the target's).
+            (log Σ p²), "mean_logits" (Σ z / V), "is_top1" (no logit is larger than the target's), "argmax" (the class of the
+            largest logit, the first of several; another reading of the logits but in the CPU's blocks of the vocabulary; not with
+            ``support``); with ``support`` also "log_mass".
         detach: of the outputs, those that nobody differentiates (a metric); they come without a gradient. () says that all
             are differentiated, None that it is not known: see :func:`linear_token_stats`.
         inplace: the backward writes its gradient over ``logits``.
         group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some columns of the logits, one after
             the other; targets and results are the same on each, and all must call.
+        support: the classes that a sampler kept at each position (top-k, top-p, min-p): every statistic is that of the
+            distribution over them alone (docs/policy_gradient.md). ``(token_ids, offsets)`` as vLLM's SamplingMask has them: ids
+            ``[entries]`` and the bounds ``[N + 1]`` of the N positions, flattened; or ids ``[..., K]`` padded with -1. int64 or int32; an
+            id that repeats counts once. "log_mass" is the log of what the kept classes had in the whole distribution, without a
+            gradient. Not with ``group``. See :func:`sampler_support`, :func:`support_from_mask`.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit.
-        IndexError: on CPU, a bad target; see :func:`cross_entropy`.
+        IndexError: on CPU, a bad target (see :func:`cross_entropy`), or one that is not in its set; on a GPU that row is NaN.
 
     >>> import torch, fastloss
     >>> fastloss.token_stats(torch.zeros(1, 4), torch.tensor([2])).logprobs
     tensor([-1.3863])
+    >>> fastloss.token_stats(torch.zeros(1, 4), torch.tensor([2]), support=torch.tensor([[0, 2]])).logprobs
+    tensor([-0.6931])
     """
     checks.is_floating("logits", logits)
     if logits.dim() < 1:
@@ -106,11 +142,17 @@ def token_stats(
     all_vocab = vocab if shards is None else shards.vocab
     if all_vocab == 0:
         raise ShapeError("logits: expected at least one class, got 0")
-    want = _wanted(outputs, target)
+    want = _wanted(outputs, target, support)
     kept = _differentiable(want, detach)
     if target is not None:
         checks.index_target("target", target, tuple(lead), logits.device)
     options = row_options(temperature, logit_scale, softcap, ignore_index, lead, logits)
+    if support is not None:
+        if group is not None:
+            raise ValueError("support: expected None with group, got a support")
+        raw = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        given = Given(target, options, raw, want, detach, backend)
+        return _shaped(_of_kept_logits(logits, support, inplace, given), want, lead)
     rows = logits.reshape(-1 if shards is None else math.prod(lead), vocab)
     flat = None if target is None else target.reshape(-1).contiguous()
     call = resolve_call(
@@ -127,6 +169,8 @@ def token_stats(
             assert columns is not None
             rows = columns.t()
         out = reference.token_stats(rows, flat, **_transform(options))
+        if ARGMAX in want:
+            out[ARGMAX] = largest_class(rows, flat, options)
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     if rows.stride(1) != 1 and vocab > 1:
         rows = rows.contiguous()
@@ -134,7 +178,10 @@ def token_stats(
         refuse_inplace(rows)
     if call.traced:
         values = compile_ops.token_stats(rows, flat, options, want, call.backend.name)
-        return _shaped(_cut_off(dict(zip(STATS, values, strict=True)), detach), want, lead)
+        named = dict(zip(STATS, values, strict=True))
+        if ARGMAX in want:
+            named[ARGMAX] = largest_class(rows, flat, options)
+        return _shaped(_cut_off(named, detach), want, lead)
     values = TokenStatistics.apply(rows, flat, call.backend, options, want, inplace, shards, kept)
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
@@ -157,12 +204,15 @@ def linear_token_stats(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    support: Any = None,
     backend: str = "auto",
 ) -> TokenStats:
     """:func:`token_stats` of ``input @ linear_weight.T + linear_bias``, without holding those logits.
 
     1 GEMM without gradient; 2 with a frozen weight, unless a gradient of entropy or logsumexp comes too: then the backward
-    recomputes (4 GEMMs; 3 if ``detach=()`` said so), as it does for the weight's gradient (4 GEMMs).
+    recomputes (4 GEMMs; 3 if ``detach=()`` said so), as it does for the weight's gradient (4 GEMMs). With ``support`` no GEMM: the kept
+    rows of the weight alone are multiplied, K·D multiplications a token in place of V·D, and their logits are float32 whatever the
+    operands' dtype; "log_mass" costs the whole head once.
 
     Args:
         input: hidden states ``[..., D]``.
@@ -170,6 +220,7 @@ def linear_token_stats(
         target: int64 ``[...]``.
         temperature, logit_scale, softcap, ignore_index, outputs, detach: as in :func:`token_stats`.
         chunk_size: rows that go together at most; None chooses. memory, group: as in :func:`linear_cross_entropy`.
+        support: as in :func:`token_stats`.
 
     >>> import torch, fastloss
     >>> fastloss.linear_token_stats(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([2])).logprobs
@@ -177,10 +228,12 @@ def linear_token_stats(
     """
     hidden = heads.check_head(input, linear_weight, linear_bias)
     lead = input.shape[:-1]
-    want = _wanted(outputs, target)
+    want = _wanted(outputs, target, support)
     kept = _differentiable(want, detach)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
+    if support is not None and group is not None:
+        raise ValueError("support: expected None with group, got a support")
     limits = heads.limits_of(
         chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
     )
@@ -190,6 +243,13 @@ def linear_token_stats(
     options = row_options(temperature, logit_scale, softcap, ignore_index, lead, input)
     flat = None if target is None else target.reshape(-1).contiguous()
     dtype = heads.compute_dtype(input)
+    if support is not None:
+        raw = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
+        given = Given(target, options, raw, want, detach, backend)
+        how = {"chunk_size": chunk_size, "memory": memory}
+        return _shaped(
+            _of_kept_rows(input, linear_weight, linear_bias, support, dtype, how, given), want, lead
+        )
     call = resolve_call(
         "linear_token_stats",
         backend,
@@ -204,7 +264,7 @@ def linear_token_stats(
         values = compile_ops.linear_token_stats(
             hidden, linear_weight, linear_bias, flat, options, want, dtype, limits, call.backend.name
         )
-        return _shaped(_cut_off(dict(zip(STATS, values, strict=True)), detach), want, lead)
+        return _shaped(_cut_off(dict(zip((*STATS, ARGMAX), values, strict=True)), detach), want, lead)
     if call.by_definition:
         call.announce()
         check_targets(flat, vocab, ignore_index)
@@ -212,6 +272,8 @@ def linear_token_stats(
         assert all_weight is not None
         with heads.float_operands(limits.float_logits, hidden, all_weight, all_bias) as (x, w, bias):
             out = reference.linear_token_stats(x, w, flat, linear_bias=bias, **_transform(options))
+            if ARGMAX in want:
+                out[ARGMAX] = largest_class(linear_logits(x, w, bias), flat, options)
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype, shards)
     needs = heads.needs_of(input, linear_weight, linear_bias)
@@ -226,6 +288,153 @@ def linear_token_stats(
     check_targets(flat, vocab, ignore_index)
     values = LinearTokenStatistics.apply(hidden, linear_weight, linear_bias, flat, run)
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
+
+
+class Given(NamedTuple):
+    """The checked arguments that both functions over a support share."""
+
+    target: Tensor | None
+    options: RowOptions
+    raw: dict[str, Any]  # what the options were made of
+    want: tuple[str, ...]
+    detach: tuple[str, ...] | None
+    backend: str
+
+    def transform(self) -> dict[str, Any]:
+        return {**self.raw, "ignore_index": self.options.ignore_index}
+
+    @property
+    def over_kept(self) -> tuple[str, ...]:
+        """What is asked of the kept classes; "log_mass" is a difference of two logsumexps."""
+        names = [name for name in self.want if name != "log_mass"]
+        if "log_mass" in self.want and "logsumexp" not in names:
+            names.append("logsumexp")
+        return tuple(names)
+
+    def flat(self) -> Tensor | None:
+        return None if self.target is None else self.target.reshape(-1).contiguous()
+
+
+def _of_kept_logits(logits: Tensor, support: Any, inplace: bool, given: Given) -> dict[str, Tensor]:
+    lead, vocab, options, want = logits.shape[:-1], logits.shape[-1], given.options, given.over_kept
+    sets = sets_of(support, lead, logits.device)
+    rows, flat = logits.reshape(-1, vocab), given.flat()
+    call = resolve_call(
+        "token_stats", given.backend, logits, given.target, options.row_scale, sets.ids, sets.offsets
+    )
+    call.announce(inplace=inplace, kept=sets.ids.shape[0])
+    whole_lse = None
+    if "log_mass" in given.want:  # before anything is written in place
+        with torch.no_grad():
+            whole_lse = token_stats(
+                logits.detach(),
+                given.target,
+                outputs=("logsumexp",),
+                backend=given.backend,
+                **given.transform(),
+            ).logsumexp
+    if call.by_definition:
+        reject_bad_support(sets, flat, lead, vocab, options)
+        mask, bad = reference.kept_mask(sets.ids, sets.bounds(), vocab)
+        out = reference.token_stats(rows, flat, **_transform(options), kept=mask, bad_sets=bad)
+    elif call.traced:
+        values = compile_support.support_stats(rows, flat, sets, options, want, call.backend.name)
+        out = dict(zip(STATS, values, strict=True))
+    else:
+        if inplace:
+            refuse_inplace(rows)
+        layout = checked_layout(sets, flat, lead, vocab, options)
+        kept = _differentiable(want, given.detach)
+        run = SupportRun(call.backend, options, want, sets, layout, kept, logits.dtype, NOTHING, inplace)
+        out = dict(zip(want, SupportStatistics.apply(rows, flat, run), strict=True))
+    return _with_mass(out, whole_lse, given)
+
+
+def _of_kept_rows(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    support: Any,
+    dtype: torch.dtype,
+    how: dict[str, Any],
+    given: Given,
+) -> dict[str, Tensor]:
+    lead, vocab, options, want = input.shape[:-1], linear_weight.shape[0], given.options, given.over_kept
+    sets = sets_of(support, lead, input.device)
+    hidden, flat = input.reshape(-1, input.shape[-1]), given.flat()
+    call = resolve_call(
+        "linear_token_stats", given.backend, input, linear_weight, linear_bias, given.target, options.row_scale,
+        sets.ids, sets.offsets, dtype=dtype,
+    )  # fmt: skip
+    if call.by_definition:
+        call.announce()
+    else:
+        call.announce(**support_details(sets, dtype, "log_mass" in given.want))
+    whole_lse = None
+    if "log_mass" in given.want:
+        with torch.no_grad():
+            whole_lse = linear_token_stats(
+                input.detach(), linear_weight.detach(), given.target, outputs=("logsumexp",), backend=given.backend,
+                linear_bias=None if linear_bias is None else linear_bias.detach(), **given.transform(), **how,
+                logits_dtype=torch.float32,
+            ).logsumexp  # fmt: skip
+    if call.by_definition:
+        reject_bad_support(sets, flat, lead, vocab, options)
+        mask, bad = reference.kept_mask(sets.ids, sets.bounds(), vocab)
+        with heads.float_operands(True, hidden, linear_weight, linear_bias) as (x, w, bias):
+            out = reference.linear_token_stats(
+                x, w, flat, linear_bias=bias, **_transform(options), kept=mask, bad_sets=bad
+            )
+    elif call.traced:
+        values = compile_support.linear_support_stats(
+            hidden, linear_weight, linear_bias, flat, sets, options, want, dtype, call.backend.name
+        )
+        out = dict(zip(STATS, values, strict=True))
+    else:
+        layout = checked_layout(sets, flat, lead, vocab, options)
+        kept, needs = _differentiable(want, given.detach), heads.needs_of(input, linear_weight, linear_bias)
+        run = SupportRun(call.backend, options, want, sets, layout, kept, dtype, needs)
+        values = LinearSupportStatistics.apply(hidden, linear_weight, linear_bias, flat, run)
+        out = dict(zip(want, values, strict=True))
+    return _with_mass(out, whole_lse, given)
+
+
+def _with_mass(out: dict[str, Tensor], whole: Tensor | None, given: Given) -> dict[str, Tensor]:
+    """The wanted statistics; of what was kept no more than 1."""
+    if whole is not None:
+        out = {**out, "log_mass": (out["logsumexp"].detach() - whole.reshape(-1)).clamp(max=0)}
+    return _cut_off({name: out[name] for name in given.want}, given.detach)
+
+
+def support_details(sets: Sets, dtype: torch.dtype, with_mass: bool) -> dict[str, Any]:
+    """What ``explain`` tells of a head over a support."""
+    return {
+        "schedule": "kept rows of the weight",
+        "gemms": 1 if with_mass else 0,
+        "rows": sets.rows,
+        "kept": sets.ids.shape[0],
+        "logits_dtype": str(ACC_DTYPES[dtype]),
+        "buffer_bytes": sets.ids.shape[0] * ACC_DTYPES[dtype].itemsize,
+    }
+
+
+def checked_layout(
+    sets: Sets, target: Tensor | None, lead: torch.Size, vocab: int, options: RowOptions
+) -> Layout:
+    layout = lay_out(sets, target, vocab, options.ignore_index)
+    if sets.ids.device.type == "cpu" or targets_are_validated():
+        if error := first_bad(layout, target, lead, vocab):
+            raise error
+    return layout
+
+
+def reject_bad_support(
+    sets: Sets, target: Tensor | None, lead: torch.Size, vocab: int, options: RowOptions
+) -> None:
+    """Where the host may look at the values: the definition is also traced and transformed."""
+    seen = [x for x in (*sets[:2], target) if x is not None]
+    if all(checks.host_reads(x) for x in seen) and not tracing_reason(*seen):
+        checked_layout(sets, target, lead, vocab, options)
 
 
 # No index is ignored that is a class: one below every class can be none of them.
@@ -373,12 +582,16 @@ def _transform(options: RowOptions) -> dict[str, Any]:
     }
 
 
-def _wanted(outputs: tuple[str, ...], target: Tensor | None) -> tuple[str, ...]:
+def _wanted(outputs: tuple[str, ...], target: Tensor | None, support: Any = None) -> tuple[str, ...]:
     if isinstance(outputs, str) or not outputs:
         raise ValueError(f"outputs: expected a tuple of names, got {outputs!r}")
     for name in outputs:
         checks.is_one_of("outputs", name, TokenStats._fields)
-        if target is None and name not in STATS_WITHOUT_TARGET:
+        if name == "log_mass" and support is None:
+            raise ValueError("support: expected the kept classes for outputs='log_mass', got None")
+        if name == ARGMAX and support is not None:
+            raise ValueError("support: expected None for outputs='argmax', got a support")
+        if target is None and name not in (*STATS_WITHOUT_TARGET, ARGMAX, "log_mass"):
             raise ValueError(f"target: expected a tensor for outputs={name!r}, got None")
     return tuple(dict.fromkeys(outputs))
 
@@ -405,7 +618,7 @@ def _again(ctx: Any) -> Any:
     if inplace:
         raise RuntimeError("inplace: expected False where the gradient is differentiated again, got True")
     logits, target, *_ = ctx.saved_tensors
-    out = REFERENCE.row_stats(logits, target, options, want=want)
+    out = REFERENCE.row_stats(logits, target, options, want=kept)
     return [out[n] if n in kept else None for n in want], [logits]
 
 
@@ -431,7 +644,7 @@ class TokenStatistics(torch.autograd.Function):
     ) -> Any:
         every = heads.with_lse_parts(want)
         if shards is None:
-            out = backend.row_stats(logits, target, options, want=every)
+            out = row_statistics(backend, logits.detach(), target, options, every)
         else:
             out = of_columns(shards, logits.detach(), backend).stats(target, options, every)
         ctx.call = backend, options, want, inplace, shards, kept

@@ -32,6 +32,32 @@ def given(tensors: dict[str, Tensor | None]) -> Tensors:
     return {name: x for name, x in tensors.items() if x is not None}
 
 
+# --- routers -----------------------------------------------------------------------------------------------------------
+
+
+def router_tensors(d: Draw) -> Tensors:
+    shape = (d.pick(1, 3), *d.pick((0, 3), (2, 3), (1, 17)))
+    tensors = {"router_logits": d.logits((*shape, d.pick(1, 2, 8, 33)), infinite=False)}
+    if d.chance(0.4):
+        tensors["mask"] = d.mask(shape[1:])
+    return tensors
+
+
+def moe_load_balancing_loss(d: Draw) -> Case:
+    tensors = router_tensors(d)
+    options = {"top_k": d.whole(1, min(3, tensors["router_logits"].shape[-1]))} | some(
+        d,
+        scope=lambda: d.pick("layer", "sequence"),
+        scores=lambda: "sigmoid",
+        per_choice=lambda: True,
+    )
+    return Case("moe_load_balancing_loss", tensors, options, ("router_logits",))
+
+
+def router_z_loss(d: Draw) -> Case:
+    return Case("router_z_loss", router_tensors(d), {}, ("router_logits",))
+
+
 # --- cross-entropy and statistics --------------------------------------------------------------------------------------
 
 
@@ -89,6 +115,50 @@ def process_reward_loss(d: Draw) -> Case:
     tensors = {"logits": d.logits((*lead, vocab)), "labels": d.targets(lead, vocab, -100)}
     options = some(d, reduction=lambda: d.pick("sum", "none"), label_smoothing=lambda: 0.1)
     return Case("process_reward_loss", tensors, options, ("logits",))
+
+
+def list_options(d: Draw, tensors: Tensors, shape: tuple[int, int]) -> Options:
+    if d.chance(0.4):
+        tensors["mask"] = d.mask(shape)
+    if d.chance(0.2):
+        tensors["weights"] = d.uniform(shape[:1], 0.0, 2.0)
+    loss_type = d.pick("plackett_luce", "softmax", "pair_logistic", "pair_hinge", "lambda")
+    return {"loss_type": loss_type} | some(d, reduction=lambda: d.pick("sum", "none"))
+
+
+def listwise_reward_loss(d: Draw) -> Case:
+    shape = (d.pick(0, 1, 4), d.pick(1, 2, 5))
+    tensors = {"scores": d.normal(shape, 2.0), "labels": d.integers(shape, 0, 4)}
+    return Case("listwise_reward_loss", tensors, list_options(d, tensors, shape), ("scores",))
+
+
+def listwise_preference_loss(d: Draw) -> Case:
+    shape = (d.pick(0, 1, 4), d.pick(1, 2, 5))
+    tensors = {
+        "logps": d.normal(shape, 3.0),
+        "labels": d.integers(shape, 0, 4),
+        "ref_logps": d.normal(shape, 3.0),
+    }
+    return Case("listwise_preference_loss", tensors, list_options(d, tensors, shape), ("logps",))
+
+
+def tied_reward_loss(d: Draw) -> Case:
+    shape = (d.pick(0, 1, 6),)
+    names = ("first_rewards", "second_rewards")
+    tensors = {name: d.normal(shape, 2.0) for name in names} | {"outcome": d.integers(shape, -1, 2)}
+    options = some(
+        d, model=lambda: "davidson", tie_strength=lambda: 0.3, reduction=lambda: d.pick("sum", "none")
+    )
+    return Case("tied_reward_loss", tensors, options, names)
+
+
+def reward_regression_loss(d: Draw) -> Case:
+    shape = d.pick((0,), (5,), (4, 3))
+    tensors = {"rewards": d.normal(shape, 2.0), "labels": d.uniform(shape, 0.0, 1.0)}
+    if d.chance(0.4):
+        tensors["mask"] = d.mask(shape)
+    options = some(d, loss_type=lambda: d.pick("huber", "bce"), reduction=lambda: d.pick("sum", "none"))
+    return Case("reward_regression_loss", tensors, options, ("rewards",))
 
 
 def hidden_and_weight(d: Draw, lead: tuple[int, ...], vocab: int) -> Tensors:
@@ -160,7 +230,18 @@ def token_stats(d: Draw) -> Case:
     options = row_options(d) | {"outputs": wanted(d)}
     options |= detached(d, options)
     tensors = {"logits": d.logits((*lead, vocab)), "target": class_target(d, lead, vocab, options).long()}
-    return Case("token_stats", tensors, options, ("logits",))
+    return Case(
+        "token_stats", tensors | kept_classes(d, tensors["target"], vocab, options), options, ("logits",)
+    )
+
+
+def kept_classes(d: Draw, target: torch.Tensor, vocab: int, options: Options) -> Tensors:
+    """Sometimes a sampler's sets, with padding and doubles; a target is in its own."""
+    if not vocab or not d.chance(0.25):
+        return {}
+    more = d.targets((*target.shape, d.pick(1, 3, 20)), vocab, -1)
+    own = target.masked_fill(target == options.get("ignore_index", -100), -1)
+    return {"support": torch.cat([more, own[..., None]], -1)}
 
 
 def linear_token_stats(d: Draw) -> Case:
@@ -169,6 +250,7 @@ def linear_token_stats(d: Draw) -> Case:
     options |= detached(d, options)
     tensors = hidden_and_weight(d, lead, vocab)
     tensors["target"] = class_target(d, lead, vocab, options).long()
+    tensors |= kept_classes(d, tensors["target"], vocab, options)
     return Case("linear_token_stats", tensors, options, HEAD, head=HEAD)
 
 
@@ -855,6 +937,12 @@ ADDED_LATER = {
     "linear_selected_logprobs": (linear_selected_logprobs, 3),
     "topk_distillation_loss": (topk_distillation_loss, 4),
     "linear_topk_distillation_loss": (linear_topk_distillation_loss, 4),
+    "listwise_reward_loss": (listwise_reward_loss, 1),
+    "listwise_preference_loss": (listwise_preference_loss, 1),
+    "tied_reward_loss": (tied_reward_loss, 1),
+    "reward_regression_loss": (reward_regression_loss, 1),
+    "moe_load_balancing_loss": (moe_load_balancing_loss, 2),
+    "router_z_loss": (router_z_loss, 2),
     "supervised_loss": (supervised_loss, 3),
     "linear_supervised_loss": (linear_supervised_loss, 3),
     "distillation_loss": (distillation_loss, 5),
@@ -866,6 +954,9 @@ FUNCTIONS |= {name: draw for name, draw in ADDED_LATER.items() if name in fastlo
 NOT_DRAWN = {
     "backends": "says what is there",
     "explain": "says what a call would do",
+    "sampler_metrics": "metrics of numbers that are drawn elsewhere",
+    "sampler_support": "returns classes",
+    "support_from_mask": "returns classes",
     "multi_token_targets": "moves labels, and computes nothing",
     "patch": "replaces torch's functions by those that are drawn",
     "use_backend": "every case is run under some backend by it or by backend=",

@@ -95,8 +95,10 @@ def drawn_kinds(
 def expanded_rows(d: Draw, tensors: dict[str, Tensor]) -> dict[str, str]:
     """Some tensors become one row expanded (their numbers change): name -> "expanded"."""
     out = {}
+    tied = {"support", "target"} if "support" in tensors else set()  # a target is in its own set
     for name, x in tensors.items():
-        if x.dim() and x.shape[0] > 1 and "seqlens" not in name and "mask" not in name and d.chance(0.03):
+        fixed = "seqlens" in name or "mask" in name or name in tied
+        if x.dim() and x.shape[0] > 1 and not fixed and d.chance(0.03):
             tensors[name] = x[:1].expand(x.shape).contiguous()
             out[name] = "expanded"
     return out

@@ -161,6 +161,27 @@ def test_accumulation_is_a_larger_batch(
     )
 
 
+@pytest.mark.parametrize("loss", ["fastloss", "torch"])
+def test_a_cut_sampler_biases_the_ratio_without_its_sets(
+    loss: str, configs: dict[str, Any], base: Path, quiet: Console
+) -> None:
+    tok, seen = chat.load(base), {}
+    for whole in (False, True):
+        config = replace(configs["grpo"], top_k=20, top_p=0.9, whole=whole)
+        data = rollout.prepare(config, tok, quiet)
+        model = language_model(config, tok).eval()
+        actor = rollout.Actor(model, grpo.head_of(model), tok, [low_ids], config)
+        carry: dict[str, torch.Tensor] = {}
+        seen[whole], _ = gradients(model, grpo.make_step(actor, model, loss, data, config, carry))
+        sets, mask = carry["kept"], carry["targets"] >= 0
+        assert (sets == carry["targets"][..., None]).any(-1)[mask].all()  # every token was kept
+        assert float(seen[whole]["approx_kl_k3"]) == pytest.approx(0, abs=1e-6)
+    assert float(seen[False]["sampler_ratio"]) == pytest.approx(1, abs=1e-3)
+    assert (
+        float(seen[True]["sampler_ratio"]) < 0.5
+    )  # the mass of at most 20 of 400 tokens that are about equally likely
+
+
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
 def test_accumulation_of_samples(loss_type: str, configs: dict[str, Any], base: Path, quiet: Console) -> None:
     """The second update of one batch of samples, in one pass and in four."""

@@ -143,6 +143,16 @@ def policy(**options: Any) -> Case:
     return run
 
 
+def supervised(**options: Any) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        out = fastloss.linear_supervised_loss(
+            x["hidden"], x["weight"], x["target"], linear_bias=x["bias"], token_weight=x["token_weight"], **options, **how
+        )  # fmt: skip
+        return [out.loss, *out.metrics.values()]
+
+    return run
+
+
 def logits_of(x: dict[str, Tensor]) -> Tensor:
     return torch.nn.functional.linear(x["hidden"], x["weight"], x["bias"])
 
@@ -170,7 +180,7 @@ def statistics_of_logits(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tens
     return [s for s in out if s is not None]
 
 
-ALL = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "is_top1")
+ALL = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "is_top1", "argmax")
 CASES: dict[str, Case] = {
     "cross_entropy": cross_entropy(),
     "cross_entropy: smoothing": cross_entropy(label_smoothing=0.1),
@@ -192,6 +202,8 @@ CASES: dict[str, Case] = {
     "statistics": statistics("logprobs"),
     "statistics: all": statistics(*ALL),
     "statistics: all, temperature, cap": statistics(*ALL, temperature=0.7, softcap=3.0),
+    "EAFT": supervised(loss_type="eaft"),
+    "DEFT: none": supervised(loss_type="deft", reduction="none"),
     "DPO": preference(loss_type="sigmoid", with_ref=True),
     "DPO: metrics of tokens": preference(loss_type="sigmoid", with_ref=True, token_metrics=True),
     "SimPO": preference(loss_type="simpo"),

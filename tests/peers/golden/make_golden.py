@@ -14,6 +14,7 @@ FAMILIES = (
     "trl_cpo_orpo",
     "trl_reward",
     "trl_sft",
+    "trl_tpo",
     "trl_grpo",
     "trl_rloo",
     "trl_advantages",

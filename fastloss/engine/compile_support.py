@@ -1,0 +1,235 @@
+"""The operators of torch.compile for statistics over the classes that a sampler kept (engine/support.py)."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss.engine import backend as backends
+from fastloss.engine import head as heads
+from fastloss.engine.autograd import new_gradient
+from fastloss.engine.coefficients import Coefficients
+from fastloss.engine.compile_ops import (
+    OUTPUTS,
+    _contiguous,
+    _fake_grads,
+    _fake_stats,
+    _names,
+    _operator,
+    _or_nothing,
+    _pack,
+    _record,
+    _row_fields,
+    _stats_coefficients,
+)
+from fastloss.engine.head_types import Needs
+from fastloss.engine.sequences import packed_layout
+from fastloss.engine.support import (
+    Layout,
+    Sets,
+    first_bad,
+    gradient_of,
+    gradients_of_head,
+    kept_of_head,
+    kept_of_logits,
+    lay_out,
+    spread,
+    stats_of,
+)
+from fastloss.tables import ACC_DTYPES, LSE_PARTS, RowOptions
+
+_SETS = "Tensor? target, Tensor ids, Tensor? offsets, Tensor? row_scale"
+_SAVED = "Tensor z, Tensor lse_parts, Tensor? a, Tensor? b, Tensor? c"
+
+
+def _layout(
+    rows: int,
+    target: Tensor | None,
+    ids: Tensor,
+    offsets: Tensor | None,
+    vocab: int,
+    o: RowOptions,
+    check: bool = True,
+) -> Layout:
+    if check and offsets is not None:
+        packed_layout("support", offsets, ids.shape[0], ids.device)
+    layout = lay_out(Sets(ids, offsets, rows), target, vocab, o.ignore_index)
+    if check and (ids.device.type == "cpu" or backends.targets_are_validated()):
+        if error := first_bad(layout, target, torch.Size([rows]), vocab):
+            raise error
+    return layout
+
+
+def _coefficients(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> Coefficients:
+    return _contiguous(Coefficients(a, b, c))
+
+
+# --- from logits ---------------------------------------------------------------------------------------------------------
+
+
+@_operator("support_stats", "Tensor logits, " + _SETS, RowOptions, "str want, str backend", "Tensor[]")
+def _stats(logits, target, ids, offsets, row_scale, *, want, backend, **fields):
+    options, names = _record(RowOptions, fields, row_scale), _names(want)
+    layout = _layout(logits.shape[0], target, ids, offsets, logits.shape[1], options)
+    z = kept_of_logits(logits, layout, options)
+    out = stats_of(backends.runnable(backend), z, layout, heads.with_lse_parts(names))
+    return [*_pack(out, names, z, logits.dtype), z]
+
+
+@_stats.register_fake
+def _(logits, target, ids, offsets, row_scale, *, want, **fields):
+    like = logits.new_empty(0, dtype=ACC_DTYPES[logits.dtype])
+    return [*_fake_stats(like, logits.shape[0], _names(want), logits.dtype), like.new_empty(ids.shape[0])]
+
+
+@_operator("support_stats_grad", f"Tensor logits, {_SETS}, {_SAVED}", RowOptions, "str backend", "Tensor")
+def _grad(logits, target, ids, offsets, row_scale, z, lse_parts, a, b, c, *, backend, **fields):
+    options = _record(RowOptions, fields, row_scale)
+    layout = _layout(logits.shape[0], target, ids, offsets, logits.shape[1], options, check=False)
+    d_z = gradient_of(backends.runnable(backend), z, layout, options, lse_parts, _coefficients(a, b, c))
+    out = new_gradient(logits.shape, logits.dtype, logits.device)
+    spread(d_z, layout, out)
+    return out
+
+
+@_grad.register_fake
+def _(logits, *tensors, **fields):
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx, inputs, keyword_only_inputs, output):
+    ctx.given = keyword_only_inputs
+    by_name = dict(zip(OUTPUTS, output[:-1], strict=True))
+    ctx.save_for_backward(*inputs, output[-1], by_name[LSE_PARTS], by_name["entropy"])
+
+
+def _k(given: dict[str, Any], upstream: list[Tensor], entropy: Tensor, dtype: torch.dtype) -> Coefficients:
+    return _stats_coefficients(_names(given["want"]), upstream[:-1], entropy, dtype)
+
+
+def _backward(ctx, upstream):
+    *inputs, z, parts, entropy = ctx.saved_tensors
+    k = _k(ctx.given, upstream, entropy, parts.dtype)
+    given = {name: x for name, x in ctx.given.items() if name != "want"}
+    return _grad(*inputs, z, parts, *k[:3], **given), *[None] * 4
+
+
+_stats.register_autograd(_backward, setup_context=_save)
+
+
+def support_stats(
+    logits: Tensor,
+    target: Tensor | None,
+    sets: Sets,
+    options: RowOptions,
+    want: tuple[str, ...],
+    backend: str,
+) -> list[Tensor]:
+    """The statistics in the order of STATS."""
+    out = _stats(
+        logits,
+        target,
+        sets.ids,
+        sets.offsets,
+        options.row_scale,
+        **_row_fields(options),
+        want=",".join(want),
+        backend=backend,
+    )
+    return list(out[:-2])
+
+
+# --- from a head ---------------------------------------------------------------------------------------------------------
+
+_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
+
+
+@_operator(
+    "linear_support_stats", _HEAD + _SETS, RowOptions, "str want, ScalarType dtype, str backend", "Tensor[]"
+)
+def _linear(hidden, weight, bias, target, ids, offsets, row_scale, *, want, dtype, backend, **fields):
+    options, names, kernels = _record(RowOptions, fields, row_scale), _names(want), backends.runnable(backend)
+    layout = _layout(hidden.shape[0], target, ids, offsets, weight.shape[0], options)
+    z = kept_of_head(kernels, hidden, weight, bias, layout, options, dtype)
+    return [*_pack(stats_of(kernels, z, layout, heads.with_lse_parts(names)), names, z, dtype), z]
+
+
+@_linear.register_fake
+def _(hidden, weight, bias, target, ids, offsets, row_scale, *, want, dtype, **fields):
+    like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
+    return [*_fake_stats(like, hidden.shape[0], _names(want), dtype), like.new_empty(ids.shape[0])]
+
+
+@_operator(
+    "linear_support_stats_grad", f"{_HEAD}{_SETS}, {_SAVED}", RowOptions,
+    "bool[] needs, ScalarType dtype, str backend", "Tensor[]",
+)  # fmt: skip
+def _linear_grad(
+    hidden,
+    weight,
+    bias,
+    target,
+    ids,
+    offsets,
+    row_scale,
+    z,
+    lse_parts,
+    a,
+    b,
+    c,
+    *,
+    needs,
+    dtype,
+    backend,
+    **fields,
+):
+    options, kernels = _record(RowOptions, fields, row_scale), backends.runnable(backend)
+    layout = _layout(hidden.shape[0], target, ids, offsets, weight.shape[0], options, check=False)
+    d_z = gradient_of(kernels, z, layout, options, lse_parts, _coefficients(a, b, c))
+    grads = gradients_of_head(kernels, hidden, weight, bias, d_z, layout, dtype, Needs(*needs))
+    return _or_nothing(hidden, heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), kernels))
+
+
+@_linear_grad.register_fake
+def _(hidden, weight, bias, *given, needs, **fields):
+    return _fake_grads(hidden, weight, bias, needs, heads.leaf_dtypes(hidden, weight, bias))
+
+
+def _save_linear(ctx, inputs, keyword_only_inputs, output):
+    ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
+    by_name = dict(zip(OUTPUTS, output[:-1], strict=True))
+    ctx.save_for_backward(*inputs, output[-1], by_name[LSE_PARTS], by_name["entropy"])
+
+
+def _backward_linear(ctx, upstream):
+    *inputs, z, parts, entropy = ctx.saved_tensors
+    k = _k(ctx.given, upstream, entropy, parts.dtype)
+    given = {name: x for name, x in ctx.given.items() if name != "want"}
+    made = _linear_grad(*inputs, z, parts, *k[:3], needs=ctx.needs, **given)
+    return (*(x if need else None for x, need in zip(made, ctx.needs, strict=True)), *[None] * 4)
+
+
+_linear.register_autograd(_backward_linear, setup_context=_save_linear)
+
+
+def linear_support_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | None,
+    sets: Sets,
+    options: RowOptions,
+    want: tuple[str, ...],
+    dtype: torch.dtype,
+    backend: str,
+) -> list[Tensor]:
+    """The statistics in the order of STATS."""
+    out = _linear(
+        hidden, weight, bias, target, sets.ids, sets.offsets, options.row_scale, **_row_fields(options), want=",".join(want),
+        dtype=dtype, backend=backend,
+    )  # fmt: skip
+    return list(out[:-2])
