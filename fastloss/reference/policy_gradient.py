@@ -55,9 +55,16 @@ class Sequences:
 # --- surrogates: (ratio, advantage, log-prob, vespo's φ, options) -> the token's loss ----------------------------
 
 
+def bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """``clamp`` with a derivative of 1 at its bounds, which torch 2.15 made 0: on the policy, a clip of 0 stands there."""
+    return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
+
+
 def clip(rho: Tensor, adv: Tensor, logprobs: Tensor, phi: Tensor | None, o: PolicyOptions) -> Tensor:
     """PPO (arXiv:1707.06347), two-sided with ``delta`` (arXiv:2505.07291), dual clip (arXiv:1912.09729)."""
-    loss = -torch.minimum(rho.clamp(max=o.delta) * adv, rho.clamp(1 - o.clip_low, 1 + o.clip_high) * adv)
+    loss = -torch.minimum(
+        bounded(rho, -torch.inf, o.delta) * adv, bounded(rho, 1 - o.clip_low, 1 + o.clip_high) * adv
+    )
     if o.dual_clip == math.inf:
         return loss
     return torch.where(adv < 0, torch.minimum(loss, -o.dual_clip * adv), loss)
@@ -121,8 +128,8 @@ def log_weight(lr: Tensor, adv: Tensor, mask: Tensor, n: Tensor, seq: Sequences,
     if level == "sequence_sum":
         return seq.expand(seq.sum(lr).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     if level == "geometric":
-        bounded = lr.clamp(-o.clip_low, o.clip_high)
-        lr = torch.where(adv > 0, torch.minimum(lr, bounded), torch.maximum(lr, bounded)) * mask
+        bounded_lr = bounded(lr, -o.clip_low, o.clip_high)
+        lr = torch.where(adv > 0, torch.minimum(lr, bounded_lr), torch.maximum(lr, bounded_lr)) * mask
     return seq.expand(seq.sum(lr) / n)
 
 
@@ -270,7 +277,9 @@ def statistics(
     dual = torch.zeros_like(mask)
     if SURROGATES[o.surrogate] == "clip" and o.dual_clip != math.inf:
         dual = (adv < 0) & (
-            -torch.minimum(rho.clamp(max=o.delta) * adv, rho.clamp(1 - o.clip_low, 1 + o.clip_high) * adv)
+            -torch.minimum(
+                bounded(rho, -torch.inf, o.delta) * adv, bounded(rho, 1 - o.clip_low, 1 + o.clip_high) * adv
+            )
             > -o.dual_clip * adv
         )
 
@@ -329,7 +338,7 @@ def value_loss(
     clipped = torch.zeros_like(mask)
     if clip_range is not None and old_values is not None:
         old = torch.where(mask, old_values, 0).detach()
-        further = (old + (values - old).clamp(-clip_range, clip_range) - returns) ** 2
+        further = (old + bounded(values - old, -clip_range, clip_range) - returns) ** 2
         clipped = mask & (further > error)
         error = torch.where(further > error, further, error)
     loss = scale * (share * error / 2).sum()

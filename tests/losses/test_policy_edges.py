@@ -399,3 +399,15 @@ def test_explain_and_module() -> None:
         **data, loss_type="gspo", clip_low=None, clip_high=None, backend="reference"
     ).loss
     assert torch.equal(a, b) and torch.equal(a, c) and "gspo" in repr(module)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo"])
+def test_a_clip_of_no_width_on_the_policy(loss_type: str) -> None:
+    """A ratio at its bound is inside: its gradient is the advantage's, whatever torch's clamp says there."""
+    advantages = torch.tensor([1.0, -2.0], device=DEVICE)
+    for backend in ("auto", "reference"):
+        x = torch.full((2, 3), -0.5, device=DEVICE, requires_grad=True)
+        options = {"clip_low": 0.0, "clip_high": 0.0, "loss_type": loss_type, "backend": backend}
+        fastloss.policy_loss(x, None, advantages, None, **options).loss.backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, (-advantages / 6)[:, None].expand(2, 3))
