@@ -40,7 +40,6 @@ from fastloss.engine.support import (
     lay_out,
     sets_of,
 )
-from fastloss.reference.logits import linear_logits
 from fastloss.tables import (
     ACC_DTYPES,
     ARGMAX,
@@ -273,7 +272,7 @@ def linear_token_stats(
         with heads.float_operands(limits.float_logits, hidden, all_weight, all_bias) as (x, w, bias):
             out = reference.linear_token_stats(x, w, flat, linear_bias=bias, **_transform(options))
             if ARGMAX in want:
-                out[ARGMAX] = largest_class(linear_logits(x, w, bias), flat, options)
+                out[ARGMAX] = largest_class(torch.nn.functional.linear(x, w, bias), flat, options)
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype, shards)
     needs = heads.needs_of(input, linear_weight, linear_bias)
