@@ -26,7 +26,7 @@ from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Schedule
 from fastloss.engine.head_rows import buffer_dtype
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
-from fastloss.engine.sequences import Sequences, Tokens, packed_layout
+from fastloss.engine.sequences import Sequences, Tokens, numbers_of, packed_layout
 from fastloss.engine.shards import Shards, of_group, whole
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, RowOptions
 
@@ -153,7 +153,7 @@ def _grouped(
         bounds = (
             [int(target.numel() // max(count, 1)) * s for s in steps]
             if mask is not None and cu_seqlens is None
-            else offsets[::width].tolist()
+            else numbers_of(offsets[::width])
         )
     layout = Sequences(offsets, 0, count, target.numel(), device)
     return GroupedRows(index, target, Tokens(layout, mask, tokens), bounds, width)

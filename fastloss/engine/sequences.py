@@ -83,7 +83,7 @@ def packed_layout(name: str, cu_seqlens: Tensor, n: int, device: torch.device) -
     checks.same_device(name, cu_seqlens, device)
     offsets = cu_seqlens.to(torch.int64).contiguous()
     if checks.host_reads(offsets):
-        ends = offsets.tolist()
+        ends = numbers_of(offsets)
         if ends[0] != 0 or ends[-1] != n or sorted(ends) != ends:
             raise ValueError(f"{name}: expected offsets that rise from 0 to {n}, got {ends}")
     return Sequences(offsets, 0, offsets.numel() - 1, n, device)
@@ -158,6 +158,14 @@ def tokens_of(
         return Tokens(layout, None, layout.offsets.diff().to(acc))
     so_far = torch.cat([mask.new_zeros(1), mask]).cumsum(0, dtype=torch.float64)
     return Tokens(layout, mask, so_far[layout.offsets].diff().to(acc))
+
+
+def numbers_of(x: Tensor) -> list[int]:
+    """On the host. ``tolist`` of torch 2.8 asks a tensor of torch.func for its address."""
+    try:
+        return x.tolist()  # type: ignore[no-any-return]
+    except RuntimeError:
+        return [int(value) for value in x]
 
 
 class TimeSteps:

@@ -136,7 +136,7 @@ def supervised_loss(
     call = resolve_call("supervised_loss", backend, logits, target, token_weight, unlikely)
     call.announce()
     check_targets(tokens.target, vocab, ignore_index)
-    rows = logits.reshape(-1, vocab)
+    rows = checks.as_rows(logits)
     if call.by_definition:
         loss, nll, entropy = reference.supervised_rows(rows, tokens.target, tokens.unlikely, options)
     else:

@@ -317,7 +317,7 @@ class Given(NamedTuple):
 def _of_kept_logits(logits: Tensor, support: Any, inplace: bool, given: Given) -> dict[str, Tensor]:
     lead, vocab, options, want = logits.shape[:-1], logits.shape[-1], given.options, given.over_kept
     sets = sets_of(support, lead, logits.device)
-    rows, flat = logits.reshape(-1, vocab), given.flat()
+    rows, flat = checks.as_rows(logits), given.flat()
     call = resolve_call(
         "token_stats", given.backend, logits, given.target, options.row_scale, sets.ids, sets.offsets
     )
@@ -360,11 +360,13 @@ def _of_kept_rows(
 ) -> dict[str, Tensor]:
     lead, vocab, options, want = input.shape[:-1], linear_weight.shape[0], given.options, given.over_kept
     sets = sets_of(support, lead, input.device)
-    hidden, flat = input.reshape(-1, input.shape[-1]), given.flat()
+    hidden, flat = checks.as_rows(input), given.flat()
     call = resolve_call(
         "linear_token_stats", given.backend, input, linear_weight, linear_bias, given.target, options.row_scale,
         sets.ids, sets.offsets, dtype=dtype,
     )  # fmt: skip
+    if hidden.shape[1] == 0:  # no memory that a kernel could gather from
+        call = call.without_kernels("hidden states of width 0")
     if call.by_definition:
         call.announce()
     else:
