@@ -322,15 +322,13 @@ class SupportRun(NamedTuple):
 
 def _defined(logits: Tensor, target: Tensor | None, run: SupportRun) -> list[Tensor | None]:
     o = run.options
-    mask, bad = reference.kept_mask(run.sets.ids, run.sets.bounds(), logits.shape[1])
     out = reference.token_stats(
         logits,
         target,
         scale=o.factor,
         softcap=o.softcap or None,
         ignore_index=o.ignore_index,
-        kept=mask,
-        bad_sets=bad,
+        support=(run.sets.ids, run.sets.bounds()),
     )
     return [out[name] if name in run.kept else None for name in run.want]
 

@@ -40,7 +40,6 @@ from fastloss.engine.support import (
     lay_out,
     sets_of,
 )
-from fastloss.reference.logits import linear_logits
 from fastloss.tables import (
     ACC_DTYPES,
     ARGMAX,
@@ -273,7 +272,7 @@ def linear_token_stats(
         with heads.float_operands(limits.float_logits, hidden, all_weight, all_bias) as (x, w, bias):
             out = reference.linear_token_stats(x, w, flat, linear_bias=bias, **_transform(options))
             if ARGMAX in want:
-                out[ARGMAX] = largest_class(linear_logits(x, w, bias), flat, options)
+                out[ARGMAX] = largest_class(torch.nn.functional.linear(x, w, bias), flat, options)
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype, shards)
     needs = heads.needs_of(input, linear_weight, linear_bias)
@@ -335,8 +334,8 @@ def _of_kept_logits(logits: Tensor, support: Any, inplace: bool, given: Given) -
             ).logsumexp
     if call.by_definition:
         reject_bad_support(sets, flat, lead, vocab, options)
-        mask, bad = reference.kept_mask(sets.ids, sets.bounds(), vocab)
-        out = reference.token_stats(rows, flat, **_transform(options), kept=mask, bad_sets=bad)
+        kept_there = sets.ids, sets.bounds()
+        out = reference.token_stats(rows, flat, **_transform(options), support=kept_there)
     elif call.traced:
         values = compile_support.support_stats(rows, flat, sets, options, want, call.backend.name)
         out = dict(zip(STATS, values, strict=True))
@@ -382,10 +381,10 @@ def _of_kept_rows(
             ).logsumexp  # fmt: skip
     if call.by_definition:
         reject_bad_support(sets, flat, lead, vocab, options)
-        mask, bad = reference.kept_mask(sets.ids, sets.bounds(), vocab)
+        kept_there = sets.ids, sets.bounds()
         with heads.float_operands(True, hidden, linear_weight, linear_bias) as (x, w, bias):
             out = reference.linear_token_stats(
-                x, w, flat, linear_bias=bias, **_transform(options), kept=mask, bad_sets=bad
+                x, w, flat, linear_bias=bias, **_transform(options), support=kept_there
             )
     elif call.traced:
         values = compile_support.linear_support_stats(

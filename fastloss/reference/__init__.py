@@ -15,7 +15,7 @@ from fastloss.reference.policy_gradient import (
 from fastloss.reference.preference import pair_loss, segment_sum, unpaired_loss
 from fastloss.reference.router import load_balancing
 from fastloss.reference.supervised import supervised_rows, supervised_terms
-from fastloss.reference.token_stats import kept_mask, linear_token_stats, lse_parts, token_stats
+from fastloss.reference.token_stats import linear_token_stats, lse_parts, token_stats
 from fastloss.reference.topk_distillation import TopKRows, selected_logprobs, topk_distillation_rows
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "discounted_returns",
     "distillation_rows",
     "gae",
-    "kept_mask",
     "kl_estimate",
     "linear_cross_entropy",
     "linear_token_stats",

@@ -17,15 +17,16 @@ def token_stats(
     scale: Number = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    kept: Tensor | None = None,
-    bad_sets: Tensor | None = None,
+    support: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """All statistics of ``logits [..., V]`` at ``target [...]`` (None: those that need no target).
 
-    ``kept`` bool ``[..., V]``: the distribution is that of these classes alone (the others' logits are -inf, and in no mean); a target
-    that is none of them is bad, and so is a row of ``bad_sets``: NaN.
+    ``support``: the distribution is that of each row's kept classes alone (the others' logits are -inf, and in no mean), of ``logits
+    [N, V]``: their ids ``[entries]`` (-1: padding) and the sets' bounds ``[N + 1]``. A row is NaN where its target is none of them, or
+    where an id is no class.
     """
     vocab = logits.shape[-1]
+    kept, bad_sets = (None, None) if support is None else kept_mask(*support, vocab)
     ignored = torch.zeros((), dtype=torch.bool, device=logits.device)
     if target is not None:
         ignored = target == ignore_index
