@@ -230,9 +230,10 @@ def token_stats(d: Draw) -> Case:
     options = row_options(d) | {"outputs": wanted(d)}
     options |= detached(d, options)
     tensors = {"logits": d.logits((*lead, vocab)), "target": class_target(d, lead, vocab, options).long()}
-    return Case(
-        "token_stats", tensors | kept_classes(d, tensors["target"], vocab, options), options, ("logits",)
-    )
+    kept = kept_classes(d, tensors["target"], vocab, options)
+    if kept:  # classes of -inf alone have no distribution
+        tensors["logits"] = tensors["logits"].clamp(min=-6e4)
+    return Case("token_stats", tensors | kept, options, ("logits",))
 
 
 def kept_classes(d: Draw, target: torch.Tensor, vocab: int, options: Options) -> Tensors:
