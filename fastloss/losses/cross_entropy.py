@@ -268,10 +268,14 @@ def loss_options(
         raise ValueError(f"{reduction} is not a valid value for reduction")  # PyTorch's words
     make = _row_options.__wrapped__ if torch.compiler.is_compiling() else _row_options
     if isinstance(temperature, Tensor):
-        row = make(ignore_index, label_smoothing, z_loss, logit_scale, softcap, 1.0)
-        row = with_row_scale(row, checks.row_scale(temperature, shape, input))
+        each: Tensor | None = checks.row_scale(temperature, shape, input)
     else:
+        each = checks.traced_row_scale(temperature, shape, input)
+    if each is None:
+        assert not isinstance(temperature, Tensor)
         row = make(ignore_index, label_smoothing, z_loss, logit_scale, softcap, temperature)
+    else:
+        row = with_row_scale(make(ignore_index, label_smoothing, z_loss, logit_scale, softcap, 1.0), each)
     norm = None if normalizer is None else checks.normalizer_value(normalizer, reduction, input.device)
     want: tuple[str, ...] = ()
     if return_stats:

@@ -123,6 +123,14 @@ NUMBERS: dict[str, Callable[..., Tensor]] = {
     "linear_cross_entropy, normalizer": lambda x, t, n: fastloss.linear_cross_entropy(
         x, x[:6] * 1, t, normalizer=n
     ),
+    "cross_entropy, temperature": lambda x, t, n: fastloss.cross_entropy(x, t, temperature=n / 4.5),
+    "linear_cross_entropy, temperature": lambda x, t, n: fastloss.linear_cross_entropy(
+        x, x[:6] * 1, t, temperature=n / 4.5
+    ),
+    "token_stats, temperature": lambda x, t, n: fastloss.token_stats(x, t, temperature=n / 4.5).logprobs,
+    "linear_token_stats, temperature": lambda x, t, n: (
+        fastloss.linear_token_stats(x, x[:6] * 1, t, temperature=n / 4.5).logprobs
+    ),
     "dpo_loss, beta": lambda x, t, n: fastloss.dpo_loss(x[0], x[1], x[2], x[3], beta=n / 10.0).loss,
     "policy_loss, beta": lambda x, t, n: (
         fastloss.policy_loss(x, x + 0.1, x[:, 0], x > -9, ref_logprobs=x - 0.1, beta=n / 10.0).loss
