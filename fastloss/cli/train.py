@@ -146,7 +146,7 @@ def teach(
         typer.Option(help="completion=answer: the data's column `answer` is our `completion`"),
     ] = None,
     seq_len: int = typer.Option(256, min=2, help="longer examples are left out"),
-    skip_bad_rows: bool = typer.Option(False, "--skip-bad-rows", help="leave out rows that do not fit"),
+    skip_bad_rows: bool = typer.Option(False, "--skip-bad-rows", help="count and skip rows that do not fit"),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:1 …"),
     bf16: bool = typer.Option(False, "--bf16", help="autocast to bfloat16"),
     overwrite: bool = typer.Option(False, "--overwrite", help="write over a file that is there"),

@@ -319,14 +319,15 @@ def test_autocast() -> None:
         loss = fastloss.linear_policy_loss(hidden, weight, old_logprobs=None, loss_type="gpg", **data).loss
     loss.backward()
     assert loss.dtype == torch.float32 and hidden.grad.dtype == weight.grad.dtype == torch.float32
-    # bfloat16 operands, or float32 ones on a processor that would emulate their multiplication.
+    # bfloat16 operands, or float32 ones on a processor that would emulate their multiplication. Where the weight is no
+    # bfloat16 yet, their logits are made in chunks of rows, and rounded; in the CPU's blocks of the vocabulary they are not.
     same = [
         fastloss.linear_policy_loss(
             hidden.detach().to(dtype), weight.detach().to(dtype), old_logprobs=None, loss_type="gpg", **data
         ).loss
         for dtype in (torch.bfloat16, torch.float32)
     ]
-    assert any(torch.equal(loss.detach(), x) for x in same)
+    assert any(torch.allclose(loss.detach(), x, rtol=2**-8, atol=0) for x in same)
 
 
 def test_compiled_is_eager() -> None:
