@@ -15,8 +15,12 @@ import fastloss
 ROOT = Path(__file__).resolve().parents[1]
 CORE = [
     *(ROOT / "fastloss").glob("*.py"),
-    *(path for part in ("losses", "engine") for path in (ROOT / "fastloss" / part).glob("*.py")),
+    *(path for part in ("losses", "engine", "reference") for path in (ROOT / "fastloss" / part).glob("*.py")),
     *(ROOT / "kernels").glob("*.py"),
+    *(
+        ROOT / "fastloss" / "harness" / f"{name}.py"
+        for name in ("distill", "teacher", "routers", "rollout", "sampler")
+    ),
 ]
 MAKERS = {"empty", "zeros", "ones", "full", "arange", "tensor", "rand", "randn", "eye", "linspace"}
 

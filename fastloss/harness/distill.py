@@ -77,7 +77,7 @@ def torch_loss(
     log_p = (lesson.head.logits(lesson.hidden)[:, :vocab] / config.temperature).log_softmax(-1)
     forward, reverse = _kl(log_p, log_q), _kl(log_q, log_p)
     if config.divergence == "jsd":
-        w = torch.tensor(config.interpolation, device=z.device)
+        w = torch.tensor(config.interpolation, dtype=z.dtype, device=z.device)
         mean = torch.logaddexp(log_p + w.log(), log_q + (1 - w).log())
         each = w * _kl(log_p, mean) + (1 - w) * _kl(log_q, mean)
     else:
@@ -121,11 +121,11 @@ class Student:
         # float64 [samples, max_new_tokens]"""
         parts = []
         for place, group in enumerate(groups, position):
-            generator = torch.Generator().manual_seed(
+            generator = torch.Generator(device="cpu").manual_seed(
                 (self.config.seed * 1_000_003 + place * 7_919 + 1) % 2**63
             )
             shape = len(group), self.config.max_new_tokens
-            parts.append(torch.rand(shape, dtype=torch.float64, generator=generator))
+            parts.append(torch.rand(shape, dtype=torch.float64, device="cpu", generator=generator))
         return torch.cat(parts)
 
     def answers_itself(self, step: int) -> bool:
@@ -169,7 +169,7 @@ def make_step(student: Student, loss_fn: Loss, data: sft.Data) -> StepFn:
             examples, batch = student.examples(data, start, step)
             passes.append((examples, batch.to(device)))
         tokens = int(parallel.summed(sum(int((b.targets != IGNORE).sum()) for _, b in passes))[0])
-        total, loss_s = torch.zeros((), device=device), 0.0
+        total, loss_s = torch.zeros((), dtype=torch.float32, device=device), 0.0
         seen: list[tuple[Tensor, int]] = []
         for examples, batch in passes:
             lesson = student.teacher.lesson(batch, examples)

@@ -67,8 +67,10 @@ class Actor:
         """The random numbers of so many samples: a function of the seed and the place in the run, no state to save.
         # float64 [rows, max_new_tokens]"""
         seed = (self.config.seed * 1_000_003 + place) * 1_000_003  # not one of those that shuffle the data
-        generator = torch.Generator().manual_seed(seed % 2**63)
-        return torch.rand(rows, self.config.max_new_tokens, dtype=torch.float64, generator=generator)
+        generator = torch.Generator(device="cpu").manual_seed(seed % 2**63)
+        return torch.rand(
+            rows, self.config.max_new_tokens, dtype=torch.float64, device="cpu", generator=generator
+        )
 
 
 def cut_of(config: RolloutConfig) -> Cut | None:
@@ -150,7 +152,7 @@ def roll_out(
         "inputs": batch.inputs,
         "targets": batch.targets,
         "old": token_logprobs(actor.model, actor.head, logprobs, batch, config, group, sets),
-        "rewards": torch.tensor(scores, device=batch.inputs.device),
+        "rewards": torch.tensor(scores, dtype=torch.float32, device=batch.inputs.device),
     }
     if ref is not None and ref_head is not None:
         carry["ref"] = token_logprobs(ref, ref_head, logprobs, batch, config, group, sets)
@@ -161,11 +163,11 @@ def _laid_out(kept: list[list[Kept]], targets: Tensor) -> Carry:
     """What the sampler kept where each token to learn was drawn, padded with -1, int32 [R, T, K], and its log-prob [R, T]."""
     device = targets.device
     widest = max((len(each.ids) for drawn in kept for each in drawn), default=1)
-    ids = torch.full((*targets.shape, widest), -1, dtype=torch.int32)
-    logprobs = torch.zeros(targets.shape)
+    ids = torch.full((*targets.shape, widest), -1, dtype=torch.int32, device="cpu")
+    logprobs = torch.zeros(targets.shape, dtype=torch.float32, device="cpu")
     for row, (learned_here, drawn) in enumerate(zip((targets != IGNORE).cpu(), kept, strict=True)):
         for column, each in zip(learned_here.nonzero()[:, 0].tolist(), drawn, strict=False):
-            ids[row, column, : len(each.ids)] = torch.tensor(each.ids, dtype=torch.int32)
+            ids[row, column, : len(each.ids)] = torch.tensor(each.ids, dtype=torch.int32, device="cpu")
             logprobs[row, column] = each.logprob
     return {"kept": ids.to(device), "sampler": logprobs.to(device)}
 
@@ -176,7 +178,7 @@ def token_logprobs(
     kept: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Of the sampled tokens, 0 elsewhere; in the updates' passes, so that the first ratio is 1.  # [R, T]"""
-    out = torch.zeros(batch.targets.shape, device=batch.targets.device)
+    out = torch.zeros(batch.targets.shape, dtype=torch.float32, device=batch.targets.device)
     for start, part in parts(batch, config, group):
         hidden = learned(model, part, config)
         with autocast(config, hidden.device):

@@ -27,7 +27,7 @@ class Routers:
         """Of the router logits of all layers; ``kept`` bool ``[B, T]``: the tokens that are no padding."""
         import fastloss
 
-        total = torch.zeros((), device=kept.device)
+        total = torch.zeros((), dtype=torch.float32, device=kept.device)
         if self.balance:
             total = (
                 total + self.balance * fastloss.moe_load_balancing_loss(logits, self.top_k, mask=kept).loss

@@ -51,14 +51,14 @@ def sample(
     if not all(prompts):
         raise ValueError("prompts: expected at least one token in each, got none in one")
     stop = {end} if isinstance(end, int) else set(end)
-    stop_ids = torch.tensor(sorted(stop), device=head.weight.device)
+    stop_ids = torch.tensor(sorted(stop), dtype=torch.int64, device=head.weight.device)
     device, sharded = head.weight.device, parallel.is_over_data(head.weight)
     head = head.gathered()
     longest = max(map(len, prompts))
-    inputs = torch.zeros(len(prompts), longest, dtype=torch.long)
+    inputs = torch.zeros(len(prompts), longest, dtype=torch.long, device="cpu")
     mask = torch.zeros_like(inputs)
     for row, ids in enumerate(prompts):
-        inputs[row, longest - len(ids) :] = torch.tensor(ids)
+        inputs[row, longest - len(ids) :] = torch.tensor(ids, dtype=torch.long, device="cpu")
         mask[row, longest - len(ids) :] = 1
     inputs, mask = inputs.to(device), mask.to(device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -118,7 +118,9 @@ def kept_logits(logits: Tensor, cut: Cut | None, temperature: float) -> tuple[Te
     ids, offsets = fastloss.sampler_support(
         logits, top_k=cut.top_k or None, top_p=cut.top_p, temperature=temperature
     )
-    row = torch.repeat_interleave(torch.arange(len(logits), device=ids.device), offsets.diff())
+    row = torch.repeat_interleave(
+        torch.arange(len(logits), dtype=torch.int64, device=ids.device), offsets.diff()
+    )
     masked = torch.full_like(logits, -torch.inf)
     masked[row, ids] = logits[row, ids]
     return masked, (ids, offsets)
@@ -153,7 +155,7 @@ def check_sampler(model: Any, head: Head, vocab_size: int, instead: str = "") ->
     training, whole = model.training, head.gathered()
     model.eval()
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([prompt + answer[:-1]], device=head.weight.device)
+        ids = torch.tensor([prompt + answer[:-1]], dtype=torch.long, device=head.weight.device)
         logits = whole.logits(hidden_states(model, ids)[0, len(prompt) - 1 :])  # [4, V]
         behind = logits.amax(1) - logits[range(len(answer)), answer]
         if float(behind.max()) > 1e-2 * float(logits.std()):

@@ -52,7 +52,7 @@ class Teacher:
         model: Any = load_model(config.teacher, layers.build_device(config))
         check_positions(model, config.seq_len)
         device = next(model.parameters()).device
-        check_head(model, torch.arange(1, 9, device=device)[None] % len(tok))
+        check_head(model, torch.arange(1, 9, dtype=torch.int64, device=device)[None] % len(tok))
         self.model = layers.prepare(model.requires_grad_(False), config).eval()
         self.head = head_of(self.model)
         if not config.top_k:
@@ -126,7 +126,8 @@ def _with_teacher(tok: Any, row: rows.Row) -> rows.Row:
 def _named(row: rows.Row) -> Named:
     try:
         named = Named(
-            torch.tensor(row[IDS], dtype=torch.int64), torch.tensor(row[LOGPROBS], dtype=torch.float32)
+            torch.tensor(row[IDS], dtype=torch.int64, device="cpu"),
+            torch.tensor(row[LOGPROBS], dtype=torch.float32, device="cpu"),
         )
     except (TypeError, ValueError) as error:  # of unequal lengths, or no numbers
         raise ValueError(f"{IDS}, {LOGPROBS}: expected lists of equally many numbers: {error}") from None

@@ -25,7 +25,7 @@ class Sequences:
         self.offsets, self.length, self.count, self.n = offsets, length, count, n
         if offsets is not None:
             self.ids = torch.searchsorted(
-                offsets[1:].contiguous(), torch.arange(n, device=device), right=True
+                offsets[1:].contiguous(), torch.arange(n, dtype=torch.int64, device=device), right=True
             )
 
     def sum(self, x: Tensor) -> Tensor:
@@ -40,13 +40,13 @@ class Sequences:
 
     def first(self, x: Tensor, mask: Tensor) -> Tensor:
         """``x`` at each sequence's first unmasked position; 0 where there is none."""
-        position = torch.arange(self.n, device=x.device)
+        position = torch.arange(self.n, dtype=torch.int64, device=x.device)
         position = torch.where(mask, position, self.n)
         if self.offsets is None:
             first = position.reshape(self.count, self.length)
             first = first.amin(-1) if self.length else torch.full_like(first.sum(-1), self.n)
         else:
-            first = torch.full((self.count,), self.n, device=x.device).scatter_reduce(
+            first = torch.full((self.count,), self.n, dtype=torch.int64, device=x.device).scatter_reduce(
                 0, self.ids, position, "amin"
             )
         return torch.cat([x, x.new_zeros(1)])[first]

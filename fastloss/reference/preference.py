@@ -34,7 +34,7 @@ def segment_sum(
     if offsets is None:
         return values.reshape(count, length).sum(1)
     # By search and not repeat_interleave, whose size torch.compile cannot know; sequence `count` is what lies past the end.
-    position = torch.arange(values.numel(), device=values.device)
+    position = torch.arange(values.numel(), dtype=torch.int64, device=values.device)
     sequence = torch.searchsorted(offsets[1:].contiguous(), position, right=True)  # [N]
     return torch.zeros(count + 1, dtype=values.dtype, device=values.device).index_add(0, sequence, values)[
         :-1
