@@ -764,28 +764,37 @@ def _(hidden, weight, bias, *others, needs, dtype, teacher_dtype, **fields):  # 
     return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
 
 
-def _save_linear_distillation(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    ctx.given = keyword_only_inputs
-    ctx.needs = list(ctx.needs_input_grad[:3])
+def _save_one_pass(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+    """Of an operator whose forward may have made the head's gradients, its last three outputs: those, or what makes them."""
+    ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
     ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
     made = any(ctx.given["needs"])
-    ctx.save_for_backward(*((None,) * 8 if made else inputs), *(output[-3:] if made else (None,) * 3))
+    ctx.save_for_backward(
+        *((None,) * len(inputs) if made else inputs), *(output[-3:] if made else (None,) * 3)
+    )
+
+
+def _one_pass_gradients(  # type: ignore[no-untyped-def]
+    ctx, g: Tensor, again: Callable[..., Any], factors_at: int
+) -> list[Tensor | None]:
+    """What the forward made times the upstream gradient, or of another call, with ``g`` in the rows' factors; then None for each
+    constant. ``factors_at``: the place of the factors among the inputs."""
+    *inputs, d_hidden, d_weight, d_bias = ctx.saved_tensors
+    if any(ctx.given["needs"]):
+        made, needs = [x * g for x in (d_hidden, d_weight, d_bias)], ctx.given["needs"]
+    else:
+        needs, factors = ctx.needs, inputs[factors_at]
+        inputs[factors_at] = g.contiguous() if factors is None else g * factors
+        _, _, *made = again(*inputs, **{**ctx.given, "needs": needs})
+    grads = [x.to(t) if need else None for x, need, t in zip(made, needs, ctx.dtypes, strict=True)]
+    return [*grads, *[None] * (len(inputs) - 3)]
 
 
 def _backward_linear_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
-    *operands, target, factors, d_hidden, d_weight, d_bias = ctx.saved_tensors
-    given, g = ctx.given, upstream[0]
-    if any(given["needs"]):
-        scaled = zip((d_hidden, d_weight, d_bias), given["needs"], ctx.dtypes, strict=True)
-        grads = [(x * g).to(t) if need else None for x, need, t in scaled]
-    else:
-        g = g.contiguous() if factors is None else g * factors
-        _, _, *made = _linear_distillation(*operands, target, g, **{**given, "needs": ctx.needs})
-        grads = [x.to(t) if need else None for x, need, t in zip(made, ctx.needs, ctx.dtypes, strict=True)]
-    return (*grads, *[None] * 5)
+    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_distillation, -1))
 
 
-_linear_distillation.register_autograd(_backward_linear_distillation, setup_context=_save_linear_distillation)
+_linear_distillation.register_autograd(_backward_linear_distillation, setup_context=_save_one_pass)
 
 
 def linear_distillation(

@@ -18,10 +18,12 @@ from fastloss.engine.compile_ops import (
     _gemm_flops,
     _grad_dtypes,
     _limits,
+    _one_pass_gradients,
     _operator,
     _or_nothing,
     _record,
     _row_fields,
+    _save_one_pass,
 )
 from fastloss.engine.contract import WHOLE
 from fastloss.engine.head import Limits, Needs
@@ -241,27 +243,11 @@ def _(hidden, weight, bias, *given, needs, dtype, **fields):
     return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
 
 
-def _save_linear_topk(ctx, inputs, keyword_only_inputs, output):
-    ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
-    ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
-    made = any(ctx.given["needs"])
-    ctx.save_for_backward(*((None,) * 7 if made else inputs), *(output[-3:] if made else (None,) * 3))
-
-
 def _backward_linear_topk(ctx, upstream):
-    *inputs, factors, d_hidden, d_weight, d_bias = ctx.saved_tensors
-    given, g = ctx.given, upstream[0]
-    if any(given["needs"]):
-        made, needs = [x * g for x in (d_hidden, d_weight, d_bias)], given["needs"]
-    else:
-        needs = ctx.needs
-        g = g.contiguous() if factors is None else g * factors
-        _, _, *made = _linear_topk(*inputs, g, **{**given, "needs": needs})
-    grads = [x.to(t) if need else None for x, need, t in zip(made, needs, ctx.dtypes, strict=True)]
-    return (*grads, *[None] * 4)
+    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_topk, -1))
 
 
-_linear_topk.register_autograd(_backward_linear_topk, setup_context=_save_linear_topk)
+_linear_topk.register_autograd(_backward_linear_topk, setup_context=_save_one_pass)
 
 
 def linear_topk_distillation(
