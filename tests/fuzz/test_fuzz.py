@@ -10,7 +10,7 @@ import pytest
 import torch
 from fuzz_draw import Case, Draw
 from fuzz_functions import FUNCTIONS, NOT_DRAWN
-from fuzz_judge import How, Verdict, call, describe, draw_case, judge
+from fuzz_judge import How, Verdict, call, describe, draw_case, flat, judge
 from fuzz_loop import USUAL, command
 
 import fastloss
@@ -151,3 +151,30 @@ def test_the_judge_sees_what_else_goes_wrong(monkeypatch: pytest.MonkeyPatch) ->
     assert "was changed" in verdict(changes).detail
     assert "boom" in verdict(crashes).detail
     assert "dtype" in verdict(other_dtype).detail
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tangents_have_the_dtype_of_their_values(name: str) -> None:
+    """PyTorch's tangent of a 0-d float32 tensor times a Python number is float64."""
+    calls = 0
+    for number in range(12):
+        case = FUNCTIONS[name][0](Draw(77, number, [torch.float32]))
+        leaves = [leaf for leaf in case.leaves if leaf in case.tensors]
+        if not leaves:
+            return
+
+        def of(
+            *values: torch.Tensor, case: Case = case, leaves: list[str] = leaves
+        ) -> dict[str, torch.Tensor]:
+            given = {**case.tensors, **dict(zip(leaves, values, strict=True))}
+            out = flat(getattr(fastloss, case.function)(**given, **case.options))
+            return {key: x for key, x in out.items() if x.is_floating_point()}
+
+        values = tuple(case.tensors[leaf] for leaf in leaves)
+        try:
+            out, tangents = torch.func.jvp(of, values, tuple(torch.ones_like(x) for x in values))
+        except (ValueError, RuntimeError):  # arguments that do not fit, and what has no tangent
+            continue
+        calls += 1
+        assert {key: x.dtype for key, x in tangents.items()} == {key: x.dtype for key, x in out.items()}
+    assert calls
