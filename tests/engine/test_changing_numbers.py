@@ -38,9 +38,15 @@ NO_NUMBERS = (
     "weights",
     "per_choice",
 )
-# Options that a named loss hands on to preference_loss, whose losses are others.
-NOT_OF = {
-    "process_reward_loss": {"label_smoothing"},  # of cross_entropy's numbers
+# Whose options a function takes by ``**options``.
+SHARED: dict[str, Any] = {
+    "process_reward_loss": fastloss.cross_entropy,
+    "linear_policy_loss": fastloss.policy_loss,
+    **{f"{name}_loss": fastloss.preference_loss for name in ("dpo", "ipo", "cpo", "simpo", "orpo")},
+    **{f"linear_{name}_loss": fastloss.linear_preference_loss for name in ("dpo", "cpo", "simpo", "orpo")},
+}
+# A named loss reads these alone of preference_loss's numbers.
+READ = {
     "dpo_loss": {"beta", "label_smoothing", "margin", "ld_alpha"},
     "ipo_loss": {"beta", "ld_alpha"},
     "cpo_loss": {"beta", "label_smoothing", "margin", "ld_alpha", "cpo_alpha", "simpo_gamma", "simpo_alpha"},
@@ -56,22 +62,26 @@ NOT_OF = {
     "orpo_loss": {"beta", "ld_alpha"},
 }
 for _name in ("dpo_loss", "cpo_loss", "simpo_loss", "orpo_loss"):
-    NOT_OF[f"linear_{_name}"] = NOT_OF[_name] | {"temperature", "logit_scale", "softcap"}
+    READ[f"linear_{_name}"] = READ[_name] | {"temperature", "logit_scale", "softcap"}
 # Numbers of which no draw was found in which they count, and why.
-UNTRIED: dict[str, str] = {}
+UNTRIED = {
+    "linear_preference_loss, simpo_alpha": "no draw has a loss that takes it; linear_simpo_loss is tried",
+    "linear_cpo_loss, simpo_gamma": "no draw has a loss that reads it; linear_simpo_loss is tried",
+    "policy_loss, clip_cov_ratio": "of so few tokens the drawn shares are none or all",
+    "linear_policy_loss, clip_cov_ratio": "of so few tokens the drawn shares are none or all",
+}
 
 
 def numbers_of(name: str) -> list[str]:
     parameters: dict[str, Any] = dict(inspect.signature(getattr(fastloss, name)).parameters)
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        shared = fastloss.linear_preference_loss if name.startswith("linear") else fastloss.preference_loss
-        parameters = {**inspect.signature(shared).parameters, **parameters}
+        parameters = {**inspect.signature(SHARED[name]).parameters, **parameters}
     found = [
         p.name
         for p in parameters.values()
         if p.name not in NO_NUMBERS and ("float" in str(p.annotation) or "Number" in str(p.annotation))
     ]
-    return [x for x in found if x in NOT_OF.get(name, found)]
+    return [x for x in found if x in READ.get(name, found)]
 
 
 GRID = [f"{name}, {number}" for name in FUNCTIONS for number in numbers_of(name)]
