@@ -7,7 +7,7 @@ float64 by PyTorch, and hands back the gradient of each selected logit and one c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from fastloss.engine import head as heads
 from fastloss.engine.contract import Backend
 from fastloss.engine.head import Schedule
+from fastloss.engine.head_shards import COPIED, of_columns
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.selection import (
     COUNTS,
@@ -30,16 +31,15 @@ from fastloss.engine.selection import (
     take,
     write_gradient,
 )
+from fastloss.engine.shards import Shards
 from fastloss.tables import (
+    ACC_DTYPES,
     DISTILLATION_DIVERGENCES,
     LSE_PARTS,
     TAILS,
     RowOptions,
     TopKOptions,
 )
-
-# Rows of logits that are copied at a time where they may not be changed.
-COPIED = 64
 
 
 class Chosen(NamedTuple):
@@ -148,12 +148,89 @@ def _run(
     with heads.begin(head, needs, keep, schedule) as run:
         for part in run.parts():
             own = type(rows)(*(part.of(x) for x in rows))  # type: ignore[arg-type]
-            selection = select(ids_of(own), head.weight.shape[0])
+            selection = select(ids_of(own), heads.classes_of(head))
             made = function(part.take(own.mark, options, selection), selection, own)
             if made.b is not None and made.given is not None:
                 part.selected_gradients(own.mark, options, made.parts, made.b, selection, made.given)
             outs.append({"out": made.out})
         return run.collect(outs)["out"], run.grads()
+
+
+def details(
+    head: Head, rows: int, needs: Needs, again: bool, schedule: Schedule, width: int, want: str
+) -> dict[str, Any]:
+    """What ``explain`` tells of a pass that selects ``width`` classes of each row; ``want``: what is PyTorch's. ``again``: the
+    backward is another pass."""
+    told = schedule.details(head, rows, needs, again)
+    if head.shards is not None:
+        hidden = head.hidden if needs.hidden else None
+        told.update(sent(head.shards, rows, width, ACC_DTYPES[head.dtype], 1 + again, hidden))
+    return {**told, want: "PyTorch's operations on [rows, K] beside the head"}
+
+
+def sent(
+    shards: Shards, rows: int, width: int, acc: torch.dtype, passes: int = 1, hidden: Tensor | None = None
+) -> dict[str, Any]:
+    """The bytes of it that ``explain`` tells: each pass gathers 2 numbers a token and sums ``width``."""
+    numbers = passes * rows * acc.itemsize
+    return shards.told(2 * numbers, width * numbers, hidden)
+
+
+# --- columns of given logits, of a vocabulary that is cut ---------------------------------------------------------------
+
+
+def taken_of_columns(
+    shards: Shards, backend: Backend, logits: Tensor, mark: Tensor, ids: Tensor, options: RowOptions
+) -> Taken:
+    """What the processes exchange of their columns ``logits [rows, V_r]``; a backward needs no more."""
+    return of_columns(shards, logits, backend).take(mark, options, select(ids, shards.vocab))
+
+
+def logprobs_of_columns(
+    shards: Shards,
+    backend: Backend,
+    logits: Tensor,
+    taken: Taken,
+    own: Chosen,
+    options: RowOptions,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``[rows, K]``, and the gradient of the products with ``own.upstream`` to ``out``."""
+    selection = select(own.ids, shards.vocab)
+    made = _logprobs(outcomes(taken, selection), taken.z, selection, own, options)
+    return _finish(shards, backend, logits, own.mark, options, selection, made, out)
+
+
+def rows_of_columns(
+    shards: Shards,
+    backend: Backend,
+    logits: Tensor,
+    taken: Taken,
+    teacher: Teacher,
+    o: TopKOptions,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`rows_of_logits` of this process's columns."""
+    selection = select(selected_by(teacher), shards.vocab)
+    made = _divergence(taken, selection, teacher, o)
+    return _finish(shards, backend, logits, teacher.mark, o.row_options(), selection, made, out)
+
+
+def _finish(
+    shards: Shards,
+    backend: Backend,
+    logits: Tensor,
+    mark: Tensor,
+    options: RowOptions,
+    selection: Selection,
+    made: Made,
+    out: Tensor | None,
+) -> Tensor:
+    if out is not None:
+        assert made.b is not None and made.given is not None
+        part = of_columns(shards, logits, backend, out)
+        part.selected_gradients(mark, options, made.parts, made.b, selection, made.given)
+    return made.out
 
 
 # --- a teacher of K classes ----------------------------------------------------------------------------------------------
@@ -174,7 +251,7 @@ def teacher_of(
     )
 
 
-def _ids(own: Teacher) -> Tensor:
+def selected_by(own: Teacher) -> Tensor:
     """The teacher's classes, and the hard loss's after them."""
     if own.target is None:
         return own.ids
@@ -190,7 +267,7 @@ def rows_of_head(
     def function(taken: Taken, selection: Selection, own: Teacher) -> Made:
         return _divergence(taken, selection, own, o)
 
-    return _run(head, needs, teacher, options, schedule, keep, _ids, function)
+    return _run(head, needs, teacher, options, schedule, keep, selected_by, function)
 
 
 def rows_of_logits(
@@ -200,7 +277,7 @@ def rows_of_logits(
     options, sums = o.row_options(), []
     for start in range(0, max(1, logits.shape[0]), COPIED):
         own = Teacher(*(None if x is None else x[start : start + COPIED] for x in teacher))  # type: ignore[arg-type]
-        selection = select(_ids(own), logits.shape[1])
+        selection = select(selected_by(own), logits.shape[1])
         z = logits[start : start + COPIED].clone(memory_format=torch.contiguous_format)
         made = _divergence(take(backend, z, own.mark, options, selection, None), selection, own, o)
         if out is not None:

@@ -30,7 +30,13 @@ from fastloss.losses.policy_inputs import (
     weighted,
 )
 from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
-from fastloss.losses.token_stats import TokenStats, linear_token_stats, row_options, support_details
+from fastloss.losses.token_stats import (
+    TokenStats,
+    linear_token_stats,
+    row_options,
+    support_details,
+    support_sent,
+)
 from fastloss.tables import (
     ACC_DTYPES,
     CORRECTIONS,
@@ -183,9 +189,19 @@ def linear_policy_loss(
     if call.by_definition:
         call.announce()
     elif support is not None:
-        if limits.shards is not None:
-            raise ValueError("support: expected None with group, got a support")
-        call.announce(**support_details(sets_of(support, target.shape, input.device), dtype, with_mass))
+        sets = sets_of(support, target.shape, input.device)
+        want = ("logprobs", *(("entropy",) if entropy else ()), *(("log_mass",) if with_mass else ()))
+        told = support_sent(
+            limits.shards,
+            sets,
+            want,
+            classes,
+            IGNORED,
+            ACC_DTYPES[dtype],
+            hidden if needs.hidden else None,
+            True,
+        )
+        call.announce(**support_details(sets, dtype, with_mass), **told)
     else:
         ahead = token_level or (needs == Needs(True, False, False) and not resolved.entropy_coef)
         call.announce(
