@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastloss.engine import calibration
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
@@ -56,7 +57,10 @@ def why_not(backend: Backend, dtype: torch.dtype, weight: Tensor) -> str:
             return "oneDNN multiplies bfloat16 faster than float32"
         if weight.dtype != dtype or weight.shape[1] % 2:
             return "bfloat16 is multiplied in pairs along D, and d weight has the logits' dtype"
-    return "" if weight.stride(1) == 1 else "the weight's layout"
+    if weight.stride(1) != 1:
+        return "the weight's layout"
+    schedule, says = calibration.faster(dtype)
+    return "" if schedule == calibration.BLOCKS else says
 
 
 def why_not_cross_entropy(needs: Needs, per_row: bool, smooth: bool) -> str:

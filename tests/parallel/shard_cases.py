@@ -153,6 +153,21 @@ def kto(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
     return [out.loss, out.rewards, out.logps, *out.metrics.values()]
 
 
+def own_loss(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+    shape = 2 * PAIRS, LENGTH
+    loss, stats = fastloss.linear_sequence_loss(
+        x["hidden"].view(*shape, DIM),
+        x["weight"],
+        x["target"].view(shape),
+        lambda part: -torch.nn.functional.logsigmoid(0.1 * part.logps + part.indices).sum(),
+        linear_bias=x["bias"],
+        outputs=("entropy",),
+        return_stats=True,
+        **how,
+    )
+    return [loss, stats.logprobs, stats.entropy]
+
+
 def policy(**options: Any) -> Case:
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         shape = 2 * PAIRS, LENGTH
@@ -338,6 +353,7 @@ CASES: dict[str, Case] = {
     "AOT, sorted pairs": preference(loss_type="aot"),
     "DPO: none": preference(loss_type="sigmoid", reduction="none"),
     "KTO": kto,
+    "a loss of the caller, of sequences": own_loss,
     "GRPO": policy(loss_type="grpo"),
     "DAPO with entropy": policy(loss_type="dapo", entropy_coef=0.01),
     "GSPO, sequence ratios": policy(loss_type="gspo"),
