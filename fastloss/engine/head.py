@@ -47,6 +47,7 @@ from fastloss.engine.head_rows import (
 from fastloss.engine.head_shards import EmptyShard, ShardedRun
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
+from fastloss.engine.selection import Ranked, Taken
 from fastloss.engine.shards import Call as SharedCall
 from fastloss.engine.shards import Shards, of_group
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
@@ -86,6 +87,23 @@ class Part(Protocol):
         w: Tensor | None = None,
     ) -> None:
         """Adds these rows' gradients to the head's."""
+        ...
+
+    def take(self, mark: Tensor, options: RowOptions, selections: Ranked, logprobs: bool = False) -> Taken:
+        """The selected logits of these rows (engine/selection.py). ``logprobs``: their log-probabilities are enough, where the schedule
+        has them at no cost."""
+        ...
+
+    def selected_gradients(
+        self,
+        mark: Tensor,
+        options: RowOptions,
+        lse_parts: Tensor,
+        b: Tensor,
+        selections: Ranked,
+        given: Tensor,
+    ) -> None:
+        """Adds these rows' gradients: ``b·p_v``, and in place of that ``given [rows, K]``, of raw logits, at the selected classes."""
         ...
 
 

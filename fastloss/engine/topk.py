@@ -12,9 +12,10 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastloss.engine import devices
 from fastloss.engine import head as heads
 from fastloss.engine.contract import Backend
-from fastloss.engine.head import Schedule
+from fastloss.engine.head import Part, Schedule
 from fastloss.engine.head_types import Grads, Head, Needs
 from fastloss.engine.selection import (
     COUNTS,
@@ -25,6 +26,7 @@ from fastloss.engine.selection import (
     gather,
     marks,
     outcomes,
+    rank,
     raw_gradient,
     select,
     take,
@@ -40,6 +42,8 @@ from fastloss.tables import (
 
 # Rows of logits that are copied at a time where they may not be changed.
 COPIED = 64
+# Rows whose ``[rows, K]`` PyTorch computes with at a time on the CPU: a dozen tensors of that size, in float64, stay small.
+PIECE = 64
 
 
 class Chosen(NamedTuple):
@@ -128,9 +132,14 @@ def logprobs_of_head(
     """``[rows, K]`` of all rows, and the gradients of the products with ``own.upstream``."""
 
     def function(taken: Taken, selection: Selection, own: Chosen) -> Made:
-        return _logprobs(outcomes(taken, selection), taken.z, selection, own, options)
+        if taken.log_p is None:
+            made = outcomes(taken, selection)
+        else:
+            log_p, unknown = torch.where(selection.first, taken.log_p, -torch.inf), taken.rest[:, 0]
+            made = Outcomes(log_p, unknown, taken.rest, unknown)
+        return _logprobs(made, taken.z, selection, own, options)
 
-    return _run(head, needs, own, options, schedule, keep, lambda own: own.ids, function)
+    return _run(head, needs, own, options, schedule, keep, lambda own: own.ids, function, logprobs=True)
 
 
 def _run(
@@ -142,18 +151,64 @@ def _run(
     keep: Tensor | None,
     ids_of: Callable[[_Rows], Tensor],
     function: Callable[[Taken, Selection, _Rows], Made],
+    logprobs: bool = False,
 ) -> tuple[Tensor, Grads]:
-    rows = type(rows)(*(heads.pick(x, keep) for x in rows))  # type: ignore[arg-type]
-    outs = []
+    marks_of_kept, outs = heads.pick(rows.mark, keep), []
     with heads.begin(head, needs, keep, schedule) as run:
         for part in run.parts():
-            own = type(rows)(*(part.of(x) for x in rows))  # type: ignore[arg-type]
-            selection = select(ids_of(own), head.weight.shape[0])
-            made = function(part.take(own.mark, options, selection), selection, own)
-            if made.b is not None and made.given is not None:
-                part.selected_gradients(own.mark, options, made.parts, made.b, selection, made.given)
-            outs.append({"out": made.out})
+            mark, own = part.of(marks_of_kept), _rows_of(part, rows, keep)
+            outs.append(
+                {"out": _of_part(part, mark, own, head.weight.shape[0], options, ids_of, function, logprobs)}
+            )
         return run.collect(outs)["out"], run.grads()
+
+
+def _of_part(
+    part: Part,
+    mark: Tensor,
+    own: Callable[[slice], _Rows],
+    vocab: int,
+    options: RowOptions,
+    ids_of: Callable[[_Rows], Tensor],
+    function: Callable[[Taken, Selection, _Rows], Made],
+    logprobs: bool,
+) -> Tensor:
+    count = mark.shape[0]
+    piece = max(1, count) if devices.is_gpu(mark.device) else PIECE
+    selections = rank(lambda some: ids_of(own(some)), count, vocab, piece)
+    taken, made = part.take(mark, options, selections, logprobs), []
+    for start in range(0, max(1, count), piece):
+        some = slice(start, start + piece)
+        of_some = Taken(*(None if x is None else x[some] for x in taken))  # type: ignore[arg-type]
+        here = function(of_some, selections.of(some), own(some))
+        if here.given is not None:
+            of_some.z.copy_(here.given)  # which is all that is needed of them from here on
+        made.append(here._replace(given=None))
+    b = [x.b for x in made if x.b is not None]
+    if b:
+        parts = torch.cat([x.parts for x in made])
+        part.selected_gradients(mark, options, parts, torch.cat(b), selections, taken.z)
+    return torch.cat([x.out for x in made])
+
+
+def _rows_of(part: Part, rows: _Rows, keep: Tensor | None) -> Callable[[slice], _Rows]:
+    """Some of a part's rows, by their places in it, out of all: no copy of all that are kept is made."""
+    place = part.of(keep)
+
+    def of(some: slice) -> _Rows:
+        def pick(x: Tensor) -> Tensor | None:
+            if place is not None:
+                return x.index_select(0, place[some])
+            own = part.of(x)
+            return None if own is None else own[some]
+
+        return _each(rows, pick)
+
+    return of
+
+
+def _each(rows: _Rows, f: Callable[[Tensor], Tensor | None]) -> _Rows:
+    return type(rows)(*(None if x is None else f(x) for x in rows))  # type: ignore[arg-type]
 
 
 # --- a teacher of K classes ----------------------------------------------------------------------------------------------

@@ -132,9 +132,11 @@ def linear_selected_logprobs(
     run = _Run(call.backend, options, dtype, limits, needs, mark, keep)
     head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype)
     count = heads.count_kept(rows.shape[0], keep)
-    schedule = heads.chunked(head, count, needs, limits)
+    schedule = heads.schedule_of_one_pass(head, count, needs, limits)
+    told = schedule.details(head, count, needs, False)
+    told["gemms"] += bool(needs)  # the backward is a pass of its own
     call.announce(
-        **schedule.details(head, count, needs, bool(needs)),
+        **told,
         selected="PyTorch's operations on [rows, K] beside the head",
     )
     reject_bad_ids("ids", ids, vocab)
@@ -242,5 +244,5 @@ class LinearSelectedLogprobs(torch.autograd.Function):
 def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, own: Chosen, needs: Needs, run: _Run) -> Any:
     head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
     count = heads.count_kept(hidden.shape[0], run.keep)
-    schedule = heads.chunked(head, count, needs, run.limits)
+    schedule = heads.schedule_of_one_pass(head, count, needs, run.limits)
     return logprobs_of_head(head, needs, own, run.options, schedule, run.keep)

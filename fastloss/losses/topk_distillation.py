@@ -222,7 +222,7 @@ def linear_topk_distillation_loss(
             run = _Run(call.backend, options, dtype, limits, keep, needs, per_row)
             head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype)
             count = heads.count_kept(rows.shape[0], keep)
-            schedule = heads.chunked(head, count, needs, limits)
+            schedule = heads.schedule_of_one_pass(head, count, needs, limits)
             call.announce(
                 **schedule.details(head, count, needs, per_row and bool(needs)),
                 terms="PyTorch's operations on [rows, K] beside the head",
@@ -367,7 +367,7 @@ class _Run:
         hidden, weight, bias = operands
         head = heads.make_head(self.backend, hidden, weight, bias, self.dtype)
         count = heads.count_kept(operands[0].shape[0], self.keep)
-        schedule = heads.chunked(head, count, needs, self.limits)
+        schedule = heads.schedule_of_one_pass(head, count, needs, self.limits)
         return rows_of_head(head, needs, teacher, self.options, schedule, self.keep)
 
 
