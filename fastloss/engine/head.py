@@ -47,7 +47,6 @@ from fastloss.engine.head_rows import (
 from fastloss.engine.head_shards import EmptyShard, ShardedRun
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.native import NativeBackend
-from fastloss.engine.selection import Ranked, Taken
 from fastloss.engine.shards import Call as SharedCall
 from fastloss.engine.shards import Shards, of_group
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, CrossEntropyOptions, RowOptions
@@ -87,23 +86,6 @@ class Part(Protocol):
         w: Tensor | None = None,
     ) -> None:
         """Adds these rows' gradients to the head's."""
-        ...
-
-    def take(self, mark: Tensor, options: RowOptions, selections: Ranked, logprobs: bool = False) -> Taken:
-        """The selected logits of these rows (engine/selection.py). ``logprobs``: their log-probabilities are enough, where the schedule
-        has them at no cost."""
-        ...
-
-    def selected_gradients(
-        self,
-        mark: Tensor,
-        options: RowOptions,
-        lse_parts: Tensor,
-        b: Tensor,
-        selections: Ranked,
-        given: Tensor,
-    ) -> None:
-        """Adds these rows' gradients: ``b·p_v``, and in place of that ``given [rows, K]``, of raw logits, at the selected classes."""
         ...
 
 
@@ -206,6 +188,11 @@ def limits_of(
 def vocab_of(linear_weight: Tensor, limits: Limits) -> int:
     """Classes of the whole vocabulary."""
     return linear_weight.shape[0] if limits.shards is None else limits.shards.vocab
+
+
+def classes_of(head: Head) -> int:
+    """Classes of the whole vocabulary."""
+    return head.weight.shape[0] if head.shards is None else head.shards.vocab
 
 
 def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:

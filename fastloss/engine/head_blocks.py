@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastloss.engine import calibration
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
@@ -57,7 +58,10 @@ def why_not(backend: Backend, dtype: torch.dtype, weight: Tensor) -> str:
             return "oneDNN multiplies bfloat16 faster than float32"
         if weight.dtype != dtype or weight.shape[1] % 2:
             return "bfloat16 is multiplied in pairs along D, and d weight has the logits' dtype"
-    return "" if weight.stride(1) == 1 else "the weight's layout"
+    if weight.stride(1) != 1:
+        return "the weight's layout"
+    schedule, says = calibration.faster(dtype)
+    return "" if schedule == calibration.BLOCKS else says
 
 
 def why_not_cross_entropy(needs: Needs, per_row: bool, smooth: bool) -> str:
@@ -298,15 +302,15 @@ class BlockPart:
             self._kept = call
         return out
 
-    def take(self, mark: Tensor, options: RowOptions, selections: Ranked, logprobs: bool = False) -> Taken:
+    def take(self, mark: Tensor, options: RowOptions, ranked: Ranked, logprobs: bool = False) -> Taken:
         """The selected logits are left out of the rows' sums, unless ``logprobs`` are wanted: those have every function's bits."""
         self.run.multiplied += self.rows
         call = _NativeCall(self, mark, None, self.own(options), Needs(False, self.needs.weight, False))
         parts = self._outputs(call, ())[LSE_PARTS]
-        z = torch.zeros(selections.ids.shape, dtype=torch.float32, device=mark.device)
+        z = torch.zeros(ranked.ids.shape, dtype=torch.float32, device=mark.device)
         log_p = torch.zeros_like(z) if logprobs else None
         call.record.selected_count = z.shape[1]
-        call.point_to(selected=selections.ids, selected_logits=z, selected_logprobs=log_p)
+        call.point_to(selected=ranked.ids, selected_logits=z, selected_logprobs=log_p)
         if self.needs:
             call.record.stats_only = True
             call.keep_logits(self.more)
@@ -320,10 +324,10 @@ class BlockPart:
         options: RowOptions,
         lse_parts: Tensor,
         b: Tensor,
-        selections: Ranked,
+        ranked: Ranked,
         given: Tensor,
     ) -> None:
-        self.gradients(mark, options, lse_parts, Coefficients(b=b), selected=(selections.ids, given))
+        self.gradients(mark, options, lse_parts, Coefficients(b=b), selected=(ranked.ids, given))
 
     def _outputs(self, call: _NativeCall, want: Sequence[str]) -> dict[str, Tensor]:
         names = dict.fromkeys(name for name in (*want, LSE_PARTS) if name != ARGMAX)

@@ -22,7 +22,7 @@ from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Factor
 from fastloss.engine.head_types import Grads, Head, Needs, options_of_part
 from fastloss.engine.native import multiply_bf16, supports_gemm_bf16
-from fastloss.engine.selection import Ranked, Taken, take, write_gradient
+from fastloss.engine.selection import Selection, Taken, take, write_gradient
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, CrossEntropyOptions, Row, RowOptions
 
 # Vocabulary rows converted to float32 at a time where the CPU has no low-precision GEMM.
@@ -317,6 +317,8 @@ class Chunk:
         """The losses alone, named "distance", and statistics; no gradient is made."""
         head = self.run.head
         own = self.own(options)
+        if w is not None and w.dim() == 2:
+            w = w[self.start : self.stop]
         out = head.backend.row_cross_entropy(self.logits, target, own, want=want, bias=head.bias, w=w)
         out["distance"] = out.pop("loss")
         return out
@@ -387,9 +389,9 @@ class Chunk:
         )  # fmt: skip
         self.add_gradients()
 
-    def take(self, mark: Tensor, options: RowOptions, selections: Ranked, logprobs: bool = False) -> Taken:
+    def take(self, mark: Tensor, options: RowOptions, selection: Selection) -> Taken:
         head = self.run.head
-        return take(head.backend, self.logits, mark, options, selections.of(slice(None)), head.bias)
+        return take(head.backend, self.logits, mark, options, selection, head.bias)
 
     def selected_gradients(
         self,
@@ -397,13 +399,12 @@ class Chunk:
         options: RowOptions,
         lse_parts: Tensor,
         b: Tensor,
-        selections: Ranked,
+        selection: Selection,
         given: Tensor,
     ) -> None:
         z, head = self.logits, self.run.head
         if not self.run.needs or not z.shape[0]:
             return
-        selection = selections.of(slice(None))
         write_gradient(head.backend, z, mark, options, lse_parts, b, selection, given, z, head.bias)
         self.add_gradients()
 

@@ -371,9 +371,11 @@ class NativeBackend:
         factors: Tensor,
         out: Tensor,
         hard_lse_parts: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
     ) -> None:
         given = {
-            "logits": logits, "teacher_logits": teacher_logits, "target": target, "bias": None, "teacher_bias": None,
+            "logits": logits, "teacher_logits": teacher_logits, "target": target, "bias": bias, "teacher_bias": teacher_bias,
             "lse_parts": lse_parts, "teacher_lse_parts": teacher_lse_parts, "hard_lse_parts": hard_lse_parts,
             "factors": factors, "slopes": slopes, "grad": out,
         }  # fmt: skip
