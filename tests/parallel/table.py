@@ -152,7 +152,8 @@ def dtensors(found: dict[int, Found]) -> str:
         text += row(name, *(max(each["dtensors"][name] for each in every) for every in found.values()))
     for name in found[2][0]["dtensors"]["functions"]:
         cells = (max(each["dtensors"]["functions"][name] for each in every) for every in found.values())
-        text += row(f"{name} (input)" if name.startswith(("replicated", "tokens")) else name, *cells)
+        tokens, told = name.split(": ", 1)
+        text += row(f"{told}, input {'Shard(0)' if tokens == 'tokens' else 'Replicate'}", *cells)
     return text
 
 
