@@ -28,6 +28,7 @@ from fastloss.engine.gate import address, of_made
 from fastloss.engine.head_rows import upcasts
 from fastloss.engine.head_types import Grads, Head, Needs, options_of_part
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
+from fastloss.engine.selection import Ranked, Taken
 from fastloss.tables import ARGMAX, DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, Row, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
@@ -301,6 +302,33 @@ class BlockPart:
             self._kept = call
         return out
 
+    def take(self, mark: Tensor, options: RowOptions, ranked: Ranked, logprobs: bool = False) -> Taken:
+        """The selected logits are left out of the rows' sums, unless ``logprobs`` are wanted: those have every function's bits."""
+        self.run.multiplied += self.rows
+        call = _NativeCall(self, mark, None, self.own(options), Needs(False, self.needs.weight, False))
+        parts = self._outputs(call, ())[LSE_PARTS]
+        z = torch.zeros(ranked.ids.shape, dtype=torch.float32, device=mark.device)
+        log_p = torch.zeros_like(z) if logprobs else None
+        call.record.selected_count = z.shape[1]
+        call.point_to(selected=ranked.ids, selected_logits=z, selected_logprobs=log_p)
+        if self.needs:
+            call.record.stats_only = True
+            call.keep_logits(self.more)
+            self._kept = call
+        call.execute()
+        return Taken(z, parts, log_p)
+
+    def selected_gradients(
+        self,
+        mark: Tensor,
+        options: RowOptions,
+        lse_parts: Tensor,
+        b: Tensor,
+        ranked: Ranked,
+        given: Tensor,
+    ) -> None:
+        self.gradients(mark, options, lse_parts, Coefficients(b=b), selected=(ranked.ids, given))
+
     def _outputs(self, call: _NativeCall, want: Sequence[str]) -> dict[str, Tensor]:
         names = dict.fromkeys(name for name in (*want, LSE_PARTS) if name != ARGMAX)
         out = self.native.empty_stats(self.head.hidden, self.rows, names)
@@ -316,8 +344,10 @@ class BlockPart:
         lse_parts: Tensor,
         coefficients: Coefficients,
         w: Tensor | None = None,
+        selected: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """From the logits that the statistics kept; the others are made again."""
+        """From the logits that the statistics kept; the others are made again. ``selected``: classes ``[rows, K]``, ascending, and the
+        gradient of their raw logits in place of that of the coefficients."""
         if not self.needs:
             return
         kept, self._kept = self._kept, None
@@ -333,6 +363,10 @@ class BlockPart:
         call = _NativeCall(self, target, w, self.own(options), kept=kept)
         k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
         call.point_to(given_lse_parts=lse_parts, **k)
+        if selected is not None:
+            ids, given = selected
+            call.record.selected_count = ids.shape[1]
+            call.point_to(selected=ids, selected_gradient=given)
         call.execute()
         self.made = call.gradients()
 

@@ -27,6 +27,7 @@ from fastloss.engine.topk import (
     logprobs_of_columns,
     logprobs_of_head,
     logprobs_of_logits,
+    schedule_of,
     sent,
     taken_of_columns,
 )
@@ -175,8 +176,12 @@ def linear_selected_logprobs(
     run = _Run(call.backend, options, dtype, limits, needs, mark, keep)
     head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype, limits.shards)
     count = heads.count_kept(rows.shape[0], keep)
-    schedule = heads.chunked(head, count, needs, limits)
-    call.announce(**details(head, count, needs, bool(needs), schedule, flat.shape[1], "selected"))
+    schedule = schedule_of(head, count, needs, limits)
+    told = details(head, count, needs, bool(needs), schedule, flat.shape[1], "selected")
+    if schedule.by_vocabulary and needs:  # the backward is a pass of its own, which keeps logits
+        told |= schedule.details(head, count, needs, False)
+        told["gemms"] += 1
+    call.announce(**told)
     reject_bad_ids("ids", ids, vocab)
     return LinearSelectedLogprobs.apply(rows, linear_weight, linear_bias, flat, run).reshape(ids.shape)
 
@@ -299,5 +304,5 @@ class LinearSelectedLogprobs(torch.autograd.Function):
 def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, own: Chosen, needs: Needs, run: _Run) -> Any:
     head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.limits.shards)
     count = heads.count_kept(hidden.shape[0], run.keep)
-    schedule = heads.chunked(head, count, needs, run.limits)
+    schedule = schedule_of(head, count, needs, run.limits)
     return logprobs_of_head(head, needs, own, run.options, schedule, run.keep)

@@ -25,6 +25,7 @@ from fastloss.engine.topk import (
     rows_of_columns,
     rows_of_head,
     rows_of_logits,
+    schedule_of,
     selected_by,
     sent,
     taken_of_columns,
@@ -262,7 +263,7 @@ def linear_topk_distillation_loss(
             run = _Run(call.backend, options, dtype, limits, keep, needs, per_row)
             head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype, shards)
             count = heads.count_kept(rows.shape[0], keep)
-            schedule = heads.chunked(head, count, needs, limits)
+            schedule = schedule_of(head, count, needs, limits)
             width = ids.shape[1] + (options.hard_loss_coef > 0)
             call.announce(**details(head, count, needs, per_row and bool(needs), schedule, width, "terms"))
             reject_bad_ids("teacher_ids", teacher_ids, vocab)
@@ -417,7 +418,7 @@ class _Run:
         hidden, weight, bias = operands
         head = heads.make_head(self.backend, hidden, weight, bias, self.dtype, self.limits.shards)
         count = heads.count_kept(operands[0].shape[0], self.keep)
-        schedule = heads.chunked(head, count, needs, self.limits)
+        schedule = schedule_of(head, count, needs, self.limits)
         return rows_of_head(head, needs, teacher, self.options, schedule, self.keep)
 
 
