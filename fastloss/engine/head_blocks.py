@@ -14,7 +14,7 @@ after the forward (a loss per row, log-probs and entropy with gradients) the bac
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,7 +24,7 @@ from fastloss.engine import calibration
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
-from fastloss.engine.gate import address
+from fastloss.engine.gate import address, of_made
 from fastloss.engine.head_rows import upcasts
 from fastloss.engine.head_types import Grads, Head, Needs, options_of_part
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
@@ -334,7 +334,7 @@ class BlockPart:
         out = self.native.empty_stats(self.head.hidden, self.rows, names)
         if ARGMAX in want:
             out[ARGMAX] = torch.zeros(self.rows, dtype=torch.int64, device=self.head.hidden.device)
-        call.point_to(**out)
+        call.point_to_made(**out)
         return out
 
     def gradients(
@@ -407,18 +407,27 @@ class _NativeCall:
         c.grad_scale, c.spread, c.split, c.pairs = 1.0, self.rest is None, self.split, pairs
         c.tiles = pairs and self.native.module.supports_tiles()
         self.point_to(
-            target=target, bias=h.bias, row_scale=options.row_scale, w=w, keep=self.keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
-            d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias,
+            target=target, bias=h.bias, row_scale=options.row_scale, w=w, keep=self.keep, hidden=hidden, weight=h.weight,
         )  # fmt: skip
+        self.point_to_made(
+            d_weight=self.d_weight, d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias
+        )
         if kept is not None:
             c.stored, c.more = kept.record.stored, kept.record.more
-            self.point_to(more_logits=kept.more_logits, origins=kept.origins)
+            self.point_to_made(more_logits=kept.more_logits, origins=kept.origins)
 
     def point_to(self, **tensors: Tensor | None) -> None:
+        self._point(address, tensors)
+
+    def point_to_made(self, **tensors: Tensor | None) -> None:
+        """Tensors that were made here."""
+        self._point(of_made, tensors)
+
+    def _point(self, place: Callable[[Tensor], int], tensors: dict[str, Tensor | None]) -> None:
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.tensors.append(tensor)
-                setattr(self.record, name, address(tensor))
+                setattr(self.record, name, place(tensor))
 
     def _make_gradients(self, run: BlockPart, hidden: Tensor, kept: _NativeCall | None) -> None:
         shape, device = (self.all_rows, self.dim), hidden.device
@@ -445,11 +454,11 @@ class _NativeCall:
         c.more = min(self.rows - c.stored, more)
         if c.more:
             self.more_logits = new_gradient((self.vocab, c.more), weight.dtype, weight.device)
-            self.point_to(more_logits=self.more_logits)
+            self.point_to_made(more_logits=self.more_logits)
         if c.stored + c.more and weight.dtype == torch.bfloat16:
             shape = origins_shape(self.native, self.vocab, c.stored + c.more)
             self.origins = torch.empty(shape, dtype=torch.float32, device=weight.device)
-            self.point_to(origins=self.origins)
+            self.point_to_made(origins=self.origins)
 
     def execute(self) -> None:
         if not self.rows:
@@ -460,9 +469,9 @@ class _NativeCall:
         c, module, device = self.record, self.native.module, self.operands[0].device
         threads = torch.get_num_threads()
         shape = self.rows, module.ROW_STATE_DOUBLES
-        self.point_to(state=torch.empty(shape, dtype=torch.float64, device=device))
+        self.point_to_made(state=torch.empty(shape, dtype=torch.float64, device=device))
         scratch = torch.empty(c.workspace_bytes(threads) + 64, dtype=torch.uint8, device=device)
-        c.run(-(-address(scratch) // 64) * 64, threads)
+        c.run(-(-of_made(scratch) // 64) * 64, threads)
 
     def gradients(self, row_factor: Tensor | None = None) -> Grads:
         """Those of an executed call; d hidden of each row times ``row_factor``."""
