@@ -48,6 +48,7 @@ COMPATIBILITY = build/compatibility.jsonl
 integrations: native build/integrations/.installed
 	rm -f $(COMPATIBILITY)
 	FASTLOSS_TEST_SLOW=1 FASTLOSS_COMPATIBILITY=$(COMPATIBILITY) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/integrations
+	$(BIN)/python benchmarks/trainer_steps.py --steps 6 --out $(COMPATIBILITY)
 	$(BIN)/python tests/integrations/table.py $(COMPATIBILITY) > docs/integrations/compatibility.md
 
 build/integrations/.installed:

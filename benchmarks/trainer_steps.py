@@ -1,11 +1,11 @@
 """Steps of the transformers Trainer and of TRL's trainers, stock and with fastloss in turn, in one run of each trainer.
 
-    python benchmarks/trainer_steps.py [transformers] [sft] [dpo] [grpo] --tokens 1024 --steps 8
+    python benchmarks/trainer_steps.py [transformers] [sft] [dpo] [kto] [grpo] [rloo] --tokens 1024 --steps 8
 
 A model of about 50M parameters with a vocabulary of 128256. Time is a step's, optimizer included; memory is the highest
 resident size inside the step above the one that it began with. Even steps are stock, odd ones fastloss's; the first of each
-is left out. GRPO's completions are random tokens, handed out in no time: a step is its scoring, loss and backward. Prints
-one line of JSON per trainer.
+is left out. GRPO's and RLOO's completions are random tokens, handed out in no time: a step is their scoring, loss and backward.
+Prints one line of JSON per trainer; ``--out`` adds them to a file, of which tests/integrations/table.py makes a table.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -33,6 +34,8 @@ def status(name: str) -> float:
 
 class InTurn(transformers.TrainerCallback):
     """fastloss in every second step; the time and the peak of each."""
+
+    out = ""  # a file that gets the lines, too
 
     def __init__(self, apply) -> None:
         self.apply, self.handle, self.seen = apply, None, {"stock": [], "fastloss": []}
@@ -59,7 +62,17 @@ class InTurn(transformers.TrainerCallback):
             row[f"{side} MiB"] = round(statistics.median(m for _, m in steps[1:]))
         row["time ratio"] = round(row["fastloss s"] / row["stock s"], 3)  # type: ignore[operator]
         row["memory ratio"] = round(row["fastloss MiB"] / row["stock MiB"], 3)  # type: ignore[operator]
+        with open("/proc/cpuinfo", encoding="ascii") as file:
+            row["cpu"] = next(
+                (line.split(":")[1].strip() for line in file if line.startswith("model name")), ""
+            )
+        row.update(
+            threads=torch.get_num_threads(), torch=torch.__version__, load=round(os.getloadavg()[0], 1)
+        )
         print(json.dumps(row), flush=True)
+        if self.out:
+            with open(self.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def model(tie: bool = True):
@@ -110,15 +123,32 @@ def run_trl(kind: str, folder: str, steps: int, length: int, rows: int) -> None:
         trainer = trl.SFTTrainer(
             trained, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[turns]
         )
-    elif kind == "grpo":
+    elif kind == "kto":
+        half = length // 2
+        texts = [" ".join(f"w{n}" for n in ids) for ids in tokens(2 * steps * rows, half - 1)]
+        labels = [n % 2 == 0 for n in range(steps * rows)]
+        data = Dataset.from_dict({"prompt": texts[::2], "completion": texts[1::2], "label": labels})
+        args = arguments(trl.KTOConfig, folder, steps, rows, max_length=length)
+        trainer = trl.KTOTrainer(
+            trained,
+            ref_model=model(),
+            args=args,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[turns],
+        )
+    elif kind in ("grpo", "rloo"):
+        config, cls = (
+            (trl.GRPOConfig, trl.GRPOTrainer) if kind == "grpo" else (trl.RLOOConfig, trl.RLOOTrainer)
+        )
         half = length // 2
         texts = [" ".join(f"w{n}" for n in ids) for ids in tokens(steps, half)]
         args = arguments(
-            trl.GRPOConfig, folder, steps, rows, num_generations=rows, max_completion_length=half, beta=0.0
+            config, folder, steps, rows, num_generations=rows, max_completion_length=half, beta=0.0
         )
         drawn = iter(tokens(2 * steps * rows, half))
 
-        class Drawn(trl.GRPOTrainer):
+        class Drawn(cls):
             def _generate_single_turn(self, prompt_ids, *others, **options):
                 return [next(drawn) for _ in prompt_ids], None
 
@@ -151,12 +181,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("trainers", nargs="*", default=["transformers", "sft", "dpo", "grpo"])
+    parser.add_argument("trainers", nargs="*", default=["transformers", "sft", "dpo", "kto", "grpo", "rloo"])
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", default="")
     given = parser.parse_args()
+    InTurn.out = given.out
     torch.set_num_threads(given.threads)
     rows = max(1, given.tokens // given.length)
     for name in given.trainers:

@@ -57,6 +57,7 @@ from fastloss.losses.reward_lists import (
 from fastloss.losses.reward_model import RewardOutput, process_reward_loss, reward_model_loss
 from fastloss.losses.router import RouterOutput, moe_load_balancing_loss, router_z_loss
 from fastloss.losses.selected_logprobs import linear_selected_logprobs, selected_logprobs
+from fastloss.losses.sequence_loss import SequencePart, linear_sequence_loss
 from fastloss.losses.supervised import SupervisedOutput, linear_supervised_loss, supervised_loss
 from fastloss.losses.support import sampler_metrics, sampler_support, support_from_mask
 from fastloss.losses.token_stats import (
@@ -85,6 +86,7 @@ __all__ = [
     "PreferenceOutput",
     "RewardOutput",
     "RouterOutput",
+    "SequencePart",
     "SupervisedOutput",
     "TokenStats",
     "UnpairedOutput",
@@ -115,6 +117,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_preference_loss",
     "linear_selected_logprobs",
+    "linear_sequence_loss",
     "linear_simpo_loss",
     "linear_supervised_loss",
     "linear_token_stats",

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from fastloss.losses.cross_entropy import cross_entropy
-from fastloss.losses.distillation import DistillationOutput, distillation_loss
+from fastloss.losses.distillation import DistillationOutput, distillation_loss, linear_distillation_loss
 from fastloss.losses.linear_cross_entropy import linear_cross_entropy
+from fastloss.losses.multi_token import multi_token_targets
 from fastloss.losses.policy import PolicyOutput, policy_loss
 from fastloss.losses.preference import PreferenceOutput, preference_loss
+from fastloss.losses.reward_lists import (
+    ListwiseOutput,
+    listwise_preference_loss,
+    listwise_reward_loss,
+    reward_regression_loss,
+    tied_reward_loss,
+)
 from fastloss.losses.reward_model import RewardOutput, reward_model_loss
+from fastloss.losses.router import RouterOutput, moe_load_balancing_loss, router_z_loss
+from fastloss.losses.supervised import SupervisedOutput, linear_supervised_loss, supervised_loss
 from fastloss.losses.token_stats import TokenStats, linear_token_stats
+from fastloss.losses.topk_distillation import linear_topk_distillation_loss, topk_distillation_loss
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -265,6 +277,316 @@ class DistillationLoss(nn.Module):
         self, logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, **options: Any
     ) -> DistillationOutput:
         return distillation_loss(logits, teacher_logits, target, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearDistillationLoss(nn.Module):
+    """:func:`fastloss.linear_distillation_loss` with its options fixed; the weights are the models' own.
+
+    >>> import torch, fastloss
+    >>> loss = fastloss.nn.LinearDistillationLoss("reverse_kl", temperature=2.0)
+    >>> loss(torch.zeros(1, 8), torch.zeros(4, 8), torch.zeros(1, 16), torch.zeros(4, 16)).loss
+    tensor(0.)
+    """
+
+    def __init__(self, divergence: str = "forward_kl", **options: Any):
+        super().__init__()
+        self.options = {"divergence": divergence, **options}
+
+    def forward(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        teacher_input: Tensor,
+        teacher_weight: Tensor,
+        target: Tensor | None = None,
+        **options: Any,
+    ) -> DistillationOutput:
+        options = {**self.options, **options}
+        return linear_distillation_loss(
+            input, linear_weight, teacher_input, teacher_weight, target, **options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class TopKDistillationLoss(nn.Module):
+    """:func:`fastloss.topk_distillation_loss` with its options fixed: a teacher of K classes a position.
+
+    >>> import torch, fastloss
+    >>> ids, logprobs = torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]).log()
+    >>> round(fastloss.nn.TopKDistillationLoss()(torch.zeros(1, 4), ids, logprobs).loss.item(), 4)
+    0.1733
+    """
+
+    def __init__(self, tail: str = "bin", **options: Any):
+        super().__init__()
+        self.options = {"tail": tail, **options}
+
+    def forward(
+        self,
+        logits: Tensor,
+        teacher_ids: Tensor,
+        teacher_logprobs: Tensor,
+        target: Tensor | None = None,
+        **options: Any,
+    ) -> DistillationOutput:
+        options = {**self.options, **options}
+        return topk_distillation_loss(logits, teacher_ids, teacher_logprobs, target, **options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearTopKDistillationLoss(nn.Module):
+    """:func:`fastloss.linear_topk_distillation_loss` with its options fixed; the weight is the model's own.
+
+    >>> import torch, fastloss
+    >>> ids, logprobs = torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]).log()
+    >>> loss = fastloss.nn.LinearTopKDistillationLoss()
+    >>> round(loss(torch.zeros(1, 8), torch.zeros(4, 8), ids, logprobs).loss.item(), 4)
+    0.1733
+    """
+
+    def __init__(self, tail: str = "bin", **options: Any):
+        super().__init__()
+        self.options = {"tail": tail, **options}
+
+    def forward(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        teacher_ids: Tensor,
+        teacher_logprobs: Tensor,
+        target: Tensor | None = None,
+        **options: Any,
+    ) -> DistillationOutput:
+        options = {**self.options, **options}
+        return linear_topk_distillation_loss(
+            input, linear_weight, teacher_ids, teacher_logprobs, target, **options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class SupervisedLoss(nn.Module):
+    """:func:`fastloss.supervised_loss` with its options fixed.
+
+    >>> import torch, fastloss
+    >>> round(fastloss.nn.SupervisedLoss("dft")(torch.zeros(1, 4), torch.tensor([1])).loss.item(), 4)
+    0.3466
+    """
+
+    def __init__(self, loss_type: str = "nll", **options: Any):
+        super().__init__()
+        self.options = {"loss_type": loss_type, **options}
+
+    def forward(self, logits: Tensor, target: Tensor, **options: Any) -> SupervisedOutput:
+        return supervised_loss(logits, target, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearSupervisedLoss(nn.Module):
+    """:func:`fastloss.linear_supervised_loss` with its options fixed; the weight is the model's own.
+
+    >>> import torch, fastloss
+    >>> loss = fastloss.nn.LinearSupervisedLoss("dft")
+    >>> round(loss(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([1])).loss.item(), 4)
+    0.3466
+    """
+
+    def __init__(self, loss_type: str = "nll", **options: Any):
+        super().__init__()
+        self.options = {"loss_type": loss_type, **options}
+
+    def forward(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
+    ) -> SupervisedOutput:
+        return linear_supervised_loss(input, linear_weight, target, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearMultiTokenLoss(nn.Module):
+    """The summed cross-entropy of K heads over one vocabulary matrix: :func:`fastloss.multi_token_targets`, then
+    :func:`fastloss.linear_cross_entropy` of the stacked hidden states.
+
+    Args:
+        heads, first, weights: as in :func:`fastloss.multi_token_targets`; head k has weight w_k times its mean.
+        ignore_index: the label of no target.
+        options: further keywords of :func:`fastloss.linear_cross_entropy`.
+
+    >>> import torch, fastloss
+    >>> loss = fastloss.nn.LinearMultiTokenLoss(heads=2, weights=[1.0, 0.5])
+    >>> round(loss(torch.zeros(2, 5, 8), torch.zeros(4, 8), torch.tensor([0, 1, 2, 3, 0])).item(), 4)  # 1.5 log 4
+    2.0794
+    """
+
+    def __init__(
+        self,
+        heads: int,
+        *,
+        first: int = 1,
+        weights: Sequence[float] | None = None,
+        ignore_index: int = -100,
+        **options: Any,
+    ):
+        super().__init__()
+        self.heads, self.first, self.ignore_index, self.options = heads, first, ignore_index, options
+        self.weights = None if weights is None else tuple(weights)
+
+    def forward(
+        self,
+        input: Tensor,
+        linear_weight: Tensor,
+        labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """``input [K, ..., T, D]``, ``labels [..., T]``; documents as in :func:`fastloss.multi_token_targets`."""
+        t = multi_token_targets(
+            labels, self.heads, first=self.first, weights=self.weights, cu_seqlens=cu_seqlens,
+            position_ids=position_ids, segment_ids=segment_ids, ignore_index=self.ignore_index,
+        )  # fmt: skip
+        options = {**self.options, **options}
+        return linear_cross_entropy(
+            input, linear_weight, t.target, token_weight=t.token_weight, ignore_index=self.ignore_index,
+            reduction="sum", **options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        own = {"heads": self.heads, "first": self.first, "weights": self.weights}
+        if self.ignore_index != -100:
+            own["ignore_index"] = self.ignore_index
+        return ", ".join(f"{name}={value!r}" for name, value in {**own, **self.options}.items())
+
+
+class MoELoadBalancingLoss(nn.Module):
+    """:func:`fastloss.moe_load_balancing_loss` with its options fixed.
+
+    >>> import torch, fastloss
+    >>> fastloss.nn.MoELoadBalancingLoss(top_k=2)(torch.zeros(1, 3, 4)).loss
+    tensor(2.)
+    """
+
+    def __init__(self, top_k: int, **options: Any):
+        super().__init__()
+        self.options = {"top_k": top_k, **options}
+
+    def forward(self, router_logits: Tensor | Sequence[Tensor], **options: Any) -> RouterOutput:
+        return moe_load_balancing_loss(router_logits, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class RouterZLoss(nn.Module):
+    """:func:`fastloss.router_z_loss` with its options fixed.
+
+    >>> import torch, fastloss
+    >>> round(fastloss.nn.RouterZLoss()(torch.zeros(1, 3, 4)).item(), 4)  # (log 4)²
+    1.9218
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options = options
+
+    def forward(self, router_logits: Tensor | Sequence[Tensor], **options: Any) -> Tensor:
+        return router_z_loss(router_logits, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class TiedRewardLoss(nn.Module):
+    """:func:`fastloss.tied_reward_loss` with its options fixed.
+
+    >>> import torch, fastloss
+    >>> loss = fastloss.nn.TiedRewardLoss("davidson", tie_strength=1.0)
+    >>> round(loss(torch.zeros(1), torch.zeros(1), torch.tensor([1])).loss.item(), 4)  # log 3
+    1.0986
+    """
+
+    def __init__(self, model: str = "rao_kupper", **options: Any):
+        super().__init__()
+        self.options = {"model": model, **options}
+
+    def forward(
+        self, first_rewards: Tensor, second_rewards: Tensor, outcome: Tensor, **options: Any
+    ) -> RewardOutput:
+        return tied_reward_loss(first_rewards, second_rewards, outcome, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class ListwiseRewardLoss(nn.Module):
+    """:func:`fastloss.listwise_reward_loss` with its options fixed.
+
+    >>> import torch, fastloss
+    >>> loss = fastloss.nn.ListwiseRewardLoss("plackett_luce")
+    >>> round(loss(torch.zeros(1, 3), torch.tensor([[2.0, 1.0, 0.0]])).loss.item(), 4)  # log 6
+    1.7918
+    """
+
+    def __init__(self, loss_type: str = "plackett_luce", **options: Any):
+        super().__init__()
+        self.options = {"loss_type": loss_type, **options}
+
+    def forward(self, scores: Tensor, labels: Tensor, **options: Any) -> RewardOutput:
+        return listwise_reward_loss(scores, labels, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class ListwisePreferenceLoss(nn.Module):
+    """:func:`fastloss.listwise_preference_loss` with its options fixed.
+
+    >>> import torch, fastloss
+    >>> same, labels = torch.tensor([[-3.0, -3.0]]), torch.tensor([[1.0, 0.0]])
+    >>> round(fastloss.nn.ListwisePreferenceLoss(beta=0.2)(same, labels, same).loss.item(), 4)  # log 2
+    0.6931
+    """
+
+    def __init__(self, loss_type: str = "plackett_luce", **options: Any):
+        super().__init__()
+        self.options = {"loss_type": loss_type, **options}
+
+    def forward(
+        self, logps: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
+    ) -> ListwiseOutput:
+        return listwise_preference_loss(logps, labels, ref_logps, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class RewardRegressionLoss(nn.Module):
+    """:func:`fastloss.reward_regression_loss` with its options fixed.
+
+    >>> import torch, fastloss
+    >>> fastloss.nn.RewardRegressionLoss("mse")(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])).loss
+    tensor(2.)
+    """
+
+    def __init__(self, loss_type: str = "mse", **options: Any):
+        super().__init__()
+        self.options = {"loss_type": loss_type, **options}
+
+    def forward(self, rewards: Tensor, labels: Tensor, **options: Any) -> RewardOutput:
+        return reward_regression_loss(rewards, labels, **{**self.options, **options})
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -298,10 +298,12 @@ def row_divergence_grad(
     factors: Tensor,
     out: Tensor,
     hard_lse_parts: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
 ) -> None:
     """Writes the gradient alone to ``out [rows, V]``, which may be ``logits``."""
     parts = lse_parts, teacher_lse_parts, hard_lse_parts
-    _launch(logits, teacher_logits, target, options, parts, (None, None), factors, slopes, None, out)
+    _launch(logits, teacher_logits, target, options, parts, (bias, teacher_bias), factors, slopes, None, out)
 
 
 def _launch(

@@ -26,6 +26,7 @@ if DEVICE == "cuda" and not torch.cuda.is_available():
     pytest.exit("FASTLOSS_TEST_DEVICE=cuda, but torch sees no CUDA device", returncode=2)
 if DEVICE != "cuda":
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["FASTLOSS_CALIBRATION"] = ""  # what somebody measured on this machine chooses no path of a test
 if WORKERS > 1:  # the workers share the cores; a test that is about threads sets its own number
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // WORKERS))

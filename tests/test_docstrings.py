@@ -35,6 +35,7 @@ WITHOUT_EXAMPLE = {
     "PolicyOutput",
     "PreferenceOutput",
     "RewardOutput",
+    "SequencePart",
     "RouterOutput",
     "SequenceShard",
     "SupervisedOutput",

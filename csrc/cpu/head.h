@@ -14,8 +14,14 @@ struct HeadCall {
   int64_t* argmax;            // [rows] or null: the first column of the largest logit
   const float* token_weight;  // [rows] factors of loss and gradient, or null
   Coefficients given;         // lse not null: the backward alone, from these; else unused
-  RowState* state;            // [rows]
-  const int64_t* keep;        // [rows] where a row lies in hidden and d_hidden, or null: in its place
+  const int32_t* selected;    // [rows, selected_count] or null: some classes of each row, ascending; from the
+                              // vocabulary's size on padding
+  int64_t selected_count;
+  float* selected_logits;          // [rows, selected_count]: theirs, as the loss sees them
+  float* selected_logprobs;        // theirs; null: they are left out of the row's sums
+  const float* selected_gradient;  // what the gradient of their raw logits is; of a class, its first entry
+  RowState* state;                 // [rows]
+  const int64_t* keep;             // [rows] where a row lies in hidden and d_hidden, or null: in its place
   int64_t dim;
   const void* hidden;  // rows hidden_stride apart
   int hidden_dtype;
@@ -48,6 +54,7 @@ inline bool wants_gradients(const HeadCall& c) { return is_backward(c) || (c.d_w
 inline bool is_d_hidden_alone(const HeadCall& c) {
   return c.d_hidden && !c.d_weight && !is_backward(c) && !c.stats_only;
 }
+inline bool leaves_out_selected(const HeadCall& c) { return c.selected_logits && !c.selected_logprobs; }
 // Whether a gradient sums over rows.
 inline bool sums_rows(const HeadCall& c) { return wants_gradients(c) && (c.d_weight || c.d_bias); }
 

@@ -179,6 +179,12 @@ void check(const HeadCall& c) {
   expect(!c.d_bias || c.d_weight || c.given.lse_parts, "d_bias: expected with d_weight or a backward alone");
   expect(!is_d_hidden_alone(c) || (c.logits.target && c.ce.terms.smooth == 0),
          "d_hidden without d_weight: expected index targets without label smoothing");
+  expect(!c.selected || (c.selected_count > 0 && !is_d_hidden_alone(c)),
+         "selected: expected selected_count of at least 1, and no d_hidden with the statistics");
+  expect(c.selected || !(c.selected_logits || c.selected_logprobs || c.selected_gradient),
+         "selected: expected with what is told of it");
+  expect(!c.selected_logprobs || c.selected_logits, "selected_logprobs: expected with selected_logits");
+  expect(!c.selected_gradient || is_backward(c), "selected_gradient: expected with given_lse_parts");
   for (const int dtype : {c.hidden_dtype, c.weight_dtype}) {
     expect(dtype == kFloat32 || dtype == kBFloat16, "dtype: expected float32 or bfloat16");
   }
@@ -249,6 +255,11 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("b", given.b);
   FASTLOSS_FIELD("c", given.c);
   FASTLOSS_FIELD("d", given.d);
+  FASTLOSS_FIELD("selected", selected);
+  FASTLOSS_FIELD("selected_count", selected_count);
+  FASTLOSS_FIELD("selected_logits", selected_logits);
+  FASTLOSS_FIELD("selected_logprobs", selected_logprobs);
+  FASTLOSS_FIELD("selected_gradient", selected_gradient);
   FASTLOSS_FIELD("state", state);
   FASTLOSS_FIELD("keep", keep);
   FASTLOSS_FIELD("dim", dim);

@@ -29,6 +29,39 @@ const float* weights_of(const CrossEntropy& c, int64_t row) {
 
 Wanted wanted(const HeadCall& c) { return wanted(c.stats, c.logits, c.ce); }
 
+// --- selected classes
+// ------------------------------------------------------------------------------------------------------------
+
+// What is done with each entry of the row that names a column in [start, start + n): f(column - start, entry,
+// whether it is the first that names it).
+template <class F>
+FASTLOSS_INLINE void each_selected(const HeadCall& c, int64_t row, int64_t start, int64_t n, F&& f) {
+  const int32_t* const ids = c.selected + row * c.selected_count;
+  int64_t at = 0;  // entries before the block: half of what is left a step, without a branch
+  for (int64_t left = c.selected_count; left > 0;) {
+    const int64_t half = (left + 1) / 2;
+    at += ids[at + half - 1] < start ? half : 0;
+    left -= half;
+  }
+  for (; at < c.selected_count && ids[at] < start + n; ++at) {
+    f(ids[at] - start, at, at == 0 || ids[at] != ids[at - 1]);
+  }
+}
+
+// The selected of z, the row's logits as the loss sees them, to the call's selected_logits. Left out of the
+// sums, they become -inf: whether there were any.
+__attribute__((noinline)) bool take_selected(const HeadCall& c, int64_t row, int64_t start, int64_t n,
+                                             float* z) {
+  float* const out = c.selected_logits + row * c.selected_count;
+  bool any = false;
+  each_selected(c, row, start, n, [&](int64_t column, int64_t entry, bool is_first) {
+    out[entry] = is_first ? z[column] : out[entry - 1];
+    if (c.selected_logprobs) return;
+    z[column] = -__builtin_inff(), any = true;
+  });
+  return any;
+}
+
 // --- sums of chapters
 // ----------------------------------------------------------------------------------------------------
 
@@ -285,10 +318,18 @@ void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& strip
       z[g] = nullptr;
       if (kind == RowKind::ignored) continue;
       float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
+      const Transform<float> f = plain.of_row(c.logits, row);
+      if (f.plain && c.selected_logits) take_selected(c, row, start, n, x);
       max[g] = keep_row<T, R>(c, x, row, start, n);
       z[g] = x;
-      const Transform<float> f = plain.of_row(c.logits, row);
-      if (!f.plain) z[g] = load_block(f, x, start, n, scratch.z + g * kSegment, scratch.slope, &max[g]);
+      if (!f.plain) {
+        float* const transformed = scratch.z + g * kSegment;
+        z[g] = load_block(f, x, start, n, transformed, scratch.slope, &max[g]);
+        if (c.selected_logits && take_selected(c, row, start, n, transformed)) {
+          max[g] = lowest_finite<float>();
+          for (int64_t i = 0; i < n; ++i) max[g] = transformed[i] > max[g] ? transformed[i] : max[g];
+        }
+      }
       const int64_t t = kind == RowKind::normal && l.target ? l.target[row] - start : -1;
       if (t >= 0 && t < n) {
         c.state[row].z_target = z[g][t];
@@ -349,6 +390,15 @@ void merge(const HeadCall& c, const ChapterSums& sums, bool first, int64_t begin
 
 double weight_of(const HeadCall& c, int64_t row) { return c.token_weight ? c.token_weight[row] : 1.0; }
 
+// Computed as write_stats computes a target's.
+void write_selected_logprobs(const HeadCall& c, int64_t row, const RowSums& r) {
+  if (!c.selected_logprobs) return;
+  const int64_t first = row * c.selected_count;
+  for (int64_t i = first; i < first + c.selected_count; ++i) {
+    c.selected_logprobs[i] = float((double(c.selected_logits[i]) - r.max) - r.log_sum);
+  }
+}
+
 void finish(const HeadCall& c, int64_t begin, int64_t end) {
   using S = float;
   const Logits& l = c.logits;
@@ -370,6 +420,9 @@ void finish(const HeadCall& c, int64_t begin, int64_t end) {
     r.max = s.max, r.sum = s.sum, r.z_target = s.z_target, r.slope_target = s.slope_target;
     r.sum_z = s.sum_z, r.sum_w = s.sum_w, r.sum_wz = s.sum_wz;
     finish_sums(want, s.entropy, s.square, &r);
+    // No class is left beside the selected ones, or none that is possible.
+    if (s.sum == 0 && leaves_out_selected(c)) r.log_sum = r.lse = -__builtin_inff();
+    write_selected_logprobs(c, row, r);
     write_stats<S>(stats, row, r, double(l.vocab), bad);
     if (c.argmax) c.argmax[row] = int64_t(s.best);
     if (bad) {
@@ -445,6 +498,15 @@ void load_kept(const HeadCall& c, int64_t row, int64_t start, int64_t n, float* 
   }
 }
 
+template <class T>
+__attribute__((noinline)) void give_selected(const HeadCall& c, int64_t row, int64_t start, int64_t n,
+                                             T* out) {
+  const float* const given = c.selected_gradient + row * c.selected_count;
+  each_selected(c, row, start, n, [&](int64_t column, int64_t entry, bool is_first) {
+    if (is_first) store_one(out + column, given[entry]);
+  });
+}
+
 template <class T, class R>
 void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* out_memory,
               int64_t out_stride, void* memory) {
@@ -512,10 +574,12 @@ void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* 
       }
     }
     zero_to_32(out, n);
-    if (!here) continue;
-    const double log_p = (z_target - s.max) - s.log_sum, p = __builtin_exp(log_p);
-    const double c_term = s.c != 0 && p != 0 ? s.c * p * log_p : 0.0;
-    store_one(out + t, float((s.a + s.b * p + c_term) * slope_target));
+    if (here) {
+      const double log_p = (z_target - s.max) - s.log_sum, p = __builtin_exp(log_p);
+      const double c_term = s.c != 0 && p != 0 ? s.c * p * log_p : 0.0;
+      store_one(out + t, float((s.a + s.b * p + c_term) * slope_target));
+    }
+    if (c.selected_gradient) give_selected(c, row, start, n, out);
   }
 }
 

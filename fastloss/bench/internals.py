@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastloss.engine import head_rows
+from fastloss.engine import calibration, head_rows
 from fastloss.engine.native import cpu_backend
 
 
@@ -16,6 +16,22 @@ def upcasts(device: torch.device, dtype: torch.dtype) -> bool:
 def gpu_chunk(rows: int, vocab: int, dim: int, dtype: torch.dtype) -> int:
     """Rows of logits that a linear head on a GPU holds at a time where its weight is trained."""
     return head_rows.default_chunk(rows, vocab, dim, dtype, torch.device("cuda"))
+
+
+SCHEDULES = (calibration.BLOCKS, calibration.CHUNKS)
+CALIBRATED = calibration.DTYPES
+only = calibration.only
+calibration_path = calibration.default_path
+
+
+def cpu_kind() -> str:
+    """What this processor multiplies with, as a calibration names it."""
+    return calibration.KIND
+
+
+def calibration_file() -> calibration.Table:
+    """The table of schedules that this process reads."""
+    return calibration.table()
 
 
 def cpu_instruction_sets() -> tuple[str, list[str]] | None:

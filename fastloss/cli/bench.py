@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from fastloss.bench import report, store
+from fastloss.bench import calibration, report, store
 from fastloss.bench.case import Case
 from fastloss.bench.cases import cases as all_cases
 from fastloss.bench.machine import slug
@@ -57,6 +57,14 @@ def bench(
             help="Folder of the results, whose other cases stay; default benchmarks/results/<machine>."
         ),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure which schedule of the linear head is faster on this CPU, and write the table that fastloss reads "
+            "(--out: its path); measure no case.",
+        ),
+    ] = False,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="OLD NEW", help="Compare two results (files or folders), measure nothing."),
@@ -69,6 +77,9 @@ def bench(
         return
     if device not in ("cpu", "cuda"):
         raise typer.BadParameter(f"expected cpu or cuda, got {device!r}", param_hint="--device")
+    if calibrate:
+        _calibrate(console, quick=quick, threads=threads, repeats=repeats, budget=budget, out=out)
+        return
     chosen = _chosen(cases or ["*"], quick, device)
     if list_cases:
         console.print("\n".join(case.name for case in chosen), highlight=False)
@@ -108,6 +119,30 @@ def bench(
     if contended := report.contended(results):
         console.print(f"somebody else was running in {len(contended)} cases: {', '.join(contended)}")
     console.print(f"written to {folder}: results.json, results.md, results.png")
+
+
+def _calibrate(
+    console: Console, *, quick: bool, threads: int, repeats: int, budget: float, out: Path | None
+) -> None:
+    """The table of this CPU, printed and written; not written where somebody else was running."""
+    if quick and out is None:
+        raise typer.BadParameter(
+            "expected a path with --quick, whose shapes say nothing of speed", param_hint="--out"
+        )
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        found = calibration.measure(quick, repeats, budget, lambda what: console.print(what, highlight=False))
+    except RuntimeError as error:
+        raise typer.BadParameter(str(error), param_hint="--calibrate") from error
+    columns = ("operands", "gradients", "shape", "blocks ms", "chunks ms", "chunks / blocks")
+    show(console, f"a head on {found['cpu']}, {found['threads']} threads", columns, calibration.rows(found))
+    for name, schedule in found["faster"].items():
+        console.print(f"{name}: {schedule}")
+    if found["contended"]:
+        console.print("somebody else was running: nothing was written; repeat it on a free machine")
+        raise typer.Exit(1)
+    console.print(f"written to {calibration.write(found, out)}")
 
 
 def _chosen(patterns: list[str], quick: bool, device: str) -> list[Case]:

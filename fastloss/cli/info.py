@@ -17,10 +17,13 @@ def info() -> None:
     )
     for name, state in fastloss.backends().items():
         print(f"  {name:<10} {state}")
-    from fastloss.bench.internals import cpu_instruction_sets
+    from fastloss.bench.internals import calibration_file, cpu_instruction_sets
 
     if (sets := cpu_instruction_sets()) is not None:
         print(f"  cpu kernels: {sets[0]} (compiled: {', '.join(sets[1])} run here)")
+        found = calibration_file()
+        if found.path is not None or found.reason:
+            print(f"  calibration: {found.path or 'not used, ' + found.reason}")
     try:
         from fastloss import _build_info as build  # type: ignore[attr-defined]
     except ImportError:

@@ -31,13 +31,16 @@ def of_cross_entropy(
     w: Tensor | None,
     vocab: int,
     options: CrossEntropyOptions,
+    mass: Tensor | None = None,
 ) -> Coefficients:
-    """Cross-entropy of each row times its upstream gradient; ``target=None`` is class probabilities in ``w``."""
+    """Cross-entropy of each row times its upstream gradient; ``target=None`` is class probabilities in ``w``, whose sums over
+    the whole row are ``mass`` (None: w has whole rows)."""
     g = upstream.to(lse_parts.dtype).contiguous()
     label_smoothing, z_loss = options.label_smoothing, options.z_loss
     if target is None:
         assert w is not None
-        return Coefficients(b=g * (w.sum(-1) + 2 * z_loss * lse_parts.sum(-1)), d=-g)
+        mass = w.sum(-1) if mass is None else mass
+        return Coefficients(b=g * (mass + 2 * z_loss * lse_parts.sum(-1)), d=-g)
     keep = 1.0 - label_smoothing
     own = keep * g
     if w is not None:

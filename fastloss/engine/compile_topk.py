@@ -40,6 +40,7 @@ from fastloss.engine.topk import (
     logprobs_of_logits,
     rows_of_head,
     rows_of_logits,
+    schedule_of,
     teacher_of,
 )
 from fastloss.tables import ACC_DTYPES, TOPK_SUMS, RowOptions, TopKOptions
@@ -121,7 +122,7 @@ def _linear_selected(
     mark, needed = marks(ids, None, weight.shape[0], LEFT_OUT), Needs(*needs)
     keep = heads.kept_rows(mark, LEFT_OUT, traced=True)
     count = heads.count_kept(hidden.shape[0], keep)
-    schedule = heads.chunked(head, count, needed, _limits(chunk, memory, float_logits))
+    schedule = schedule_of(head, count, needed, _limits(chunk, memory, float_logits))
     own = Chosen(mark, ids, None if upstream is None else upstream.contiguous())
     options = _record(RowOptions, fields, None, numbers)
     out, grads = logprobs_of_head(head, needed, own, options, schedule, keep)
@@ -257,7 +258,7 @@ def _linear_topk(
     keep = heads.kept_rows(teacher.mark, LEFT_OUT, traced=True)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
     count = heads.count_kept(hidden.shape[0], keep)
-    schedule = heads.chunked(head, count, needed, _limits(chunk, memory, float_logits))
+    schedule = schedule_of(head, count, needed, _limits(chunk, memory, float_logits))
     sums, grads = rows_of_head(head, needed, teacher, options, schedule, keep)
     loss = sums[:, 0]
     total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)

@@ -207,6 +207,8 @@ class Backend(Protocol):
         factors: Tensor,
         out: Tensor,
         hard_lse_parts: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
     ) -> None:
         """The gradient of :meth:`row_divergence` alone, to ``out [rows, V]``, which may be ``logits``; ``slopes [rows]`` are the
         column "slope" of its sums."""

@@ -150,10 +150,12 @@ class ReferenceBackend:
         factors: Tensor,
         out: Tensor,
         hard_lse_parts: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
     ) -> None:
         self.row_divergence(
-            logits, teacher_logits, target, options, lse_parts=lse_parts,
-            teacher_lse_parts=teacher_lse_parts, factors=factors, grad=out,
+            logits, teacher_logits, target, options, lse_parts=lse_parts, teacher_lse_parts=teacher_lse_parts,
+            factors=factors, grad=out, bias=bias, teacher_bias=teacher_bias,
         )  # fmt: skip
 
     def gathered_dots(self, x: Tensor, m: Tensor, index: Tensor, offsets: Tensor) -> Tensor:

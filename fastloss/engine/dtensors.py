@@ -17,7 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 # Which argument says how the vocabulary is cut, and along which dimension.
 VOCABULARY = {"linear_weight": 0, "logits": -1}
-WITH_IT = ("linear_bias", "ref_weight", "ref_bias")
+WITH_IT = ("linear_bias", "ref_weight", "ref_bias", "teacher_weight", "teacher_bias", "teacher_logits")
 
 
 def _class() -> Any:
@@ -77,7 +77,10 @@ def _of_dtensors(function: Any, vocabulary: str, given: dict[str, Any], kind: An
         if not isinstance(x, kind):
             local[name] = x
         elif name == vocabulary or (name in WITH_IT and cut is not None and x.placements == cut.placements):
+            _is_cut_alike(name, x, vocabulary, cut)
             local[name] = x.to_local()
+        elif name == "target" and shards is not None and x.is_floating_point():
+            local[name] = _probabilities(x, dim, shards)
         else:
             local[name], summed_outside = _local(name, x, mesh, dim)
             partial = partial or (name == "input" and summed_outside)
@@ -99,6 +102,32 @@ def _cut_dimension(name: str, x: Any) -> int | None:
             f"{x.placements}; use .redistribute()"
         )
     return cut[0] if cut else None
+
+
+def _is_cut_alike(name: str, x: Any, vocabulary: str, cut: Any) -> None:
+    """Every process finds it the same: of another number of classes the cuts lie elsewhere."""
+    over = VOCABULARY[vocabulary]
+    if cut is not None and x.shape[over % x.dim()] != cut.shape[over % cut.dim()]:
+        raise ValueError(
+            f"{name}: expected {cut.shape[over]} classes as {vocabulary} where both are sharded DTensors, got {x.shape[over]}"
+        )
+
+
+def _probabilities(x: Any, dim: int | None, shards: Shards) -> Tensor:
+    """This process's columns of class probabilities, which are sharded over the classes or replicated."""
+    wrong = [
+        place
+        for i, place in enumerate(x.placements)
+        if not (place.is_replicate() or (i == dim and place.is_shard(x.dim() - 1)))
+    ]
+    if wrong:
+        raise ValueError(
+            f"target: expected class probabilities with Shard({x.dim() - 1}) or Replicate(), got {x.placements}"
+        )
+    own: Tensor = x.to_local()
+    if dim is None or not x.placements[dim].is_replicate():
+        return own
+    return own[..., shards.first : shards.first + shards.own]
 
 
 def _sizes(x: Any, dim: int, over: int) -> tuple[int, ...]:

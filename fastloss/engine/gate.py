@@ -13,7 +13,9 @@ class LazyView(ValueError):
     that has kernels takes them (``resolves_views`` of engine/backend.py)."""
 
 
-# Of a tensor that the caller has from torch.empty or its like, and nobody else has seen: there is nothing to ask.
+# Of a tensor that the caller has from torch.empty or its like, and nobody else has seen: there is nothing to ask. Gradients must come
+# through here: a storage that Python has seen, as address() makes it, has one owner more, and then autograd adds the gradients
+# of a tensor that is used twice (a tied weight) into a third tensor and not into one of the two.
 of_made = Tensor.data_ptr
 
 

@@ -190,6 +190,11 @@ def vocab_of(linear_weight: Tensor, limits: Limits) -> int:
     return linear_weight.shape[0] if limits.shards is None else limits.shards.vocab
 
 
+def classes_of(head: Head) -> int:
+    """Classes of the whole vocabulary."""
+    return head.weight.shape[0] if head.shards is None else head.shards.vocab
+
+
 def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule in chunks of rows. "fast": as many as take the memory of a float32 gradient of the weight; "low": a
     quarter of the usual, but all rows at once where that spares an accumulator as large as their logits."""

@@ -14,19 +14,21 @@ after the forward (a loss per row, log-probs and entropy with gradients) the bac
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastloss.engine import calibration
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
-from fastloss.engine.gate import address
+from fastloss.engine.gate import address, of_made
 from fastloss.engine.head_rows import upcasts
 from fastloss.engine.head_types import Grads, Head, Needs, options_of_part
 from fastloss.engine.native import NativeBackend, supports_gemm_bf16
+from fastloss.engine.selection import Ranked, Taken
 from fastloss.tables import ARGMAX, DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, Row, RowOptions
 
 ENABLED = os.environ.get("FASTLOSS_VOCABULARY_BLOCKS", "1") != "0"
@@ -56,7 +58,10 @@ def why_not(backend: Backend, dtype: torch.dtype, weight: Tensor) -> str:
             return "oneDNN multiplies bfloat16 faster than float32"
         if weight.dtype != dtype or weight.shape[1] % 2:
             return "bfloat16 is multiplied in pairs along D, and d weight has the logits' dtype"
-    return "" if weight.stride(1) == 1 else "the weight's layout"
+    if weight.stride(1) != 1:
+        return "the weight's layout"
+    schedule, says = calibration.faster(dtype)
+    return "" if schedule == calibration.BLOCKS else says
 
 
 def why_not_cross_entropy(needs: Needs, per_row: bool, smooth: bool) -> str:
@@ -297,12 +302,39 @@ class BlockPart:
             self._kept = call
         return out
 
+    def take(self, mark: Tensor, options: RowOptions, ranked: Ranked, logprobs: bool = False) -> Taken:
+        """The selected logits are left out of the rows' sums, unless ``logprobs`` are wanted: those have every function's bits."""
+        self.run.multiplied += self.rows
+        call = _NativeCall(self, mark, None, self.own(options), Needs(False, self.needs.weight, False))
+        parts = self._outputs(call, ())[LSE_PARTS]
+        z = torch.zeros(ranked.ids.shape, dtype=torch.float32, device=mark.device)
+        log_p = torch.zeros_like(z) if logprobs else None
+        call.record.selected_count = z.shape[1]
+        call.point_to(selected=ranked.ids, selected_logits=z, selected_logprobs=log_p)
+        if self.needs:
+            call.record.stats_only = True
+            call.keep_logits(self.more)
+            self._kept = call
+        call.execute()
+        return Taken(z, parts, log_p)
+
+    def selected_gradients(
+        self,
+        mark: Tensor,
+        options: RowOptions,
+        lse_parts: Tensor,
+        b: Tensor,
+        ranked: Ranked,
+        given: Tensor,
+    ) -> None:
+        self.gradients(mark, options, lse_parts, Coefficients(b=b), selected=(ranked.ids, given))
+
     def _outputs(self, call: _NativeCall, want: Sequence[str]) -> dict[str, Tensor]:
         names = dict.fromkeys(name for name in (*want, LSE_PARTS) if name != ARGMAX)
         out = self.native.empty_stats(self.head.hidden, self.rows, names)
         if ARGMAX in want:
             out[ARGMAX] = torch.zeros(self.rows, dtype=torch.int64, device=self.head.hidden.device)
-        call.point_to(**out)
+        call.point_to_made(**out)
         return out
 
     def gradients(
@@ -312,8 +344,10 @@ class BlockPart:
         lse_parts: Tensor,
         coefficients: Coefficients,
         w: Tensor | None = None,
+        selected: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """From the logits that the statistics kept; the others are made again."""
+        """From the logits that the statistics kept; the others are made again. ``selected``: classes ``[rows, K]``, ascending, and the
+        gradient of their raw logits in place of that of the coefficients."""
         if not self.needs:
             return
         kept, self._kept = self._kept, None
@@ -329,6 +363,10 @@ class BlockPart:
         call = _NativeCall(self, target, w, self.own(options), kept=kept)
         k = {name: None if x is None else x.contiguous() for name, x in coefficients._asdict().items()}
         call.point_to(given_lse_parts=lse_parts, **k)
+        if selected is not None:
+            ids, given = selected
+            call.record.selected_count = ids.shape[1]
+            call.point_to(selected=ids, selected_gradient=given)
         call.execute()
         self.made = call.gradients()
 
@@ -369,18 +407,27 @@ class _NativeCall:
         c.grad_scale, c.spread, c.split, c.pairs = 1.0, self.rest is None, self.split, pairs
         c.tiles = pairs and self.native.module.supports_tiles()
         self.point_to(
-            target=target, bias=h.bias, row_scale=options.row_scale, w=w, keep=self.keep, hidden=hidden, weight=h.weight, d_weight=self.d_weight,
-            d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias,
+            target=target, bias=h.bias, row_scale=options.row_scale, w=w, keep=self.keep, hidden=hidden, weight=h.weight,
         )  # fmt: skip
+        self.point_to_made(
+            d_weight=self.d_weight, d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias
+        )
         if kept is not None:
             c.stored, c.more = kept.record.stored, kept.record.more
-            self.point_to(more_logits=kept.more_logits, origins=kept.origins)
+            self.point_to_made(more_logits=kept.more_logits, origins=kept.origins)
 
     def point_to(self, **tensors: Tensor | None) -> None:
+        self._point(address, tensors)
+
+    def point_to_made(self, **tensors: Tensor | None) -> None:
+        """Tensors that were made here."""
+        self._point(of_made, tensors)
+
+    def _point(self, place: Callable[[Tensor], int], tensors: dict[str, Tensor | None]) -> None:
         for name, tensor in tensors.items():
             if tensor is not None:
                 self.tensors.append(tensor)
-                setattr(self.record, name, address(tensor))
+                setattr(self.record, name, place(tensor))
 
     def _make_gradients(self, run: BlockPart, hidden: Tensor, kept: _NativeCall | None) -> None:
         shape, device = (self.all_rows, self.dim), hidden.device
@@ -407,11 +454,11 @@ class _NativeCall:
         c.more = min(self.rows - c.stored, more)
         if c.more:
             self.more_logits = new_gradient((self.vocab, c.more), weight.dtype, weight.device)
-            self.point_to(more_logits=self.more_logits)
+            self.point_to_made(more_logits=self.more_logits)
         if c.stored + c.more and weight.dtype == torch.bfloat16:
             shape = origins_shape(self.native, self.vocab, c.stored + c.more)
             self.origins = torch.empty(shape, dtype=torch.float32, device=weight.device)
-            self.point_to(origins=self.origins)
+            self.point_to_made(origins=self.origins)
 
     def execute(self) -> None:
         if not self.rows:
@@ -422,9 +469,9 @@ class _NativeCall:
         c, module, device = self.record, self.native.module, self.operands[0].device
         threads = torch.get_num_threads()
         shape = self.rows, module.ROW_STATE_DOUBLES
-        self.point_to(state=torch.empty(shape, dtype=torch.float64, device=device))
+        self.point_to_made(state=torch.empty(shape, dtype=torch.float64, device=device))
         scratch = torch.empty(c.workspace_bytes(threads) + 64, dtype=torch.uint8, device=device)
-        c.run(-(-address(scratch) // 64) * 64, threads)
+        c.run(-(-of_made(scratch) // 64) * 64, threads)
 
     def gradients(self, row_factor: Tensor | None = None) -> Grads:
         """Those of an executed call; d hidden of each row times ``row_factor``."""

@@ -7,7 +7,6 @@ itself, or is longer than the buffer, the statistics of all rows come first and 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, devices, head_blocks
+from fastloss.engine import checks, devices
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, segment_sum, upstream_scale
 from fastloss.engine.backend import Call, check_targets, is_traced, resolve_call
@@ -24,7 +23,7 @@ from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Schedule
-from fastloss.engine.head_rows import buffer_dtype
+from fastloss.engine.head_spans import Spans, spans_of
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.sequences import Sequences, Tokens, numbers_of, packed_layout
 from fastloss.engine.shards import Shards, of_group, whole
@@ -227,10 +226,6 @@ def _transform(options: RowOptions) -> dict[str, Any]:
     }
 
 
-# (rows, groups) of parts of whole groups.
-Spans = tuple[list[tuple[int, int]], list[tuple[int, int]]]
-
-
 @dataclass(frozen=True)
 class GroupPlan:
     """How a call is computed."""
@@ -264,10 +259,8 @@ def plan_groups(
     bounds = x.rows.bounds
     if call.by_definition or bounds is None:
         schedule, spans = heads.chunked(head, 1, needs, x.limits), None
-    elif heads.goes_by_vocabulary(head):
-        schedule, spans = _in_blocks(head, x, needs, bounds, coupled, per_group)
     else:
-        schedule, spans = _in_chunks(head, x, needs, bounds, coupled or per_group)
+        schedule, spans = spans_of(head, needs, x.limits, bounds, coupled=coupled, late=per_group)
     if call.by_definition:
         call.announce()
         return GroupPlan(call, None, schedule, needs, dtype)
@@ -276,61 +269,6 @@ def plan_groups(
     chunks = len(spans[0]) if spans is not None else -(-details["rows"] // max(1, details["chunk_rows"]))
     call.announce(**details, ref_gemms=int(ref), chunks=chunks)
     return GroupPlan(call, spans, schedule, needs, dtype)
-
-
-def _in_blocks(
-    head: Head, x: GroupedHead, needs: Needs, bounds: list[int], coupled: bool, per_group: bool
-) -> tuple[Schedule, Spans | None]:
-    """Blocks of the vocabulary: a part may have any number of rows, so that no group is too long for one."""
-    rows = bounds[-1]
-    schedule = heads.schedule_of_one_pass(head, rows, needs, x.limits, logprobs_only=True)
-    late = per_group or (coupled and schedule.part)
-    if late or not rows or not (needs.weight or needs.bias):
-        return heads.schedule_of(head, rows, needs, x.limits), None
-    if not schedule.part:
-        return schedule, ([(0, rows)], [(0, len(bounds) - 1)])
-    longest = max(b - a for a, b in itertools.pairwise(bounds))
-    spans = _packed(bounds, max(schedule.part, longest))
-    part, dim = max(stop - start for start, stop in spans[0]), x.weight.shape[1]
-    more = 0 if x.limits.memory == "low" else min(max(0, part - dim), head_blocks.further_rows(x.weight))
-    return schedule._replace(part=part, more=more), spans
-
-
-def _in_chunks(
-    head: Head, x: GroupedHead, needs: Needs, bounds: list[int], coupled: bool
-) -> tuple[Schedule, Spans | None]:
-    """Chunks of rows: a group's logits must fit into one."""
-    rows = bounds[-1]
-    longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
-    usual = heads.chunked(head, rows, needs, x.limits).chunk
-    # A chosen size is a limit; else a group may take as much as the weight and its gradient.
-    limit = x.limits.chunk_size or max(usual, _affordable(head))
-    if coupled or not (needs.weight or needs.bias) or not 0 < longest <= limit:
-        return Schedule(max(1, min(usual, rows)), float_logits=x.limits.float_logits), None
-    spans = _packed(bounds, max(usual, longest))
-    chunk = max(stop - start for start, stop in spans[0])
-    return Schedule(chunk, float_logits=x.limits.float_logits), spans
-
-
-def _affordable(head: Head) -> int:
-    """Rows whose logits take no more memory than the weight and its gradient in the accumulation dtype."""
-    weight = head.weight
-    itemsize = buffer_dtype(head).itemsize
-    return weight.shape[1] * (weight.element_size() + ACC_DTYPES[head.dtype].itemsize) // itemsize
-
-
-def _packed(bounds: list[int], chunk: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(rows, groups) of chunks of whole groups, each as many as fit."""
-    rows, groups, first = [], [], 0
-    last = len(bounds) - 1
-    while first < last:
-        stop = first + 1
-        while stop < last and bounds[stop + 1] - bounds[first] <= chunk:
-            stop += 1
-        rows.append((bounds[first], bounds[stop]))
-        groups.append((first, stop))
-        first = stop
-    return rows, groups
 
 
 def evaluate(

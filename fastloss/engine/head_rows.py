@@ -317,6 +317,8 @@ class Chunk:
         """The losses alone, named "distance", and statistics; no gradient is made."""
         head = self.run.head
         own = self.own(options)
+        if w is not None and w.dim() == 2:
+            w = w[self.start : self.stop]
         out = head.backend.row_cross_entropy(self.logits, target, own, want=want, bias=head.bias, w=w)
         out["distance"] = out.pop("loss")
         return out

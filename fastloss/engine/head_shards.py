@@ -21,8 +21,12 @@ from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import BlockPart, VocabularyBlocks
 from fastloss.engine.head_rows import RowChunks
 from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
+from fastloss.engine.selection import Selection, Taken, select, take, write_gradient
 from fastloss.engine.shards import Shards
 from fastloss.tables import ACC_DTYPES, ARGMAX, LSE_PARTS, CrossEntropyOptions, RowOptions
+
+# Rows of logits that are copied at a time where they may not be changed.
+COPIED = 64
 
 
 class ShardedRun:
@@ -78,6 +82,7 @@ class ShardedPart:
         """Those of whole rows: one all-gather."""
         local, _ = self.shards.local(target, options.ignore_index)
         out = self.part.stats(local, cut.local_options(options), cut.needed(want))
+        out[LSE_PARTS] = self._share(out[LSE_PARTS])
         if ARGMAX in out:
             out[ARGMAX] = out[ARGMAX] + self.shards.first  # a class of the whole vocabulary
         whole = cut.exchange(self.shards, out, target, options.ignore_index)
@@ -94,8 +99,9 @@ class ShardedPart:
         row_factors: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of whole rows, each times its entry of ``row_factors``; the gradients of their sum times ``factor`` are made on the
-        way. ``w``: the weights of all classes, or None."""
-        assert target is not None
+        way. ``w``: the weights of all classes, or None; without targets this shard's columns of the weighted probabilities."""
+        if target is None:
+            return self._of_probabilities(options, w, factor, want, row_factors)
         shards = self.shards
         names = tuple(dict.fromkeys((*want, "logprobs", LSE_PARTS)))
         smoothing = options.label_smoothing
@@ -104,6 +110,7 @@ class ShardedPart:
             local, _ = shards.local(target, options.ignore_index)
             whole_row = replace(options, label_smoothing=1.0, z_loss=0.0, ignore_index=cut.NO_TARGET)
             out = self.part.distances(local, whole_row, shards.columns(w), cut.needed(names))
+            out[LSE_PARTS] = self._share(out[LSE_PARTS])
             out["distance"] = out["distance"] * shards.own
             bounds = zip(shards.starts[:-1], shards.starts[1:], strict=True)
             sums = shards.sizes if w is None else [float(w[a:b].sum()) for a, b in bounds]
@@ -119,14 +126,43 @@ class ShardedPart:
         if options.z_loss:
             loss = loss + options.z_loss * stats[LSE_PARTS].sum(-1).square()
         loss = torch.where(kept, loss, 0.0)
-        upstream = torch.full_like(loss, factor.value) if row_factors is None else row_factors * factor.value
-        if factor.tensor is not None:
-            upstream = upstream * factor.tensor
         if self.run.needs and loss.shape[0]:
+            upstream = _upstream(loss, factor, row_factors)
             k = of_cross_entropy(upstream, stats[LSE_PARTS], target, w, shards.vocab, options)
             self.gradients(target, options, stats[LSE_PARTS], k, w)
         return {
             **{name: stats[name] for name in names},
+            "loss": loss if row_factors is None else loss * row_factors,
+        }
+
+    def _of_probabilities(
+        self,
+        options: CrossEntropyOptions,
+        w: Tensor | None,
+        factor: Factor,
+        want: Sequence[str],
+        row_factors: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """``w`` has all rows. "mass" is Σ w_v of each row."""
+        assert w is not None and not isinstance(self.part, BlockPart)
+        names = tuple(dict.fromkeys((*want, LSE_PARTS)))
+        plain = replace(options, label_smoothing=0.0, z_loss=0.0)
+        out = self.part.distances(None, plain, w, cut.needed(names))
+        out[LSE_PARTS] = self._share(out[LSE_PARTS])
+        rows = out["distance"].shape[0]
+        own = w if isinstance(self.part, Columns) else w[self.part.start : self.part.stop]
+        out["mass"] = own.sum(-1).to(out["distance"].dtype)
+        stats = cut.exchange(self.shards, out, None, options.ignore_index)
+        loss = stats["distance"]
+        if options.z_loss:
+            loss = loss + options.z_loss * stats[LSE_PARTS].sum(-1).square()
+        if self.run.needs and rows:
+            k = of_cross_entropy(
+                _upstream(loss, factor, row_factors), stats[LSE_PARTS], None, w, self.shards.vocab, options, stats["mass"]
+            )  # fmt: skip
+            self.gradients(None, options, stats[LSE_PARTS], k, w)
+        return {
+            **{name: stats[name] for name in (*names, "mass")},
             "loss": loss if row_factors is None else loss * row_factors,
         }
 
@@ -143,10 +179,62 @@ class ShardedPart:
         k = coefficients
         if mine is not None and k.a is not None:
             k = k._replace(a=torch.where(mine, k.a, 0.0))
-        own = self.shards.columns(w)
+        own = w if w is not None and w.dim() == 2 else self.shards.columns(w)
         self.part.gradients(local, cut.local_options(options), lse_parts, k, own)
+        self._begin_sum()
+
+    def _share(self, parts: Tensor) -> Tensor:
+        """This shard's lse_parts, where a mask or a bias made all its logits -inf."""
+        part = self.part
+        if isinstance(part, Columns):
+            return cut.without_share(parts, lambda: (part.logits == -torch.inf).all(1))
+        bias = None if isinstance(part, EmptyPart) else self.run.head.bias
+        return parts if bias is None else cut.without_share(parts, lambda: (bias == -torch.inf).all())
+
+    def _begin_sum(self) -> None:
         if not isinstance(self.part, BlockPart):
             self.run.begin_sum(self.part.start, self.part.stop)
+
+    # What a loss does with the logits themselves: engine/distillation.py.
+
+    @property
+    def logits(self) -> Tensor:
+        """This shard's columns."""
+        logits: Tensor = self.part.logits
+        return logits
+
+    def add_gradients(self) -> None:
+        """Adds to the head's gradients from d logits, which have been written over this shard's columns."""
+        self.part.add_gradients()
+        self._begin_sum()
+
+    # A few classes of each row: engine/topk.py.
+
+    def take(self, mark: Tensor, options: RowOptions, selection: Selection) -> Taken:
+        """The selected logits of whole rows, and the lse_parts of all their other classes: a sum of K numbers a token, each of which
+        one process has, and an all-gather of 2."""
+        local = self._own(selection)
+        own = self.part.take(mark, options, local)
+        z = self.shards.from_owner(local.spread(own.z), self.shards.has(selection.ids))
+        return Taken(z, cut.join_parts(self.shards.gather(self._share(own.rest).contiguous())))
+
+    def selected_gradients(
+        self,
+        mark: Tensor,
+        options: RowOptions,
+        lse_parts: Tensor,
+        b: Tensor,
+        selection: Selection,
+        given: Tensor,
+    ) -> None:
+        """Adds this shard's gradients: ``given`` of the selected classes, ``b·p_v`` of the others."""
+        local = self._own(selection)
+        self.part.selected_gradients(mark, options, lse_parts, b, local, local.sorted(given))
+        self._begin_sum()
+
+    def _own(self, selection: Selection) -> Selection:
+        """This shard's classes of it, whose entries came from the places of ``selection``'s."""
+        return select(self.shards.local_ids(selection.ids), self.shards.own)
 
 
 class EmptyShard:
@@ -188,8 +276,36 @@ class EmptyPart:
     ) -> dict[str, Tensor]:
         return self.stats(target, options, (*want, "distance"))
 
+    @property
+    def logits(self) -> Tensor:
+        h = self.run.head
+        return torch.zeros((self.stop - self.start, 0), dtype=h.dtype, device=h.hidden.device)
+
+    def take(self, mark: Tensor, options: RowOptions, selection: Selection) -> Taken:
+        return _nothing_taken(selection, ACC_DTYPES[self.run.head.dtype])
+
     def gradients(self, *_: Any) -> None:
         return None
+
+    def selected_gradients(self, *_: Any) -> None:
+        return None
+
+    def add_gradients(self) -> None:
+        return None
+
+
+def _nothing_taken(selection: Selection, acc: torch.dtype) -> Taken:
+    rows, device = selection.ids.shape[0], selection.ids.device
+    return Taken(
+        torch.zeros(selection.ids.shape, dtype=acc, device=device),
+        torch.full((rows, 2), -torch.inf, dtype=acc, device=device),
+    )
+
+
+def _upstream(loss: Tensor, factor: Factor, row_factors: Tensor | None) -> Tensor:
+    """What each row's loss is multiplied by in their sum."""
+    upstream = torch.full_like(loss, factor.value) if row_factors is None else row_factors * factor.value
+    return upstream if factor.tensor is None else upstream * factor.tensor
 
 
 class Columns:
@@ -227,6 +343,33 @@ class Columns:
         if self.logits.shape[1]:
             self.backend.row_grad(
                 self.logits, target, options, lse_parts=lse_parts, coefficients=k, out=self.out, w=w
+            )
+
+    def take(self, mark: Tensor, options: RowOptions, selection: Selection) -> Taken:
+        """From copies of a few rows at a time: the logits stay as they are."""
+        if not self.logits.shape[1]:
+            return _nothing_taken(selection, ACC_DTYPES[self.logits.dtype])
+        taken = []
+        for start in range(0, max(1, self.logits.shape[0]), COPIED):
+            here = slice(start, start + COPIED)
+            z = self.logits[here].clone(memory_format=torch.contiguous_format)
+            own = Selection(*(x[here] for x in selection))
+            taken.append(take(self.backend, z, mark[here], options, own, None))
+        return Taken(*(torch.cat(each) for each in zip(*taken, strict=True)))
+
+    def selected_gradients(
+        self,
+        mark: Tensor,
+        options: RowOptions,
+        lse_parts: Tensor,
+        b: Tensor,
+        selection: Selection,
+        given: Tensor,
+    ) -> None:
+        assert self.out is not None
+        if self.logits.shape[1]:
+            write_gradient(
+                self.backend, self.logits, mark, options, lse_parts, b, selection, given, self.out, None
             )
 
 

@@ -371,9 +371,11 @@ class NativeBackend:
         factors: Tensor,
         out: Tensor,
         hard_lse_parts: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
     ) -> None:
         given = {
-            "logits": logits, "teacher_logits": teacher_logits, "target": target, "bias": None, "teacher_bias": None,
+            "logits": logits, "teacher_logits": teacher_logits, "target": target, "bias": bias, "teacher_bias": teacher_bias,
             "lse_parts": lse_parts, "teacher_lse_parts": teacher_lse_parts, "hard_lse_parts": hard_lse_parts,
             "factors": factors, "slopes": slopes, "grad": out,
         }  # fmt: skip
@@ -407,7 +409,7 @@ class NativeBackend:
         rows, width = x.shape
         with self.context.guard(x):
             self.module.scale_in_place(
-                x=address(x), dtype=DTYPE_CODES[x.dtype], rows=rows, width=width, row_stride=x.stride(0),
+                x=of_made(x), dtype=DTYPE_CODES[x.dtype], rows=rows, width=width, row_stride=x.stride(0),
                 factor=address(scale), context=self.context.argument(x),
             )  # fmt: skip
 
@@ -632,7 +634,7 @@ class NativeBackend:
 
     def convert_in_place(self, x: Tensor, n: int, source: torch.dtype) -> None:
         """The first ``n`` numbers of ``x``'s memory, front to back: from ``source`` to ``x``'s dtype."""
-        place = address(x)
+        place = of_made(x)
         self.module.convert(
             src=place,
             src_dtype=DTYPE_CODES[source],
@@ -818,7 +820,7 @@ def multiply_bf16(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
     """``out = a.t() @ b``, or ``out += a.t() @ b``, float32 from bfloat16."""
     (inner, rows), columns = a.shape, b.shape[1]
     cpu_backend().module.gemm_bf16(
-        address(a), a.stride(0), address(b), b.stride(0), address(out), out.stride(0), rows, columns, inner, accumulate,
+        address(a), a.stride(0), address(b), b.stride(0), of_made(out), out.stride(0), rows, columns, inner, accumulate,
         torch.get_num_threads(),
     )  # fmt: skip
 

@@ -55,12 +55,41 @@ class Selection(NamedTuple):
 def select(ids: Tensor, vocab: int) -> Selection:
     """Of ``ids [rows, K]``; what is no class is padding."""
     known = torch.where((ids >= 0) & (ids < vocab), ids, vocab)
-    ordered, order = known.sort(dim=1, stable=True)
+    return _selection(*known.sort(dim=1, stable=True), vocab)
+
+
+def _selection(ordered: Tensor, order: Tensor, vocab: int) -> Selection:
     fresh = torch.ones_like(ordered, dtype=torch.bool)
     fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    places = torch.arange(ids.shape[1], dtype=torch.int64, device=ids.device).expand(ids.shape)
+    places = torch.arange(ordered.shape[1], dtype=torch.int64, device=ordered.device).expand(ordered.shape)
     leader = torch.where(fresh, places, 0).cummax(1).values
     return Selection(ordered, fresh & (ordered < vocab), leader, order)
+
+
+class Ranked(NamedTuple):
+    """The selections of many rows, in little memory."""
+
+    ids: Tensor  # int32, Selection's
+    order: Tensor  # int16, Selection's
+    vocab: int
+
+    def of(self, rows: slice) -> Selection:
+        return _selection(self.ids[rows].long(), self.order[rows].long(), self.vocab)
+
+
+def rank(ids_of: Callable[[slice], Tensor], rows: int, vocab: int, piece: int) -> Ranked:
+    """The selections of ``ids_of(rows) [.., K]``, made ``piece`` rows at a time."""
+    first = select(ids_of(slice(0, min(rows, piece))), vocab)
+    if rows <= piece:
+        return Ranked(first.ids.to(torch.int32), first.order.to(torch.int16), vocab)
+    shape, device = (rows, first.ids.shape[1]), first.ids.device
+    ids = torch.empty(shape, dtype=torch.int32, device=device)
+    order = torch.empty(shape, dtype=torch.int16, device=device)
+    for start in range(0, rows, piece):
+        own = slice(start, min(rows, start + piece))
+        selection = first if start == 0 else select(ids_of(own), vocab)
+        ids[own], order[own] = selection.ids, selection.order
+    return Ranked(ids, order, vocab)
 
 
 def marks(ids: Tensor, target: Tensor | None, vocab: int, ignore_index: int) -> Tensor:
@@ -77,10 +106,11 @@ def marks(ids: Tensor, target: Tensor | None, vocab: int, ignore_index: int) -> 
 
 class Taken(NamedTuple):
     """Of rows: the selected logits as the loss sees them, acc ``[rows, K]``, and the lse_parts of the others (the second -inf
-    where there are none)."""
+    where there are none). With ``log_p``, their log-probabilities, the lse_parts are those of all classes."""
 
     z: Tensor
     rest: Tensor
+    log_p: Tensor | None = None
 
 
 class Outcomes(NamedTuple):
@@ -94,6 +124,7 @@ class Outcomes(NamedTuple):
 
 
 def outcomes(taken: Taken, selection: Selection) -> Outcomes:
+    """Without ``log_p``."""
     z = torch.where(selection.first, taken.z, -torch.inf)
     rest_max, rest_log = taken.rest[:, 0], taken.rest[:, 1]
     largest = torch.maximum(torch.where(rest_log == -torch.inf, -torch.inf, rest_max), z.amax(1))

@@ -11,12 +11,15 @@ whole row are connected by the shard's share π of the row's probability::
 So the statistics travel, and nothing else: one all-gather of 2 to 6 numbers of each token, from which every process computes
 the same bits; the gradients of a shard's columns then need no other shard, and d hidden is one sum over the group (as in
 Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053, which does this for cross-entropy).
+
+A loss that reads more of a row than that has two further messages: numbers that add up over the classes (a divergence from a
+teacher; :func:`add_in_order`), and the logits of a few classes that an id names, each of which one process has (:meth:`Shards.from_owner`).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -77,8 +80,18 @@ class Shards:
         if target is None:
             return None, None
         ignored = target == ignore_index
-        mine = (target >= self.first) & (target < self.first + self.own) & ~ignored
-        return torch.where(mine, target - self.first, 0).masked_fill(ignored, NO_TARGET), mine
+        mine = self.has(target) & ~ignored
+        none = (target < 0) | (target >= self.vocab)  # a bad target is one to every shard's kernel
+        local = torch.where(mine, target - self.first, 0).masked_fill(none, self.own)
+        return local.masked_fill(ignored, NO_TARGET), mine
+
+    def has(self, classes: Tensor) -> Tensor:
+        """Whether this process has each class."""
+        return (classes >= self.first) & (classes < self.first + self.own)
+
+    def local_ids(self, ids: Tensor) -> Tensor:
+        """Each id as a class of this shard; -1 where another one has it, or none."""
+        return torch.where(self.has(ids), ids - self.first, -1)
 
     def columns(self, w: Tensor | None) -> Tensor | None:
         """This shard's part of one number per class."""
@@ -95,22 +108,27 @@ class Shards:
                 dist.all_reduce(partial, group=self.group)
         return partial
 
+    def from_owner(self, own: Tensor, mine: Tensor) -> Tensor:
+        """Numbers each of which one process has (``mine``), on every process; 0 what none has. One sum of a number and of zeros:
+        the same bits everywhere."""
+        return self.add_up(torch.where(mine, own, 0.0))
+
     def details(
         self, rows: int, want: Sequence[str], dtype: torch.dtype, hidden: Tensor | None = None
     ) -> dict[str, Any]:
         """What ``explain`` tells: bytes that this process sends. Its numbers of each token, to each other process; and d hidden,
         twice less a share, as a ring sums it. ``dtype`` is that of the statistics."""
+        return self.told(rows * (1 + len(needed(want))) * dtype.itemsize, 0, hidden)
+
+    def told(self, gathered: int, summed: int, hidden: Tensor | None) -> dict[str, Any]:
+        """The same of ``gathered`` bytes of this process in all-gathers, and of ``summed`` bytes in sums beside d hidden's."""
         others = self.world - 1
-        numbers = 1 + len(needed(want))
-        sent = (
-            0
-            if hidden is None or not self.reduce_hidden
-            else 2 * others * hidden.numel() * hidden.element_size() // self.world
-        )
+        if hidden is not None and self.reduce_hidden:
+            summed += hidden.numel() * hidden.element_size()
         return {
             "vocabulary_shards": list(self.sizes),
-            "gathered_bytes": others * rows * numbers * dtype.itemsize,
-            "reduced_bytes": sent,
+            "gathered_bytes": others * gathered,
+            "reduced_bytes": 2 * others * summed // self.world,
         }
 
 
@@ -176,6 +194,37 @@ def _agree(everyone: list[list[int]], vocab: int) -> None:
             )
 
 
+def both(student: Shards, teacher: Shards) -> Shards:
+    """The classes that two models have in common, where the wider one has padding at the end of its vocabulary, or of its shards:
+    each process must have the same ones of both.
+
+    Raises:
+        ShapeError: it has not.
+    """
+    sizes = tuple(min(pair) for pair in zip(student.sizes, teacher.sizes, strict=True))
+    out = replace(student, sizes=sizes)
+    same = all(
+        not n or student.starts[rank] == teacher.starts[rank] == out.starts[rank]
+        for rank, n in enumerate(sizes)
+    )
+    if not same or out.vocab != min(student.vocab, teacher.vocab):
+        raise ShapeError(
+            f"group: expected the teacher's vocabulary cut at the student's classes {list(student.sizes)}, got {list(teacher.sizes)}"
+        )
+    return out
+
+
+def of_teacher(group: Any, shards: Shards, own: int, device: torch.device) -> Shards:
+    """:func:`both` of a student's ``shards`` and of a teacher of whose vocabulary this process has ``own`` classes."""
+    if isinstance(group, Shards):  # nothing is exchanged: the teacher's are cut as these
+        if group.own != own:
+            raise ShapeError(
+                f"group: expected the {group.own} classes of this process's shard of the teacher's vocabulary too, got {own}"
+            )
+        return shards
+    return both(shards, of_group(group, own, device))
+
+
 def process_group(group: Any) -> Any:
     """A ProcessGroup, or that of a DeviceMesh of one dimension."""
     get = getattr(group, "get_group", None)
@@ -207,14 +256,15 @@ def needed(want: Sequence[str]) -> tuple[str, ...]:
 
 def combine(
     parts: dict[str, Tensor],
-    sizes: Sequence[int],
+    sizes: Sequence[int] | Tensor,
     owner: Tensor | None,
     ignored: Tensor | None,
     weights: Sequence[float] = (),
 ) -> dict[str, Tensor]:
     """The statistics of whole rows from those of their shards, each ``[processes, rows]`` (``lse_parts`` with 2 at the end).
-    A shard without classes, or whose logits are all -inf, has no share. ``distance`` is Σ_v w_v (logsumexp - z_v), ``weights``
-    the Σ w_v of each shard."""
+    A shard without classes, or whose logits are all -inf, has no share. ``sizes`` are the classes of each shard, or of each shard
+    and row ``[processes, rows]``. ``distance`` is Σ_v w_v (logsumexp - z_v), with Σ w_v of each shard in ``weights``, or of each
+    shard and row in ``mass``, which adds up."""
     largest, log_sum = parts[LSE_PARTS].unbind(-1)
     nothing = largest == -torch.inf
     log_sum = torch.where(nothing, -torch.inf, log_sum)
@@ -238,13 +288,22 @@ def combine(
         squares = torch.where(nothing, -torch.inf, parts["log_sum_sq_probs"] + 2 * log_share)
         out["log_sum_sq_probs"] = torch.logsumexp(squares, 0)
     if "mean_logits" in parts:
-        of = torch.tensor(sizes, dtype=largest.dtype, device=largest.device).unsqueeze(1) / sum(sizes)
-        out["mean_logits"] = torch.where(of == 0, 0.0, parts["mean_logits"] * of).sum(0)
+        if isinstance(sizes, Tensor):
+            of = sizes.to(largest.dtype) / sizes.sum(0)
+        else:
+            of = torch.tensor(sizes, dtype=largest.dtype, device=largest.device).unsqueeze(1) / sum(sizes)
+        mean = torch.where(nothing, -torch.inf, parts["mean_logits"])
+        out["mean_logits"] = torch.where(of == 0, 0.0, mean * of).sum(0)
     if ARGMAX in parts:  # of equal ones the first shard's; a float32 holds any class exactly
         out[ARGMAX] = parts[ARGMAX].gather(0, largest.argmax(0, keepdim=True))[0].long()
     if "distance" in parts:
-        of = torch.tensor(weights, dtype=largest.dtype, device=largest.device).unsqueeze(1)
-        further = torch.where(of == 0, 0.0, parts["distance"] - of * log_share)
+        if "mass" in parts:
+            of = parts["mass"]
+            out["mass"] = of.sum(0)
+        else:
+            of = torch.tensor(weights, dtype=largest.dtype, device=largest.device).unsqueeze(1)
+        own = torch.where(nothing, torch.inf, parts["distance"])
+        further = torch.where(of == 0, 0.0, own - of * log_share)
         out["distance"] = further.sum(0)
     if ignored is not None:
         out = {
@@ -260,10 +319,13 @@ def exchange(
     target: Tensor | None,
     ignore_index: int,
     weights: Sequence[float] = (),
+    sizes: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The statistics of whole rows, the same bits on every process, from this shard's ``own``."""
+    """The statistics of whole rows, the same bits on every process, from this shard's ``own``. ``weights`` and ``sizes``: as of
+    :func:`combine`."""
     parts = own[LSE_PARTS]
-    names = [name for name in own if name != LSE_PARTS]
+    # In one order on every process, whatever its schedule: a shard without classes makes them in another.
+    names = sorted(name for name in own if name != LSE_PARTS)
     message = torch.stack([*parts.unbind(-1), *(own[name].to(parts.dtype) for name in names)])
     everyone = shards.gather(message)
     got = {LSE_PARTS: everyone[:, :2].transpose(1, 2)}
@@ -272,7 +334,32 @@ def exchange(
     owner = None
     if target is not None and ignored is not None:
         owner = shards.owner(target.masked_fill(ignored, 0))
-    return combine(got, shards.sizes, owner, ignored, weights)
+    return combine(got, shards.sizes if sizes is None else sizes, owner, ignored, weights)
+
+
+def without_share(parts: Tensor, masked: Callable[[], Tensor]) -> Tensor:
+    """lse_parts ``[rows, 2]`` of a shard, of which a row kernel makes NaN where every logit is -inf (``masked``, of each row or of all):
+    in the whole row such a shard has no share."""
+    nan = parts[:, 1].isnan()
+    if parts.device.type == "cpu" and not bool(nan.any()):
+        return parts
+    nothing = torch.tensor([-torch.inf, 0.0], dtype=parts.dtype, device=parts.device)
+    return torch.where((nan & masked())[:, None], nothing, parts)
+
+
+def add_in_order(shards: Shards, own: Tensor) -> Tensor:
+    """The sum over the processes of ``own``, in their order and in float64: one all-gather, the same bits on each."""
+    return shards.gather(own.contiguous()).double().sum(0).to(own.dtype)
+
+
+def join_parts(parts: Tensor) -> Tensor:
+    """The lse_parts ``[..., 2]`` of the union of disjoint classes, from those of each ``[processes, ..., 2]``. A second number of
+    -inf says that there is no class."""
+    largest, log_sum = parts.double().unbind(-1)
+    nothing = (log_sum == -torch.inf) | (largest == -torch.inf)
+    top = torch.where(nothing, -torch.inf, largest).amax(0)
+    each = torch.where(nothing, -torch.inf, (largest - top) + log_sum)
+    return torch.stack([top, torch.logsumexp(each, 0)], -1).to(parts.dtype)
 
 
 def local_options(options: RowOptions) -> RowOptions:

@@ -22,6 +22,7 @@ from fastloss.engine.contract import Backend
 from fastloss.engine.gather import segments_of
 from fastloss.engine.head_types import Grads, Needs
 from fastloss.engine.sequences import Sequences, packed_layout
+from fastloss.engine.shards import Shards, exchange, needed, without_share
 from fastloss.tables import ACC_DTYPES, LSE_PARTS, RowOptions
 
 # A row's target as the row kernels see it, where it is no place in the row's set: left out, or bad.
@@ -292,7 +293,9 @@ def _seen(z: Tensor, layout: Layout, options: RowOptions) -> Tensor:
 def kept_of_logits(logits: Tensor, layout: Layout, options: RowOptions) -> Tensor:
     """The kept of ``logits [rows, V]``, acc ``[entries]``."""
     place = layout.row * logits.shape[1] + layout.classes.clamp(min=0)
-    if logits.is_contiguous():
+    if not logits.shape[1]:
+        z = torch.zeros(place.shape, dtype=logits.dtype, device=logits.device)
+    elif logits.is_contiguous():
         z = logits.view(-1).index_select(0, place)
     else:
         z = logits[layout.row, layout.classes.clamp(min=0)]
@@ -301,9 +304,52 @@ def kept_of_logits(logits: Tensor, layout: Layout, options: RowOptions) -> Tenso
 
 def spread(d_z: Tensor, layout: Layout, out: Tensor) -> None:
     """``d_z`` to ``out [rows, V]``, contiguous, 0 elsewhere. An entry that does not count adds 0: no order matters."""
+    if not out.shape[1]:
+        return
     place = layout.row * out.shape[1] + layout.classes.clamp(min=0)
     out.zero_().view(-1).scatter_add_(0, place, d_z.to(out.dtype))
     out.masked_fill_(layout.bad[:, None], torch.nan)
+
+
+# --- a vocabulary that is cut --------------------------------------------------------------------------------------------
+
+
+def of_shard(layout: Layout, target: Tensor | None, shards: Shards) -> Layout:
+    """The entries whose classes this process has; of a target that another one has the place does not matter."""
+    classes = shards.local_ids(layout.classes)
+    place = layout.place
+    if place is not None and target is not None:
+        place = torch.where((place >= 0) & (place < ABSENT) & ~shards.has(target), 0, place)
+    known = classes.masked_fill(classes < 0, shards.own)
+    return layout._replace(classes=classes, order=None, known=known, place=place)
+
+
+def _kept_of_each(layout: Layout, shards: Shards) -> Tensor:
+    """How many classes of each row's set each process has, int64 ``[processes, rows]``."""
+    rows, device = layout.bad.shape[0], layout.bad.device
+    out = torch.zeros(shards.world * rows, dtype=torch.int64, device=device)
+    place = shards.owner(layout.classes.clamp(min=0)) * rows + layout.row
+    return out.scatter_add_(0, place, (layout.classes >= 0).to(torch.int64)).view(shards.world, rows)
+
+
+def _whole_stats(run: SupportRun, z: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+    """The statistics of whole sets, from this process's kept logits ``z`` and those of the others."""
+    want = heads.with_lse_parts(run.want)
+    shards = run.shards
+    if shards is None:
+        return stats_of(run.backend, z, run.layout, want)
+    layout = of_shard(run.layout, target, shards)
+    own = stats_of(run.backend, z, layout, needed(want))
+    own[LSE_PARTS] = without_share(own[LSE_PARTS], lambda: _masked(z, layout) & ~layout.bad)
+    sizes = _kept_of_each(run.layout, shards) if "mean_logits" in want else None
+    whole = exchange(shards, own, target, run.options.ignore_index, sizes=sizes)
+    return {name: whole[name] for name in want}
+
+
+def _masked(z: Tensor, layout: Layout) -> Tensor:
+    """Whether a row has no logit but -inf, bool ``[rows]``."""
+    there = torch.zeros(layout.bad.shape, dtype=torch.int64, device=z.device)
+    return there.scatter_reduce(0, layout.row, (z != -torch.inf).to(torch.int64), "amax") == 0
 
 
 class SupportRun(NamedTuple):
@@ -318,6 +364,11 @@ class SupportRun(NamedTuple):
     dtype: torch.dtype
     needs: Needs
     inplace: bool = False
+    shards: Shards | None = None  # ``layout`` has the classes of all
+
+    def own_layout(self, target: Tensor | None) -> Layout:
+        """That of this process's columns."""
+        return self.layout if self.shards is None else of_shard(self.layout, target, self.shards)
 
 
 def _defined(logits: Tensor, target: Tensor | None, run: SupportRun) -> list[Tensor | None]:
@@ -335,6 +386,7 @@ def _defined(logits: Tensor, target: Tensor | None, run: SupportRun) -> list[Ten
 
 def _logits_again(ctx: Any) -> Any:
     run: SupportRun = ctx.run
+    heads.again_only_whole(run.shards)
     if run.inplace:
         raise RuntimeError("inplace: expected False where the gradient is differentiated again, got True")
     logits, target, *_ = ctx.saved_tensors
@@ -346,8 +398,8 @@ class SupportStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor | None, run: SupportRun) -> Any:
-        z = kept_of_logits(logits.detach(), run.layout, run.options)
-        out = stats_of(run.backend, z, run.layout, heads.with_lse_parts(run.want))
+        z = kept_of_logits(logits.detach(), run.own_layout(target), run.options)
+        out = _whole_stats(run, z, target)
         ctx.run = run
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, z, out[LSE_PARTS], _own(out.get("entropy")))
@@ -358,21 +410,29 @@ class SupportStatistics(torch.autograd.Function):
     @differentiable_again(_logits_again)
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         run: SupportRun = ctx.run
-        logits, _, z, lse_parts, entropy = ctx.saved_tensors
+        logits, target, z, lse_parts, entropy = ctx.saved_tensors
         if all(g is None for g in upstream):
             return None, None, None
-        k = of_upstream(run.want, upstream, entropy, lse_parts.dtype)
-        d_z = gradient_of(run.backend, z, run.layout, run.options, lse_parts, k)
+        layout = run.own_layout(target)
+        k = _of_own_targets(run, target, of_upstream(run.want, upstream, entropy, lse_parts.dtype))
+        d_z = gradient_of(run.backend, z, layout, run.options, lse_parts, k)
         out = logits.detach() if run.inplace else new_gradient(logits.shape, logits.dtype, logits.device)
         if out.is_contiguous():
-            spread(d_z, run.layout, out)
+            spread(d_z, layout, out)
         else:
             dense = torch.empty(out.shape, dtype=out.dtype, device=out.device)
-            spread(d_z, run.layout, dense)
+            spread(d_z, layout, dense)
             out.copy_(dense)
         if run.inplace:
             torch.autograd.graph.increment_version(logits)
         return out, None, None
+
+
+def _of_own_targets(run: SupportRun, target: Tensor | None, k: Coefficients) -> Coefficients:
+    """The log-prob's own class is another process's, where that has it."""
+    if run.shards is None or target is None or k.a is None:
+        return k
+    return k._replace(a=torch.where(run.shards.has(target), k.a, 0.0))
 
 
 def _own(entropy: Tensor | None) -> Tensor | None:
@@ -394,6 +454,8 @@ def kept_of_head(
 ) -> Tensor:
     """The kept of ``hidden @ weight.T + bias``, acc ``[entries]``, never rounded to the operands' dtype."""
     x, m = _operand(hidden, dtype), _operand(weight, dtype)
+    if not m.shape[0]:  # a shard without classes
+        return torch.full(layout.classes.shape, -torch.inf, dtype=ACC_DTYPES[dtype], device=m.device)
     z = backend.gathered_dots(x, m, layout.classes, layout.offsets)
     if bias is not None:
         z = z + bias.detach().to(z.dtype)[layout.classes.clamp(min=0)]
@@ -412,6 +474,13 @@ def gradients_of_head(
 ) -> Grads:
     """Of the raw kept logits' gradient, in the operands' dtype."""
     d_hidden = d_weight = d_bias = None
+    if not weight.shape[0]:
+        acc = ACC_DTYPES[dtype]
+        return Grads(
+            torch.zeros(hidden.shape, dtype=dtype, device=hidden.device) if needs.hidden else None,
+            torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs.weight else None,
+            torch.zeros(0, dtype=acc, device=weight.device) if needs.bias else None,
+        )
     if needs.hidden:
         d_hidden = new_gradient(hidden.shape, dtype, hidden.device)
         backend.gathered_sums(_operand(weight, dtype), layout.classes, d_z, layout.offsets, d_hidden)
@@ -441,6 +510,7 @@ def _operand(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _head_again(ctx: Any) -> Any:
     run: SupportRun = ctx.run
+    heads.again_only_whole(run.shards)
     hidden, weight, bias, target, *_ = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype, float_logits=True)
     return _defined(logits, target, run), [hidden, weight, bias]
@@ -453,8 +523,9 @@ class LinearSupportStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None, run: SupportRun
     ) -> Any:
-        z = kept_of_head(run.backend, hidden, weight, bias, run.layout, run.options, run.dtype)
-        out = stats_of(run.backend, z, run.layout, heads.with_lse_parts(run.want))
+        layout = run.own_layout(target)
+        z = kept_of_head(run.backend, hidden, weight, bias, layout, run.options, run.dtype)
+        out = _whole_stats(run, z, target)
         ctx.run = run
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, target, z, out[LSE_PARTS], _own(out.get("entropy")))
@@ -465,10 +536,13 @@ class LinearSupportStatistics(torch.autograd.Function):
     @differentiable_again(_head_again)
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         run: SupportRun = ctx.run
-        hidden, weight, bias, _, z, lse_parts, entropy = ctx.saved_tensors
+        hidden, weight, bias, target, z, lse_parts, entropy = ctx.saved_tensors
         if all(g is None for g in upstream):
             return None, None, None, None, None
-        k = of_upstream(run.want, upstream, entropy, lse_parts.dtype)
-        d_z = gradient_of(run.backend, z, run.layout, run.options, lse_parts, k)
-        grads = gradients_of_head(run.backend, hidden, weight, bias, d_z, run.layout, run.dtype, run.needs)
+        layout = run.own_layout(target)
+        k = _of_own_targets(run, target, of_upstream(run.want, upstream, entropy, lse_parts.dtype))
+        d_z = gradient_of(run.backend, z, layout, run.options, lse_parts, k)
+        grads = gradients_of_head(run.backend, hidden, weight, bias, d_z, layout, run.dtype, run.needs)
+        if run.shards is not None and run.shards.reduce_hidden and grads.hidden is not None:
+            grads = grads._replace(hidden=run.shards.add_up(grads.hidden.to(hidden.dtype)))
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend), None, None)

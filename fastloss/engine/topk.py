@@ -7,7 +7,7 @@ float64 by PyTorch, and hands back the gradient of each selected logit and one c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from torch import Tensor
 from fastloss.engine import head as heads
 from fastloss.engine.contract import Backend
 from fastloss.engine.head import Schedule
-from fastloss.engine.head_types import Grads, Head, Needs
+from fastloss.engine.head_blocks import BlockPart
+from fastloss.engine.head_shards import COPIED, of_columns
+from fastloss.engine.head_types import Grads, Head, Limits, Needs
 from fastloss.engine.selection import (
     COUNTS,
     LEFT_OUT,
@@ -25,12 +27,15 @@ from fastloss.engine.selection import (
     gather,
     marks,
     outcomes,
+    rank,
     raw_gradient,
     select,
     take,
     write_gradient,
 )
+from fastloss.engine.shards import Shards
 from fastloss.tables import (
+    ACC_DTYPES,
     DISTILLATION_DIVERGENCES,
     LSE_PARTS,
     TAILS,
@@ -38,8 +43,9 @@ from fastloss.tables import (
     TopKOptions,
 )
 
-# Rows of logits that are copied at a time where they may not be changed.
-COPIED = 64
+# Rows whose ``[rows, K]`` PyTorch computes with at a time in blocks of the vocabulary: a dozen tensors of that size, in float64, stay
+# small.
+PIECE = 64
 
 
 class Chosen(NamedTuple):
@@ -128,9 +134,14 @@ def logprobs_of_head(
     """``[rows, K]`` of all rows, and the gradients of the products with ``own.upstream``."""
 
     def function(taken: Taken, selection: Selection, own: Chosen) -> Made:
-        return _logprobs(outcomes(taken, selection), taken.z, selection, own, options)
+        if taken.log_p is None:
+            made = outcomes(taken, selection)
+        else:
+            log_p, unknown = torch.where(selection.first, taken.log_p, -torch.inf), taken.rest[:, 0]
+            made = Outcomes(log_p, unknown, taken.rest, unknown)
+        return _logprobs(made, taken.z, selection, own, options)
 
-    return _run(head, needs, own, options, schedule, keep, lambda own: own.ids, function)
+    return _run(head, needs, own, options, schedule, keep, lambda own: own.ids, function, logprobs=True)
 
 
 def _run(
@@ -142,18 +153,160 @@ def _run(
     keep: Tensor | None,
     ids_of: Callable[[_Rows], Tensor],
     function: Callable[[Taken, Selection, _Rows], Made],
+    logprobs: bool = False,
 ) -> tuple[Tensor, Grads]:
-    rows = type(rows)(*(heads.pick(x, keep) for x in rows))  # type: ignore[arg-type]
-    outs = []
+    """``logprobs``: those of the selected classes are enough, where the schedule has them at no cost."""
+    marks_of_kept, outs = heads.pick(rows.mark, keep), []
     with heads.begin(head, needs, keep, schedule) as run:
         for part in run.parts():
-            own = type(rows)(*(part.of(x) for x in rows))  # type: ignore[arg-type]
-            selection = select(ids_of(own), head.weight.shape[0])
-            made = function(part.take(own.mark, options, selection), selection, own)
+            own = _rows_of(part, rows, keep)
+            if isinstance(part, BlockPart):
+                outs.append(
+                    {
+                        "out": _of_blocks(
+                            part, part.of(marks_of_kept), own, options, ids_of, function, logprobs
+                        )
+                    }
+                )
+                continue
+            chunk = own(slice(None))
+            selection = select(ids_of(chunk), heads.classes_of(head))
+            made = function(part.take(chunk.mark, options, selection), selection, chunk)
             if made.b is not None and made.given is not None:
-                part.selected_gradients(own.mark, options, made.parts, made.b, selection, made.given)
+                part.selected_gradients(chunk.mark, options, made.parts, made.b, selection, made.given)
             outs.append({"out": made.out})
         return run.collect(outs)["out"], run.grads()
+
+
+def _of_blocks(
+    part: BlockPart,
+    mark: Tensor | None,
+    own: Callable[[slice], _Rows],
+    options: RowOptions,
+    ids_of: Callable[[_Rows], Tensor],
+    function: Callable[[Taken, Selection, _Rows], Made],
+    logprobs: bool,
+) -> Tensor:
+    assert mark is not None
+    count = mark.shape[0]
+    ranked = rank(lambda some: ids_of(own(some)), count, part.head.weight.shape[0], PIECE)
+    taken, made = part.take(mark, options, ranked, logprobs), []
+    for start in range(0, max(1, count), PIECE):
+        some = slice(start, start + PIECE)
+        of_some = Taken(*(None if x is None else x[some] for x in taken))  # type: ignore[arg-type]
+        here = function(of_some, ranked.of(some), own(some))
+        if here.given is not None:
+            of_some.z.copy_(here.given)  # which is all that is needed of them from here on
+        made.append(here._replace(given=None))
+    b = [x.b for x in made if x.b is not None]
+    if b:
+        parts = torch.cat([x.parts for x in made])
+        part.selected_gradients(mark, options, parts, torch.cat(b), ranked, taken.z)
+    return torch.cat([x.out for x in made])
+
+
+def _rows_of(part: Any, rows: _Rows, keep: Tensor | None) -> Callable[[slice], _Rows]:
+    """Some of a part's rows, by their places in it, out of all: no copy of all that are kept is made."""
+    place = part.of(keep)
+
+    def of(some: slice) -> _Rows:
+        def pick(x: Tensor) -> Tensor | None:
+            if place is not None:
+                return x.index_select(0, place[some])
+            own = part.of(x)
+            return None if own is None else own[some]
+
+        return _each(rows, pick)
+
+    return of
+
+
+def _each(rows: _Rows, f: Callable[[Tensor], Tensor | None]) -> _Rows:
+    return type(rows)(*(None if x is None else f(x) for x in rows))  # type: ignore[arg-type]
+
+
+def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
+    """The schedule of a pass that selects classes: chunks of rows where the vocabulary is cut over processes."""
+    if head.shards is not None:
+        return heads.chunked(head, rows, needs, limits)
+    return heads.schedule_of_one_pass(head, rows, needs, limits)
+
+
+def details(
+    head: Head, rows: int, needs: Needs, again: bool, schedule: Schedule, width: int, want: str
+) -> dict[str, Any]:
+    """What ``explain`` tells of a pass that selects ``width`` classes of each row; ``want``: what is PyTorch's. ``again``: the
+    backward is another pass."""
+    told = schedule.details(head, rows, needs, again)
+    if head.shards is not None:
+        hidden = head.hidden if needs.hidden else None
+        told.update(sent(head.shards, rows, width, ACC_DTYPES[head.dtype], 1 + again, hidden))
+    return {**told, want: "PyTorch's operations on [rows, K] beside the head"}
+
+
+def sent(
+    shards: Shards, rows: int, width: int, acc: torch.dtype, passes: int = 1, hidden: Tensor | None = None
+) -> dict[str, Any]:
+    """The bytes of it that ``explain`` tells: each pass gathers 2 numbers a token and sums ``width``."""
+    numbers = passes * rows * acc.itemsize
+    return shards.told(2 * numbers, width * numbers, hidden)
+
+
+# --- columns of given logits, of a vocabulary that is cut ---------------------------------------------------------------
+
+
+def taken_of_columns(
+    shards: Shards, backend: Backend, logits: Tensor, mark: Tensor, ids: Tensor, options: RowOptions
+) -> Taken:
+    """What the processes exchange of their columns ``logits [rows, V_r]``; a backward needs no more."""
+    return of_columns(shards, logits, backend).take(mark, options, select(ids, shards.vocab))
+
+
+def logprobs_of_columns(
+    shards: Shards,
+    backend: Backend,
+    logits: Tensor,
+    taken: Taken,
+    own: Chosen,
+    options: RowOptions,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``[rows, K]``, and the gradient of the products with ``own.upstream`` to ``out``."""
+    selection = select(own.ids, shards.vocab)
+    made = _logprobs(outcomes(taken, selection), taken.z, selection, own, options)
+    return _finish(shards, backend, logits, own.mark, options, selection, made, out)
+
+
+def rows_of_columns(
+    shards: Shards,
+    backend: Backend,
+    logits: Tensor,
+    taken: Taken,
+    teacher: Teacher,
+    o: TopKOptions,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`rows_of_logits` of this process's columns."""
+    selection = select(selected_by(teacher), shards.vocab)
+    made = _divergence(taken, selection, teacher, o)
+    return _finish(shards, backend, logits, teacher.mark, o.row_options(), selection, made, out)
+
+
+def _finish(
+    shards: Shards,
+    backend: Backend,
+    logits: Tensor,
+    mark: Tensor,
+    options: RowOptions,
+    selection: Selection,
+    made: Made,
+    out: Tensor | None,
+) -> Tensor:
+    if out is not None:
+        assert made.b is not None and made.given is not None
+        part = of_columns(shards, logits, backend, out)
+        part.selected_gradients(mark, options, made.parts, made.b, selection, made.given)
+    return made.out
 
 
 # --- a teacher of K classes ----------------------------------------------------------------------------------------------
@@ -174,7 +327,7 @@ def teacher_of(
     )
 
 
-def _ids(own: Teacher) -> Tensor:
+def selected_by(own: Teacher) -> Tensor:
     """The teacher's classes, and the hard loss's after them."""
     if own.target is None:
         return own.ids
@@ -190,7 +343,7 @@ def rows_of_head(
     def function(taken: Taken, selection: Selection, own: Teacher) -> Made:
         return _divergence(taken, selection, own, o)
 
-    return _run(head, needs, teacher, options, schedule, keep, _ids, function)
+    return _run(head, needs, teacher, options, schedule, keep, selected_by, function)
 
 
 def rows_of_logits(
@@ -200,7 +353,7 @@ def rows_of_logits(
     options, sums = o.row_options(), []
     for start in range(0, max(1, logits.shape[0]), COPIED):
         own = Teacher(*(None if x is None else x[start : start + COPIED] for x in teacher))  # type: ignore[arg-type]
-        selection = select(_ids(own), logits.shape[1])
+        selection = select(selected_by(own), logits.shape[1])
         z = logits[start : start + COPIED].clone(memory_format=torch.contiguous_format)
         made = _divergence(take(backend, z, own.mark, options, selection, None), selection, own, o)
         if out is not None:

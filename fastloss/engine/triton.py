@@ -154,10 +154,12 @@ class TritonBackend:
         factors: Tensor,
         out: Tensor,
         hard_lse_parts: Tensor | None = None,
+        bias: Tensor | None = None,
+        teacher_bias: Tensor | None = None,
     ) -> None:
         _kernels().row_divergence_grad(
             logits, teacher_logits, target, options, lse_parts=lse_parts, teacher_lse_parts=teacher_lse_parts,
-            slopes=slopes, factors=factors, out=out, hard_lse_parts=hard_lse_parts,
+            slopes=slopes, factors=factors, out=out, hard_lse_parts=hard_lse_parts, bias=bias, teacher_bias=teacher_bias,
         )  # fmt: skip
 
     def gathered_dots(self, x: Tensor, m: Tensor, index: Tensor, offsets: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Every trainer of TRL (SFT, DPO, KTO, GRPO, RLOO, reward models aside) gets its per-token log-probabilities either from
 ``add_fused_lm_head``, whose work is one autograd function, or from logits by three functions of ``trl.trainer.utils``.
-``apply()`` puts fastloss in those four places. The losses of SFT, DPO and GRPO also make their gradient while the head's
+``apply()`` puts fastloss in those four places. The losses of SFT, DPO, KTO, GRPO and RLOO also make their gradient while the head's
 logits are there (trl_losses.py), and so does distillation (trl_distillation.py). Values of losses, metrics and trainers stay TRL's.
 """
 
@@ -115,7 +115,7 @@ def apply(*, only_labelled_positions: bool = True, losses: bool = True) -> Handl
     """All TRL trainers of this process take their log-probabilities and entropies from fastloss.
 
     Args:
-        losses: SFT, DPO, GRPO and distillation also make the gradient of their loss in the pass that makes their log-probabilities: 3
+        losses: SFT, DPO, KTO, GRPO, RLOO and distillation also make the gradient of their loss in the pass that makes their log-probabilities: 3
             GEMMs of the head in place of 4. Their loss and metrics remain those that TRL's code computes; a trainer whose
             loss is another one than TRL's is refused at its first step, and a version whose code was not read here.
             Needs ``only_labelled_positions``.

@@ -1,4 +1,4 @@
-"""TRL's losses of SFT, DPO and GRPO in one pass over the head: 3 GEMMs in place of 4.
+"""TRL's losses of SFT, DPO, KTO, GRPO and RLOO in one pass over the head: 3 GEMMs in place of 4.
 
 TRL's head hands out log-probabilities and is told their gradient in the backward, where it makes the logits again. Here
 the head is told the loss before it begins. fastloss's loss makes the gradient while the logits are there; TRL's own code
@@ -25,10 +25,18 @@ from fastloss.losses.token_stats import TokenStats
 __all__ = ["ACTIVE", "replace_losses"]
 
 # Of TRL 1.16: how the sha256 begins of the source of what replace_losses() relies on.
-READ = ("422d009f04b66659", "ca448211ff653fe6", "5e58a1699e0d76cd", "90611af9cbadb8ec", "80295546bbdbf6f7", "ea73c3909275851d")  # fmt: skip
+READ = (
+    "422d009f04b66659", "ca448211ff653fe6", "5e58a1699e0d76cd", "90611af9cbadb8ec", "80295546bbdbf6f7", "ea73c3909275851d",
+    "70e5262bf7b4fc77", "83c8d1cfdc4fab9d", "ebc903a2f9f7cd83", "c1f9fa0cd5a6948c", "ea73c3909275851d",
+)  # fmt: skip
 LOSS, REFERENCE = "_compute_loss", ("ref_chosen_logps", "ref_rejected_logps")
-# GRPO's losses whose tokens need no other token: their divisor is theirs, or the number of accumulated batches.
-TOKEN_LEVEL = ("grpo", "bnpo", "dr_grpo", "luspo", "sapo", "dapo", "cispo")
+KTO_REFERENCE, KL_LOGPS = ("ref_logps", "ref_KL_logps"), "_compute_kl_logps"
+# GRPO's losses whose divisor is theirs, or the number of accumulated batches; those that are divided by the number of items.
+BY_BATCH, BY_ITEMS = ("grpo", "bnpo", "dr_grpo", "luspo", "sapo"), ("dapo", "cispo", "vespo")
+OWN_OPTIONS = {
+    "sapo": ("sapo_temperature_pos", "sapo_temperature_neg"),
+    "vespo": ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+}
 SORTED = {"aot", "aot_unpaired"}  # a pair's gradient needs all pairs
 
 # (hidden [N, D], weight, target [N], number of targets of each sequence, the head's options) -> (loss, TokenStats)
@@ -59,6 +67,8 @@ class OnePass:
         """``trl(model)``: TRL's loss, over fastloss's gradient."""
 
         def recorded(**inputs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return model(**inputs)
             shifted = inputs.get("shift_labels")
             self.labels = inputs["labels"][:, 1:] if shifted is None else shifted
             token = ACTIVE.set(self)
@@ -174,27 +184,75 @@ def of_dpo(trainer: Any, inputs: dict[str, Any]) -> OnePass:
     return OnePass(loss)
 
 
+def of_kto(trainer: Any, inputs: dict[str, Any], kl_logps: Tensor | None) -> OnePass:
+    """``inputs`` have the reference's log-probabilities; ``kl_logps``: the policy's, of the mismatched answers."""
+    good, ref = inputs["label"].bool(), inputs[KTO_REFERENCE[0]].float()
+    kl: Tensor | None = None
+    if kl_logps is not None:
+        mean = (kl_logps - inputs[KTO_REFERENCE[1]]).mean()
+        kl = trainer.accelerator.gather_for_metrics(mean).mean().clamp(min=0)
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, counts: Tensor, how: dict[str, Any]) -> Any:
+        out, stats = fastloss.linear_kto_loss(
+            hidden, weight, target, good, cu_seqlens=_borders(counts), ref_logps=ref, kl=kl, loss_type=trainer.loss_type,
+            beta=trainer.beta, desirable_weight=trainer.desirable_weight, undesirable_weight=trainer.undesirable_weight,
+            return_stats=True, **how,
+        )  # fmt: skip
+        return out.loss, stats
+
+    return OnePass(loss)
+
+
+def of_rloo(trainer: Any, inputs: dict[str, Any]) -> OnePass:
+    """A ratio of each completion; TRL's clipped surrogate of it."""
+    advantages, old = inputs["advantages"], inputs["old_logps"]
+    low, high = 1 - trainer.epsilon_low, 1 + trainer.epsilon_high
+
+    def of_part(part: fastloss.SequencePart) -> Tensor:
+        own, ratio = advantages[part.indices], torch.exp(part.logps - old[part.indices])
+        return -torch.min(ratio * own, ratio.clamp(low, high) * own).sum() / len(advantages)
+
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, counts: Tensor, how: dict[str, Any]) -> Any:
+        return fastloss.linear_sequence_loss(
+            hidden,
+            weight,
+            target,
+            of_part,
+            cu_seqlens=_borders(counts),
+            outputs=("entropy",),
+            return_stats=True,
+            **how,
+        )
+
+    return OnePass(loss)
+
+
 def of_grpo(trainer: Any, inputs: dict[str, Any]) -> OnePass | None:
-    args, kind = trainer.args, trainer.loss_type
+    args, kind, level = trainer.args, trainer.loss_type, trainer.importance_sampling_level
+    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
     if (
         not _trains(trainer)
-        or kind not in TOKEN_LEVEL
-        or trainer.importance_sampling_level != "token"
-        or trainer.top_entropy_quantile < 1.0
-        or trainer.off_policy_mask_threshold is not None
+        or kind not in BY_BATCH + BY_ITEMS
+        or level not in ("token", "sequence")
+        # The quantile is one over all processes.
+        or (trainer.top_entropy_quantile < 1.0 and trainer.accelerator.num_processes > 1)
         or trainer._entropy_bonus_enabled
+        or (kind == "vespo" and inputs.get("importance_sampling_ratio") is not None)
     ):
         return None
     kept = inputs["completion_mask"] != 0
     advantages = inputs["advantages"]
-    if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
-        # A factor of the surrogate that is not negative is one of the advantage.
-        advantages = advantages.view(len(kept), -1) * inputs["importance_sampling_ratio"]
     if advantages.dim() == 2:
         advantages = advantages.expand(kept.shape)[kept]
-    own: dict[str, Any] = {"normalizer": None}
+    own: dict[str, Any] = {"normalizer": None, "top_entropy_quantile": trainer.top_entropy_quantile}
+    if corrected:
+        own["weights"] = inputs["importance_sampling_ratio"].expand(kept.shape)[kept]
+    if trainer.off_policy_mask_threshold is not None:
+        own["off_policy_threshold"] = trainer.off_policy_mask_threshold
+        if "sampling_per_token_logps" in inputs:
+            own.update(sampler_logprobs=inputs["sampling_per_token_logps"][kept], importance_mode=None)
     scale: float | Tensor = 1.0
-    if kind in ("dapo", "cispo"):
+    if kind in BY_ITEMS:
         share = trainer.current_gradient_accumulation_steps / args.steps_per_generation
         own["normalizer"] = (
             inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes * share
@@ -203,8 +261,8 @@ def of_grpo(trainer: Any, inputs: dict[str, Any]) -> OnePass | None:
         scale = 1 / trainer.current_gradient_accumulation_steps
     if kind == "cispo":
         own["cispo_max"] = trainer.epsilon_high
-    elif kind == "sapo":
-        own.update({name: getattr(args, name) for name in ("sapo_temperature_pos", "sapo_temperature_neg")})
+    elif kind in ("sapo", "vespo"):
+        own.update({name: getattr(args, name) for name in OWN_OPTIONS[kind]})
     else:
         own.update(clip_low=trainer.epsilon_low, clip_high=trainer.epsilon_high, delta=args.delta)
     if kind == "dr_grpo":
@@ -218,7 +276,7 @@ def of_grpo(trainer: Any, inputs: dict[str, Any]) -> OnePass | None:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, counts: Tensor, how: dict[str, Any]) -> Any:
         out, stats = fastloss.linear_policy_loss(
             hidden, weight, target, None if old is None else old[kept], advantages, mask[kept],
-            cu_seqlens=_borders(counts), loss_type=kind, importance_level="token", with_entropy=True,
+            cu_seqlens=_borders(counts), loss_type=kind, importance_level=level, with_entropy=True,
             return_stats=True, **own, **how,
         )  # fmt: skip
         return out.loss, stats
@@ -227,7 +285,7 @@ def of_grpo(trainer: Any, inputs: dict[str, Any]) -> OnePass | None:
 
 
 def replace_losses() -> list[Callable[[], None]]:
-    """The three trainers' losses replaced. Returns what puts them back.
+    """The five trainers' losses replaced. Returns what puts them back.
 
     Raises:
         UnknownVersion: the code of TRL is not that which was read; nothing was replaced.
@@ -235,6 +293,8 @@ def replace_losses() -> list[Callable[[], None]]:
     from trl.trainer import utils
     from trl.trainer.dpo_trainer import DPOTrainer
     from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.kto_trainer import KTOTrainer
+    from trl.trainer.rloo_trainer import RLOOTrainer
     from trl.trainer.sft_trainer import SFTTrainer
 
     found = (
@@ -244,10 +304,15 @@ def replace_losses() -> list[Callable[[], None]]:
         DPOTrainer.compute_ref_log_probs,
         GRPOTrainer._compute_loss,
         GRPOTrainer._get_per_token_logps_and_entropies,
+        KTOTrainer._compute_loss,
+        KTOTrainer.compute_ref_log_probs,
+        KTOTrainer._compute_kl_logps,
+        RLOOTrainer._compute_loss,
+        RLOOTrainer._get_per_token_logps_and_entropies,
     )
     for digits, function in zip(READ, found, strict=True):
         expect_source(function, digits, "trl", "1.16")
-    _, sft, dpo, _, grpo, _ = found
+    _, sft, dpo, _, grpo, _, kto, _, _, rloo, _ = found
 
     @functools.wraps(sft)
     def sft_loss(
@@ -286,7 +351,38 @@ def replace_losses() -> list[Callable[[], None]]:
             return grpo(self, model, inputs)
         return known.run(model, lambda recorded: grpo(self, recorded, inputs))
 
-    places = ((SFTTrainer, "compute_loss", sft_loss, sft), (DPOTrainer, LOSS, dpo_loss, dpo), (GRPOTrainer, LOSS, grpo_loss, grpo))  # fmt: skip
+    @functools.wraps(kto)
+    def kto_loss(self: Any, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        # An answer without a prompt: as in DPO. An answer that lost all its tokens has none in the head.
+        if return_outputs or not _trains(self) or inputs["completion_mask"][:, 0].any():
+            return kto(self, model, inputs, return_outputs)
+        if not self.precompute_ref_logps:
+            reference = self.model if self.ref_model is None else self.ref_model
+            made = self.compute_ref_log_probs(reference, inputs)
+            inputs = {**inputs, **dict(zip(KTO_REFERENCE, made, strict=True))}
+        kl_logps = self._compute_kl_logps(model, inputs)
+        # TRL's code asks for both again.
+        known = {"precompute_ref_logps": True, KL_LOGPS: lambda model, batch: kl_logps}
+        before = {name: vars(self)[name] for name in known if name in vars(self)}
+        vars(self).update(known)
+        try:
+            return of_kto(self, inputs, kl_logps).run(
+                model, lambda recorded: kto(self, recorded, inputs, False)
+            )
+        finally:
+            for name in known:
+                del vars(self)[name]
+            vars(self).update(before)
+
+    @functools.wraps(rloo)
+    def rloo_loss(self: Any, model: Any, inputs: Any) -> Any:
+        # A completion without tokens has a ratio of 1 and a loss, and no gradient.
+        if not _trains(self) or not (inputs["completion_mask"] != 0).any(1).all():
+            return rloo(self, model, inputs)
+        return of_rloo(self, inputs).run(model, lambda recorded: rloo(self, recorded, inputs))
+
+    places = ((SFTTrainer, "compute_loss", sft_loss, sft), (DPOTrainer, LOSS, dpo_loss, dpo), (GRPOTrainer, LOSS, grpo_loss, grpo),
+              (KTOTrainer, LOSS, kto_loss, kto), (RLOOTrainer, LOSS, rloo_loss, rloo))  # fmt: skip
     for cls, name, ours, _ in places:
         setattr(cls, name, ours)
 

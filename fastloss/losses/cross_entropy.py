@@ -20,6 +20,7 @@ from fastloss.engine.contract import WHOLE, Factor, count_plainly
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.native import DIRECT_CODES, cpu_backend
 from fastloss.engine.sequences import Sequences
+from fastloss.engine.shards import Shards
 from fastloss.losses.token_stats import TokenStats, stats_from
 from fastloss.tables import (
     ACC_DTYPES,
@@ -407,9 +408,10 @@ def by_definition(
 
 
 def weights_of(
-    target: Tensor, weight: Tensor | None, loss: LossOptions, acc: torch.dtype
+    target: Tensor, weight: Tensor | None, loss: LossOptions, acc: torch.dtype, shards: Shards | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(classes or None, the row function's ``w`` of docs/engine.md): smoothed and weighted probabilities, or class weights."""
+    """(classes or None, the row function's ``w`` of docs/engine.md): smoothed and weighted probabilities, or class weights. With
+    ``shards`` the probabilities are those of this process's classes, and ``weight`` of all."""
     if not loss.probabilities:
         return (
             target if target.is_contiguous() else target.contiguous(),
@@ -418,8 +420,11 @@ def weights_of(
     w = target.detach().to(acc)
     smoothing = loss.row.label_smoothing
     if smoothing:
-        w = w * (1 - smoothing) + smoothing / target.shape[-1]
+        vocab = target.shape[-1] if shards is None else shards.vocab
+        w = w * (1 - smoothing) + smoothing / vocab
     if weight is not None:
+        weight = weight if shards is None else shards.columns(weight)
+        assert weight is not None
         w = w * weight.detach().to(acc)
     return None, w.contiguous()
 

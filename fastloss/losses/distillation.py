@@ -16,9 +16,21 @@ from fastloss.engine.autograd import differentiable_again, new_gradient, savable
 from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import WHOLE, Backend
-from fastloss.engine.distillation import details, log_sums, of_heads
+from fastloss.engine.distillation import (
+    Columns,
+    LogSums,
+    details,
+    gradient_of_columns,
+    log_sums,
+    of_heads,
+    sent,
+    sums_of_columns,
+)
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import Schedule
 from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
+from fastloss.engine.shards import Call as SharedCall
+from fastloss.engine.shards import Shards, of_group, of_teacher, whole
 from fastloss.tables import (
     ACC_DTYPES,
     DISTILLATION_DIVERGENCES,
@@ -38,6 +50,7 @@ class DistillationOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@takes_dtensors("logits")
 @resolves_views
 def distillation_loss(
     logits: Tensor,
@@ -54,6 +67,7 @@ def distillation_loss(
     hard_loss_coef: float = 0.0,
     normalizer: Any = None,
     reduction: str = "mean",
+    group: Any = None,
     backend: str = "auto",
 ) -> DistillationOutput:
     r"""``D(softmax(y / T), softmax(z / T)) + hard_loss_coef · cross_entropy(z, target)``, ``y`` the teacher's logits.
@@ -72,6 +86,8 @@ def distillation_loss(
         hard_loss_coef: coefficient of the cross-entropy against ``target`` at temperature 1.
         normalizer: the sum is divided by it in place of the number of tokens that count.
         reduction: "mean", "sum" or "none".
+        group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some columns of both models' logits, one after
+            the other and cut at the same classes; targets and results are the same on each, and all must call.
 
     Returns:
         :class:`DistillationOutput` in float32 (float64 for float64 logits). Metrics, means over tokens that count: ``kl``, ``reverse_kl``,
@@ -88,9 +104,9 @@ def distillation_loss(
     """
     checks.is_floating("logits", logits)
     checks.is_floating("teacher_logits", teacher_logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
+    if logits.dim() < 1 or (group is None and logits.shape[-1] < 1):
         raise ShapeError(f"logits: expected shape [..., V], got {list(logits.shape)}")
-    if teacher_logits.dim() < 1 or teacher_logits.shape[-1] < 1:
+    if teacher_logits.dim() < 1 or (group is None and teacher_logits.shape[-1] < 1):
         raise ShapeError(f"teacher_logits: expected shape [..., V], got {list(teacher_logits.shape)}")
     lead = logits.shape[:-1]
     checks.has_shape("teacher_logits", teacher_logits, (*lead, teacher_logits.shape[-1]))
@@ -98,27 +114,39 @@ def distillation_loss(
     options = _options(
         divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index
     )  # fmt: skip
-    classes = min(logits.shape[-1], teacher_logits.shape[-1])
-    dtype = torch.promote_types(logits.dtype, teacher_logits.dtype)
+    classes = own = min(logits.shape[-1], teacher_logits.shape[-1])
+    dtype, shards = torch.promote_types(logits.dtype, teacher_logits.dtype), None
+    if group is not None:
+        together = SharedCall(lead.numel(), 0, dtype, target, ignore_index)
+        shards = of_group(group, logits.shape[-1], logits.device, together)
+        shards = of_teacher(group, shards, teacher_logits.shape[-1], logits.device)
+        classes, own = shards.vocab, shards.own
+        if classes < 1:
+            raise ShapeError("logits: expected at least one class, got 0")
     tokens = tokens_of(logits, ACC_DTYPES[dtype], target, ignore_index, token_weight, normalizer, reduction)
     call = resolve_call(
-        "distillation_loss", backend, logits, teacher_logits, tokens.target, token_weight, dtype=dtype
-    )
-    call.announce()
+        "distillation_loss", backend, logits, teacher_logits, tokens.target, token_weight, dtype=dtype,
+        has_operators=shards is None,
+    )  # fmt: skip
+    call.announce(**({} if shards is None else sent(shards, lead.numel(), options, ACC_DTYPES[dtype])))
     check_targets(tokens.target, classes, ignore_index)
     # [N, classes]: the wider vocabulary's padding is left out, and autograd gives it a gradient of 0.
-    z, y = (checks.as_rows(x[..., :classes]).to(dtype) for x in (logits, teacher_logits.detach()))
+    z, y = (x[..., :own].reshape(lead.numel(), own).to(dtype) for x in (logits, teacher_logits.detach()))
     if call.by_definition:
+        if shards is not None:
+            columns = whole(z.t(), shards), whole(y.t(), shards)
+            z, y = (x.t() for x in columns if x is not None)
         loss, *statistics = reference.distillation_rows(z, y, tokens.target, options)
         return _output(loss, statistics, tokens, reduction, lead)
     z, y = _dense(z), _dense(y)
     if call.traced:
         loss, sums = compile_ops.distillation(z, y, tokens.target, options, call.backend.name)
     else:
-        loss, sums = Distillation.apply(z, y, tokens.target, call.backend, options)
+        loss, sums = Distillation.apply(z, y, tokens.target, call.backend, options, shards)
     return _output(loss, _columns(sums), tokens, reduction, lead)
 
 
+@takes_dtensors("linear_weight")
 @resolves_views
 def linear_distillation_loss(
     input: Tensor,
@@ -141,6 +169,7 @@ def linear_distillation_loss(
     reduction: str = "mean",
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> DistillationOutput:
@@ -154,6 +183,8 @@ def linear_distillation_loss(
         teacher_input, teacher_weight, teacher_bias: the teacher's, ``[..., D']``, ``[V', D']``, ``[V']``; no gradient.
         chunk_size: rows whose logits are held at once. memory: "auto", "low" (fewer at once) or "fast".
         logits_dtype: as in :func:`linear_cross_entropy`, of both models.
+        group: as in :func:`linear_cross_entropy`; the teacher's vocabulary is cut over the same processes, at the same classes. Where one
+            is wider, its further classes are at the end of the last processes' shards.
         target and the rest: as in :func:`distillation_loss`.
 
     Returns:
@@ -169,14 +200,17 @@ def linear_distillation_loss(
     """
     rows = heads.check_head(input, linear_weight, linear_bias)
     frozen = _check_teacher(input, teacher_input, teacher_weight, teacher_bias)
-    checks.chunk_size_value(chunk_size)
-    checks.memory_value(memory)
-    checks.logits_dtype_value(logits_dtype)
-    limits = Limits(chunk_size, memory, None, logits_dtype is not None)
+    limits = heads.limits_of(
+        chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
+    )
     options = _options(
         divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index
     )  # fmt: skip
-    classes, lead = min(linear_weight.shape[0], teacher_weight.shape[0]), input.shape[:-1]
+    classes = own = min(linear_weight.shape[0], teacher_weight.shape[0])
+    lead, shards = input.shape[:-1], limits.shards
+    if shards is not None:
+        shards = of_teacher(group, shards, teacher_weight.shape[0], input.device)
+        limits, classes, own = limits._replace(shards=shards), shards.vocab, shards.own
     if classes < 1:
         raise ShapeError("linear_weight: expected at least one class, got 0")
     dtype, teacher_dtype = heads.compute_dtype(input), heads.compute_dtype(teacher_input)
@@ -188,20 +222,20 @@ def linear_distillation_loss(
         unsupported=_other_precision(dtype, teacher_dtype),
     )  # fmt: skip
     # The wider vocabulary's padding is left out: no GEMM multiplies it, and autograd gives it a gradient of 0.
-    weight = _first(linear_weight, classes)
-    bias = None if linear_bias is None else _first(linear_bias, classes)
+    weight = _first(linear_weight, own)
+    bias = None if linear_bias is None else _first(linear_bias, own)
     theirs = (
         frozen,
-        _first(teacher_weight.detach(), classes),
-        None if teacher_bias is None else teacher_bias.detach()[:classes],
+        _first(teacher_weight.detach(), own),
+        None if teacher_bias is None else teacher_bias.detach()[:own],
     )
     operands = (rows, weight, bias, *theirs)
     if call.by_definition:
         call.announce()
         check_targets(tokens.target, classes, ignore_index)
-        z = heads.defined_logits(rows, weight, bias, dtype, limits.float_logits)
+        z = _whole_logits(rows, weight, bias, dtype, limits)
         with torch.no_grad():
-            y = heads.defined_logits(*theirs, teacher_dtype, limits.float_logits)
+            y = _whole_logits(*theirs, teacher_dtype, limits)
         loss, *statistics = reference.distillation_rows(z.to(acc), y.to(acc), tokens.target, options)
         return _output(loss, statistics, tokens, reduction, lead)
     needs, per_row = heads.needs_of(input, linear_weight, linear_bias), reduction == "none"
@@ -213,20 +247,29 @@ def linear_distillation_loss(
             operands, tokens.target, factors, options, made, (dtype, teacher_dtype), limits, call.backend.name
         )
     else:
-        student = heads.make_head(call.backend, rows, weight, bias, dtype)
+        student = heads.make_head(call.backend, rows, weight, bias, dtype, shards)
         teacher = heads.make_head(call.backend, *theirs, teacher_dtype)
         keep = heads.kept_rows(tokens.target, ignore_index)
         kept = heads.count_kept(rows.shape[0], keep)
         schedule = heads.chunked(student, kept, needs, limits)
-        call.announce(**details(student, teacher, schedule, kept, needs, per_row and bool(needs)))
+        call.announce(**details(student, teacher, schedule, kept, needs, per_row and bool(needs), options))
         check_targets(tokens.target, classes, ignore_index)
-        run = _Run(call.backend, options, dtype, teacher_dtype, schedule, keep, needs, per_row)
+        run = _Run(call.backend, options, dtype, teacher_dtype, schedule, keep, needs, per_row, shards)
         loss, sums = LinearDistillation.apply(*operands, tokens.target, factors, run)
     if per_row:
         return _output(loss, _columns(sums), tokens, reduction, lead)
     return DistillationOutput(
         loss * tokens.scale if dtype in LATE_DTYPES else loss, means(METRICS, _columns(sums), tokens)
     )
+
+
+def _whole_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, limits: Limits
+) -> Tensor:
+    """For the definition."""
+    all_weight = whole(weight, limits.shards)
+    assert all_weight is not None
+    return heads.defined_logits(hidden, all_weight, whole(bias, limits.shards), dtype, limits.float_logits)
 
 
 def _first(x: Tensor, classes: int) -> Tensor:
@@ -375,7 +418,8 @@ def _dense(rows: Tensor) -> Tensor:
 
 def _again(ctx: Any) -> Any:
     logits, teacher, target, *_ = ctx.saved_tensors
-    _, options = ctx.call
+    _, options, shards = ctx.call
+    heads.again_only_whole(shards)
     return [reference.distillation_rows(logits, teacher, target, options).loss, None], [logits]
 
 
@@ -390,13 +434,18 @@ class Distillation(torch.autograd.Function):
         target: Tensor | None,
         backend: Backend,
         options: DistillationOptions,
+        shards: Shards | None = None,
     ) -> Any:
-        parts = log_sums(backend, logits, teacher, target, options)
-        sums = backend.row_divergence(
-            logits, teacher, target, options,
-            lse_parts=parts.student, teacher_lse_parts=parts.teacher, hard_lse_parts=parts.hard,
-        )  # fmt: skip
-        ctx.call = backend, options
+        if shards is None:
+            parts = log_sums(backend, logits, teacher, target, options)
+            sums = backend.row_divergence(
+                logits, teacher, target, options,
+                lse_parts=parts.student, teacher_lse_parts=parts.teacher, hard_lse_parts=parts.hard,
+            )  # fmt: skip
+        else:
+            columns = Columns(shards, backend, logits.detach(), teacher)
+            parts, sums = sums_of_columns(columns, target, options)
+        ctx.call = backend, options, shards
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, *savable(teacher), target, *parts, sums[:, SLOPE].contiguous())
         ctx.mark_non_differentiable(sums)
@@ -405,12 +454,18 @@ class Distillation(torch.autograd.Function):
     @staticmethod
     @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
-        backend, options = ctx.call
+        backend, options, shards = ctx.call
         logits, teacher, target, student_parts, teacher_parts, hard_parts, slopes = ctx.saved_tensors
-        none = (None,) * 4
+        none = (None,) * 5
         if upstream is None:
             return (None, *none)
         out = new_gradient(logits.shape, logits.dtype, logits.device)
+        if shards is not None:
+            columns = Columns(shards, backend, logits.detach(), teacher)
+            parts = LogSums(student_parts, teacher_parts, hard_parts)
+            factors = upstream.to(slopes.dtype).contiguous()
+            gradient_of_columns(columns, target, options, parts, slopes, factors, out)
+            return (out, *none)
         backend.row_divergence_grad(
             logits, teacher, target, options, lse_parts=student_parts, teacher_lse_parts=teacher_parts,
             slopes=slopes, factors=upstream.to(slopes.dtype).contiguous(), out=out, hard_lse_parts=hard_parts,
@@ -430,17 +485,19 @@ class _Run:
     keep: Tensor | None  # the rows that are computed; None: all
     needs: Needs
     per_row: bool
+    shards: Shards | None = None
 
     def heads(self, *operands: Any) -> tuple[Head, Head]:
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = operands
         return (
-            heads.make_head(self.backend, hidden, weight, bias, self.dtype),
+            heads.make_head(self.backend, hidden, weight, bias, self.dtype, self.shards),
             heads.make_head(self.backend, teacher_hidden, teacher_weight, teacher_bias, self.teacher_dtype),
         )
 
 
 def _linear_again(ctx: Any) -> Any:
     run: _Run = ctx.run
+    heads.again_only_whole(run.shards)
     hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.schedule.float_logits)
     with torch.no_grad():

@@ -19,6 +19,7 @@ from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Saved, Schedule
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.shards import Shards, whole
 from fastloss.losses.cross_entropy import (
     LossOptions,
@@ -41,6 +42,7 @@ from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS, Number
 WHOLE_LOGITS = 16 << 20
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_cross_entropy(
@@ -95,7 +97,7 @@ def linear_cross_entropy(
         group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some rows of ``linear_weight`` and
             ``linear_bias``, one after the other, any number of them, also none. Input, target, options and ``weight`` (of all C
             classes) are the same on each; so are the results, and the gradient of the input, which is summed over the group.
-            All processes must call. Not with class probabilities, nor a K-dimensional loss.
+            All processes must call. Class probabilities are those of the own rows, ``[N, C_r]``. Not with a K-dimensional loss.
 
     Raises:
         ValueError, IndexError: as :func:`cross_entropy`.
@@ -118,6 +120,8 @@ def linear_cross_entropy(
     places = linear_weight.shape[1:-1]
     vocab = linear_weight.shape[0]
     probabilities = target.shape == (*rows.shape[:-1], vocab, *places)
+    if group is not None:  # a shard may have as many classes as there are tokens, or none
+        probabilities = probabilities and target.is_floating_point()
     if probabilities and ignore_index is not None:
         raise ShapeError("ignore_index cannot be specified when target contains probabilities")
     if chunk_size is None and options is not None:
@@ -131,13 +135,14 @@ def linear_cross_entropy(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,
         temperature, normalizer, return_stats, input, (*lead, *places), probabilities,
     )  # fmt: skip
+    classes = vocab
     if limits.shards is not None:
-        if probabilities or places:
-            raise NotImplementedError(
-                "group: expected int64 classes of one matrix [C, D], got class probabilities or places"
-            )
-        vocab = limits.shards.vocab
-    _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input)
+        if places:
+            raise NotImplementedError("group: expected one matrix [C, D], got a K-dimensional loss")
+        classes = limits.shards.vocab
+        if not probabilities:
+            vocab = classes
+    _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input, classes)
     token_weight = flat_token_weight(token_weight, (*lead, *places), input.device)
     if loss_dtype is not None:
         checks.float_dtype("loss_dtype", loss_dtype)
@@ -164,7 +169,9 @@ def _check_target(
     weight: Tensor | None,
     probabilities: bool,
     input: Tensor,
+    classes: int,
 ) -> None:
+    """``classes``: those of the whole vocabulary."""
     checks.same_device("target", target, input.device)
     batched = len(logits_shape) > 1
     if probabilities:
@@ -178,7 +185,7 @@ def _check_target(
     if weight is not None:
         checks.is_floating("weight", weight)
         checks.same_device("weight", weight, input.device)
-        checks.has_shape("weight", weight, (logits_shape[1] if batched else logits_shape[0],))
+        checks.has_shape("weight", weight, (classes,))
         if not probabilities:
             checks.class_weight_dtype(weight, input)
 
@@ -222,6 +229,10 @@ def _of_rows(
         own = _Extra(extra.token_weight, loss_dtype)
         all_weight, all_bias = whole(linear_weight, limits.shards), whole(linear_bias, limits.shards)
         assert all_weight is not None
+        if loss.probabilities and limits.shards is not None:
+            columns = whole(target.t(), limits.shards)
+            assert columns is not None
+            target = columns.t()
         with heads.float_operands(limits.float_logits, input, all_weight, all_bias) as (x, matrix, bias):
             return _by_definition(call, x, matrix, target, bias, weight, loss, own)
     rows, vocab, acc = input.shape[0], heads.vocab_of(linear_weight, limits), ACC_DTYPES[dtype]
@@ -244,8 +255,10 @@ def _of_rows(
     smooth = loss.probabilities or loss.row.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(head, computed, needs, limits, per_row, smooth)
     sent = ("logprobs", *loss.want, *(("distance",) if loss.row.label_smoothing else ()))
+    if loss.probabilities:
+        sent = ("distance", "mass", *loss.want)
     call.announce(**schedule.details(head, computed, needs, again, sent))
-    classes, w = weights_of(target, weight, loss, acc)
+    classes, w = weights_of(target, weight, loss, acc, limits.shards)
     counted = computed if devices.may_wait(target.device) else None
     factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc, counted)
     run = _Run(loss, factor, loss_dtype, dtype, schedule, needs, keep, limits.shards)
@@ -310,7 +323,7 @@ class _Run:
 def _again(ctx: Any) -> Any:
     run: _Run = ctx.run
     heads.again_only_whole(run.shards)
-    hidden, weight, bias, classes, w, factors, _ = ctx.saved_tensors
+    hidden, weight, bias, classes, w, factors, *_ = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.schedule.float_logits)
     out = REFERENCE.row_cross_entropy(logits, classes, kernel_options(run.loss), w=w)["loss"]
     if factors is not None:
@@ -346,7 +359,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             grads if ctx.late else heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), backend)
         )
         lse_parts = None if ctx.ahead else out[LSE_PARTS]
-        ctx.save_for_backward(hidden, weight, bias, classes, w, factors, lse_parts)
+        mass = None if ctx.ahead else out.get("mass")  # Σ w of whole rows, where the vocabulary is cut
+        ctx.save_for_backward(hidden, weight, bias, classes, w, factors, lse_parts, mass)
         loss = (out["loss"] if per_row else backend.sum_rows(out["loss"], run.factor)).to(run.loss_dtype)
         if not run.loss.want:
             return loss
@@ -358,7 +372,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
-        hidden, weight, bias, classes, w, factors, lse_parts = ctx.saved_tensors
+        hidden, weight, bias, classes, w, factors, lse_parts, mass = ctx.saved_tensors
         head = heads.make_head(ctx.backend, hidden, weight, bias, run.dtype, run.shards)
         dtypes = heads.leaf_dtypes(hidden, weight, bias)
         rest = (None,) * 5
@@ -367,7 +381,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             options = kernel_options(run.loss)
             own = upstream if factors is None else upstream * factors
             vocab = weight.shape[0] if run.shards is None else run.shards.vocab
-            k = of_cross_entropy(own, lse_parts, classes, w, vocab, options)
+            k = of_cross_entropy(own, lse_parts, classes, w, vocab, options, mass)
             saved = Saved(classes, lse_parts, k, options, run.keep, w)
             grads = heads.recompute(head, run.needs, run.schedule, saved)
             return (*heads.finish(grads, dtypes, ctx.backend), *rest)

@@ -15,10 +15,11 @@ from fastloss.engine.autograd import differentiable_again
 from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.contract import Backend, PolicyInputs
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.native import DirectPolicy, cpu_backend
 from fastloss.losses.policy_inputs import check_like, lay_flat, normalizer_of, shares, weighted
 from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
-from fastloss.losses.policy_selection import select, top_entropy
+from fastloss.losses.policy_selection import Selection, select, top_entropy
 from fastloss.tables import ACC_DTYPES, AGGREGATIONS, POLICY_METRICS, POLICY_OUT, POLICY_PLACE, PolicyOptions
 
 
@@ -29,6 +30,7 @@ class PolicyOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@takes_jagged()
 @resolves_views
 def policy_loss(
     logprobs: Tensor,
@@ -228,7 +230,7 @@ def policy_loss(
     acc = ACC_DTYPES[logprobs.dtype]
     flat = logprobs.reshape(-1).to(acc).contiguous()
     h = None if entropy is None else entropy.reshape(-1).to(acc).contiguous()
-    loss, out = _of_batch(call.backend, spec, options, inputs, flat, h)
+    loss, out = of_batch(call.backend, spec, options, inputs, flat, h)
     metrics = metrics_from(
         out,
         with_ref=ref_logprobs is not None,
@@ -238,7 +240,7 @@ def policy_loss(
     return PolicyOutput(loss, metrics)
 
 
-def _of_batch(
+def of_batch(
     backend: Backend,
     spec: PolicySpec,
     options: PolicyOptions,
@@ -247,27 +249,43 @@ def _of_batch(
     entropy: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss of flat acc log-probs: selections over the whole batch by PyTorch, everything else in one launch."""
+    inputs, selected = choose(spec, options, inputs, logprobs, entropy)
+    bonus = None
+    if entropy is None or not options.entropy_coef:
+        entropy = None if entropy is None else entropy.detach()
+    elif spec.entropy_aggregation is not None or selected.chosen is not None:
+        share = entropy_share(spec, options, inputs, selected.chosen)
+        bonus = options.entropy_coef * (share * torch.where(share != 0, entropy, 0)).sum()
+        entropy, options = entropy.detach(), replace(options, entropy_coef=0.0)
+    loss, out = _launch(backend, logprobs, entropy, inputs, options)
+    return (loss if bonus is None else loss - bonus), with_clip_counts(out, selected)
+
+
+def choose(
+    spec: PolicySpec,
+    options: PolicyOptions,
+    inputs: PolicyInputs,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+) -> tuple[PolicyInputs, Selection]:
+    """What is selected over the whole batch, and the inputs with its weights."""
     weight = chosen = None
     if spec.top_entropy_quantile < 1:
         assert entropy is not None
         chosen = top_entropy(entropy, inputs.mask, spec.top_entropy_quantile)
         weight = chosen.to(logprobs.dtype)
-    selected = select(logprobs, inputs, spec, options)
+    selected = select(logprobs, inputs, spec, options)._replace(chosen=chosen)
     if selected.weight is not None:
         weight = selected.weight if weight is None else weight * selected.weight
-    bonus = None
-    if entropy is None or not options.entropy_coef:
-        entropy = None if entropy is None else entropy.detach()
-    elif spec.entropy_aggregation is not None or chosen is not None:
-        share = entropy_share(spec, options, inputs, chosen)
-        bonus = options.entropy_coef * (share * torch.where(share != 0, entropy, 0)).sum()
-        entropy, options = entropy.detach(), replace(options, entropy_coef=0.0)
-    inputs = replace(weighted(inputs, weight), select=selected.penalised)
-    loss, out = _launch(backend, logprobs, entropy, inputs, options)
-    if selected.low is not None and selected.high is not None:  # the clip counts are the divergence's
-        clipped = torch.stack([selected.low.sum(), selected.high.sum()]).to(out.dtype)
-        out = torch.cat([out[:3], clipped, out[5:]])
-    return (loss if bonus is None else loss - bonus), out
+    return replace(weighted(inputs, weight), select=selected.penalised), selected
+
+
+def with_clip_counts(out: Tensor, selected: Selection) -> Tensor:
+    """``out [16]``; where a divergence takes tokens out, the clip counts are its."""
+    if selected.low is None or selected.high is None:
+        return out
+    clipped = torch.stack([selected.low.sum(), selected.high.sum()]).to(out.dtype)
+    return torch.cat([out[:3], clipped, out[5:]])
 
 
 def entropy_share(

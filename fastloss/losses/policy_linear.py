@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,22 @@ from fastloss.engine.coefficients import of_token_stats
 from fastloss.engine.contract import Backend, Factor, PolicyInputs
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
-from fastloss.engine.head import Grads, Head, Needs, Schedule
-from fastloss.engine.sequences import Sequences
+from fastloss.engine.head import Grads, Head, Limits, Needs, Schedule
+from fastloss.engine.head_spans import Spans, spans_of
+from fastloss.engine.jagged import takes_jagged
+from fastloss.engine.sequences import Sequences, numbers_of
 from fastloss.engine.shards import Shards
 from fastloss.engine.support import sets_of
-from fastloss.losses.policy import PolicyOutput, empty_out, entropy_share, metrics_from, policy_loss
+from fastloss.losses.policy import (
+    PolicyOutput,
+    choose,
+    empty_out,
+    entropy_share,
+    metrics_from,
+    of_batch,
+    policy_loss,
+    with_clip_counts,
+)
 from fastloss.losses.policy_inputs import (
     advantage_per_token,
     lay_flat,
@@ -30,7 +41,14 @@ from fastloss.losses.policy_inputs import (
     weighted,
 )
 from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
-from fastloss.losses.token_stats import TokenStats, linear_token_stats, row_options, support_details
+from fastloss.losses.policy_selection import Selection
+from fastloss.losses.token_stats import (
+    TokenStats,
+    linear_token_stats,
+    row_options,
+    support_details,
+    support_sent,
+)
 from fastloss.tables import (
     ACC_DTYPES,
     CORRECTIONS,
@@ -47,6 +65,7 @@ IGNORED = -(2**63)
 _SCALE, _POLICY, _CUT = (POLICY_PLACE[name] for name in ("scale", "policy", "cut"))
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_policy_loss(
@@ -79,9 +98,11 @@ def linear_policy_loss(
 ) -> Any:
     """:func:`policy_loss` of the tokens ``target`` under the logits of a linear head, which are never held.
 
-    Where a token's term needs no other token of its sequence the gradient is made in the forward: 3 GEMMs, 2 with a frozen
-    ``linear_weight``. Sequence-level ratios, ``off_policy_threshold``, ``top_entropy_quantile``, vespo, clip_cov, kl_cov and dppo
-    take :func:`linear_token_stats` and recompute in the backward: 4. On CPU masked rows cost no GEMM at all.
+    The gradient is made in the forward, while the logits of a token and of all others that its term needs are there: 3 GEMMs, 2
+    with a frozen ``linear_weight``. For sequence-level ratios, ``off_policy_threshold`` and vespo these are the tokens of its
+    sequence; for ``top_entropy_quantile``, clip_cov, kl_cov and dppo all of the batch. Where so many do not go together
+    (:func:`fastloss.explain` says it), and for clip_cov with a generator, :func:`linear_token_stats` comes first and the backward
+    makes the logits again: 4. On CPU masked rows cost no GEMM at all.
 
     Args:
         input: hidden states ``[B, T, D]``, or packed ``[N, D]`` with ``cu_seqlens``; the state that predicts the token.
@@ -145,10 +166,9 @@ def linear_policy_loss(
     entropy = bool(spec.entropy_coef) or spec.top_entropy_quantile < 1 or with_entropy
     classes = target.reshape(-1).masked_fill(inputs.mask == 0, IGNORED)
     with_correction = resolved.correction > 0
+    of_batch_options = resolved
     resolved, corrected, cut = _correction_ahead(resolved, inputs)
-    token_level = (
-        is_token_level(resolved) and spec.top_entropy_quantile == 1 and not VARIANTS[spec.loss_type].selects
-    )
+    selects = spec.top_entropy_quantile < 1 or VARIANTS[spec.loss_type].selects
     dtype = heads.compute_dtype(input)
     call = resolve_call(
         "linear_policy_loss",
@@ -175,19 +195,27 @@ def linear_policy_loss(
     keep = None if call.by_definition else heads.kept_rows(classes, IGNORED)
     rows = heads.count_kept(hidden.shape[0], keep)
     head = Head(call.backend, hidden, linear_weight, None, dtype, limits.shards)
-    schedule = (
-        heads.schedule_of_one_pass(head, rows, needs, limits, logprobs_only=not resolved.entropy_coef)
-        if token_level and not call.by_definition
-        else heads.schedule_of(head, rows, needs, limits)
-    )
+    schedule, parts = heads.schedule_of(head, rows, needs, limits), None
+    if not call.by_definition and support is None:
+        schedule, parts = _plan(head, needs, limits, inputs.layout, keep, resolved, spec, selects)
     if call.by_definition:
         call.announce()
     elif support is not None:
-        if limits.shards is not None:
-            raise ValueError("support: expected None with group, got a support")
-        call.announce(**support_details(sets_of(support, target.shape, input.device), dtype, with_mass))
+        sets = sets_of(support, target.shape, input.device)
+        want = ("logprobs", *(("entropy",) if entropy else ()), *(("log_mass",) if with_mass else ()))
+        told = support_sent(
+            limits.shards,
+            sets,
+            want,
+            classes,
+            IGNORED,
+            ACC_DTYPES[dtype],
+            hidden if needs.hidden else None,
+            True,
+        )
+        call.announce(**support_details(sets, dtype, with_mass), **told)
     else:
-        ahead = token_level or (needs == Needs(True, False, False) and not resolved.entropy_coef)
+        ahead = parts is not None or (needs == Needs(True, False, False) and not resolved.entropy_coef)
         call.announce(
             **schedule.details(
                 head,
@@ -201,7 +229,7 @@ def linear_policy_loss(
         # A masked row that stays in the GEMM adds 0 · hidden to the weight's gradient: NaN where its hidden state is NaN.
         hidden = hidden.masked_fill((inputs.mask == 0).unsqueeze(-1), 0)
         input = hidden.view(input.shape)
-    if call.by_definition or not token_level or support is not None:
+    if parts is None:
         name = "auto" if call.traced else call.backend.name
         stats = linear_token_stats(
             input,
@@ -249,14 +277,19 @@ def linear_policy_loss(
         ACC_DTYPES[input.dtype],
     )
     bonus_share, bonus_coef = None, 0.0
-    if resolved.entropy_coef and spec.entropy_aggregation is not None:
-        bonus_share = entropy_share(spec, resolved, inputs, None)
+    if resolved.entropy_coef and (spec.entropy_aggregation is not None or spec.top_entropy_quantile < 1):
+        if spec.top_entropy_quantile == 1:
+            bonus_share = entropy_share(spec, resolved, inputs, None)
         bonus_coef, resolved = resolved.entropy_coef, replace(resolved, entropy_coef=0.0)
     per_token = replace(
         weighted(inputs, corrected), advantages=advantage_per_token(inputs).contiguous(), normalizer=1.0
     )
     run = _Run(
         backend=call.backend,
+        spec=spec,
+        of_batch=(of_batch_options, inputs),
+        parts=parts,
+        selects=selects,
         options=resolved,
         row=row,
         target=classes,
@@ -318,11 +351,60 @@ def _correction_ahead(
     return without, weight, cut & inputs.mask.bool()
 
 
+class _Parts(NamedTuple):
+    """The parts of a pass: equal ones, or of whole sequences."""
+
+    spans: Spans | None = None
+    offsets: Tensor | None = None  # int64 [sequences + 1], in computed rows
+
+    def layout(self, part: int, rows: int, device: torch.device) -> Sequences:
+        """The sequences of a part; where no token needs another, one of all its tokens."""
+        if self.spans is None or self.offsets is None:
+            return Sequences(None, rows, 1, rows, device)
+        first, last = self.spans[1][part]
+        return Sequences(
+            self.offsets[first : last + 1] - self.spans[0][part][0], 0, last - first, rows, device
+        )
+
+
+def _plan(
+    head: Head,
+    needs: Needs,
+    limits: Limits,
+    layout: Sequences,
+    keep: Tensor | None,
+    options: PolicyOptions,
+    spec: PolicySpec,
+    selects: bool,
+) -> tuple[Schedule, _Parts | None]:
+    """The schedule, and the parts of a pass that makes the gradients on its way; None: statistics first, and a backward of their own."""
+    rows = heads.count_kept(layout.n, keep)
+    logprobs_only = not options.entropy_coef
+    if is_token_level(options) and not selects:
+        return heads.schedule_of_one_pass(head, rows, needs, limits, logprobs_only), _Parts()
+    offsets, device = layout.offsets, layout.device
+    known = offsets is None and keep is None
+    # A second backward would draw other tokens; and nobody may ask a GPU for the sequences' lengths here.
+    if spec.generator is not None or not (known or devices.may_wait(device)):
+        return heads.schedule_of(head, rows, needs, limits), None
+    if offsets is None:
+        offsets = torch.arange(layout.count + 1, dtype=torch.int64, device=device) * layout.length
+    if keep is not None:
+        offsets = torch.searchsorted(keep, offsets)
+    bounds = [layout.length * s for s in range(layout.count + 1)] if known else numbers_of(offsets)
+    schedule, spans = spans_of(head, needs, limits, bounds, coupled=selects, logprobs_only=logprobs_only)
+    return schedule, None if spans is None else _Parts(spans, offsets)
+
+
 @dataclass(frozen=True)
 class _Run:
     """What forward and backward need beside the tensors with gradients; per-token tensors are acc ``[N]``."""
 
     backend: Backend
+    spec: PolicySpec
+    of_batch: tuple[PolicyOptions, PolicyInputs]  # of all rows
+    parts: _Parts
+    selects: bool  # tokens are chosen over the whole batch
     options: PolicyOptions
     row: RowOptions
     target: Tensor  # IGNORED where masked
@@ -346,13 +428,8 @@ def _again(ctx: Any) -> Any:
     logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.schedule.float_logits)
     want = ("logprobs", "entropy") if run.with_entropy else ("logprobs",)
     stats = REFERENCE.row_stats(logits, run.target, run.row, want=want)
-    n = run.target.shape[0]
-    layout = Sequences(None, n, 1, n, run.target.device)
-    inputs = replace(run.inputs, layout=layout, share=run.share * run.scale)
-    entropy = stats.get("entropy")
-    loss = REFERENCE.policy_loss(stats["logprobs"], entropy, inputs, run.options).loss
-    if run.bonus_share is not None and entropy is not None:
-        loss = loss - run.bonus_coef * (run.bonus_share * entropy).sum()
+    options, inputs = run.of_batch
+    loss, _ = of_batch(REFERENCE, run.spec, options, inputs, stats["logprobs"], stats.get("entropy"))
     return [loss, None, None, None], [hidden, weight, bias]
 
 
@@ -388,15 +465,13 @@ class _LinearPolicyLoss(torch.autograd.Function):
 
 def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, dict[str, Tensor], Grads]:
     """Loss, ``out [16]``, the tokens' statistics ``[N]`` and the gradients of the loss (without the scale where that is late: float16). A token's share of
-    the aggregate is known from the mask, so its coefficients are made as soon as its logits are."""
+    the aggregate is known from the mask, so its coefficients are made as soon as the logits are of all tokens that its term needs."""
     keep = run.keep
     late = head.dtype in LATE_DTYPES
     target, share = heads.pick(run.target, keep), heads.pick(run.share, keep)
     assert share is not None
     share = share if late else share * run.scale
-    bonus_share, d_bonus = heads.pick(run.bonus_share, keep), None
-    if bonus_share is not None:
-        d_bonus = -run.bonus_coef * (bonus_share / run.scale if late else bonus_share)
+    bonus_share = heads.pick(run.bonus_share, keep)
     inputs = run.inputs
     constants = {
         name: heads.pick(getattr(inputs, name), keep)
@@ -407,27 +482,34 @@ def _one_pass(head: Head, run: _Run) -> tuple[Tensor, Tensor, dict[str, Tensor],
     bonuses: list[Tensor] = []
     tokens: list[dict[str, Tensor]] = []
     logprobs_only = not (run.options.entropy_coef or run.bonus_coef)
-    with heads.begin(head, run.needs, keep, run.schedule, logprobs_only=logprobs_only) as pass_:
-        for part in pass_.parts():
+    bounds = None if run.parts.spans is None else run.parts.spans[0]
+    with heads.begin(head, run.needs, keep, run.schedule, bounds, logprobs_only) as pass_:
+        for number, part in enumerate(pass_.parts()):
             own = part.of(target)
             if not own.shape[0]:
                 continue
             stats = part.stats(own, run.row, want)
             entropy = stats.get("entropy")
-            layout = Sequences(None, own.shape[0], 1, own.shape[0], own.device)
             given = PolicyInputs(
-                layout=layout,
+                layout=run.parts.layout(number, own.shape[0], own.device),
                 share=part.of(share),
                 normalizer=1.0,
                 **{name: part.of(x) for name, x in constants.items()},
             )
+            selected, own_bonus = Selection(), part.of(bonus_share)
+            if run.selects:
+                given, selected = choose(run.spec, run.options, given, stats["logprobs"], entropy)
+                if run.bonus_coef and selected.chosen is not None:
+                    whole = replace(given, normalizer=run.of_batch[1].normalizer)
+                    own_bonus = entropy_share(run.spec, run.options, whole, selected.chosen)
             result = run.backend.policy_loss(stats["logprobs"], entropy, given, run.options)
-            outs.append(result.out)
+            outs.append(with_clip_counts(result.out, selected))
             tokens.append({name: stats[name] for name in want[1:]})
             d_entropy = result.d_entropy if run.options.entropy_coef else None
-            if bonus_share is not None:
-                bonuses.append((part.of(bonus_share) * entropy).sum())
-                d_entropy = part.of(d_bonus)
+            if own_bonus is not None:
+                assert entropy is not None
+                bonuses.append((own_bonus * torch.where(own_bonus != 0, entropy, 0)).sum())
+                d_entropy = -run.bonus_coef * (own_bonus / run.scale if late else own_bonus)
             k = of_token_stats(result.d_logprobs, d_entropy, None, entropy)
             part.gradients(own, run.row, stats[LSE_PARTS], k)
         nothing = torch.zeros_like(run.share)

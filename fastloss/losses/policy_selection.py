@@ -20,6 +20,7 @@ class Selection(NamedTuple):
     penalised: Tensor | None = None  # kl_cov's tokens
     low: Tensor | None = None  # bool; what a divergence took out, by the sign of the advantage
     high: Tensor | None = None
+    chosen: Tensor | None = None  # bool; the tokens of the largest entropies
 
 
 def select(logprobs: Tensor, inputs: PolicyInputs, spec: PolicySpec, options: PolicyOptions) -> Selection:

@@ -15,13 +15,27 @@ from fastloss.engine.autograd import differentiable_again, new_gradient
 from fastloss.engine.backend import check_targets, resolve_call, resolves_views, targets_are_validated
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head_types import NOTHING, Limits, Needs
-from fastloss.engine.selection import LEFT_OUT, marks
-from fastloss.engine.topk import Chosen, logprobs_gradient, logprobs_of_head, logprobs_of_logits
+from fastloss.engine.selection import LEFT_OUT, Taken, marks
+from fastloss.engine.shards import Call as SharedCall
+from fastloss.engine.shards import Shards, of_group, whole
+from fastloss.engine.topk import (
+    Chosen,
+    details,
+    logprobs_gradient,
+    logprobs_of_columns,
+    logprobs_of_head,
+    logprobs_of_logits,
+    schedule_of,
+    sent,
+    taken_of_columns,
+)
 from fastloss.losses.token_stats import row_options
 from fastloss.tables import ACC_DTYPES, RowOptions
 
 
+@takes_dtensors("logits")
 @resolves_views
 def selected_logprobs(
     logits: Tensor,
@@ -30,6 +44,7 @@ def selected_logprobs(
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    group: Any = None,
     backend: str = "auto",
 ) -> Tensor:
     """Log-probabilities of ``ids [..., K]`` under ``softmax(z)``, ``z = logit_scale · softcap · tanh(logits / softcap) / temperature``.
@@ -40,6 +55,7 @@ def selected_logprobs(
         logits: ``[..., V]`` in float32, bfloat16, float16 or float64.
         ids: int64 ``[..., K]``. An id may repeat; -1 is padding: 0, and no gradient.
         temperature, logit_scale: > 0.
+        group: as in :func:`token_stats`; ids are classes of the whole vocabulary, the same on each process.
 
     Returns:
         nats, float32 (float64 for float64 logits) ``[..., K]``.
@@ -53,25 +69,52 @@ def selected_logprobs(
     tensor([[-1.3863, -1.3863,  0.0000]])
     """
     checks.is_floating("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ShapeError(f"logits: expected shape [..., V], got {list(logits.shape)}")
-    lead, vocab = logits.shape[:-1], logits.shape[-1]
+    checks.is_tensor("ids", ids)
+    shards, vocab = shards_of_logits(logits, group, ids, -1)
+    lead = logits.shape[:-1]
     check_ids("ids", ids, lead, logits.device)
     options = positive_options(temperature, logit_scale, softcap)
-    call = resolve_call("selected_logprobs", backend, logits, ids)
-    call.announce(selected="PyTorch's operations on [rows, K] beside the row kernels")
+    call = resolve_call("selected_logprobs", backend, logits, ids, has_operators=shards is None)
+    acc, count = ACC_DTYPES[logits.dtype], lead.numel()
+    call.announce(
+        selected="PyTorch's operations on [rows, K] beside the row kernels",
+        **({} if shards is None else sent(shards, count, ids.shape[-1], acc)),
+    )
     reject_bad_ids("ids", ids, vocab)
-    rows, flat = checks.as_rows(logits), checks.as_rows(ids)
+    rows, flat = logits.reshape(count, logits.shape[-1]), checks.as_rows(ids)
     if call.by_definition:
+        rows = whole_columns(rows, shards)
         out = reference.selected_logprobs(rows, flat, scale=options.scale, softcap=options.softcap or None)
         return out.reshape(ids.shape)
-    if rows.stride(1) != 1 and vocab > 1:
+    if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
     if call.traced:
         return compile_topk.selected_logprobs(rows, flat, options, call.backend.name).reshape(ids.shape)
-    return SelectedLogprobs.apply(rows, flat, call.backend, options).reshape(ids.shape)
+    return SelectedLogprobs.apply(rows, flat, call.backend, options, shards).reshape(ids.shape)
 
 
+def shards_of_logits(
+    logits: Tensor, group: Any, target: Tensor | None, ignore_index: int
+) -> tuple[Shards | None, int]:
+    """(who has which columns of ``logits [..., V]``; classes of the whole vocabulary). ``target``: classes that must be some."""
+    if logits.dim() < 1 or (group is None and logits.shape[-1] < 1):
+        raise ShapeError(f"logits: expected shape [..., V], got {list(logits.shape)}")
+    if group is None:
+        return None, logits.shape[-1]
+    call = SharedCall(logits.shape[:-1].numel(), 0, logits.dtype, target, ignore_index)
+    shards = of_group(group, logits.shape[-1], logits.device, call)
+    if shards.vocab < 1:
+        raise ShapeError("logits: expected at least one class, got 0")
+    return shards, shards.vocab
+
+
+def whole_columns(rows: Tensor, shards: Shards | None) -> Tensor:
+    """The columns of all processes, for the definition."""
+    columns = None if shards is None else whole(rows.t(), shards)
+    return rows if columns is None else columns.t()
+
+
+@takes_dtensors("linear_weight")
 @resolves_views
 def linear_selected_logprobs(
     input: Tensor,
@@ -84,6 +127,7 @@ def linear_selected_logprobs(
     softcap: float | None = None,
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -94,21 +138,19 @@ def linear_selected_logprobs(
     Args:
         input: hidden states ``[..., D]``. linear_weight: ``[V, D]``. linear_bias: ``[V]``. All may ask for gradients.
         ids and the rest: as in :func:`selected_logprobs`. A position whose ids are all -1 is not computed (on the CPU).
-        chunk_size, memory, logits_dtype: as in :func:`linear_cross_entropy`.
+        chunk_size, memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
 
     >>> import torch, fastloss
     >>> fastloss.linear_selected_logprobs(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([[2, 0, -1]]))
     tensor([[-1.3863, -1.3863,  0.0000]])
     """
     rows = heads.check_head(input, linear_weight, linear_bias)
-    vocab = linear_weight.shape[0]
+    checks.is_tensor("ids", ids)
+    limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, ids, -1, logits_dtype)
+    vocab = heads.vocab_of(linear_weight, limits)
     if vocab < 1:
         raise ShapeError("linear_weight: expected at least one class, got 0")
     check_ids("ids", ids, input.shape[:-1], input.device)
-    checks.chunk_size_value(chunk_size)
-    checks.memory_value(memory)
-    checks.logits_dtype_value(logits_dtype)
-    limits = Limits(chunk_size, memory, None, logits_dtype is not None)
     options = positive_options(temperature, logit_scale, softcap)
     dtype = heads.compute_dtype(input)
     call = resolve_call(
@@ -118,7 +160,9 @@ def linear_selected_logprobs(
     if call.by_definition:
         call.announce()
         reject_bad_ids("ids", ids, vocab)
-        logits = heads.defined_logits(rows, linear_weight, linear_bias, dtype, limits.float_logits)
+        weight, bias = (whole(x, limits.shards) for x in (linear_weight, linear_bias))
+        assert weight is not None
+        logits = heads.defined_logits(rows, weight, bias, dtype, limits.float_logits)
         out = reference.selected_logprobs(logits, flat, scale=options.scale, softcap=options.softcap or None)
         return out.reshape(ids.shape)
     if call.traced:
@@ -130,13 +174,14 @@ def linear_selected_logprobs(
     keep = heads.kept_rows(mark, LEFT_OUT)
     needs = heads.needs_of(input, linear_weight, linear_bias)
     run = _Run(call.backend, options, dtype, limits, needs, mark, keep)
-    head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype)
+    head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype, limits.shards)
     count = heads.count_kept(rows.shape[0], keep)
-    schedule = heads.chunked(head, count, needs, limits)
-    call.announce(
-        **schedule.details(head, count, needs, bool(needs)),
-        selected="PyTorch's operations on [rows, K] beside the head",
-    )
+    schedule = schedule_of(head, count, needs, limits)
+    told = details(head, count, needs, bool(needs), schedule, flat.shape[1], "selected")
+    if schedule.by_vocabulary and needs:  # the backward is a pass of its own, which keeps logits
+        told |= schedule.details(head, count, needs, False)
+        told["gemms"] += 1
+    call.announce(**told)
     reject_bad_ids("ids", ids, vocab)
     return LinearSelectedLogprobs.apply(rows, linear_weight, linear_bias, flat, run).reshape(ids.shape)
 
@@ -162,7 +207,8 @@ def positive_options(temperature: float, logit_scale: float, softcap: float | No
 
 
 def _again(ctx: Any) -> Any:
-    logits, ids, _ = ctx.saved_tensors
+    logits, ids, *_ = ctx.saved_tensors
+    heads.again_only_whole(ctx.call[2])
     options: RowOptions = ctx.call[1]
     return [reference.selected_logprobs(logits, ids, scale=options.scale, softcap=options.softcap or None)], [
         logits
@@ -173,22 +219,37 @@ class SelectedLogprobs(torch.autograd.Function):
     """(logits ``[N, V]``, ids ``[N, K]``) -> ``[N, K]``."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, ids: Tensor, backend: Backend, options: RowOptions) -> Tensor:
-        mark = marks(ids, None, logits.shape[1], LEFT_OUT)
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        ids: Tensor,
+        backend: Backend,
+        options: RowOptions,
+        shards: Shards | None = None,
+    ) -> Tensor:
+        mark = marks(ids, None, logits.shape[1] if shards is None else shards.vocab, LEFT_OUT)
+        ctx.call, ctx.mark = (backend, options, shards), mark
+        if shards is not None:
+            taken = taken_of_columns(shards, backend, logits.detach(), mark, ids, options)
+            ctx.save_for_backward(logits, ids, *taken)
+            own = Chosen(mark, ids, None)
+            return logprobs_of_columns(shards, backend, logits.detach(), taken, own, options)
         out, parts = logprobs_of_logits(backend, logits.detach(), ids, mark, options)
-        ctx.call, ctx.mark = (backend, options), mark
         ctx.save_for_backward(logits, ids, parts)
         return out
 
     @staticmethod
     @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        backend, options = ctx.call
-        logits, ids, parts = ctx.saved_tensors
+        backend, options, shards = ctx.call
+        logits, ids, *saved = ctx.saved_tensors
         out = new_gradient(logits.shape, logits.dtype, logits.device)
-        own = Chosen(ctx.mark, ids, upstream.to(parts.dtype).contiguous())
-        logprobs_gradient(backend, logits, own, parts, options, out)
-        return out, None, None, None
+        own = Chosen(ctx.mark, ids, upstream.to(saved[0].dtype).contiguous())
+        if shards is None:
+            logprobs_gradient(backend, logits, own, saved[0], options, out)
+        else:
+            logprobs_of_columns(shards, backend, logits.detach(), Taken(*saved), own, options, out)
+        return out, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -206,6 +267,7 @@ class _Run:
 
 def _linear_again(ctx: Any) -> Any:
     run: _Run = ctx.run
+    heads.again_only_whole(run.limits.shards)
     hidden, weight, bias, ids = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.limits.float_logits).to(
         ACC_DTYPES[run.dtype]
@@ -240,7 +302,7 @@ class LinearSelectedLogprobs(torch.autograd.Function):
 
 
 def _pass(hidden: Tensor, weight: Tensor, bias: Tensor | None, own: Chosen, needs: Needs, run: _Run) -> Any:
-    head = heads.make_head(run.backend, hidden, weight, bias, run.dtype)
+    head = heads.make_head(run.backend, hidden, weight, bias, run.dtype, run.limits.shards)
     count = heads.count_kept(hidden.shape[0], run.keep)
-    schedule = heads.chunked(head, count, needs, run.limits)
+    schedule = schedule_of(head, count, needs, run.limits)
     return logprobs_of_head(head, needs, own, run.options, schedule, run.keep)

@@ -19,6 +19,7 @@ from fastloss.engine.contract import WHOLE, Backend
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import Schedule
 from fastloss.engine.head_types import NOTHING, Grads, Needs
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.sequences import layout_of
 from fastloss.engine.shards import Shards, whole
 from fastloss.engine.supervised import Labels, gradient_of_logits, rows_of_head, rows_of_logits, wanted
@@ -45,6 +46,7 @@ class SupervisedOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@takes_jagged(SupervisedOutput)
 @resolves_views
 def supervised_loss(
     logits: Tensor,
@@ -158,6 +160,7 @@ def supervised_loss(
     return SupervisedOutput(value, _metrics(nll, entropy, tokens, options))
 
 
+@takes_jagged(SupervisedOutput)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_supervised_loss(

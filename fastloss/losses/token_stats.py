@@ -28,8 +28,9 @@ from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head_shards import of_columns
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.head_types import NOTHING
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.shards import Call as SharedCall
-from fastloss.engine.shards import Shards, of_group, whole
+from fastloss.engine.shards import Shards, needed, of_group, whole
 from fastloss.engine.support import (
     Layout,
     LinearSupportStatistics,
@@ -79,6 +80,7 @@ def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
     )
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("logits")
 @resolves_views
 def token_stats(
@@ -118,7 +120,7 @@ def token_stats(
             distribution over them alone (docs/policy_gradient.md). ``(token_ids, offsets)`` as vLLM's SamplingMask has them: ids
             ``[entries]`` and the bounds ``[N + 1]`` of the N positions, flattened; or ids ``[..., K]`` padded with -1. int64 or int32; an
             id that repeats counts once. "log_mass" is the log of what the kept classes had in the whole distribution, without a
-            gradient. Not with ``group``. See :func:`sampler_support`, :func:`support_from_mask`.
+            gradient. See :func:`sampler_support`, :func:`support_from_mask`.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit.
@@ -147,10 +149,8 @@ def token_stats(
         checks.index_target("target", target, tuple(lead), logits.device)
     options = row_options(temperature, logit_scale, softcap, ignore_index, lead, logits)
     if support is not None:
-        if group is not None:
-            raise ValueError("support: expected None with group, got a support")
         raw = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-        given = Given(target, options, raw, want, detach, backend)
+        given = Given(target, options, raw, want, detach, backend, shards)
         return _shaped(_of_kept_logits(logits, support, inplace, given), want, lead)
     rows = logits.reshape(-1 if shards is None else math.prod(lead), vocab)
     flat = None if target is None else target.reshape(-1).contiguous()
@@ -185,6 +185,7 @@ def token_stats(
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_token_stats(
@@ -231,8 +232,6 @@ def linear_token_stats(
     kept = _differentiable(want, detach)
     if target is not None:
         checks.index_target("target", target, tuple(lead), input.device)
-    if support is not None and group is not None:
-        raise ValueError("support: expected None with group, got a support")
     limits = heads.limits_of(
         chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
     )
@@ -244,7 +243,7 @@ def linear_token_stats(
     dtype = heads.compute_dtype(input)
     if support is not None:
         raw = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
-        given = Given(target, options, raw, want, detach, backend)
+        given = Given(target, options, raw, want, detach, backend, shards)
         how = {"chunk_size": chunk_size, "memory": memory}
         return _shaped(
             _of_kept_rows(input, linear_weight, linear_bias, support, dtype, how, given), want, lead
@@ -298,6 +297,7 @@ class Given(NamedTuple):
     want: tuple[str, ...]
     detach: tuple[str, ...] | None
     backend: str
+    shards: Shards | None
 
     def transform(self) -> dict[str, Any]:
         return {**self.raw, "ignore_index": self.options.ignore_index}
@@ -315,13 +315,16 @@ class Given(NamedTuple):
 
 
 def _of_kept_logits(logits: Tensor, support: Any, inplace: bool, given: Given) -> dict[str, Tensor]:
-    lead, vocab, options, want = logits.shape[:-1], logits.shape[-1], given.options, given.over_kept
+    lead, options, want, shards = logits.shape[:-1], given.options, given.over_kept, given.shards
+    vocab = logits.shape[-1] if shards is None else shards.vocab
     sets = sets_of(support, lead, logits.device)
-    rows, flat = checks.as_rows(logits), given.flat()
+    rows, flat = logits.reshape(lead.numel(), logits.shape[-1]), given.flat()
     call = resolve_call(
-        "token_stats", given.backend, logits, given.target, options.row_scale, sets.ids, sets.offsets
-    )
-    call.announce(inplace=inplace, kept=sets.ids.shape[0])
+        "token_stats", given.backend, logits, given.target, options.row_scale, sets.ids, sets.offsets,
+        has_operators=shards is None,
+    )  # fmt: skip
+    told = support_sent(shards, sets, given.want, flat, options.ignore_index, ACC_DTYPES[logits.dtype], None)
+    call.announce(inplace=inplace, kept=sets.ids.shape[0], **told)
     whole_lse = None
     if "log_mass" in given.want:  # before anything is written in place
         with torch.no_grad():
@@ -329,12 +332,15 @@ def _of_kept_logits(logits: Tensor, support: Any, inplace: bool, given: Given) -
                 logits.detach(),
                 given.target,
                 outputs=("logsumexp",),
+                group=shards,
                 backend=given.backend,
                 **given.transform(),
             ).logsumexp
     if call.by_definition:
         reject_bad_support(sets, flat, lead, vocab, options)
         kept_there = sets.ids, sets.bounds()
+        columns = None if shards is None else whole(rows.t(), shards)
+        rows = rows if columns is None else columns.t()
         out = reference.token_stats(rows, flat, **_transform(options), support=kept_there)
     elif call.traced:
         values = compile_support.support_stats(rows, flat, sets, options, want, call.backend.name)
@@ -344,7 +350,9 @@ def _of_kept_logits(logits: Tensor, support: Any, inplace: bool, given: Given) -
             refuse_inplace(rows)
         layout = checked_layout(sets, flat, lead, vocab, options)
         kept = _differentiable(want, given.detach)
-        run = SupportRun(call.backend, options, want, sets, layout, kept, logits.dtype, NOTHING, inplace)
+        run = SupportRun(
+            call.backend, options, want, sets, layout, kept, logits.dtype, NOTHING, inplace, shards
+        )
         out = dict(zip(want, SupportStatistics.apply(rows, flat, run), strict=True))
     return _with_mass(out, whole_lse, given)
 
@@ -358,31 +366,39 @@ def _of_kept_rows(
     how: dict[str, Any],
     given: Given,
 ) -> dict[str, Tensor]:
-    lead, vocab, options, want = input.shape[:-1], linear_weight.shape[0], given.options, given.over_kept
+    lead, options, want, shards = input.shape[:-1], given.options, given.over_kept, given.shards
+    vocab = linear_weight.shape[0] if shards is None else shards.vocab
     sets = sets_of(support, lead, input.device)
     hidden, flat = checks.as_rows(input), given.flat()
     call = resolve_call(
         "linear_token_stats", given.backend, input, linear_weight, linear_bias, given.target, options.row_scale,
-        sets.ids, sets.offsets, dtype=dtype,
+        sets.ids, sets.offsets, dtype=dtype, has_operators=shards is None,
     )  # fmt: skip
+    needs = heads.needs_of(input, linear_weight, linear_bias)
     if hidden.shape[1] == 0:  # no memory that a kernel could gather from
         call = call.without_kernels("hidden states of width 0")
     if call.by_definition:
         call.announce()
     else:
-        call.announce(**support_details(sets, dtype, "log_mass" in given.want))
+        whose = hidden if needs.hidden else None
+        told = support_sent(
+            shards, sets, given.want, flat, options.ignore_index, ACC_DTYPES[dtype], whose, True
+        )
+        call.announce(**support_details(sets, dtype, "log_mass" in given.want), **told)
     whole_lse = None
     if "log_mass" in given.want:
         with torch.no_grad():
             whole_lse = linear_token_stats(
                 input.detach(), linear_weight.detach(), given.target, outputs=("logsumexp",), backend=given.backend,
                 linear_bias=None if linear_bias is None else linear_bias.detach(), **given.transform(), **how,
-                logits_dtype=torch.float32,
+                logits_dtype=torch.float32, group=shards,
             ).logsumexp  # fmt: skip
     if call.by_definition:
         reject_bad_support(sets, flat, lead, vocab, options)
         kept_there = sets.ids, sets.bounds()
-        with heads.float_operands(True, hidden, linear_weight, linear_bias) as (x, w, bias):
+        all_weight, all_bias = whole(linear_weight, shards), whole(linear_bias, shards)
+        assert all_weight is not None
+        with heads.float_operands(True, hidden, all_weight, all_bias) as (x, w, bias):
             out = reference.linear_token_stats(
                 x, w, flat, linear_bias=bias, **_transform(options), support=kept_there
             )
@@ -393,8 +409,10 @@ def _of_kept_rows(
         out = dict(zip(STATS, values, strict=True))
     else:
         layout = checked_layout(sets, flat, lead, vocab, options)
-        kept, needs = _differentiable(want, given.detach), heads.needs_of(input, linear_weight, linear_bias)
-        run = SupportRun(call.backend, options, want, sets, layout, kept, dtype, needs)
+        kept = _differentiable(want, given.detach)
+        run = SupportRun(
+            call.backend, options, want, sets, layout, kept, dtype, needs, inplace=False, shards=shards
+        )
         values = LinearSupportStatistics.apply(hidden, linear_weight, linear_bias, flat, run)
         out = dict(zip(want, values, strict=True))
     return _with_mass(out, whole_lse, given)
@@ -405,6 +423,28 @@ def _with_mass(out: dict[str, Tensor], whole: Tensor | None, given: Given) -> di
     if whole is not None:
         out = {**out, "log_mass": (out["logsumexp"].detach() - whole.reshape(-1)).clamp(max=0)}
     return _cut_off({name: out[name] for name in given.want}, given.detach)
+
+
+def support_sent(
+    shards: Shards | None,
+    sets: Sets,
+    want: tuple[str, ...],
+    target: Tensor | None,
+    ignore_index: int,
+    acc: torch.dtype,
+    hidden: Tensor | None,
+    of_head: bool = False,
+) -> dict[str, Any]:
+    """What ``explain`` tells of a vocabulary that is cut: the bytes. "log_mass" is another message, of the lse_parts of all classes,
+    in float32 at least; ``of_head``: without the tokens that are ignored."""
+    if shards is None:
+        return {}
+    over_kept = {*want, "logsumexp"} - {"log_mass"}
+    numbers = sets.rows * (1 + len(needed(tuple(over_kept))))
+    if "log_mass" in want:
+        keep = heads.kept_rows(target, ignore_index) if of_head else None
+        numbers += 2 * heads.count_kept(sets.rows, keep)
+    return shards.told(numbers * acc.itemsize, 0, hidden)
 
 
 def support_details(sets: Sets, dtype: torch.dtype, with_mass: bool) -> dict[str, Any]:
@@ -504,6 +544,7 @@ def _of_several(
     return out if row_mask is None else torch.where((row_mask == 0).unsqueeze(-1), 0.0, out)
 
 
+@takes_jagged(TokenStats)
 def entropy_from_logits(logits: Tensor, chunk_size: int | None = None, *, backend: str = "auto") -> Tensor:
     """Shannon entropy (nats) of ``softmax(logits [..., V])``, ``[...]``, with gradient; one pass, no softmax held.
 

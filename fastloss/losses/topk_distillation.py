@@ -15,8 +15,22 @@ from fastloss.engine.autograd import differentiable_again, new_gradient, savable
 from fastloss.engine.backend import check_targets, resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import WHOLE, Backend
+from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head_types import NOTHING, Grads, Limits, Needs
-from fastloss.engine.topk import Teacher, rows_of_head, rows_of_logits, teacher_of
+from fastloss.engine.selection import Taken
+from fastloss.engine.shards import Shards, whole
+from fastloss.engine.topk import (
+    Teacher,
+    details,
+    rows_of_columns,
+    rows_of_head,
+    rows_of_logits,
+    schedule_of,
+    selected_by,
+    sent,
+    taken_of_columns,
+    teacher_of,
+)
 from fastloss.losses.cross_entropy import cross_entropy
 from fastloss.losses.distillation import (
     DistillationOutput,
@@ -27,7 +41,14 @@ from fastloss.losses.distillation import (
     tokens_of,
 )
 from fastloss.losses.linear_cross_entropy import linear_cross_entropy
-from fastloss.losses.selected_logprobs import check_ids, positive_options, reject_bad_ids
+from fastloss.losses.selected_logprobs import (
+    check_ids,
+    positive_options,
+    reject_bad_ids,
+    shards_of_logits,
+    whole_columns,
+)
+from fastloss.losses.token_stats import token_stats
 from fastloss.tables import (
     ACC_DTYPES,
     DISTILLATION_DIVERGENCES,
@@ -42,6 +63,7 @@ METRICS = TOPK_SUMS[1:]
 MOST = 512
 
 
+@takes_dtensors("logits")
 @resolves_views
 def topk_distillation_loss(
     logits: Tensor,
@@ -61,6 +83,7 @@ def topk_distillation_loss(
     hard_loss_coef: float = 0.0,
     normalizer: Any = None,
     reduction: str = "mean",
+    group: Any = None,
     backend: str = "auto",
 ) -> DistillationOutput:
     r"""The divergence of a student from a teacher of whom K classes a position are known (served by an engine, or stored).
@@ -96,9 +119,8 @@ def topk_distillation_loss(
     0.1733
     """
     checks.is_floating("logits", logits)
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ShapeError(f"logits: expected shape [..., V], got {list(logits.shape)}")
-    lead, vocab = logits.shape[:-1], logits.shape[-1]
+    shards, vocab = shards_of_logits(logits, group, target, ignore_index)
+    lead = logits.shape[:-1]
     _check_teacher(teacher_ids, teacher_logprobs, lead, vocab, logits.device)
     options = _options(
         tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
@@ -106,35 +128,51 @@ def topk_distillation_loss(
     ids, logprobs = checks.as_rows(teacher_ids), checks.as_rows(teacher_logprobs.detach())
     tokens = _tokens(logits, ids, target, ignore_index, token_weight, normalizer, reduction)
     later, options = _second_call(options, temperature)
-    call = resolve_call("topk_distillation_loss", backend, logits, ids, logprobs, tokens.target, token_weight)
-    call.announce(terms="PyTorch's operations on [rows, K] beside the row kernels")
+    call = resolve_call(
+        "topk_distillation_loss", backend, logits, ids, logprobs, tokens.target, token_weight,
+        has_operators=shards is None,
+    )  # fmt: skip
+    width = ids.shape[1] + (options.hard_loss_coef > 0)
+    call.announce(
+        terms="PyTorch's operations on [rows, K] beside the row kernels",
+        **({} if shards is None else sent(shards, ids.shape[0], width, ACC_DTYPES[logits.dtype])),
+    )
     reject_bad_ids("teacher_ids", teacher_ids, vocab)
     check_targets(tokens.target, vocab, ignore_index)
-    rows = checks.as_rows(logits)
+    rows = logits.reshape(lead.numel(), logits.shape[-1])
     if call.by_definition:
-        loss, *statistics = reference.topk_distillation_rows(rows, ids, logprobs, tokens.target, options)
+        every = whole_columns(rows, shards)
+        loss, *statistics = reference.topk_distillation_rows(every, ids, logprobs, tokens.target, options)
     else:
-        if rows.stride(1) != 1 and vocab > 1:
+        if rows.stride(1) != 1 and rows.shape[1] > 1:
             rows = rows.contiguous()
         if call.traced:
             loss, sums = compile_topk.topk_distillation(
                 rows, ids, logprobs, tokens.target, options, call.backend.name
             )
         else:
-            loss, sums = TopKDistillation.apply(rows, ids, logprobs, tokens.target, call.backend, options)
+            loss, sums = TopKDistillation.apply(
+                rows, ids, logprobs, tokens.target, call.backend, options, shards
+            )
         statistics = list(sums.unbind(1)[1:])
     if later:
         assert tokens.target is not None
-        hard = cross_entropy(
-            rows, tokens.target, ignore_index=ignore_index, reduction="none", logit_scale=logit_scale,
-            softcap=softcap, backend=backend,
-        ).to(loss.dtype)  # fmt: skip
+        how: dict[str, Any] = {
+            "ignore_index": ignore_index, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
+        }  # fmt: skip
+        if shards is None:
+            hard = cross_entropy(rows, tokens.target, reduction="none", **how).to(loss.dtype)
+        else:
+            logp = token_stats(rows, tokens.target, group=shards, detach=(), **how).logprobs
+            assert logp is not None
+            hard = -logp
         loss, statistics = loss + later * hard, [*statistics[:-1], hard]
     value = loss * tokens.weights
     value = value.reshape(lead) if reduction == "none" else value.sum() * tokens.scale
     return DistillationOutput(value, means(METRICS, statistics, tokens))
 
 
+@takes_dtensors("linear_weight")
 @resolves_views
 def linear_topk_distillation_loss(
     input: Tensor,
@@ -158,6 +196,7 @@ def linear_topk_distillation_loss(
     reduction: str = "mean",
     chunk_size: int | None = None,
     memory: str = "auto",
+    group: Any = None,
     logits_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> DistillationOutput:
@@ -169,7 +208,7 @@ def linear_topk_distillation_loss(
     Args:
         input, linear_weight, linear_bias: hidden states ``[..., D]``, vocabulary matrix ``[V, D]``, bias ``[V]``.
         teacher_ids and the rest: as in :func:`topk_distillation_loss`.
-        chunk_size, memory, logits_dtype: as in :func:`linear_cross_entropy`.
+        chunk_size, memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
 
     >>> import torch, fastloss
     >>> ids, logprobs = torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]).log()
@@ -178,14 +217,14 @@ def linear_topk_distillation_loss(
     0.1733
     """
     rows = heads.check_head(input, linear_weight, linear_bias)
-    vocab, lead = linear_weight.shape[0], input.shape[:-1]
+    lead = input.shape[:-1]
+    limits = heads.limits_of(
+        chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
+    )
+    vocab, shards = heads.vocab_of(linear_weight, limits), limits.shards
     if vocab < 1:
         raise ShapeError("linear_weight: expected at least one class, got 0")
     _check_teacher(teacher_ids, teacher_logprobs, lead, vocab, input.device)
-    checks.chunk_size_value(chunk_size)
-    checks.memory_value(memory)
-    checks.logits_dtype_value(logits_dtype)
-    limits = Limits(chunk_size, memory, None, logits_dtype is not None)
     options = _options(
         tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
     )  # fmt: skip
@@ -204,7 +243,9 @@ def linear_topk_distillation_loss(
         call.announce()
         reject_bad_ids("teacher_ids", teacher_ids, vocab)
         check_targets(tokens.target, vocab, ignore_index)
-        z = heads.defined_logits(rows, linear_weight, linear_bias, dtype, limits.float_logits)
+        all_weight, all_bias = whole(linear_weight, shards), whole(linear_bias, shards)
+        assert all_weight is not None
+        z = heads.defined_logits(rows, all_weight, all_bias, dtype, limits.float_logits)
         loss, *statistics = reference.topk_distillation_rows(z, ids, logprobs, tokens.target, options)
         value = loss * tokens.weights
         value = value.reshape(lead) if per_row else value.sum() * tokens.scale
@@ -220,13 +261,11 @@ def linear_topk_distillation_loss(
             mark = teacher_of(ids, logprobs, tokens.target, None, vocab, options, acc).mark
             keep = heads.kept_rows(mark, options.row_options().ignore_index)
             run = _Run(call.backend, options, dtype, limits, keep, needs, per_row)
-            head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype)
+            head = heads.make_head(call.backend, rows, linear_weight, linear_bias, dtype, shards)
             count = heads.count_kept(rows.shape[0], keep)
-            schedule = heads.chunked(head, count, needs, limits)
-            call.announce(
-                **schedule.details(head, count, needs, per_row and bool(needs)),
-                terms="PyTorch's operations on [rows, K] beside the head",
-            )
+            schedule = schedule_of(head, count, needs, limits)
+            width = ids.shape[1] + (options.hard_loss_coef > 0)
+            call.announce(**details(head, count, needs, per_row and bool(needs), schedule, width, "terms"))
             reject_bad_ids("teacher_ids", teacher_ids, vocab)
             check_targets(tokens.target, vocab, ignore_index)
             value, sums = LinearTopKDistillation.apply(*operands, *given, run)
@@ -240,8 +279,8 @@ def linear_topk_distillation_loss(
         hard, stats = linear_cross_entropy(
             rows, linear_weight, tokens.target, linear_bias=linear_bias, ignore_index=ignore_index,
             reduction="none" if per_row else "sum", token_weight=None if per_row else tokens.weights,
-            logit_scale=logit_scale, softcap=softcap, chunk_size=chunk_size, memory=memory, logits_dtype=logits_dtype, return_stats=True,
-            backend=backend,
+            logit_scale=logit_scale, softcap=softcap, chunk_size=chunk_size, memory=memory, group=shards, logits_dtype=logits_dtype,
+            return_stats=True, backend=backend,
         )  # fmt: skip
         hard = hard.to(value.dtype)
         more = (hard * tokens.weights).reshape(lead) * later if per_row else hard * (tokens.scale * later)
@@ -311,8 +350,9 @@ def _tokens(
 
 
 def _again(ctx: Any) -> Any:
-    logits, ids, logprobs, target = ctx.saved_tensors
-    _, options = ctx.call
+    logits, ids, logprobs, target, *_ = ctx.saved_tensors
+    _, options, shards = ctx.call
+    heads.again_only_whole(shards)
     return [reference.topk_distillation_rows(logits, ids, logprobs, target, options).loss, None], [logits]
 
 
@@ -328,27 +368,38 @@ class TopKDistillation(torch.autograd.Function):
         target: Tensor | None,
         backend: Backend,
         options: TopKOptions,
+        shards: Shards | None = None,
     ) -> Any:
-        teacher = teacher_of(ids, logprobs, target, None, logits.shape[1], options, ACC_DTYPES[logits.dtype])
-        sums = rows_of_logits(backend, logits.detach(), teacher, options)
-        ctx.call = backend, options
+        vocab, taken = logits.shape[1] if shards is None else shards.vocab, None
+        teacher = teacher_of(ids, logprobs, target, None, vocab, options, ACC_DTYPES[logits.dtype])
+        if shards is None:
+            sums = rows_of_logits(backend, logits.detach(), teacher, options)
+        else:
+            taken = taken_of_columns(
+                shards, backend, logits.detach(), teacher.mark, selected_by(teacher), options.row_options()
+            )
+            sums = rows_of_columns(shards, backend, logits.detach(), taken, teacher, options)
+        ctx.call = backend, options, shards
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, *savable(ids, logprobs), target)
+        ctx.save_for_backward(logits, *savable(ids, logprobs), target, *(taken or ()))
         ctx.mark_non_differentiable(sums)
         return sums[:, 0].clone(), sums
 
     @staticmethod
     @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> Any:
-        backend, options = ctx.call
-        logits, ids, logprobs, target = ctx.saved_tensors
-        none = (None,) * 5
+        backend, options, shards = ctx.call
+        logits, ids, logprobs, target, *taken = ctx.saved_tensors
+        none = (None,) * 6
         if upstream is None:
             return (None, *none)
-        acc = ACC_DTYPES[logits.dtype]
-        teacher = teacher_of(ids, logprobs, target, upstream.to(acc), logits.shape[1], options, acc)
+        acc, vocab = ACC_DTYPES[logits.dtype], logits.shape[1] if shards is None else shards.vocab
+        teacher = teacher_of(ids, logprobs, target, upstream.to(acc), vocab, options, acc)
         out = new_gradient(logits.shape, logits.dtype, logits.device)
-        rows_of_logits(backend, logits.detach(), teacher, options, out)
+        if shards is None:
+            rows_of_logits(backend, logits.detach(), teacher, options, out)
+        else:
+            rows_of_columns(shards, backend, logits.detach(), Taken(*taken), teacher, options, out)
         return (out, *none)
 
 
@@ -366,14 +417,15 @@ class _Run:
 
     def sums(self, operands: Any, teacher: Teacher, needs: Needs) -> Any:
         hidden, weight, bias = operands
-        head = heads.make_head(self.backend, hidden, weight, bias, self.dtype)
+        head = heads.make_head(self.backend, hidden, weight, bias, self.dtype, self.limits.shards)
         count = heads.count_kept(operands[0].shape[0], self.keep)
-        schedule = heads.chunked(head, count, needs, self.limits)
+        schedule = schedule_of(head, count, needs, self.limits)
         return rows_of_head(head, needs, teacher, self.options, schedule, self.keep)
 
 
 def _linear_again(ctx: Any) -> Any:
     run: _Run = ctx.run
+    heads.again_only_whole(run.limits.shards)
     hidden, weight, bias, ids, logprobs, target, factors = ctx.saved_tensors
     logits = heads.defined_logits(hidden, weight, bias, run.dtype, run.limits.float_logits)
     loss = reference.topk_distillation_rows(logits, ids, logprobs, target, run.options).loss
@@ -398,8 +450,9 @@ class LinearTopKDistillation(torch.autograd.Function):
         ctx.run, ctx.ahead = run, not run.per_row
         ids, logprobs = savable(ids, logprobs)  # type: ignore[assignment]
         needs = run.needs if ctx.ahead else NOTHING
+        vocab = heads.vocab_of(weight, run.limits)
         teacher = teacher_of(
-            ids, logprobs, target, factors if needs else None, weight.shape[0], run.options, ACC_DTYPES[run.dtype]
+            ids, logprobs, target, factors if needs else None, vocab, run.options, ACC_DTYPES[run.dtype]
         )  # fmt: skip
         sums, grads = run.sums((hidden, weight, bias), teacher, needs)
         late = run.dtype in LATE_DTYPES
@@ -419,7 +472,7 @@ class LinearTopKDistillation(torch.autograd.Function):
         *operands, ids, logprobs, target, factors = ctx.saved_tensors
 
         def again(factors: Tensor) -> Grads:
-            vocab, acc = operands[1].shape[0], ACC_DTYPES[run.dtype]
+            vocab, acc = heads.vocab_of(operands[1], run.limits), ACC_DTYPES[run.dtype]
             teacher = teacher_of(ids, logprobs, target, factors, vocab, run.options, acc)
             return run.sums(operands, teacher, run.needs)[1]
 

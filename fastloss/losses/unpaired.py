@@ -17,9 +17,10 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
-from fastloss.losses.token_stats import row_options
+from fastloss.losses.token_stats import TokenStats, row_options, stats_from
 from fastloss.tables import ACC_DTYPES, UNPAIRED_TERMS, UnpairedConstants, UnpairedOptions
 
 
@@ -39,6 +40,7 @@ class UnpairedOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@takes_jagged()
 @resolves_views
 def kto_loss(
     logps: Tensor,
@@ -102,6 +104,7 @@ def kto_loss(
     )
 
 
+@takes_jagged()
 @resolves_views
 def bco_loss(
     logps: Tensor,
@@ -349,6 +352,7 @@ def _kto_kl(
     return (difference.sum() / max(difference.numel(), 1)).clamp(min=0).reshape(1)
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_kto_loss(
@@ -381,8 +385,9 @@ def linear_kto_loss(
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
     reduction: str = "mean",
+    return_stats: bool = False,
     backend: str = "auto",
-) -> UnpairedOutput:
+) -> Any:
     """:func:`kto_loss` of ``input @ linear_weight.T + linear_bias``, without ever holding those logits.
 
     GEMMs as in :func:`linear_preference_loss`, chunked by whole sequences.
@@ -394,6 +399,10 @@ def linear_kto_loss(
         ref_input, ref_weight, ref_bias: the reference model's; or its log-probs ``ref_logps`` ``[B]``; neither: uniform.
         chunk_size, memory, group, logits_dtype: as in :func:`linear_preference_loss`.
         kl_logps, ref_kl_logps, kl: as in :func:`kto_loss`; :func:`linear_token_stats` gives the log-probs at 1 GEMM.
+        return_stats: also a :class:`TokenStats` of ``target``'s shape, as in :func:`linear_preference_loss`.
+
+    Returns:
+        UnpairedOutput, or with ``return_stats`` the pair (UnpairedOutput, TokenStats).
 
     >>> import torch, fastloss
     >>> hidden, weight, target = torch.zeros(2, 3, 8), torch.zeros(4, 8), torch.zeros(2, 3, dtype=torch.long)
@@ -438,11 +447,16 @@ def linear_kto_loss(
     loss = _ResponsesOfHead(x, constants, o, count)
     want = ("logprobs", *(groups.METRIC_STATS if token_metrics else ()))
     total = max(count, 1) if reduction == "mean" else 1
-    value, out = groups.evaluate(x, plan, loss, want, ("rewards", "logps", "sums"), total)
+    keep = groups.TOKEN_STATS if return_stats else groups.METRIC_STATS
+    value, out = groups.evaluate(x, plan, loss, want, ("rewards", "logps", "sums"), total, keep)
     metrics = _metrics(o, out["sums"].sum(0), count, shift)
     if token_metrics:
         metrics.update(groups.token_metrics(out, x, plan.call.backend, good.to(acc)))
-    return UnpairedOutput(value, out["rewards"], out["logps"], metrics)
+    output = UnpairedOutput(value, out["rewards"], out["logps"], metrics)
+    if not return_stats:
+        return output
+    of_targets = groups.in_place_of_targets(out, x, target)
+    return output, stats_from(of_targets, tuple(of_targets))
 
 
 @dataclass(frozen=True)

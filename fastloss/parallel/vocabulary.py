@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ def vocab_parallel_cross_entropy(
 
     Args:
         logits: this process's columns ``[..., V_r]``, those of rank 0 first; V_r may differ from process to process, and be 0.
-        target: int64 ``[...]``, classes of the whole vocabulary, the same on each process.
+        target: int64 ``[...]``, classes of the whole vocabulary, the same on each process; or class probabilities of this process's
+            columns, ``[..., V_r]``.
         group: a ProcessGroup, a DeviceMesh of one dimension, or :func:`vocab_shards`. All its processes must call.
         weight: ``[V]``, a weight for each class of the whole vocabulary.
         ignore_index, reduction, label_smoothing, z_loss, logit_scale, softcap, temperature, normalizer, return_stats, backend: as in
@@ -103,18 +105,26 @@ def vocab_parallel_cross_entropy(
         raise ShapeError("logits: expected at least 1 dimension, got a 0-d tensor")
     lead = tuple(logits.shape[:-1])
     logits, target, weight = resolved(logits), resolved(target), resolved(weight)
-    checks.index_target("target", target, lead, logits.device)
-    together = Call(target.numel(), 0, logits.dtype, target, ignore_index)
+    checks.is_tensor("target", target)
+    probabilities = target.is_floating_point()
+    if probabilities:
+        checks.has_shape("target", target, tuple(logits.shape))
+        checks.same_device("target", target, logits.device)
+    else:
+        checks.index_target("target", target, lead, logits.device)
+    tokens = math.prod(lead)
+    together = Call(tokens, 0, logits.dtype, None if probabilities else target, ignore_index)
     shards = of_group(group, logits.shape[-1], logits.device, together)
     loss = loss_options(
         reduction, ignore_index, label_smoothing, z_loss, logit_scale, softcap, temperature, normalizer,
-        return_stats, logits, lead, False,
+        return_stats, logits, lead, probabilities,
     )  # fmt: skip
     if weight is not None:
         checks.is_floating("weight", weight)
         checks.has_shape("weight", weight, (shards.vocab,))
         checks.same_device("weight", weight, logits.device)
-    rows, flat = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
+    rows = logits.reshape(tokens, logits.shape[-1])
+    flat = target.reshape(rows.shape) if probabilities else target.reshape(-1)
     call = resolve_call(
         "vocab_parallel_cross_entropy",
         backend,
@@ -129,13 +139,17 @@ def vocab_parallel_cross_entropy(
     if call.by_definition:
         columns = whole(rows.t(), shards)
         assert columns is not None
+        if probabilities:
+            every = whole(flat.t(), shards)
+            assert every is not None
+            flat = every.t()
         return loss.shaped(by_definition(columns.t(), flat, weight, loss, rows.dtype, None), torch.Size(lead))
     acc = ACC_DTYPES[rows.dtype]
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
     elif inplace:
         refuse_inplace(rows)
-    classes, w = weights_of(flat, weight, loss, acc)
+    classes, w = weights_of(flat, weight, loss, acc, shards)
     factor, loss = loss_factor(call, classes, w, loss, rows.shape[0], shards.vocab, acc)
     out = _VocabParallel.apply(rows, classes, w, _Run(call.backend, loss, factor, shards, inplace))
     value = loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
@@ -144,6 +158,8 @@ def vocab_parallel_cross_entropy(
 
 def _sent(loss: LossOptions) -> tuple[str, ...]:
     """The statistics that processes exchange for a loss."""
+    if loss.probabilities:
+        return ("distance", "mass", *loss.want)
     return ("logprobs", *loss.want, *(("distance",) if loss.row.label_smoothing else ()))
 
 
@@ -166,11 +182,11 @@ class _VocabParallel(torch.autograd.Function):
     """(this process's logits, classes, weights of all classes) -> loss and detached statistics."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, classes: Tensor, w: Tensor | None, run: _Run) -> Any:
+    def forward(ctx: Any, logits: Tensor, classes: Tensor | None, w: Tensor | None, run: _Run) -> Any:
         ctx.run = run
         part = of_columns(run.shards, logits.detach(), run.backend)
         out = part.cross_entropy(classes, kernel_options(run.loss), w=w, factor=WHOLE, want=run.loss.want)
-        ctx.save_for_backward(logits, classes, w, out[LSE_PARTS])
+        ctx.save_for_backward(logits, classes, w, out[LSE_PARTS], out.get("mass"))
         per_row = run.loss.reduction == "none"
         loss = out["loss"] if per_row else run.backend.sum_rows(out["loss"], run.factor)
         loss = loss.to(logits.dtype)
@@ -184,12 +200,12 @@ class _VocabParallel(torch.autograd.Function):
     @differentiable_again(_again)
     def backward(ctx: Any, upstream: Tensor, *_: Tensor) -> Any:
         run: _Run = ctx.run
-        logits, classes, w, lse_parts = ctx.saved_tensors
+        logits, classes, w, lse_parts, mass = ctx.saved_tensors
         options = kernel_options(run.loss)
         each = upstream.to(lse_parts.dtype)
         if run.loss.reduction != "none":
             each = (each * run.factor.of_gradient()).expand(logits.shape[0])
-        k = of_cross_entropy(each, lse_parts, classes, w, run.shards.vocab, options)
+        k = of_cross_entropy(each, lse_parts, classes, w, run.shards.vocab, options, mass)
         out = logits.detach() if run.inplace else new_gradient(logits.shape, logits.dtype, logits.device)
         part = of_columns(run.shards, logits.detach(), run.backend, out)
         part.gradients(classes, options, lse_parts, k, w)

@@ -46,6 +46,23 @@ HEADS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
             torch.tanh(h).view(2, 35, -1), w, t.view(2, 35), None, torch.ones(2, device=h.device), None
         ).loss
     ),
+    "linear_policy_loss, sequences": lambda h, w, t: (
+        fastloss.linear_policy_loss(
+            torch.tanh(h).view(2, 35, -1),
+            w,
+            t.view(2, 35),
+            None,
+            torch.ones(2, device=h.device),
+            None,
+            loss_type="gspo",
+        ).loss
+    ),
+    "linear_sequence_loss": lambda h, w, t: fastloss.linear_sequence_loss(
+        torch.tanh(h).view(2, 35, -1),
+        w,
+        t.view(2, 35),
+        lambda part: part.logps.exp().neg().sum() + part.logprobs.mean(),
+    ),
     "cross_entropy": lambda h, w, t: fastloss.cross_entropy(torch.tanh(h) @ w.T, t),
 }
 

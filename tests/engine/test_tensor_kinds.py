@@ -51,6 +51,10 @@ MASK = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool)
 GOOD = torch.tensor([True, False, True, True])
 
 
+def _own_loss(part: fastloss.SequencePart) -> Tensor:
+    return -(part.logps / part.lengths.clamp(min=1)).sum()
+
+
 def _stats(stats: Any) -> Tensor:
     return stats.logprobs
 
@@ -77,6 +81,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
     ),
     "linear_kto_loss": (
         lambda h, w: fastloss.linear_kto_loss(h, w, PAIRS, GOOD, kl=0.0).loss, ((4, 3, 4), (6, 4))
+    ),
+    "linear_sequence_loss": (
+        lambda h, w: fastloss.linear_sequence_loss(h, w, PAIRS, _own_loss), ((4, 3, 4), (6, 4))
     ),
     "linear_policy_loss": (
         lambda h, w, a: fastloss.linear_policy_loss(h, w, PAIRS[::2].clamp(min=0), None, a, MASK).loss,
@@ -250,6 +257,11 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
         {"target": _LABELS, "desirable": GOOD, "ref_logps": _seeded(4, seed=2), "weights": torch.ones(4),
          "kl_logps": _seeded(3, seed=3), "ref_kl_logps": _seeded(3, seed=4)},
         {"input": _seeded(4, 3, 4), "linear_weight": _seeded(6, 4)},
+    ),
+    "linear_sequence_loss": (
+        "linear_sequence_loss",
+        {"target": _LABELS},
+        {"input": _seeded(4, 3, 4), "linear_weight": _seeded(6, 4), "loss_fn": _own_loss},
     ),
     "kto_loss": (
         "kto_loss",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -569,6 +571,26 @@ def linear_pairs(
     return draw
 
 
+def _own_contrast(part: Any) -> Any:
+    return -torch.nn.functional.logsigmoid(0.1 * (part.logps + 10.0)).sum()
+
+
+def _own_mean(part: Any) -> Any:
+    return -(part.logps / part.lengths.clamp(min=1)).sum() + part.logprobs.exp().sum()
+
+
+def linear_sequence_loss(d: Draw) -> Case:
+    drawn = linear_pairs("linear_sequence_loss", reference=False, unpaired=True)(d)
+    tensors = {name: x for name, x in drawn.tensors.items() if name in (*HEAD, "target", "cu_seqlens")}
+    options = {
+        n: x
+        for n, x in drawn.options.items()
+        if n in inspect.signature(fastloss.linear_sequence_loss).parameters
+    }
+    own = {"loss_fn": d.pick(_own_contrast, _own_mean), **some(d, coupled=lambda: True)}
+    return replace(drawn, tensors=tensors, options={**options, **own})
+
+
 def linear_preference_extra(d: Draw) -> Options:
     options = some(d, length_normalized=lambda: True, use_weighting=lambda: True)
     return loss_types(d, options)
@@ -948,6 +970,7 @@ ADDED_LATER = {
     "linear_supervised_loss": (linear_supervised_loss, 3),
     "distillation_loss": (distillation_loss, 5),
     "linear_distillation_loss": (linear_distillation_loss, 5),
+    "linear_sequence_loss": (linear_sequence_loss, 2),
 }
 FUNCTIONS |= {name: draw for name, draw in ADDED_LATER.items() if name in fastloss.__all__}
 

@@ -50,7 +50,31 @@ def record(trainer: str, model: str, loss: str, loss_difference: float, gradient
         file.write(json.dumps(row) + "\n")
 
 
+def steps(rows: list[dict]) -> str:
+    """The table of benchmarks/trainer_steps.py."""
+    if not rows:
+        return ""
+    about = "; ".join(sorted({f"{r['cpu']}, {r['threads']} threads, torch {r['torch']}" for r in rows}))
+    lines = [
+        "## Steps",
+        "",
+        f"`benchmarks/trainer_steps.py`: steps of a trainer, stock and with fastloss in turn, in one run: a tied Llama of about 50M parameters, a vocabulary of 128,256 ({about}).",
+        "Medians; memory is a step's peak above what it began with. Load: of the machine when the trainer ended, 2 where nothing else ran.",
+        "",
+        "| trainer | version | tokens | stock s | fastloss s | time ratio | stock MiB | fastloss MiB | memory ratio | load |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in {r["trainer"]: r for r in rows}.values():
+        lines.append(
+            f"| {r['trainer']} | {r['version']} | {r['tokens']} | {r['stock s']} | {r['fastloss s']} | {r['time ratio']} | "
+            f"{r['stock MiB']} | {r['fastloss MiB']} | {r['memory ratio']} | {r['load']} |"
+        )
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def page(rows: list[dict]) -> str:
+    timed = [r for r in rows if "stock s" in r]
+    rows = [r for r in rows if "stock s" not in r]
     last = {
         (r["trainer"], r["model"], r["loss"]): r for r in rows
     }  # a comparison that ran twice: the later one
@@ -71,7 +95,7 @@ def page(rows: list[dict]) -> str:
         if len(group) > 4:
             long.append((f"{trainer}, {loss}", group))
         lines.append(f"| {trainer} | {number} | {interface} | {loss} | {models} | {worst:.1e} | {gradient} |")
-    text = HEADER + "\n".join(lines) + "\n"
+    text = HEADER + "\n".join(lines) + "\n" + steps(timed)
     for title, group in long:
         text += f"\n## {title}\n\n| model | loss difference | gradient difference |\n|---|---|---|\n"
         for r in group:

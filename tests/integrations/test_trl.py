@@ -164,6 +164,10 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    return byte_tokenizer()
+
+
+def byte_tokenizer():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -228,38 +232,49 @@ def dataset(kind):
 
 
 def trainer(kind, tokenizer, folder, **options):
-    """The arguments and the trainer of one kind, three steps of it."""
+    """The arguments and the trainer of one kind, three steps of it. ``lora``: of adapters, the model without them as the reference."""
+    lora, adapters = options.pop("lora", False), {}
+    if lora:
+        from peft import LoraConfig
+
+        adapters["peft_config"] = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"
+        )
     common = {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": [], "save_strategy": "no",
-                  "learning_rate": 1e-2, "disable_tqdm": True, "use_cpu": True, "bf16": False, "seed": 3}  # fmt: skip
+                  "learning_rate": 1e-2, "disable_tqdm": True, "use_cpu": True, "bf16": False, "seed": 3, **options}  # fmt: skip
     made = model(tokenizer)
     generation = {"max_completion_length": 8, "num_generations": 4, "temperature": 0.9}
     if kind == "SFT":
-        args = trl.SFTConfig(**common, max_length=64, **options)
-        return trl.SFTTrainer(made, args=args, train_dataset=dataset("sft"), processing_class=tokenizer)
+        args = trl.SFTConfig(**common, max_length=64)
+        return trl.SFTTrainer(
+            made, args=args, train_dataset=dataset("sft"), processing_class=tokenizer, **adapters
+        )
     if kind == "DPO":
-        args = trl.DPOConfig(**common, max_length=64, **options)
+        args = trl.DPOConfig(**common, max_length=64)
         return trl.DPOTrainer(
             made,
-            ref_model=copy.deepcopy(made),
+            ref_model=None if lora else copy.deepcopy(made),
             args=args,
             train_dataset=dataset("pairs"),
             processing_class=tokenizer,
+            **adapters,
         )
     if kind == "KTO":
-        args = trl.KTOConfig(**common, max_length=64, **options)
+        args = trl.KTOConfig(**common, max_length=64)
         return trl.KTOTrainer(
             made,
-            ref_model=copy.deepcopy(made),
+            ref_model=None if lora else copy.deepcopy(made),
             args=args,
             train_dataset=dataset("kto"),
             processing_class=tokenizer,
+            **adapters,
         )
     if kind == "Reward":
         made = model(tokenizer, "LlamaForSequenceClassification", num_labels=1)
-        args = trl.RewardConfig(**common, max_length=64, **options)
+        args = trl.RewardConfig(**common, max_length=64)
         return trl.RewardTrainer(made, args=args, train_dataset=dataset("pairs"), processing_class=tokenizer)
     if kind == "Distillation":
-        args = trl.DistillationConfig(**common, max_completion_length=8, temperature=0.9, **options)
+        args = trl.DistillationConfig(**common, max_completion_length=8, temperature=0.9)
         teacher = model(tokenizer)
         with torch.no_grad():
             for p in teacher.parameters():
@@ -271,12 +286,19 @@ def trainer(kind, tokenizer, folder, **options):
         config, cls = (
             (trl.GRPOConfig, trl.GRPOTrainer) if kind == "GRPO" else (trl.RLOOConfig, trl.RLOOTrainer)
         )
-        args = config(**common, **generation, **options)
+        args = config(**generation, **common)
         made.save_pretrained(folder)  # the reference model is loaded from where the model came from
+        if torch.distributed.is_initialized():  # the first process writes it
+            torch.distributed.barrier()
         made = transformers.LlamaForCausalLM.from_pretrained(folder)
         reward = lambda completions, **_: [float(sum(map(ord, c)) % 7) for c in completions]
         return cls(
-            made, reward_funcs=reward, args=args, train_dataset=dataset("prompts"), processing_class=tokenizer
+            made,
+            reward_funcs=reward,
+            args=args,
+            train_dataset=dataset("prompts"),
+            processing_class=tokenizer,
+            **adapters,
         )
     raise KeyError(kind)
 
@@ -293,12 +315,16 @@ IGNORED = (
 )
 
 
+def logs(made):
+    """What a trainer logged, without times."""
+    return [{k: v for k, v in e.items() if not any(i in k for i in IGNORED)} for e in made.state.log_history]
+
+
 def run(kind, tokenizer, folder, **options):
     transformers.set_seed(11)
     made = trainer(kind, tokenizer, folder, **options)
     made.train()
-    log = [{k: v for k, v in e.items() if not any(i in k for i in IGNORED)} for e in made.state.log_history]
-    return log, {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    return logs(made), {n: p.detach().clone() for n, p in made.model.named_parameters()}
 
 
 RUNS = [

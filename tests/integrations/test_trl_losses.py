@@ -1,4 +1,4 @@
-"""TRL's losses of SFT, DPO and GRPO in one pass over the head, against TRL's: loss, gradients and metrics of one batch."""
+"""TRL's losses of SFT, DPO, KTO, GRPO and RLOO in one pass over the head, against TRL's: loss, gradients and metrics of one batch."""
 
 import pytest
 import torch
@@ -37,7 +37,11 @@ def ready(tokenizer, tmp_path_factory):  # noqa: F811
                 inputs["old_per_token_logps"] = -5.5 + 0.3 * noise()
                 inputs["ref_per_token_logps"] = -5.5 + 0.3 * noise()
                 inputs["importance_sampling_ratio"] = noise().exp()
+                inputs["sampling_per_token_logps"] = -5.5 + 0.3 * noise()
                 inputs["tools"] = (noise() > -1).long()
+            if kind == "RLOO":
+                # What the policy had a step ago; TRL's own are of this very policy, whose ratios are all 1.
+                inputs["old_logps"] = inputs["old_logps"] + torch.tensor([0.3, -0.1, 0.05, -0.4])
             made[kind] = own, inputs
         return made[kind]
 
@@ -58,6 +62,9 @@ CASES = [
     ("SFT", {}, {"num_items_in_batch": 50}),
     ("DPO", {}, {}),
     ("GRPO", {"loss_type": "dapo", "args.delta": 1.3, "args.use_bias_correction_kl": True}, {}),
+    ("GRPO", {"loss_type": "grpo", "importance_sampling_level": "sequence"}, {}),
+    ("KTO", {}, {}),
+    ("RLOO", {}, {}),
 ]
 MORE = [
     ("SFT", {}, {"num_items_in_batch": None}),
@@ -73,6 +80,13 @@ MORE = [
     ("GRPO", {"beta": 0.0, "old": None}, {}),
     ("GRPO", {"tools": True}, {}),
     ("GRPO", {"use_vllm": True, "vllm_importance_sampling_correction": True}, {}),
+    *[("GRPO", {"loss_type": kind, "importance_sampling_level": "sequence"}, {}) for kind in ("dapo", "luspo", "cispo", "sapo")],
+    ("GRPO", {"loss_type": "vespo", "ratio": None}, {}),
+    ("GRPO", {"off_policy_mask_threshold": 0.02}, {}),
+    ("GRPO", {"off_policy_mask_threshold": 0.02, "sampling": None}, {}),
+    ("GRPO", {"top_entropy_quantile": 0.5, "tools": True}, {}),
+    ("KTO", {"loss_type": "apo_zero_unpaired", "calculate_KL": False}, {}),
+    ("KTO", {"desirable_weight": 1.5, "undesirable_weight": 0.7, "beta": 0.5}, {}),
 ]  # fmt: skip
 
 
@@ -85,6 +99,10 @@ def test_the_same_batch(kind, options, keywords, ready, monkeypatch):
     tools = inputs.pop("tools", None)
     if options.pop("tools", False):
         inputs["tool_mask"] = tools
+    for option, name in (("sampling", "sampling_per_token_logps"), ("ratio", "importance_sampling_ratio")):
+        if option in options:
+            inputs.pop(name)
+            del options[option]
     if "old" in options:
         inputs["old_per_token_logps"] = options.pop("old")
     for name, value in {"use_weighting": False, **options}.items() if kind == "DPO" else options.items():
@@ -95,9 +113,16 @@ def test_the_same_batch(kind, options, keywords, ready, monkeypatch):
         if kind == "DPO":
             inputs.update(dict.fromkeys(trl_losses.REFERENCE, torch.zeros(4)))
             monkeypatch.setattr(own, "precompute_ref_logps", True)
+        if kind == "KTO":
+            inputs.update(dict.fromkeys(trl_losses.KTO_REFERENCE, torch.zeros(4)))
+            monkeypatch.setattr(own, "precompute_ref_logps", True)
+            monkeypatch.setattr(own, "calculate_KL", False)
+            if own.loss_type == "kto":  # its mismatched answers are another call of the head
+                monkeypatch.setattr(own, "_compute_kl_logps", lambda model, batch: torch.zeros(4))
         plan = fastloss.explain(own.compute_loss, own.model, inputs, **keywords)
     assert 3 <= plan["gemms"] < 4, plan
-    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+    # RLOO's is a mean of terms of both signs, of ratios whose log is a small difference of two sums.
+    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-5 if kind == "RLOO" else 1e-6)
     assert grads.keys() == our_grads.keys()
     largest = max(g.abs().max() for g in grads.values())
     difference = max(((our_grads[n] - g).abs().max() / largest).item() for n, g in grads.items())

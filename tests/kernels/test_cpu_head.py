@@ -87,8 +87,9 @@ def call(
     tensors = {
         "more_logits": more_logits, "origins": origins, "token_weight": options.get("token_weight"), "row_scale": options.get("row_scale"),
         "hidden": hidden, "weight": weight, "target": target, "keep": keep, "bias": bias, "w": w,
-        "state": state, **given, **out,
+        "state": state, **given, **options.get("selected", {}), **out,
     }  # fmt: skip
+    c.selected_count = options["selected"]["selected"].shape[1] if "selected" in options else 0
     for name, tensor in tensors.items():
         setattr(c, name, 0 if tensor is None else tensor.data_ptr())
     rest = torch.full((rows - c.split, dim), 77.0)
@@ -358,6 +359,93 @@ def test_gradients_from_logits_that_the_statistics_left(kind, stored, more):
             assert error <= 2**-7 * want[name].abs().max(), name
     whole = call(hidden, weight, target, pairs=kinds[2], memory=memory, stored=stored)  # the same in one call
     compare(whole, expected(hidden, weight, target), kinds)
+
+
+def selected_ids(rows, vocab, count):
+    """Ascending, with a repeat where there is room for one, and padding; a row of padding alone, one of neighbours."""
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(vocab, (rows, count), generator=generator)
+    ids[:, -1] = ids[:, 0]
+    ids[:: max(2, rows // 9), -1] = vocab
+    ids[rows // 2], ids[rows // 3] = vocab, torch.arange(count) % vocab
+    return ids.sort(1).values.int()
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize(
+    "form, rows, dim, vocab, count, more",
+    [
+        ({}, 9, 4, 5, 5, 0),
+        ({}, 130, 30, 601, 7, 60),
+        ({"bias": True, "scale": 0.7, "softcap": 4.0}, 9, 4, 5, 5, 0),
+        ({"bias": True, "scale": 0.7, "softcap": 4.0}, 101, 16, 2100, 70, 0),
+        ({"bias": True}, 130, 30, 601, 7, 60),
+        ({"scale": 1.7}, 101, 16, 2100, 70, 0),
+    ],
+)
+def test_selected_classes(kind, form, rows, dim, vocab, count, more):
+    """Their logits out of the sums, or their log-probs beside them; a gradient of their own, from kept logits and from others."""
+    kinds, form = OPERANDS[kind], dict(form)
+    hidden, weight, target = operands(rows, dim, vocab, kinds)
+    target[1] = -100
+    named = selected_ids(rows, vocab, count)
+    ids = named.long()
+    generator = torch.Generator().manual_seed(3)
+    if "bias" in form:
+        form["bias"] = torch.randn(vocab, generator=generator)
+    z, slope = effective(hidden.double() @ weight.double().t(), **form)
+    there = (ids < vocab) & (target != -100)[:, None]
+    theirs = z.gather(1, ids.clamp(max=vocab - 1)).masked_fill(~there, 77.0)
+    mask = torch.zeros(rows, vocab + 1, dtype=torch.bool).scatter_(1, ids, True)[:, :vocab]
+    others = z.masked_fill(mask, -torch.inf).logsumexp(1)
+    lse = z.logsumexp(1)
+    close = {"rtol": 2e-6, "atol": 2e-5}
+    memory = (
+        torch.full((vocab, dim), 55.0, dtype=kinds[1]),
+        torch.full((vocab, more), 55.0, dtype=kinds[1]),
+        torch.full((-(-vocab // cpu.HEAD_SEGMENT), min(rows, dim) + more), 55.0),
+    )
+    common = {"pairs": kinds[2], "width": 64, **form}
+
+    found = torch.full((rows, count), 77.0)
+    left = {"selected": {"selected": named, "selected_logits": found}}
+    first = call(hidden, weight, target, gradients=(), memory=memory, **common, **left)
+    torch.testing.assert_close(found.double(), theirs, **close)
+    counts = target != -100
+    nothing = counts & mask.all(1)
+    assert nothing.any() == (vocab == 5)
+    assert (first["lse_parts"][nothing, 1] == -torch.inf).all()
+    rest = first["lse_parts"].double().sum(1)
+    torch.testing.assert_close(rest[counts & ~nothing], others[counts & ~nothing], **close)
+
+    logprobs = torch.full((rows, count), 77.0)
+    beside = {
+        "selected": {"selected": named, "selected_logits": found.clone(), "selected_logprobs": logprobs}
+    }
+    second = call(hidden, weight, target, gradients=(), threads=2, **common, **beside)
+    plain = call(hidden, weight, target, gradients=(), **common)
+    assert torch.equal(second["lse_parts"], plain["lse_parts"])
+    torch.testing.assert_close(logprobs[there].double(), (theirs - lse[:, None])[there], **close)
+    if count < vocab:  # the bits of the target's
+        of_first = call(hidden, weight, ids[:, 0].contiguous(), gradients=(), **common)["logprobs"]
+        some = there[:, 0]
+        assert torch.equal(logprobs[some, 0], of_first[some])
+
+    b, given = torch.randn(rows, generator=generator), torch.randn(rows, count, generator=generator)
+    dz = b.double()[:, None] * (z - lse[:, None]).exp() * slope
+    dz = torch.nn.functional.pad(dz, (0, 1))  # a column for the padding
+    for entry in range(count - 1, -1, -1):  # the first of a class last
+        dz.scatter_(1, ids[:, entry, None], given[:, entry, None].double())
+    dz = dz[:, :vocab]
+    dz = (dz * counts[:, None]).to(kinds[1]).double()
+    want = {"d_hidden": dz @ weight.double(), "d_weight": dz.t() @ hidden.double(), "d_bias": dz.sum(0)}
+    parts = torch.stack([lse, torch.zeros_like(lse)], 1).float()
+    for kept in ({"memory": memory}, {}):
+        got = call(
+            hidden, weight, target, given={"given_lse_parts": parts, "b": b},
+            selected={"selected": named, "selected_gradient": given}, **kept, **common,
+        )  # fmt: skip
+        compare({name: got[name] for name in want}, want, kinds)
 
 
 @pytest.mark.parametrize("kind", OPERANDS)

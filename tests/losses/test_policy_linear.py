@@ -101,6 +101,30 @@ CASES: list[dict[str, Any]] = [
         "importance_mode": "sequence_truncate",
     },
     {"weights": torch.tensor([0.5, 2.0, 1.0, 0.0]), "loss_type": "gspo", "top_entropy_quantile": 0.8},
+    # Parts of whole sequences: of the 3, 5, 0 and 1 computed rows, two.
+    *(
+        {"loss_type": v, "chunk_size": 5, "entropy_coef": 0.1}
+        for v in ("gspo", "gmpo", "luspo", "rloo", "vespo")
+    ),
+    {
+        "loss_type": "gspo",
+        "chunk_size": 5,
+        "importance_mode": "sequence_mask",
+        "importance_cap": 1.1,
+        "beta": 0.1,
+    },
+    {"loss_type": "luspo", "chunk_size": 5, "normalizer": 17, "off_policy_threshold": 0.0},
+    # Tokens that are chosen over the batch, and an entropy bonus with a share of its own.
+    *(
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.1, "loss_type": v}
+        for v in ("grpo", "clip_cov", "gspo")
+    ),
+    {
+        "top_entropy_quantile": 0.5,
+        "entropy_coef": 0.1,
+        "entropy_aggregation": "seq-mean-token-mean",
+        "normalizer": 9,
+    },
 ]
 
 
@@ -205,14 +229,25 @@ def test_gemms(backend: str) -> None:
     def plan(frozen: bool, on: bool = True, **options: Any) -> dict[str, Any]:
         hidden = data["input"].clone().requires_grad_(on)
         weight = data["linear_weight"].clone().requires_grad_(on and not frozen)
+        options = {"chunk_size": 5, **options}
         return fastloss.explain(
-            fastloss.linear_policy_loss, hidden, weight, **arguments, backend=backend, chunk_size=5, **options
+            fastloss.linear_policy_loss, hidden, weight, **arguments, backend=backend, **options
         )
 
     assert plan(False)["gemms"] == 3 and plan(True)["gemms"] == 2 and plan(False, on=False)["gemms"] == 1
     assert plan(False, entropy_coef=0.1)["gemms"] == 3
-    assert plan(False, loss_type="gspo")["gemms"] == 4 and plan(True, loss_type="gspo")["gemms"] == 2
-    assert plan(True, loss_type="gspo", entropy_coef=0.1)["gemms"] == 3
+    for loss_type in ("gspo", "vespo"):
+        assert (
+            plan(False, loss_type=loss_type)["gemms"] == 3 and plan(True, loss_type=loss_type)["gemms"] == 2
+        )
+        assert plan(False, on=False, loss_type=loss_type)["gemms"] == 1
+    assert plan(True, loss_type="gspo", entropy_coef=0.1)["gemms"] in (2, 3)
+    # A sequence that does not fit into a chunk, and tokens that are chosen over more rows than go together.
+    by_rows = plan(False)["schedule"] == "chunks of rows"
+    assert plan(False, loss_type="gspo", chunk_size=4)["gemms"] == (4 if by_rows else 3)
+    for options in ({"loss_type": "kl_cov"}, {"top_entropy_quantile": 0.5}):
+        assert plan(False, **options)["gemms"] == 4
+        assert plan(False, **options, chunk_size=32)["gemms"] < 3.2  # the rows past D are made again
     assert plan(False)["chunk_rows"] == 5
     if plan(False)["schedule"] == "chunks of rows":
         assert plan(False)["buffer_bytes"] == 5 * V * 4
@@ -222,12 +257,14 @@ def test_gemms(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_upstream_retained_frozen_and_twice(backend: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("loss_type", ["dapo", "gspo", "kl_cov"])
+def test_upstream_retained_frozen_and_twice(backend: str, dtype: torch.dtype, loss_type: str) -> None:
     """Bugs 1, 2, 3 and 12."""
     need(backend)
     data = batch(dtype)
     hidden, weight = data["input"].requires_grad_(), data["linear_weight"].requires_grad_()
-    kept = {k: data[k] for k in ("target", "old_logprobs", "advantages", "mask")}
+    kept: dict[str, Any] = {k: data[k] for k in ("target", "old_logprobs", "advantages", "mask")}
+    kept |= {"loss_type": loss_type}
     loss = fastloss.linear_policy_loss(hidden, weight, **kept, backend=backend).loss
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (hidden, weight), torch.tensor(4.0, device=DEVICE), retain_graph=True)

@@ -501,3 +501,10 @@ def test_statistics_of_the_same_pass(backend: str, loss_type: str) -> None:
     for name in names:
         torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats.logprobs[:PAIRS].sum(1), out.chosen_logps, rtol=1e-4, atol=1e-5)
+    good = torch.arange(2 * PAIRS, device=DEVICE) < PAIRS
+    kto, of_responses = fastloss.linear_kto_loss(
+        **x, desirable=good, kl=0.0, return_stats=True, backend=backend
+    )
+    for name in ("logprobs", "entropy", "mean_logits", "is_top1"):
+        torch.testing.assert_close(getattr(of_responses, name), getattr(expected, name), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(of_responses.logprobs.sum(1), kto.logps, rtol=1e-4, atol=1e-5)

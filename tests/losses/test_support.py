@@ -322,7 +322,7 @@ def test_errors_name_what_is_wrong() -> None:
         call(support=3)
     with pytest.raises(ValueError, match="support: expected int64 or int32"):
         call(support=torch.zeros(ROWS, 2))
-    with pytest.raises(ValueError, match="support: expected None with group"):
+    with pytest.raises(TypeError, match="group: expected a ProcessGroup"):
         call(group=object())
     with pytest.raises(ValueError, match="support: expected the kept classes for outputs='log_mass'"):
         call(support=None, outputs=("log_mass",))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from backends_under_test import DEVICE, KERNELS, need
+from instruction_sets import ISAS, forced, threads_of
 
 import fastloss
 from fastloss.tables import DISTILLATION_DIVERGENCES, TAILS
@@ -99,6 +100,107 @@ def test_kernels(backend: str, tail: str, name: str, option: int) -> None:
         ]  # fmt: skip
 
     close(run(torch.float32, backend, chunk_size=4), run(torch.float64, "reference"), 3e-5)
+
+
+BLOCKS: list[dict[str, Any]] = [
+    {},
+    {"memory": "low", "softcap": 6.0},
+    {"memory": "fast", "reduction": "none"},
+    {"chunk_size": 40, "bias": True, "ignored": True},
+    {
+        "memory": "low",
+        "bias": True,
+        "softcap": 6.0,
+        "logit_scale": 1.3,
+        "hard_loss_coef": 0.4,
+        "ignored": True,
+    },
+    {"temperature": 0.8, "hard_loss_coef": 0.4, "reduction": "sum", "bias": True},
+]
+NEEDS = [("x", "w"), ("x",), ("w",), ("x", "w", "b"), ("x", "b"), ("b",)]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a schedule of the CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_blocks_of_the_vocabulary(number: int, isa: str, dtype: torch.dtype) -> None:
+    """Rows past D, several blocks; options, tails, divergences and frozen operands in turn, against the definition in float64."""
+    rows, dim, vocab, k = 101, 24, 1100, 9
+    g = torch.Generator().manual_seed(number)
+    given = dict(BLOCKS[number])
+    needs = NEEDS[(number + ISAS.index(isa)) % len(NEEDS)]
+    bias = given.pop("bias", False) or "b" in needs
+    shapes = {"x": (rows, dim), "w": (vocab, dim), "b": (vocab,)}
+    leaves = {
+        name: torch.randn(s, generator=g).to(dtype) for name, s in shapes.items() if name != "b" or bias
+    }
+    leaves["w"] *= 0.5
+    ids = torch.randint(vocab, (rows, k), generator=g)
+    ids[0], ids[1, 2:], ids[2, 3], ids[3] = -1, -1, ids[2, 0], torch.arange(250, 250 + k)
+    logprobs = torch.randn(rows, k, generator=g).log_softmax(-1) - 0.2
+    target = torch.randint(vocab, (rows,), generator=g)
+    if given.pop("ignored", False):
+        target[::5] = -100
+    given |= {
+        "tail": TAILS[number % 3],
+        "divergence": DISTILLATION_DIVERGENCES[(number + 3 * ISAS.index(isa)) % 7],
+    }
+
+    def run(dtype: torch.dtype, backend: str) -> Tensors:
+        own = {name: x.to(dtype, copy=True).requires_grad_(name in needs) for name, x in leaves.items()}
+        head = {"linear_bias": own.get("b"), "backend": backend}
+        out = fastloss.linear_topk_distillation_loss(
+            own["x"], own["w"], ids, logprobs, target, **head, **given
+        )
+        made = torch.autograd.grad(out.loss.square().sum(), [own[name] for name in needs])
+        form = {
+            name: given[name] for name in ("softcap", "temperature", "chunk_size", "memory") if name in given
+        }
+        selected = fastloss.linear_selected_logprobs(own["x"], own["w"], ids, **head, **form)
+        made += torch.autograd.grad(selected.square().mean(), [own[name] for name in needs])
+        return [out.loss.detach(), torch.stack([*out.metrics.values()]), selected.detach(), *made]
+
+    def plan(**head: Any) -> Any:
+        return fastloss.explain(
+            fastloss.linear_topk_distillation_loss, *args, ids, logprobs, target, **head, **given
+        )
+
+    with forced(isa):
+        args = [leaves[name].clone().requires_grad_(name in needs) for name in "xw"]
+        schedule = plan(linear_bias=leaves.get("b"))["schedule"]
+        assert schedule == "blocks of the vocabulary" or dtype == torch.bfloat16
+        close(run(dtype, "cpu"), run(torch.float64, "reference"), 2e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a schedule of the CPU")
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_row_has_the_same_bits_in_any_batch(tail: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(300, 40, generator=g), torch.randn(700, 40, generator=g)
+    ids = torch.randint(700, (300, 6), generator=g)
+    logprobs = torch.randn(300, 6, generator=g).log_softmax(-1)
+
+    def rows(some: slice, w: torch.Tensor = w, **options: Any) -> torch.Tensor:
+        return fastloss.linear_topk_distillation_loss(
+            x[some], w, ids[some], logprobs[some], tail=tail, reduction="none", **options
+        ).loss.detach()  # fmt: skip
+
+    whole = rows(slice(None))
+    for some in (slice(0, 1), slice(7, 140), slice(290, 300)):
+        assert torch.equal(rows(some), whole[some])
+    for options in (
+        {"chunk_size": 9},
+        {"memory": "low"},
+        {"memory": "fast", "w": w.clone().requires_grad_()},
+    ):
+        assert torch.equal(rows(slice(None), **options), whole)
+    for threads in (1, 3):
+        with threads_of(threads):
+            assert torch.equal(rows(slice(None)), whole)
+    # Log-probabilities of given classes are those of every other function.
+    own = fastloss.linear_token_stats(x, w, ids[:, 2]).logprobs
+    assert torch.equal(fastloss.linear_selected_logprobs(x, w, ids)[:, 2], own)
 
 
 def test_bin_by_hand() -> None:

@@ -6,12 +6,13 @@ and writes what differs. The right values are those of the whole vocabulary in f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from torch.distributed.tensor.parallel import loss_parallel
 
 import fastloss
 from fastloss.engine import shards
-from fastloss.parallel import SequenceShard, sequence_shard, sum_over_shards, vocab_parallel_cross_entropy
+from fastloss.parallel import (
+    SequenceShard,
+    sequence_shard,
+    sum_over_shards,
+    vocab_parallel_cross_entropy,
+    vocab_shards,
+)
 from fastloss.plan import config, formulas
 
 ROWS, DIM, VOCAB = 24, 16, 97
@@ -56,10 +63,26 @@ def numbers() -> dict[str, Tensor]:
         "temperature": torch.linspace(0.5, 2.0, ROWS, dtype=torch.float64),
         "old": -randn(2 * PAIRS, LENGTH).abs(),
         "advantages": randn(2 * PAIRS),
+        "teacher_hidden": randn(ROWS, DIM) * 0.5,
+        "teacher_weight": randn(VOCAB, DIM) * 0.5,
+        "teacher_bias": randn(VOCAB) * 0.5,
+        "probabilities": randn(ROWS, VOCAB).softmax(-1),
     }
     given = {name: x.to(torch.bfloat16).double() for name, x in given.items()}
     target[::5] = -100
-    return {**given, "target": target}
+    ids = torch.randint(0, VOCAB, (ROWS, 5), generator=g)
+    ids[1], ids[2, 3:], ids[3, 1] = -1, -1, ids[3, 0]  # no class, padding, a class twice
+    kept = torch.rand(ROWS, VOCAB, generator=g) < 0.15
+    kept[torch.arange(ROWS), target.clamp(min=0)] = True
+    kept[4] = False
+    kept[4, int(target[4])] = True
+    teacher = randn(ROWS, VOCAB).log_softmax(-1).gather(1, ids.clamp(min=0))
+    return {**given, "target": target, "ids": ids, "teacher_logprobs": teacher, "kept": kept.to(torch.int64)}
+
+
+def support_of(x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Ragged sets, of one class to a few dozen, over all shards."""
+    return fastloss.support_from_mask(x["kept"])
 
 
 Case = Callable[[dict[str, Tensor], dict[str, Any]], list[Tensor]]
@@ -130,6 +153,21 @@ def kto(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
     return [out.loss, out.rewards, out.logps, *out.metrics.values()]
 
 
+def own_loss(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+    shape = 2 * PAIRS, LENGTH
+    loss, stats = fastloss.linear_sequence_loss(
+        x["hidden"].view(*shape, DIM),
+        x["weight"],
+        x["target"].view(shape),
+        lambda part: -torch.nn.functional.logsigmoid(0.1 * part.logps + part.indices).sum(),
+        linear_bias=x["bias"],
+        outputs=("entropy",),
+        return_stats=True,
+        **how,
+    )
+    return [loss, stats.logprobs, stats.entropy]
+
+
 def policy(**options: Any) -> Case:
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         shape = 2 * PAIRS, LENGTH
@@ -153,6 +191,108 @@ def supervised(**options: Any) -> Case:
     return run
 
 
+def distillation(**options: Any) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        out = fastloss.linear_distillation_loss(
+            x["hidden"], x["weight"], x["teacher_hidden"], x["teacher_weight"], x["target"], linear_bias=x["bias"],
+            teacher_bias=x["teacher_bias"], token_weight=x["token_weight"], **options, **how,
+        )  # fmt: skip
+        return [out.loss, *out.metrics.values()]
+
+    return run
+
+
+def topk_distillation(**options: Any) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        out = fastloss.linear_topk_distillation_loss(
+            x["hidden"], x["weight"], x["ids"], x["teacher_logprobs"], x["target"], linear_bias=x["bias"],
+            token_weight=x["token_weight"], **options, **how,
+        )  # fmt: skip
+        return [out.loss, *out.metrics.values()]
+
+    return run
+
+
+def selected(**options: Any) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        return [
+            fastloss.linear_selected_logprobs(
+                x["hidden"], x["weight"], x["ids"], linear_bias=x["bias"], **options, **how
+            )
+        ]
+
+    return run
+
+
+def over_support(*outputs: str, **options: Any) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        return statistics(*outputs, support=support_of(x), **options)(x, how)
+
+    return run
+
+
+def policy_over_support(**options: Any) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        return policy(support=support_of(x), with_mass=True, **options)(x, how)
+
+    return run
+
+
+def probabilities(**options: Any) -> Case:
+    """Class probabilities as targets: of the columns that the weight has."""
+
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        return cross_entropy(**options)({**x, "target": x["own_probabilities"]}, how)
+
+    return run
+
+
+def masked(function: Case) -> Case:
+    """The classes from 90 on are padding, by a bias of -inf: in an uneven cut they are all that the last process has."""
+
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        target = torch.where(x["target"] >= 90, 7, x["target"])
+        own = {name: x[name].masked_fill(x["classes"] >= 90, -torch.inf) for name in ("bias", "teacher_bias")}
+        return function({**x, **own, "target": target}, how)
+
+    return run
+
+
+def of_cut_logits(function: Case) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        return function(x, {k: v for k, v in how.items() if k != "chunk_size"})
+
+    return run
+
+
+def distillation_of_logits(**options: Any) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        teacher = torch.nn.functional.linear(x["teacher_hidden"], x["teacher_weight"], x["teacher_bias"])
+        out = fastloss.distillation_loss(logits_of(x), teacher, x["target"], **options, **how)
+        return [out.loss, *out.metrics.values()]
+
+    return of_cut_logits(run)
+
+
+def topk_of_logits(**options: Any) -> Case:
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        out = fastloss.topk_distillation_loss(
+            logits_of(x), x["ids"], x["teacher_logprobs"], x["target"], **options, **how
+        )
+        return [out.loss, *out.metrics.values()]
+
+    return of_cut_logits(run)
+
+
+def selected_of_logits(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+    return [fastloss.selected_logprobs(logits_of(x), x["ids"], temperature=0.7, softcap=4.0, **how)]
+
+
+def support_of_logits(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+    out = fastloss.token_stats(logits_of(x), x["target"], outputs=KEPT, support=support_of(x), **how)
+    return [s.double() for s in out if s is not None]
+
+
 def logits_of(x: dict[str, Tensor]) -> Tensor:
     return torch.nn.functional.linear(x["hidden"], x["weight"], x["bias"])
 
@@ -164,10 +304,11 @@ def from_logits(**options: Any) -> Case:
             for name, value in options.items()
         }
         how = {k: v for k, v in how.items() if k != "chunk_size"}
+        target = x["own_probabilities"] if own.pop("soft", False) else x["target"]
         group = how.pop("group", None)
         if group is None:
-            return [fastloss.cross_entropy(logits_of(x), x["target"], **own, **how)]
-        return [vocab_parallel_cross_entropy(logits_of(x), x["target"], group, **own, **how)]
+            return [fastloss.cross_entropy(logits_of(x), target, **own, **how)]
+        return [vocab_parallel_cross_entropy(logits_of(x), target, group, **own, **how)]
 
     return run
 
@@ -181,6 +322,7 @@ def statistics_of_logits(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tens
 
 
 ALL = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "is_top1", "argmax")
+KEPT = ("logprobs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "is_top1", "log_mass")
 CASES: dict[str, Case] = {
     "cross_entropy": cross_entropy(),
     "cross_entropy: smoothing": cross_entropy(label_smoothing=0.1),
@@ -211,6 +353,7 @@ CASES: dict[str, Case] = {
     "AOT, sorted pairs": preference(loss_type="aot"),
     "DPO: none": preference(loss_type="sigmoid", reduction="none"),
     "KTO": kto,
+    "a loss of the caller, of sequences": own_loss,
     "GRPO": policy(loss_type="grpo"),
     "DAPO with entropy": policy(loss_type="dapo", entropy_coef=0.01),
     "GSPO, sequence ratios": policy(loss_type="gspo"),
@@ -221,6 +364,45 @@ CASES: dict[str, Case] = {
     ),
     "logits: none": from_logits(reduction="none"),
     "logits: statistics": statistics_of_logits,
+    "class probabilities: smoothing, class weights, z-loss, cap": probabilities(
+        weight="class_weight", label_smoothing=0.2, z_loss=1e-2, softcap=4.0
+    ),
+    "class probabilities: none, statistics": probabilities(reduction="none", return_stats=True),
+    "distillation": distillation(),
+    "distillation: jsd, hard loss, temperature": distillation(
+        divergence="jsd", interpolation=0.3, temperature=2.0, hard_loss_coef=0.5
+    ),
+    "distillation: reverse KL, hard loss, none": distillation(
+        divergence="reverse_kl", hard_loss_coef=0.5, reduction="none"
+    ),
+    "top-k distillation": topk_distillation(),
+    "top-k distillation: none of the tail, cap, hard loss, temperature": topk_distillation(
+        tail="none", softcap=4.0, hard_loss_coef=0.5, temperature=2.0
+    ),
+    "top-k distillation: renormalised, reverse KL, hard loss, none": topk_distillation(
+        tail="renormalize", divergence="reverse_kl", hard_loss_coef=0.5, reduction="none"
+    ),
+    "log-probs of given classes": selected(temperature=0.7, softcap=4.0),
+    "kept classes: statistics": over_support(*KEPT, temperature=0.7, softcap=4.0),
+    "kept classes: GRPO with entropy": policy_over_support(loss_type="grpo", entropy_coef=0.01),
+    "kept classes: GSPO, sequence ratios": policy_over_support(loss_type="gspo"),
+    "logits: class probabilities, smoothing, class weights, z-loss": from_logits(
+        soft=True, weight="class_weight", label_smoothing=0.2, z_loss=1e-2
+    ),
+    "logits: distillation, hard loss, temperature, none": distillation_of_logits(
+        hard_loss_coef=0.5, temperature=2.0, reduction="none"
+    ),
+    "logits: top-k distillation, hard loss, temperature": topk_of_logits(hard_loss_coef=0.5, temperature=2.0),
+    "logits: top-k distillation, hard loss": topk_of_logits(hard_loss_coef=0.5),
+    "logits: log-probs of given classes": of_cut_logits(selected_of_logits),
+    "logits: kept classes": of_cut_logits(support_of_logits),
+    "padding: statistics": masked(statistics("logprobs", "entropy", "is_top1", "argmax", "log_sum_sq_probs")),
+    "padding: cross-entropy, z-loss": masked(cross_entropy(z_loss=1e-2)),
+    "padding: distillation, hard loss": masked(distillation(hard_loss_coef=0.5)),
+    "padding: log-probs of given classes": masked(selected()),
+    "padding: kept classes": masked(over_support("logprobs", "entropy")),
+    "logits, padding: statistics": masked(statistics_of_logits),
+    "logits, padding: top-k distillation": masked(topk_of_logits()),
 }
 # (shards, dtype, whether the weight is frozen, chunk_size)
 VARIANTS = [
@@ -242,11 +424,10 @@ def outcome(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """(results, gradients) in float64."""
     x = {name: t if t.dtype == torch.int64 else t.to(dtype) for name, t in numbers().items()}
-    x["weight"], x["bias"], x["ref_weight"] = (
-        x["weight"][columns],
-        x["bias"][columns],
-        x["ref_weight"][columns],
-    )
+    for name in ("weight", "bias", "ref_weight", "teacher_weight", "teacher_bias"):
+        x[name] = x[name][columns]
+    x["own_probabilities"] = x["probabilities"][:, columns]
+    x["classes"] = torch.arange(VOCAB)[columns]
     for name in LEAVES:
         x[name] = x[name].clone().requires_grad_(not frozen or name == "hidden")
     out = case(x, how)
@@ -411,6 +592,7 @@ def dtensors() -> dict[str, Any]:
             "hidden": distance(a.grad.full_tensor(), h.grad),
             "weight": distance(b.grad.full_tensor(), w.grad),
         }
+    found["functions"] = further_dtensors(spread)
     logits = hidden @ weight.t()
     stats = fastloss.token_stats(spread(logits, Shard(1)), spread(target, Replicate()))
     found["statistics"] = distance(
@@ -429,8 +611,9 @@ def dtensors() -> dict[str, Any]:
         "group beside it": lambda: ce(hidden, spread(weight, Shard(0)), target, group=group),
         "tokens without a cut": lambda: ce(spread(hidden, Shard(0)), spread(weight, Replicate()), target),
         "no group": lambda: ce(hidden, weight, target, group="tp"),
-        "probabilities": lambda: ce(
-            hidden, weight, torch.full((ROWS, VOCAB), 1 / VOCAB, dtype=torch.float64), group=group
+        "places": lambda: ce(hidden, weight.view(VOCAB, 1, DIM), target.view(ROWS, 1), group=group),
+        "a teacher cut elsewhere": lambda: fastloss.linear_distillation_loss(
+            hidden, weight[: 40 + dist.get_rank()], hidden, weight[: 41 - dist.get_rank()], group=group
         ),
         "again": lambda: torch.autograd.grad(ce(h, w, target, group=group), h, create_graph=True),
         "target of no shard": lambda: ce(h, w, torch.full((ROWS,), 10**6), group=group),
@@ -499,6 +682,147 @@ def class_weight_gradient() -> float:
     return distance(own.grad, right.grad)
 
 
+def further_dtensors(spread: Callable[[Tensor, Any], Any]) -> dict[str, float]:
+    """The largest difference of values and gradients, of every function that takes a vocabulary that is cut."""
+    x = numbers()
+    columns, whole = Shard(0), Replicate()
+    names = {"weight": columns, "bias": columns, "teacher_weight": columns, "teacher_bias": columns}
+
+    def losses(x: dict[str, Any], rows: Any) -> dict[str, list[Any]]:
+        head = {"linear_bias": x["bias"]}
+        logits, theirs = x["logits"], x["teacher_logits"]
+        soft = fastloss.linear_cross_entropy(rows, x["weight"], x["probabilities"], **head)
+        taught = fastloss.linear_distillation_loss(
+            rows, x["weight"], x["teacher_hidden"], x["teacher_weight"], x["target"], teacher_bias=x["teacher_bias"],
+            hard_loss_coef=0.5, **head,
+        )  # fmt: skip
+        named = fastloss.linear_topk_distillation_loss(
+            rows, x["weight"], x["ids"], x["teacher_logprobs"], x["target"], hard_loss_coef=0.5, **head
+        )
+        some = fastloss.linear_selected_logprobs(rows, x["weight"], x["ids"], **head)
+        kept = fastloss.linear_token_stats(
+            rows, x["weight"], x["target"], support=support_of(numbers()), **head
+        )
+        supervised = fastloss.linear_supervised_loss(rows, x["weight"], x["target"], loss_type="eaft", **head)
+        out = {
+            "class probabilities": [soft],
+            "distillation": [taught.loss, *taught.metrics.values()],
+            "top-k distillation": [named.loss, *named.metrics.values()],
+            "log-probs of given classes": [some],
+            "kept classes": [kept.logprobs],
+            "EAFT": [supervised.loss],
+        }
+        if True:
+            taught = fastloss.distillation_loss(logits, theirs, x["target"], hard_loss_coef=0.5)
+            named = fastloss.topk_distillation_loss(logits, x["ids"], x["teacher_logprobs"], x["target"])
+            some = fastloss.selected_logprobs(logits, x["ids"])
+            out["logits: distillation"] = [taught.loss]
+            out["logits: top-k distillation"] = [named.loss]
+            out["logits: log-probs of given classes"] = [some]
+        return out
+
+    x["logits"] = logits_of(x)
+    x["teacher_logits"] = torch.nn.functional.linear(
+        x["teacher_hidden"], x["teacher_weight"], x["teacher_bias"]
+    )
+    leaves = ("hidden", "weight", "bias", "logits")
+    found: dict[str, float] = {}
+    for tokens in ("replicated", "tokens"):
+        right = {k: v.clone().requires_grad_() if k in leaves else v for k, v in x.items()}
+        cut = {k: spread(v, names.get(k, whole)) for k, v in x.items()}
+        for k in ("logits", "teacher_logits", "probabilities"):
+            cut[k] = spread(x[k], Shard(1))
+        if tokens == "tokens":
+            cut["hidden"] = spread(x["hidden"], Shard(0))
+        cut = {k: v.requires_grad_() if k in leaves else v for k, v in cut.items()}
+        expected, got = losses(right, right["hidden"]), losses(cut, cut["hidden"])
+        for name, values in expected.items():
+            worst = max(
+                distance(a.full_tensor().detach(), b.detach()) for a, b in zip(got[name], values, strict=True)
+            )
+            mine = ("logits",) if name.startswith("logits") else ("hidden", "weight", "bias")
+            a = torch.autograd.grad(got[name][0].sum(), [cut[k] for k in mine])
+            b = torch.autograd.grad(values[0].sum(), [right[k] for k in mine])
+            for p, q, k in zip(a, b, mine, strict=True):
+                if p.placements != cut[k].placements:
+                    worst = float("inf")
+                worst = max(worst, distance(p.full_tensor(), q))
+            found[f"{tokens}: {name}"] = worst
+    return found
+
+
+def messages() -> dict[str, dict[str, list[int]]]:
+    """[gathered, reduced] bytes of a call and its backward: handed to the collectives, and told by explain."""
+    x = {name: t if t.dtype == torch.int64 else t.float() for name, t in numbers().items()}
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sizes = SIZES["uneven"][world]
+    columns = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    for name in ("weight", "teacher_weight"):
+        x[name] = x[name][columns].contiguous()
+    x["logits"] = (x["hidden"] @ x["weight"].t()).requires_grad_()
+    x["hidden"], x["weight"] = x["hidden"].requires_grad_(), x["weight"].requires_grad_()
+    group = vocab_shards(x["weight"], dist.group.WORLD)
+    h, w, t, ids, logits = x["hidden"], x["weight"], x["target"], x["ids"], x["logits"]
+    f, how, hard = fastloss, {"group": group}, {"group": group, "hard_loss_coef": 0.5}
+    theirs = x["teacher_hidden"], x["teacher_weight"]
+    soft = x["probabilities"][:, columns].contiguous()
+    calls: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+        "cross-entropy": (f.linear_cross_entropy, (h, w, t), how),
+        "cross-entropy: none": (f.linear_cross_entropy, (h, w, t), {**how, "reduction": "none"}),
+        "class probabilities": (f.linear_cross_entropy, (h, w, soft), how),
+        "statistics": (f.linear_token_stats, (h, w, t), {**how, "outputs": ("logprobs", "entropy", "argmax")}),
+        "distillation": (f.linear_distillation_loss, (h, w, *theirs, t), hard),
+        "distillation: none": (f.linear_distillation_loss, (h, w, *theirs), {**how, "reduction": "none"}),
+        "top-k distillation": (f.linear_topk_distillation_loss, (h, w, ids, x["teacher_logprobs"], t), hard),
+        "log-probs of given classes": (f.linear_selected_logprobs, (h, w, ids), how),
+        "kept classes": (
+            f.linear_token_stats, (h, w, t), {**how, "support": support_of(x), "outputs": ("logprobs", "log_mass")},
+        ),
+        "EAFT": (f.linear_supervised_loss, (h, w, t), {**how, "loss_type": "eaft"}),
+        "logits: distillation": (f.distillation_loss, (logits, logits.detach(), t), hard),
+        "logits: top-k distillation": (f.topk_distillation_loss, (logits, ids, x["teacher_logprobs"], t), hard),
+        "logits: log-probs of given classes": (f.selected_logprobs, (logits, ids), how),
+        "logits: kept classes": (f.token_stats, (logits, t), {**how, "support": support_of(x)}),
+    }  # fmt: skip
+    found = {}
+    for name, (function, arguments, options) in calls.items():
+        told = fastloss.explain(function, *arguments, **options)
+        with counting() as counted:
+            out = function(*arguments, **options)
+            out = out if isinstance(out, Tensor) else next(v for v in out if v is not None)
+            out.sum().backward()
+        found[name] = {
+            "counted": [counted["gathered"], counted["reduced"]],
+            "told": [told["gathered_bytes"], told["reduced_bytes"]],
+        }
+    return found
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[dict[str, int]]:
+    """Bytes that this process hands to the collectives of engine/shards.py."""
+    world = dist.get_world_size()
+    counted = {"gathered": 0, "reduced": 0}
+    gather, reduce = shards._all_gather, dist.all_reduce
+    summed = 0
+
+    def counted_gather(out: Tensor, own: Tensor, **how: Any) -> Any:
+        counted["gathered"] += (world - 1) * own.nbytes
+        return gather(out, own, **how)
+
+    def counted_reduce(tensor: Tensor, **how: Any) -> Any:
+        nonlocal summed
+        summed += tensor.nbytes
+        counted["reduced"] = 2 * (world - 1) * summed // world
+        return reduce(tensor, **how)
+
+    shards._all_gather, dist.all_reduce = counted_gather, counted_reduce
+    try:
+        yield counted
+    finally:
+        shards._all_gather, dist.all_reduce = gather, reduce
+
+
 def communicated() -> dict[str, Any]:
     """Bytes that a call hands to the collectives, and what explain says of them."""
     x = {name: t if t.dtype == torch.int64 else t.float() for name, t in numbers().items()}
@@ -506,24 +830,10 @@ def communicated() -> dict[str, Any]:
     sizes = SIZES["uneven"][world]
     columns = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     hidden, weight = x["hidden"].requires_grad_(), x["weight"][columns].requires_grad_()
-    counted = {"gathered": 0, "reduced": 0}
-    gather, reduce = shards._all_gather, dist.all_reduce
-
-    def counted_gather(out: Tensor, own: Tensor, **how: Any) -> Any:
-        counted["gathered"] += (world - 1) * own.nbytes
-        return gather(out, own, **how)
-
-    def counted_reduce(tensor: Tensor, **how: Any) -> Any:
-        counted["reduced"] += 2 * (world - 1) * tensor.nbytes // world
-        return reduce(tensor, **how)
-
     how = {"label_smoothing": 0.1, "group": dist.group.WORLD}
     told = fastloss.explain(fastloss.linear_cross_entropy, hidden, weight, x["target"], **how)
-    shards._all_gather, dist.all_reduce = counted_gather, counted_reduce
-    try:
+    with counting() as counted:
         fastloss.linear_cross_entropy(hidden, weight, x["target"], **how).backward()
-    finally:
-        shards._all_gather, dist.all_reduce = gather, reduce
     counted["gathered"] -= (world - 1) * 6 * torch.int64.itemsize  # the agreement before it
     return {
         "plan": plan_bytes(x["target"]),
@@ -572,6 +882,7 @@ def main(store: str, rank: int, world: int, out: str) -> None:
         "sequences": sequences(),
         "dtensors": dtensors(),
         "bytes": communicated(),
+        "messages": messages(),
         "megatron": megatron(),
         "class weights": class_weight_gradient(),
     }

@@ -66,7 +66,8 @@ def test_dtensors_are_taken_and_given_back(found: list[dict[str, Any]]) -> None:
         ("group beside it", "ValueError: group: expected None beside"),
         ("tokens without a cut", "ValueError: input: expected Replicate()"),
         ("no group", "TypeError: group: expected a ProcessGroup"),
-        ("probabilities", "NotImplementedError: group:"),
+        ("places", "NotImplementedError: group:"),
+        ("a teacher cut elsewhere", "ShapeError: group: expected the teacher's vocabulary cut at"),
         ("again", "NotImplementedError: group:"),
         ("target of no shard", "IndexError: target: Target 1000000 of process 0 is out of bounds"),
         ("target of one process", "IndexError: target: Target -1 of process 0 is out of bounds"),
@@ -89,6 +90,21 @@ def test_explain_tells_the_bytes_that_are_sent(found: list[dict[str, Any]]) -> N
         assert told["gathered_bytes"] == counted["gathered"]
         assert told["reduced_bytes"] == counted["reduced"]
         assert each["bytes"]["plan"]["planned"] == pytest.approx(each["bytes"]["plan"]["told"])
+
+
+def test_every_function_tells_the_bytes_of_its_messages(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        assert len(each["messages"]) == 14
+        for name, numbers in each["messages"].items():
+            assert numbers["told"] == numbers["counted"], (name, numbers)
+            assert sum(numbers["told"]) > 0
+
+
+def test_every_function_takes_dtensors(found: list[dict[str, Any]]) -> None:
+    for each in found:
+        functions = each["dtensors"]["functions"]
+        assert len(functions) == 18
+        assert max(functions.values()) <= 1e-12, functions
 
 
 def test_megatrons_function_over_a_group(found: list[dict[str, Any]]) -> None:

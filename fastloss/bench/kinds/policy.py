@@ -1,4 +1,5 @@
-"""Policy-gradient losses from log-probs ("policy") and from the head ("policy-linear"), and advantages ("gae")."""
+"""Policy-gradient losses from log-probs ("policy") and from the head ("policy-linear"), one of the user's own from the head
+("sequence-linear": RLOO), and advantages ("gae")."""
 
 from __future__ import annotations
 
@@ -55,6 +56,16 @@ def linear_cases(quick: bool) -> Iterator[Case]:
         name = f"policy-linear-{short(dtype)}-{rows}x{dim}x{vocab}"
         options = (("loss_type", "dapo"),)
         yield Case(name, "policy-linear", rows, dim, vocab, dtype, length=length, options=options)
+        name = f"policy-linear-gspo-{short(dtype)}-{rows}x{dim}x{vocab}"
+        options = (("loss_type", "gspo"),)
+        yield Case(name, "policy-linear", rows, dim, vocab, dtype, length=length, options=options)
+
+
+def sequence_cases(quick: bool) -> Iterator[Case]:
+    rows, length, dim, vocab = (32, 8, 16, 500) if quick else (4096, 512, 512, 32000)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = f"sequence-linear-{short(dtype)}-{rows}x{dim}x{vocab}"
+        yield Case(name, "sequence-linear", rows, dim, vocab, dtype, ignored=0.25, length=length)
 
 
 def gae_cases(quick: bool) -> Iterator[Case]:
@@ -95,6 +106,16 @@ def _linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]
         "old": now - log_ratios(mask.shape, generator),
         "advantages": normal(len(mask), generator=generator),
         "mask": mask,
+    }
+
+
+def _sequence_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    tensors = head_tensors(case, generator, random_targets(case, generator))
+    now = no_gradient_tokens(tensors["hidden"], tensors["weight"], tensors["target"]).float().sum(-1)
+    return {
+        **tensors,
+        "old": now - log_ratios(now.shape, generator),
+        "advantages": normal(len(now), generator=generator),
     }
 
 
@@ -174,6 +195,36 @@ def _ours_linear(case: Case, backend: str) -> Loss:
     return lambda *tensors: fastloss.linear_policy_loss(*tensors, **options).loss
 
 
+def rloo(logps: Tensor, old: Tensor, advantages: Tensor, count: int) -> Tensor:
+    """As TRL 1.16's RLOOTrainer writes it, of some of ``count`` sequences: their share of the mean."""
+    ratio = torch.exp(logps - old)
+    return -torch.min(ratio * advantages, torch.clamp(ratio, 0.8, 1.2) * advantages).sum() / count
+
+
+def _ours_sequence(case: Case, backend: str) -> Loss:
+    def loss(hidden: Tensor, weight: Tensor, target: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
+        def of_part(part: fastloss.SequencePart) -> Tensor:
+            return rloo(part.logps, old[part.indices], advantages[part.indices], len(old))
+
+        out: Tensor = fastloss.linear_sequence_loss(hidden, weight, target, of_part, backend=backend)
+        return out
+
+    return loss
+
+
+def _eager_sequence(case: Case) -> Loss:
+    return lambda hidden, weight, target, old, advantages: rloo(
+        eager_logprobs(hidden, weight, target).sum(-1), old, advantages, len(old)
+    )
+
+
+def _sequence_truth(case: Case, data: Data) -> Exact:
+    old, advantages = data["old"].double(), data["advantages"].double()
+    return over_vocabulary(
+        data, data["target"], lambda logprobs: rloo(logprobs.sum(-1), old, advantages, len(old))
+    )
+
+
 def _ours_gae(case: Case, backend: str) -> Loss:
     return lambda rewards, values, mask: fastloss.gae(
         rewards, values, mask, gamma=GAMMA, lam=LAMBDA, backend=backend
@@ -233,6 +284,9 @@ KINDS = {
     "policy": Kind(cases, _tensors, _leaves, _ours, surrogate, _truth, TRAFFIC, _eager_metrics, _kept),
     "policy-linear": Kind(
         linear_cases, _linear_tensors, head_leaves, _ours_linear, _eager_linear, _linear_truth, kept=_kept
+    ),
+    "sequence-linear": Kind(
+        sequence_cases, _sequence_tensors, head_leaves, _ours_sequence, _eager_sequence, _sequence_truth
     ),
     "gae": Kind(
         gae_cases,

@@ -19,10 +19,13 @@ FAMILIES = (
     "trl_rloo",
     "trl_advantages",
     "trl_linear",
+    "trl_distillation",
     "liger_preference",
     "liger_grpo",
+    "liger_distillation",
     "verl_losses",
     "verl_rollout",
+    "verl_distillation",
     "openrlhf_losses",
     "published",
 )
