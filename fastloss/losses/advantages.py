@@ -12,12 +12,14 @@ from torch import Tensor
 
 from fastloss.engine import checks, compile_scans
 from fastloss.engine.backend import Call, resolve_call, resolves_views
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.sequences import TimeSteps, flat_mask, layout_of
 from fastloss.losses.group_advantages import check_group_size, grouped
 from fastloss.losses.policy_inputs import check_like
 from fastloss.tables import ACC_DTYPES
 
 
+@takes_jagged()
 @resolves_views
 def gae(
     rewards: Tensor,
@@ -57,6 +59,7 @@ def gae(
     return result[0].view(rewards.shape), result[1].view(rewards.shape)
 
 
+@takes_jagged()
 @resolves_views
 def discounted_returns(
     rewards: Tensor,

@@ -19,6 +19,7 @@ from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Saved, Schedule
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.shards import Shards, whole
 from fastloss.losses.cross_entropy import (
     LossOptions,
@@ -41,6 +42,7 @@ from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, STATS, Number
 WHOLE_LOGITS = 16 << 20
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_cross_entropy(

@@ -15,6 +15,7 @@ from fastloss.engine.autograd import differentiable_again
 from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.contract import Backend, PolicyInputs
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.native import DirectPolicy, cpu_backend
 from fastloss.losses.policy_inputs import check_like, lay_flat, normalizer_of, shares, weighted
 from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
@@ -29,6 +30,7 @@ class PolicyOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@takes_jagged()
 @resolves_views
 def policy_loss(
     logprobs: Tensor,

@@ -19,6 +19,7 @@ from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import Grads, Head, Limits, Needs, Schedule
 from fastloss.engine.head_spans import Spans, spans_of
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.sequences import Sequences, numbers_of
 from fastloss.engine.shards import Shards
 from fastloss.engine.support import sets_of
@@ -64,6 +65,7 @@ IGNORED = -(2**63)
 _SCALE, _POLICY, _CUT = (POLICY_PLACE[name] for name in ("scale", "policy", "cut"))
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_policy_loss(

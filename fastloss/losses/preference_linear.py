@@ -16,6 +16,7 @@ from fastloss.engine.autograd import segment_sum
 from fastloss.engine.backend import resolves_views
 from fastloss.engine.contract import Backend
 from fastloss.engine.dtensors import takes_dtensors
+from fastloss.engine.jagged import takes_jagged
 from fastloss.losses import pair_terms
 from fastloss.losses.pair_terms import (
     SORTED,
@@ -28,12 +29,13 @@ from fastloss.losses.pair_terms import (
     reference_logps,
 )
 from fastloss.losses.preference import PreferenceOutput
-from fastloss.losses.token_stats import row_options, stats_from
+from fastloss.losses.token_stats import TokenStats, row_options, stats_from
 from fastloss.tables import Number
 
 _OUTPUTS = ("chosen_rewards", "rejected_rewards", "chosen_logps", "rejected_logps", "sums", "likelihood")
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_preference_loss(

@@ -17,6 +17,7 @@ from fastloss.engine.backend import resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.dtensors import takes_dtensors
+from fastloss.engine.jagged import takes_jagged
 from fastloss.losses.token_stats import TokenStats, row_options, stats_from
 
 # What float16's coefficients are multiplied by until the gradients are made, so that the terms of a mean do not vanish.
@@ -44,6 +45,7 @@ class SequencePart(NamedTuple):
     stats: TokenStats
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_sequence_loss(

@@ -28,6 +28,7 @@ from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head_shards import of_columns
 from fastloss.engine.head_stats import LinearTokenStatistics, StatsRun
 from fastloss.engine.head_types import NOTHING
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.shards import Call as SharedCall
 from fastloss.engine.shards import Shards, needed, of_group, whole
 from fastloss.engine.support import (
@@ -79,6 +80,7 @@ def stats_from(out: dict[str, Tensor], want: tuple[str, ...]) -> TokenStats:
     )
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("logits")
 @resolves_views
 def token_stats(
@@ -183,6 +185,7 @@ def token_stats(
     return _shaped(dict(zip(want, values, strict=True)), want, lead)
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_token_stats(
@@ -541,6 +544,7 @@ def _of_several(
     return out if row_mask is None else torch.where((row_mask == 0).unsqueeze(-1), 0.0, out)
 
 
+@takes_jagged(TokenStats)
 def entropy_from_logits(logits: Tensor, chunk_size: int | None = None, *, backend: str = "auto") -> Tensor:
     """Shannon entropy (nats) of ``softmax(logits [..., V])``, ``[...]``, with gradient; one pass, no softmax held.
 
@@ -598,19 +602,13 @@ def row_options(
 ) -> RowOptions:
     """The checked record of what happens to raw logits: temperature, scale, soft-cap, ignore_index. ``lead``: the shape of the
     tokens that may have a temperature each; ``like``: the logits or hidden states."""
-    row_scale = None
-    if lead is not None:
+    if isinstance(temperature, Tensor) and lead is not None:
         assert like is not None
-        if isinstance(temperature, Tensor):
-            row_scale = checks.row_scale(temperature, lead, like)
-        else:
-            row_scale = checks.traced_row_scale(temperature, lead, like)
-    if row_scale is not None:
         return RowOptions(
             ignore_index=ignore_index,
             scale=checks.number("logit_scale", logit_scale),
             softcap=checks.softcap_value(softcap),
-            row_scale=row_scale,
+            row_scale=checks.row_scale(temperature, lead, like),
         )
     scale = checks.number("logit_scale", logit_scale) / checks.number(
         "temperature", temperature, low=0.0, open_low=True

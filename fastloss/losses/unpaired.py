@@ -17,9 +17,10 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
+from fastloss.engine.jagged import takes_jagged
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
-from fastloss.losses.token_stats import row_options, stats_from
+from fastloss.losses.token_stats import TokenStats, row_options, stats_from
 from fastloss.tables import ACC_DTYPES, UNPAIRED_TERMS, UnpairedConstants, UnpairedOptions
 
 
@@ -39,6 +40,7 @@ class UnpairedOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@takes_jagged()
 @resolves_views
 def kto_loss(
     logps: Tensor,
@@ -102,6 +104,7 @@ def kto_loss(
     )
 
 
+@takes_jagged()
 @resolves_views
 def bco_loss(
     logps: Tensor,
@@ -312,7 +315,8 @@ def _constant_scalar(
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        return torch.full((1,), checks.number(name, value), dtype=acc, device=device)
+        # A product, which takes a number that changes under torch.compile.
+        return torch.ones(1, dtype=acc, device=device) * checks.number(name, value)
     if value.numel() != 1:
         raise ShapeError(f"{name}: expected a number or a 0-d tensor, got shape {list(value.shape)}")
     return value.detach().to(device=device, dtype=acc).reshape(1)
@@ -348,6 +352,7 @@ def _kto_kl(
     return (difference.sum() / max(difference.numel(), 1)).clamp(min=0).reshape(1)
 
 
+@takes_jagged(TokenStats)
 @takes_dtensors("linear_weight")
 @resolves_views
 def linear_kto_loss(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine.backend import announce_pointwise
+from fastloss.engine.jagged import takes_jagged
 from fastloss.losses.policy_inputs import check_like, lay_flat, shares
 from fastloss.losses.policy_options import PolicySpec, options_of
 from fastloss.tables import ACC_DTYPES, AGGREGATIONS
@@ -21,6 +22,7 @@ class ValueOutput(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@takes_jagged()
 def value_loss(
     values: Tensor,
     old_values: Tensor | None,

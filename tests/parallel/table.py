@@ -99,6 +99,28 @@ def vocabulary(found: dict[int, Found]) -> str:
     return text + f"\nValues and statistics have the same bits on every process: {'yes' if same else 'NO'}.\n"
 
 
+def layouts(found: dict[int, Found]) -> str:
+    text = """
+## Layouts of a training run
+
+`tests/parallel/layout_cases.py`: a layer and a head in float64, 2 and 4 processes (tp+fsdp: 4, a mesh of 2 x 2), the larger difference of loss, metrics
+(where they are of the whole batch) and all gradients. tp: `group=`. tp+sequence: DTensors, weight `Shard(0)`, hidden states `Shard(0)`. fsdp: FSDP2, each
+process its sequences. cp: positions are cut; what needs whole sequences takes `sum_over_shards`. "uneven": 97 classes, 10 sequences and 8 positions, of which each
+process but the first has one class (tp), one pair (fsdp), one position (cp); a DTensor's uneven cut is 49 + 48 and 25 + 25 + 25 + 22.
+
+"""
+    keys = [tuple(key.split(", ")) for key in found[4][0]]
+    columns = list(dict.fromkeys((layout, cut) for layout, cut, _ in keys))
+    text += head("loss", *(f"{layout}: {cut}" for layout, cut in columns))
+    for name in dict.fromkeys(name for *_, name in keys):
+        cells = []
+        for layout, cut in columns:
+            key = f"{layout}, {cut}, {name}"
+            cells.append(worst(each[key] for every in found.values() for each in every if key in each))
+        text += row(name, *cells)
+    return text
+
+
 def sequences(found: dict[int, Found]) -> str:
     text = "\n## Sequences, cut\n\n`sequence_shard`; the mean cross-entropy and DPO of responses whose tokens lie on all processes.\n\n"
     text += head(
@@ -128,6 +150,10 @@ def dtensors(found: dict[int, Found]) -> str:
         )
     for name in ("statistics", "torch's loss_parallel"):
         text += row(name, *(max(each["dtensors"][name] for each in every) for every in found.values()))
+    for name in found[2][0]["dtensors"]["functions"]:
+        cells = (max(each["dtensors"]["functions"][name] for each in every) for every in found.values())
+        tokens, told = name.split(": ", 1)
+        text += row(f"{told}, input {'Shard(0)' if tokens == 'tokens' else 'Replicate'}", *cells)
     return text
 
 
@@ -154,12 +180,28 @@ def sent(found: dict[int, Found]) -> str:
         text += row(
             world, counted["gathered"], told["gathered_bytes"], counted["reduced"], told["reduced_bytes"]
         )
+    text += "\nOther losses, forward and backward: gathered + reduced, counted; told by `explain` the same: "
+    same = all(
+        n["counted"] == n["told"]
+        for every in found.values()
+        for each in every
+        for n in each["messages"].values()
+    )
+    text += f"{'yes' if same else 'NO'}.\n\n" + head("loss", *(f"{world} processes" for world in found))
+    for name in found[2][0]["messages"]:
+        cells = (every[0]["messages"][name]["counted"] for every in found.values())
+        text += row(name, *(f"{gathered} + {reduced}" for gathered, reduced in cells))
     return text
 
 
 def main() -> None:
     found = {world: run("shard_cases.py", world) for world in (2, 4)}
-    page = HEADER.format(torch=torch.__version__) + vocabulary(found) + sequences(found) + dtensors(found)
+    page = HEADER.format(torch=torch.__version__) + vocabulary(found)
+    page += (
+        layouts({world: run("layout_cases.py", world) for world in (2, 4)})
+        + sequences(found)
+        + dtensors(found)
+    )
     print(page + engines(run("engine_cases.py", 2)) + sent(found), end="")
 
 
