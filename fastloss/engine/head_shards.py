@@ -355,7 +355,7 @@ class Columns:
             z = self.logits[here].clone(memory_format=torch.contiguous_format)
             own = Selection(*(x[here] for x in selection))
             taken.append(take(self.backend, z, mark[here], options, own, None))
-        return Taken(*(torch.cat(each) for each in zip(*taken, strict=True)))
+        return Taken(torch.cat([own.z for own in taken]), torch.cat([own.rest for own in taken]))
 
     def selected_gradients(
         self,

@@ -4,11 +4,14 @@ shards (FSDP2)."""
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import parallel
@@ -71,7 +74,8 @@ def shards(config: TrainConfig) -> bool:
 
 def part(model: Any) -> None:
     """Each matrix in parts over the processes of tp, by the plan that transformers has for the model: attention by heads, the MLP by its
-    width, the vocabulary by rows, in the embedding and in the head. Norms are whole in each, and have the same gradients.
+    width, the vocabulary by rows, in the embedding and in the head. Norms are whole in each, and have the same gradients; of those of
+    each head (Qwen3, Gemma 3), which see a process's heads alone, the gradients are summed.
 
     Whatever is sharded over data (:func:`shard`) comes after it.
     """
@@ -81,6 +85,8 @@ def part(model: Any) -> None:
     body, tp, shape = model.base_model, parallel.layout.tp, model.config.get_text_config()
     known: Any = getattr(body, "_tp_plan", None) or getattr(shape, "base_model_tp_plan", None) or {}
     known = {name: how for name, how in known.items() if "layers" in name}
+    of_heads = [name for name, how in known.items() if how == "replicated_with_grad_allreduce"]
+    known = {name: how for name, how in known.items() if name not in of_heads}
     if not known or set(known.values()) - {"colwise", "rowwise"}:
         raise ValueError(
             f"parallel: expected a model with a plan of colwise and rowwise layers for tp={tp}, got {type(model).__name__} with "
@@ -103,10 +109,46 @@ def part(model: Any) -> None:
     )
     mesh = parallel.axis("tp")
     parallelize_module(body, mesh, plan, src_data_rank=None)
+    for name, module in body.named_modules():
+        if any(fnmatch.fnmatch(name, pattern) for pattern in of_heads):
+            sum_gradients(module, mesh.get_group())
     if tied:
         head.weight = words.weight
     elif head is not None:
         parallelize_module(head, mesh, ColwiseParallel(output_layouts=Replicate()), src_data_rank=None)
+
+
+class _Summed(torch.autograd.Function):
+    """A parameter, whose gradient is the sum of the group's."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        total = upstream.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def sum_gradients(module: nn.Module, group: Any) -> None:
+    """Each process has other inputs of ``module``: its parameters' gradients are summed over the group as they are made, so that what
+    shards them, or adds up passes, finds them whole."""
+    forward = module.forward
+
+    def of_summed(*args: Any, **kwargs: Any) -> Any:
+        own: dict[str, Any] = dict(module._parameters)  # FSDP2 sets others in the meantime
+        module._parameters.update(
+            {name: p if p is None else _Summed.apply(p, group) for name, p in own.items()}
+        )
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            module._parameters.update(own)
+
+    module.forward = of_summed  # type: ignore[method-assign]
 
 
 def shard(model: Any, config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from stage_runs import apart, case, run_case, written
 from test_distributed import WORKER, lr_of, outcomes, same_run, torchrun
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config
 
 from fastloss.harness import checkpoint, context, layers, parallel, pretrain
 from fastloss.harness.config import DpoConfig, GrpoConfig, PretrainConfig, SftConfig
@@ -166,6 +166,7 @@ def test_a_number_of_processes_that_does_not_fit(tiny: PretrainConfig) -> None:
     ("model", "said"),
     [
         (GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64), "a plan of colwise and rowwise layers for tp=2, got GPT2"),
+        (Phi3Config(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64, pad_token_id=0), "got Phi3ForCausalLM with colwise_gather_output"),
         (LlamaConfig(hidden_size=48, intermediate_size=32, num_hidden_layers=1, num_attention_heads=3, vocab_size=64), "num_attention_heads in a multiple of tp=2, got 3"),
     ],
 )  # fmt: skip

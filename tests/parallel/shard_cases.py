@@ -843,7 +843,8 @@ def communicated() -> dict[str, Any]:
 
 
 def plan_bytes(target: Tensor) -> dict[str, list[float]]:
-    """What fastloss plan says that a bfloat16 head sends, and what explain says of one: (statistics, d hidden)."""
+    """What fastloss plan says that a bfloat16 head sends, what explain says of one, and what it hands to the collectives: (statistics, d
+    hidden)."""
     world, rank = dist.get_world_size(), dist.get_rank()
     model = config.from_config(
         {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": DIM, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -855,9 +856,13 @@ def plan_bytes(target: Tensor) -> dict[str, list[float]]:
     hidden = torch.zeros(rows, DIM, dtype=torch.bfloat16, requires_grad=True)
     learned = target[target != -100]
     told = fastloss.explain(fastloss.linear_cross_entropy, hidden, weight, learned, group=dist.group.WORLD)
+    group = vocab_shards(weight, dist.group.WORLD)
+    with counting() as counted:
+        fastloss.linear_cross_entropy(hidden, weight, learned, group=group).backward()
     return {
         "planned": [planned.statistics_bytes, planned.gradient_bytes],
         "told": [told["gathered_bytes"], told["reduced_bytes"]],
+        "counted": [counted["gathered"], counted["reduced"]],
     }
 
 
