@@ -312,33 +312,22 @@ class TopKOptions:
 
 # --- supervised losses (docs/supervised.md) ------------------------------------------------------------------------
 
-# name -> the numbers that it reads, fields of SupervisedOptions.
-SUPERVISED_NUMBERS: dict[str, tuple[str, ...]] = {
-    "nll": (),
-    "dft": (),
-    "eaft": ("eaft_alpha", "eaft_scale"),
-    "focal": ("focal_gamma",),
-    "power": ("power",),
-    "deft": (),
-    "soft_trim": ("trim_threshold", "trim_width"),
-    "unlikelihood": (),
-}
-SUPERVISED_LOSSES = tuple(SUPERVISED_NUMBERS)
+SUPERVISED_LOSSES = ("nll", "dft", "eaft", "focal", "power", "deft", "soft_trim", "unlikelihood")
 # Columns of what a pass makes of each row; "entropy" is 0 where the loss does not need it.
 SUPERVISED_SUMS = ("loss", "nll", "entropy")
 
 
 @dataclass(frozen=True)
 class SupervisedOptions(RowOptions):
-    """One function of a token's log-probability; a number may be a 0-d tensor."""
+    """One function of a token's log-probability."""
 
     kind: int = 0  # code of SUPERVISED_LOSSES
-    eaft_alpha: Number = 1.0
-    eaft_scale: Number = 3.0
-    focal_gamma: Number = 2.0
-    power: Number = 0.7
-    trim_threshold: Number = 8.0
-    trim_width: Number = 1.0
+    eaft_alpha: float = 1.0
+    eaft_scale: float = 3.0
+    focal_gamma: float = 2.0
+    power: float = 0.7
+    trim_threshold: float = 8.0
+    trim_width: float = 1.0
 
 
 # What a native module's ``tables()`` must return: name -> the names of its codes, in order.

@@ -34,7 +34,7 @@ class Flusher:
     """Evicts the caches, the same for every provider, outside the timed region."""
 
     def __init__(self, device: str):
-        self.buffer = torch.zeros(FLUSH_BYTES // 4, device=device)
+        self.buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device=device)
 
     def __call__(self) -> None:
         self.buffer.add_(1.0)

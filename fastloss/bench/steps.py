@@ -35,7 +35,9 @@ class RowStep:
     def __init__(self, loss: Loss, case: Case, data: Data):
         self.loss, self.logits = loss, data["logits"].detach()
         self.rest = [tensor for name, tensor in data.tensors.items() if name != "logits"]
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros(
+            (), dtype=torch.float32, device=torch.get_default_device(), requires_grad=True
+        )
         self.box: list[Tensor] = []
 
     def prepare(self) -> None:

@@ -72,3 +72,9 @@ class Result:
     provider: str
     state: str  # "pass", "fail", "error", "refused" or "not supported"
     detail: str = ""
+
+
+def mask_of(lengths: tuple[int, ...], width: int) -> Tensor:
+    """True for as many first places of each row as its length.  # [rows, width]"""
+    ends = torch.tensor(lengths, dtype=torch.int64, device="cpu")
+    return torch.arange(width, dtype=torch.int64, device="cpu") < ends[:, None]

@@ -102,16 +102,6 @@ def row_scale(temperature: Tensor, lead: tuple[int, ...], like: Tensor) -> Tenso
     return each.reshape(-1).reciprocal()
 
 
-def traced_row_scale(temperature: float, lead: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """One over a temperature that is a number, for each row, where torch.compile traces: a number that an operator is given
-    compiles again with each value. None for 1 and where nothing traces."""
-    if not torch.compiler.is_compiling() or temperature == 1.0:
-        return None
-    acc = torch.float64 if like.dtype == torch.float64 else torch.float32
-    value = number("temperature", temperature, low=0.0, open_low=True)
-    return torch.ones(math.prod(lead), dtype=acc, device=like.device) / value
-
-
 def softcap_value(softcap: float | None) -> float:
     return 0.0 if softcap is None else number("softcap", softcap, low=0.0, open_low=True)
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastloss.engine.changing import is_given
 from fastloss.tables import DIFFERENTIABLE_STATS, CrossEntropyOptions
 
 
@@ -45,11 +46,11 @@ def of_cross_entropy(
     if w is not None:
         own = own * w[target.clamp(0, vocab - 1)]
     b = own
-    if label_smoothing:
+    if is_given(label_smoothing):
         b = b + g * (label_smoothing if w is None else w.sum() * (label_smoothing / vocab))
-    if z_loss:
+    if is_given(z_loss):
         b = b + g * (2 * z_loss) * lse_parts.sum(-1)
-    d = g * (-label_smoothing / vocab) if label_smoothing else None
+    d = g * (-label_smoothing / vocab) if is_given(label_smoothing) else None
     return Coefficients(a=-own, b=b, d=d)
 
 

@@ -9,7 +9,8 @@ user's MFU.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch.utils.flop_counter import register_flop_formula
 from fastloss.engine import backend as backends
 from fastloss.engine import checks
 from fastloss.engine import head as heads
+from fastloss.engine.changing import constant, in_one_tensor
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.distillation import log_sums, of_heads
+from fastloss.engine.distillation import schedule_of as schedule_of_distillation
 from fastloss.engine.head import NOTHING, Head, Limits, Needs, Saved, Schedule
 from fastloss.tables import (
     ACC_DTYPES,
@@ -33,7 +36,6 @@ from fastloss.tables import (
     CrossEntropyOptions,
     DistillationOptions,
     RowOptions,
-    TopKOptions,
 )
 
 _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
@@ -42,6 +44,11 @@ _SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
 def _numbers(record: type) -> tuple[str, ...]:
     """The fields of an option record but its tensors, which an operator that has a gradient takes by position alone."""
     return tuple(f.name for f in dataclasses.fields(record) if str(f.type) in _SCHEMA_TYPES)
+
+
+def _floats(record: type) -> tuple[str, ...]:
+    """Those of them that may change from call to call (engine/changing.py), in the order of ``numbers``."""
+    return tuple(f.name for f in dataclasses.fields(record) if str(f.type) == "float")
 
 
 def _fields(record: type) -> str:
@@ -60,9 +67,28 @@ def _operator(name: str, tensors: str, record: type, more: str, returns: str) ->
     return decorate
 
 
-def _record(kind: type, arguments: dict[str, Any], row_scale: Tensor | None = None) -> Any:
+def _record(
+    kind: type, arguments: dict[str, Any], row_scale: Tensor | None = None, numbers: Tensor | None = None
+) -> Any:
     """The option record among an operator's arguments."""
-    record = kind(**{name: arguments[name] for name in _numbers(kind)})
+    values = () if numbers is None else numbers.tolist()
+    return _filled(kind, arguments, row_scale, values)
+
+
+def _traced_record(
+    kind: type, arguments: dict[str, Any], row_scale: Tensor | None, numbers: Tensor | None
+) -> Any:
+    """As :func:`_record`, in a backward that is traced: what changes stays a tensor."""
+    values = () if numbers is None else numbers.unbind()
+    return _filled(kind, arguments, row_scale, values)
+
+
+def _filled(kind: type, arguments: dict[str, Any], row_scale: Tensor | None, values: Sequence[Any]) -> Any:
+    fields = {name: arguments[name] for name in _numbers(kind)}
+    for name, value in zip(_floats(kind), values):
+        if math.isnan(fields[name]):
+            fields[name] = value
+    record = kind(**fields)
     return record if row_scale is None else dataclasses.replace(record, row_scale=row_scale)
 
 
@@ -138,17 +164,20 @@ def _contiguous(k: Coefficients) -> Coefficients:
 
 # --- rows of logits ------------------------------------------------------------------------------------------------
 
-_ROW_SCALE = "Tensor? row_scale=None"  # RowOptions's
+NUMBERS = "Tensor? numbers=None"  # engine/changing.py
+_ROW_SCALE = f"Tensor? row_scale=None, {NUMBERS}"  # RowOptions's
 _GIVEN = "Tensor? target, Tensor lse_parts, Tensor? a, Tensor? b, Tensor? c, Tensor? d, Tensor? w"
 
 
 @_operator("row_grad", f"Tensor logits, {_GIVEN}, {_ROW_SCALE}", RowOptions, "str backend", "Tensor")
-def _row_grad(logits, target, lse_parts, a, b, c, d, w, row_scale=None, *, backend, **fields):  # type: ignore[no-untyped-def]
+def _row_grad(  # type: ignore[no-untyped-def]
+    logits, target, lse_parts, a, b, c, d, w, row_scale=None, numbers=None, *, backend, **fields
+):
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backends.runnable(backend).row_grad(
         logits,
         target,
-        _record(RowOptions, fields, row_scale),
+        _record(RowOptions, fields, row_scale, numbers),
         lse_parts=lse_parts,
         coefficients=Coefficients(a, b, c, d),
         out=out,
@@ -171,22 +200,27 @@ def row_grad(
     options: RowOptions,
     backend: str,
 ) -> Tensor:
-    return _row_grad(
-        logits, target, lse_parts, *k, w, options.row_scale, **_row_fields(options), backend=backend
-    )
+    numbers, fields = _given(options, _ROW)
+    return _row_grad(logits, target, lse_parts, *k, w, options.row_scale, numbers, **fields, backend=backend)
 
 
-# By name and not by dataclasses.fields(RowOptions), whose class torch.compile of torch 2.13 does not trace.
-_ROW_FIELDS = _numbers(RowOptions)
+# By name and not by dataclasses.fields of a record, whose class torch.compile of torch 2.13 does not trace.
+_ROW = _numbers(RowOptions), _floats(RowOptions)
+_CROSS_ENTROPY = _numbers(CrossEntropyOptions), _floats(CrossEntropyOptions)
+_DISTILLATION = _numbers(DistillationOptions), _floats(DistillationOptions)
 
 
-def _row_fields(options: RowOptions) -> dict[str, Any]:
-    """A CrossEntropyOptions is given to row_grad too, which takes what is of the row alone."""
-    return {name: getattr(options, name) for name in _ROW_FIELDS}
-
-
-def _all_fields(options: RowOptions | DistillationOptions | TopKOptions) -> dict[str, Any]:
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name != "row_scale"}
+def _given(
+    options: Any, names: tuple[tuple[str, ...], tuple[str, ...]]
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """``numbers`` and the keywords of an operator that is given ``options``, of a record whose fields are ``names``: a
+    CrossEntropyOptions is given to row_grad too, which takes what is of the row alone."""
+    fields = {name: getattr(options, name) for name in names[0]}
+    numbers = in_one_tensor([fields[name] for name in names[1]])
+    if numbers is not None:
+        for name in names[1]:
+            fields[name] = constant(fields[name])
+    return numbers, fields
 
 
 _LOSS = "float factor, str reduction, str want"
@@ -200,9 +234,20 @@ _LOSS = "float factor, str reduction, str want"
     "Tensor[]",
 )
 def _cross_entropy(  # type: ignore[no-untyped-def]
-    logits, target, w, factor_tensor, row_scale=None, *, factor, reduction, want, backend, **fields
+    logits,
+    target,
+    w,
+    factor_tensor,
+    row_scale=None,
+    numbers=None,
+    *,
+    factor,
+    reduction,
+    want,
+    backend,
+    **fields,
 ):
-    options, names = _record(CrossEntropyOptions, fields, row_scale), _names(want)
+    options, names = _record(CrossEntropyOptions, fields, row_scale, numbers), _names(want)
     _check_targets(target, logits.shape[1], options.ignore_index)
     out = backends.runnable(backend).row_cross_entropy(logits, target, options, want=names, w=w)
     total = _sum(backend, out["loss"], reduction, Factor(factor, factor_tensor))
@@ -210,7 +255,7 @@ def _cross_entropy(  # type: ignore[no-untyped-def]
 
 
 @_cross_entropy.register_fake
-def _(logits, target, w, factor_tensor, row_scale=None, *, reduction, want, **fields):  # type: ignore[no-untyped-def]
+def _(logits, target, w, factor_tensor, row_scale=None, numbers=None, *, reduction, want, **fields):  # type: ignore[no-untyped-def]
     rows = logits.shape[0]
     loss = logits.new_empty((rows,) if reduction == "none" else (), dtype=ACC_DTYPES[logits.dtype])
     return [loss, *_fake_stats(logits, rows, _names(want), logits.dtype)]
@@ -218,16 +263,16 @@ def _(logits, target, w, factor_tensor, row_scale=None, *, reduction, want, **fi
 
 def _save_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
     ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 4)
-    ctx.save_for_backward(*_all_of(inputs, 5), output[_LSE_PARTS_AT])
+    ctx.save_for_backward(*_all_of(inputs, 6), output[_LSE_PARTS_AT])
 
 
 def _backward_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
     """The gradient is made here, of the upstream one, and not in the forward: multiplying it afterwards would be another pass
     over all logits, into memory of its own. A graph may not write into what it saved (retain_graph runs it twice, and
     functionalisation copies what an operator writes to), so that eager's multiplication in place is no way out."""
-    logits, target, w, factor_tensor, row_scale, lse_parts = ctx.saved_tensors
+    logits, target, w, factor_tensor, row_scale, numbers, lse_parts = ctx.saved_tensors
     given, g = ctx.given, upstream[0]
-    options = _record(CrossEntropyOptions, given, row_scale)
+    options = _traced_record(CrossEntropyOptions, given, row_scale, numbers)
     if given["reduction"] != "none":
         g = _times_factor(g, given["factor"], factor_tensor, logits.shape[0])
     k = _contiguous(of_cross_entropy(g, lse_parts, target, w, logits.shape[1], options))
@@ -249,13 +294,15 @@ def cross_entropy(
     backend: str,
 ) -> list[Tensor]:
     """[loss, statistics …, lse_parts]."""
+    numbers, fields = _given(options, _CROSS_ENTROPY)
     return _cross_entropy(
         logits,
         target,
         w,
         factor.tensor,
         options.row_scale,
-        **_all_fields(options),
+        numbers,
+        **fields,
         factor=factor.value,
         reduction=reduction,
         want=",".join(want),
@@ -270,28 +317,28 @@ def cross_entropy(
     "str want, str backend",
     "Tensor[]",
 )
-def _token_stats(logits, target, row_scale=None, *, want, backend, **fields):  # type: ignore[no-untyped-def]
-    options, names = _record(RowOptions, fields, row_scale), _names(want)
+def _token_stats(logits, target, row_scale=None, numbers=None, *, want, backend, **fields):  # type: ignore[no-untyped-def]
+    options, names = _record(RowOptions, fields, row_scale, numbers), _names(want)
     _check_targets(target, logits.shape[1], options.ignore_index)
     out = backends.runnable(backend).row_stats(logits, target, options, want=heads.with_lse_parts(names))
     return _pack(out, names, logits, logits.dtype)
 
 
 @_token_stats.register_fake
-def _(logits, target, row_scale=None, *, want, **fields):  # type: ignore[no-untyped-def]
+def _(logits, target, row_scale=None, numbers=None, *, want, **fields):  # type: ignore[no-untyped-def]
     return _fake_stats(logits, logits.shape[0], _names(want), logits.dtype)
 
 
 def _save_token_stats(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
     ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 2)
     by_name = dict(zip(OUTPUTS, output, strict=True))
-    ctx.save_for_backward(*_all_of(inputs, 3), by_name[LSE_PARTS], by_name["entropy"])
+    ctx.save_for_backward(*_all_of(inputs, 4), by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
-    logits, target, row_scale, lse_parts, entropy = ctx.saved_tensors
+    logits, target, row_scale, numbers, lse_parts, entropy = ctx.saved_tensors
     k = _stats_coefficients(_names(ctx.given["want"]), upstream, entropy, lse_parts.dtype)
-    options = _record(RowOptions, ctx.given, row_scale)
+    options = _traced_record(RowOptions, ctx.given, row_scale, numbers)
     grad = row_grad(logits, target, lse_parts, k, None, options, ctx.given["backend"])
     return grad, *[None] * (ctx.arguments - 1)
 
@@ -304,9 +351,10 @@ def token_stats(
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
     names = ",".join(name for name in want if name != ARGMAX)
-    return _token_stats(
-        logits, target, options.row_scale, **_row_fields(options), want=names, backend=backend
-    )[:-1]
+    numbers, fields = _given(options, _ROW)
+    return _token_stats(logits, target, options.row_scale, numbers, **fields, want=names, backend=backend)[
+        :-1
+    ]
 
 
 # --- the linear head -----------------------------------------------------------------------------------------------
@@ -357,6 +405,7 @@ def _linear_row_grad(  # type: ignore[no-untyped-def]
     d,
     w,
     row_scale=None,
+    numbers=None,
     *,
     needs,
     dtype,
@@ -366,7 +415,7 @@ def _linear_row_grad(  # type: ignore[no-untyped-def]
     float_logits=False,
     **fields,
 ):
-    options = _record(RowOptions, fields, row_scale)
+    options = _record(RowOptions, fields, row_scale, numbers)
     needed = Needs(*needs)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     schedule, keep = _schedule(
@@ -393,6 +442,7 @@ def linear_row_grad(
     limits: Limits,
     backend: str,
 ) -> list[Tensor | None]:
+    numbers, fields = _given(saved.options, _ROW)
     grads = _linear_row_grad(
         hidden,
         weight,
@@ -402,7 +452,8 @@ def linear_row_grad(
         *saved.coefficients,
         saved.w,
         saved.options.row_scale,
-        **_row_fields(saved.options),
+        numbers,
+        **fields,
         needs=needs,
         dtype=dtype,
         chunk=limits.chunk_size or 0,
@@ -421,10 +472,11 @@ def linear_row_grad(
     "Tensor[]",
 )
 def _linear_cross_entropy(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, factor_tensor, token_weight=None, row_scale=None, *,
+    hidden, weight, bias, target, w, factor_tensor, token_weight=None, row_scale=None, numbers=None, *,
     factor, reduction, want, needs, dtype, chunk, backend, memory="auto", float_logits=False, **fields,
 ):  # fmt: skip
-    options, needed, names = _record(CrossEntropyOptions, fields, row_scale), Needs(*needs), _names(want)
+    options = _record(CrossEntropyOptions, fields, row_scale, numbers)
+    needed, names = Needs(*needs), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     per_row = reduction == "none"
@@ -474,6 +526,7 @@ def _(
     factor_tensor,
     token_weight=None,
     row_scale=None,
+    numbers=None,
     *,
     reduction,
     want,
@@ -488,19 +541,21 @@ def _(
 
 
 def _save_linear_cross_entropy(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, factor_tensor, token_weight, row_scale = _all_of(inputs, 8)
+    hidden, weight, bias, target, w, factor_tensor, token_weight, row_scale, numbers = _all_of(inputs, 9)
     ctx.arguments = _arguments(inputs, 6)
     ctx.given = keyword_only_inputs
     ctx.needs = list(ctx.needs_input_grad[:3])
     ctx.dtypes = heads.leaf_dtypes(hidden, weight, bias)
     made = any(ctx.given["needs"])
-    operands = (None,) * 7 if made else (hidden, weight, bias, target, w, token_weight, row_scale)
+    operands: tuple[Tensor | None, ...] = (hidden, weight, bias, target, w, token_weight, row_scale, numbers)
+    if made:
+        operands = (None,) * len(operands)
     grads = output[-3:] if made else (None,) * 3
     ctx.save_for_backward(*operands, *grads, None if made else output[_LSE_PARTS_AT], factor_tensor)
 
 
 def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, w, token_weight, row_scale, *made, lse_parts, factor_tensor = (
+    hidden, weight, bias, target, w, token_weight, row_scale, numbers, *made, lse_parts, factor_tensor = (
         ctx.saved_tensors
     )
     given, g = ctx.given, upstream[0]
@@ -511,7 +566,7 @@ def _backward_linear_cross_entropy(ctx, upstream):  # type: ignore[no-untyped-de
         acc = ACC_DTYPES[dtype]  # a scalar is not rounded to the gradient's dtype first
         grads = [(x.to(acc) * scale.to(acc)).to(t) if need else None for x, need, t in needs]
     else:
-        options = _record(CrossEntropyOptions, given, row_scale)
+        options = _traced_record(CrossEntropyOptions, given, row_scale, numbers)
         if not per_row:
             g = _times_factor(g, factor, factor_tensor, hidden.shape[0])
         if token_weight is not None:
@@ -545,6 +600,7 @@ def linear_cross_entropy(
     backend: str,
 ) -> list[Tensor]:
     """[loss, statistics …, lse_parts, d hidden, d weight, d bias]."""
+    numbers, fields = _given(options, _CROSS_ENTROPY)
     return _linear_cross_entropy(
         hidden,
         weight,
@@ -554,7 +610,8 @@ def linear_cross_entropy(
         factor.tensor,
         token_weight,
         options.row_scale,
-        **_all_fields(options),
+        numbers,
+        **fields,
         factor=factor.value,
         reduction=reduction,
         want=",".join(want),
@@ -575,10 +632,10 @@ def linear_cross_entropy(
     "Tensor[]",
 )
 def _linear_token_stats(
-    hidden, weight, bias, target, row_scale=None, *,
+    hidden, weight, bias, target, row_scale=None, numbers=None, *,
     want, dtype, chunk, backend, memory="auto", float_logits=False, **fields,
 ):  # type: ignore[no-untyped-def]  # fmt: skip
-    options, names = _record(RowOptions, fields, row_scale), _names(want)
+    options, names = _record(RowOptions, fields, row_scale, numbers), _names(want)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     schedule, keep = _schedule(
@@ -590,7 +647,7 @@ def _linear_token_stats(
 
 
 @_linear_token_stats.register_fake
-def _(hidden, weight, bias, target, row_scale=None, *, want, dtype, **fields):  # type: ignore[no-untyped-def]
+def _(hidden, weight, bias, target, row_scale=None, numbers=None, *, want, dtype, **fields):  # type: ignore[no-untyped-def]
     like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
     found = like.new_empty(hidden.shape[0] if ARGMAX in _names(want) else 0, dtype=torch.int64)
     return [*_fake_stats(like, hidden.shape[0], _names(want), dtype), found]
@@ -600,14 +657,14 @@ def _save_linear_token_stats(ctx, inputs, keyword_only_inputs, output):  # type:
     ctx.given = keyword_only_inputs
     ctx.needs, ctx.arguments = list(ctx.needs_input_grad[:3]), _arguments(inputs, 4)
     by_name = dict(zip(OUTPUTS, output[:-1], strict=True))
-    ctx.save_for_backward(*_all_of(inputs, 5), by_name[LSE_PARTS], by_name["entropy"])
+    ctx.save_for_backward(*_all_of(inputs, 6), by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_linear_token_stats(ctx, upstream):  # type: ignore[no-untyped-def]
-    hidden, weight, bias, target, row_scale, lse_parts, entropy = ctx.saved_tensors
+    hidden, weight, bias, target, row_scale, numbers, lse_parts, entropy = ctx.saved_tensors
     given = ctx.given
     k = _stats_coefficients(_names(given["want"]), upstream[:-1], entropy, lse_parts.dtype)
-    saved = Saved(target, lse_parts, k, _record(RowOptions, given, row_scale), None)
+    saved = Saved(target, lse_parts, k, _traced_record(RowOptions, given, row_scale, numbers), None)
     how = (
         ctx.needs,
         given["dtype"],
@@ -632,13 +689,15 @@ def linear_token_stats(
     backend: str,
 ) -> list[Tensor]:
     """The statistics in the order of STATS, and "argmax"."""
+    numbers, fields = _given(options, _ROW)
     *stats, _, found = _linear_token_stats(
         hidden,
         weight,
         bias,
         target,
         options.row_scale,
-        **_row_fields(options),
+        numbers,
+        **fields,
         want=",".join(want),
         dtype=dtype,
         chunk=limits.chunk_size or 0,
@@ -655,17 +714,28 @@ def linear_token_stats(
 @_operator(
     "distillation_grad",
     "Tensor logits, Tensor teacher, Tensor? target, Tensor student_parts, Tensor teacher_parts, Tensor? hard_parts, "
-    "Tensor slopes, Tensor factors",
+    f"Tensor slopes, Tensor factors, {NUMBERS}",
     DistillationOptions,
     "str backend",
     "Tensor",
 )
 def _distillation_grad(  # type: ignore[no-untyped-def]
-    logits, teacher, target, student_parts, teacher_parts, hard_parts, slopes, factors, *, backend, **fields
+    logits,
+    teacher,
+    target,
+    student_parts,
+    teacher_parts,
+    hard_parts,
+    slopes,
+    factors,
+    numbers=None,
+    *,
+    backend,
+    **fields,
 ):
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backends.runnable(backend).row_divergence_grad(
-        logits, teacher, target, _record(DistillationOptions, fields), lse_parts=student_parts,
+        logits, teacher, target, _record(DistillationOptions, fields, None, numbers), lse_parts=student_parts,
         teacher_lse_parts=teacher_parts, slopes=slopes, factors=factors, out=out, hard_lse_parts=hard_parts,
     )  # fmt: skip
     return out
@@ -678,25 +748,27 @@ def _(logits, *tensors, **fields):  # type: ignore[no-untyped-def]
 
 @_operator(
     "distillation",
-    "Tensor logits, Tensor teacher, Tensor? target",
+    f"Tensor logits, Tensor teacher, Tensor? target, {NUMBERS}",
     DistillationOptions,
     "str backend",
     "Tensor[]",
 )
-def _distillation(logits, teacher, target, *, backend, **fields):  # type: ignore[no-untyped-def]
-    options, kernels = _record(DistillationOptions, fields), backends.runnable(backend)
+def _distillation(logits, teacher, target, numbers=None, *, backend, **fields):  # type: ignore[no-untyped-def]
+    options, kernels = _record(DistillationOptions, fields, None, numbers), backends.runnable(backend)
     _check_targets(target, logits.shape[1], options.ignore_index)
     parts = log_sums(kernels, logits, teacher, target, options)
     sums = kernels.row_divergence(
         logits, teacher, target, options,
         lse_parts=parts.student, teacher_lse_parts=parts.teacher, hard_lse_parts=parts.hard,
     )  # fmt: skip
-    hard = sums.new_empty(0) if parts.hard is None else parts.hard.clone()
-    return [sums[:, 0].clone(), sums, parts.student, parts.teacher, hard]
+    hard = parts.hard
+    if hard is None:  # a coefficient that changes may have become 0
+        hard = torch.zeros_like(parts.student) if fields["hard_loss_coef"] else sums.new_empty(0)
+    return [sums[:, 0].clone(), sums, parts.student, parts.teacher, hard.clone()]
 
 
 @_distillation.register_fake
-def _(logits, teacher, target, *, hard_loss_coef, **fields):  # type: ignore[no-untyped-def]
+def _(logits, teacher, target, numbers=None, *, hard_loss_coef, **fields):  # type: ignore[no-untyped-def]
     rows, acc = logits.shape[0], ACC_DTYPES[logits.dtype]
     shapes = [
         (rows,),
@@ -712,14 +784,17 @@ def _save_distillation(ctx, inputs, keyword_only_inputs, output):  # type: ignor
     ctx.given = keyword_only_inputs
     _, sums, student_parts, teacher_parts, hard_parts = output
     hard = hard_parts if ctx.given["hard_loss_coef"] else None
-    ctx.save_for_backward(*inputs, student_parts, teacher_parts, hard, sums)
+    ctx.arguments = _arguments(inputs, 3)
+    *tensors, numbers = _all_of(inputs, 4)
+    ctx.save_for_backward(*tensors, student_parts, teacher_parts, hard, sums, numbers)
 
 
 def _backward_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
-    *tensors, sums = ctx.saved_tensors
+    *tensors, sums, numbers = ctx.saved_tensors
     slopes = sums[:, DISTILLATION_SUMS.index("slope")].contiguous()
     factors = upstream[0].to(slopes.dtype).contiguous()
-    return _distillation_grad(*tensors, slopes, factors, **ctx.given), None, None
+    grad = _distillation_grad(*tensors, slopes, factors, numbers, **ctx.given)
+    return grad, *[None] * (ctx.arguments - 1)
 
 
 _distillation.register_autograd(_backward_distillation, setup_context=_save_distillation)
@@ -729,26 +804,31 @@ def distillation(
     logits: Tensor, teacher: Tensor, target: Tensor | None, options: DistillationOptions, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(loss [rows], sums [rows, 8])."""
-    loss, sums, *_ = _distillation(logits, teacher, target, **_all_fields(options), backend=backend)
+    numbers, fields = _given(options, _DISTILLATION)
+    loss, sums, *_ = _distillation(logits, teacher, target, numbers, **fields, backend=backend)
     return loss, sums.detach()
 
 
-_TWO_HEADS = f"{_HEAD}, Tensor teacher_hidden, Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? factors"
+_TWO_HEADS = (
+    f"{_HEAD}, Tensor teacher_hidden, Tensor teacher_weight, "
+    + "Tensor? teacher_bias, Tensor? target, Tensor? factors, "
+    + NUMBERS
+)
 _HOW_TWO = "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, int chunk, str memory, str backend, bool float_logits=False"
 
 
 @_operator("linear_distillation", _TWO_HEADS, DistillationOptions, _HOW_TWO, "Tensor[]")
 def _linear_distillation(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, *,
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, numbers=None, *,
     needs, dtype, teacher_dtype, chunk, memory, backend, float_logits=False, **fields,
 ):  # fmt: skip
-    options, kernels = _record(DistillationOptions, fields), backends.runnable(backend)
+    options, kernels = _record(DistillationOptions, fields, None, numbers), backends.runnable(backend)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
     teacher = heads.make_head(kernels, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     keep, needed = heads.kept_rows(target, options.ignore_index, traced=True), Needs(*needs)
     rows = heads.count_kept(hidden.shape[0], keep)
-    schedule = heads.chunked(head, rows, needed, _limits(chunk, memory, float_logits))
+    schedule = schedule_of_distillation(head, rows, needed, _limits(chunk, memory, float_logits))
     sums, grads = of_heads(head, teacher, needed, target, factors, options, schedule, keep)
     loss = sums[:, 0]
     total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)
@@ -757,21 +837,29 @@ def _linear_distillation(  # type: ignore[no-untyped-def]
 
 
 @_linear_distillation.register_fake
-def _(hidden, weight, bias, *others, needs, dtype, teacher_dtype, **fields):  # type: ignore[no-untyped-def]
+def _(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, numbers=None, *,
+    needs, dtype, teacher_dtype, **fields,
+):  # fmt: skip
     rows, acc = hidden.shape[0], ACC_DTYPES[torch.promote_types(dtype, teacher_dtype)]
-    total = hidden.new_empty((rows,) if others[-1] is None else (), dtype=acc)
+    total = hidden.new_empty((rows,) if factors is None else (), dtype=acc)
     sums = hidden.new_empty((rows, len(DISTILLATION_SUMS)), dtype=acc)
     return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
 
 
-def _save_one_pass(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
-    """Of an operator whose forward may have made the head's gradients, its last three outputs: those, or what makes them."""
-    ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
-    ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
-    made = any(ctx.given["needs"])
-    ctx.save_for_backward(
-        *((None,) * len(inputs) if made else inputs), *(output[-3:] if made else (None,) * 3)
-    )
+def _save_one_pass(count: int) -> Callable[..., None]:
+    """Of an operator of ``count`` tensors, numbers the last of them, whose forward may have made the head's gradients, its last
+    three outputs: those, or what makes them."""
+
+    def save(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
+        ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
+        ctx.dtypes, ctx.arguments = heads.leaf_dtypes(*inputs[:3]), _arguments(inputs, count - 1)
+        made = any(ctx.given["needs"])
+        ctx.save_for_backward(
+            *((None,) * count if made else _all_of(inputs, count)), *(output[-3:] if made else (None,) * 3)
+        )
+
+    return save
 
 
 def _one_pass_gradients(  # type: ignore[no-untyped-def]
@@ -787,14 +875,14 @@ def _one_pass_gradients(  # type: ignore[no-untyped-def]
         inputs[factors_at] = g.contiguous() if factors is None else g * factors
         _, _, *made = again(*inputs, **{**ctx.given, "needs": needs})
     grads = [x.to(t) if need else None for x, need, t in zip(made, needs, ctx.dtypes, strict=True)]
-    return [*grads, *[None] * (len(inputs) - 3)]
+    return [*grads, *[None] * (ctx.arguments - 3)]
 
 
 def _backward_linear_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
-    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_distillation, -1))
+    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_distillation, -2))
 
 
-_linear_distillation.register_autograd(_backward_linear_distillation, setup_context=_save_one_pass)
+_linear_distillation.register_autograd(_backward_linear_distillation, setup_context=_save_one_pass(9))
 
 
 def linear_distillation(
@@ -808,11 +896,13 @@ def linear_distillation(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 8])."""
+    numbers, fields = _given(options, _DISTILLATION)
     total, sums, *_ = _linear_distillation(
         *operands,
         target,
         factors,
-        **_all_fields(options),
+        numbers,
+        **fields,
         needs=list(needs),
         dtype=dtypes[0],
         teacher_dtype=dtypes[1],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, library
 
 from fastloss.engine import backend as backends
+from fastloss.engine.changing import constant, in_one_tensor
 from fastloss.engine.sequences import Sequences
 
 
@@ -23,7 +24,10 @@ def _gae(
     gamma: float,
     lam: float,
     backend: str,
+    numbers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    if numbers is not None:
+        gamma, lam = numbers.tolist()
     layout = Sequences(offsets, length, count, rewards.numel(), rewards.device)
     advantages, returns = backends.runnable(backend).gae(rewards, values, mask, layout, gamma, lam)
     return advantages.contiguous(), returns.contiguous()
@@ -40,6 +44,7 @@ def _(
     gamma: float,
     lam: float,
     backend: str,
+    numbers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(rewards), torch.empty_like(rewards)
 
@@ -53,7 +58,10 @@ def _discounted_returns(
     count: int,
     gamma: float,
     backend: str,
+    numbers: Tensor | None = None,
 ) -> Tensor:
+    if numbers is not None:
+        (gamma,) = numbers.tolist()
     layout = Sequences(offsets, length, count, rewards.numel(), rewards.device)
     return backends.runnable(backend).discounted_returns(rewards, mask, layout, gamma).contiguous()
 
@@ -67,6 +75,7 @@ def _(
     count: int,
     gamma: float,
     backend: str,
+    numbers: Tensor | None = None,
 ) -> Tensor:
     return torch.empty_like(rewards)
 
@@ -74,8 +83,11 @@ def _(
 def gae(
     rewards: Tensor, values: Tensor, mask: Tensor, x: Sequences, gamma: float, lam: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    return _gae(rewards, values, mask, x.offsets, x.length, x.count, gamma, lam, backend)
+    numbers = in_one_tensor((gamma, lam))
+    gamma, lam = constant(gamma), constant(lam)
+    return _gae(rewards, values, mask, x.offsets, x.length, x.count, gamma, lam, backend, numbers)
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, x: Sequences, gamma: float, backend: str) -> Tensor:
-    return _discounted_returns(rewards, mask, x.offsets, x.length, x.count, gamma, backend)
+    numbers, gamma = in_one_tensor((gamma,)), constant(gamma)
+    return _discounted_returns(rewards, mask, x.offsets, x.length, x.count, gamma, backend, numbers)

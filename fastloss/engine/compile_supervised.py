@@ -11,15 +11,19 @@ from torch.utils.flop_counter import register_flop_formula
 from fastloss.engine import backend as backends
 from fastloss.engine import head as heads
 from fastloss.engine.compile_ops import (
+    NUMBERS,
     _check_targets,
     _fake_grads,
+    _floats,
     _gemm_flops,
+    _given,
     _grad_dtypes,
     _limits,
+    _numbers,
     _one_pass_gradients,
     _operator,
     _or_nothing,
-    _row_fields,
+    _record,
     _save_one_pass,
 )
 from fastloss.engine.contract import WHOLE
@@ -27,24 +31,22 @@ from fastloss.engine.head import Limits, Needs
 from fastloss.engine.supervised import Labels, rows_of_head
 from fastloss.tables import (
     ACC_DTYPES,
-    SUPERVISED_LOSSES,
-    SUPERVISED_NUMBERS,
     SUPERVISED_SUMS,
-    RowOptions,
     SupervisedOptions,
 )
 
-# The loss's own numbers come as a tensor: a float that an operator is given compiles again with each value.
-_TENSORS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? unlikely, Tensor? factors, Tensor numbers"
-_HOW = "int kind, bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
+_FIELDS = _numbers(SupervisedOptions), _floats(SupervisedOptions)
+_TENSORS = (
+    f"Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? unlikely, Tensor? factors, {NUMBERS}"
+)
+_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
 
 
-@_operator("linear_supervised", _TENSORS, RowOptions, _HOW, "Tensor[]")
+@_operator("linear_supervised", _TENSORS, SupervisedOptions, _HOW, "Tensor[]")
 def _linear(
-    hidden, weight, bias, target, unlikely, factors, numbers, *, kind, needs, dtype, chunk, memory, float_logits, backend, **fields
+    hidden, weight, bias, target, unlikely, factors, numbers=None, *, needs, dtype, chunk, memory, float_logits, backend, **fields
 ):  # fmt: skip
-    own = dict(zip(SUPERVISED_NUMBERS[SUPERVISED_LOSSES[kind]], numbers.unbind(), strict=True))
-    o = SupervisedOptions(**{**fields, "kind": kind, **own})
+    o = _record(SupervisedOptions, fields, None, numbers)
     kernels, needed = backends.runnable(backend), Needs(*needs)
     _check_targets(target, weight.shape[0], o.ignore_index)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
@@ -64,7 +66,7 @@ def _linear(
 
 
 @_linear.register_fake
-def _(hidden, weight, bias, target, unlikely, factors, numbers, *, needs, dtype, **fields):
+def _(hidden, weight, bias, target, unlikely, factors, numbers=None, *, needs, dtype, **fields):
     rows, acc = hidden.shape[0], ACC_DTYPES[dtype]
     total = hidden.new_empty((rows,) if factors is None else (), dtype=acc)
     sums = hidden.new_empty((rows, len(SUPERVISED_SUMS)), dtype=acc)
@@ -75,7 +77,7 @@ def _backward(ctx, upstream):
     return tuple(_one_pass_gradients(ctx, upstream[0], _linear, -2))
 
 
-_linear.register_autograd(_backward, setup_context=_save_one_pass)
+_linear.register_autograd(_backward, setup_context=_save_one_pass(7))
 
 
 def linear_supervised(
@@ -88,11 +90,9 @@ def linear_supervised(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 3])."""
-    one = torch.ones(1, dtype=ACC_DTYPES[dtype], device=operands[0].device)
-    names = SUPERVISED_NUMBERS[SUPERVISED_LOSSES[options.kind]]
-    numbers = torch.cat([one * getattr(options, name) for name in names]) if names else one[:0]
+    numbers, fields = _given(options, _FIELDS)
     total, sums, *_ = _linear(
-        *operands, *labels, numbers, **_row_fields(options), kind=options.kind, needs=list(needs), dtype=dtype,
+        *operands, *labels, numbers, **fields, needs=list(needs), dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )  # fmt: skip
     return total, sums.detach()

@@ -14,16 +14,20 @@ from fastloss.engine import head as heads
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.compile_ops import (
+    _ROW,
+    NUMBERS,
     OUTPUTS,
+    _all_of,
+    _arguments,
     _contiguous,
     _fake_grads,
     _fake_stats,
+    _given,
     _names,
     _operator,
     _or_nothing,
     _pack,
     _record,
-    _row_fields,
     _stats_coefficients,
 )
 from fastloss.engine.head_types import Needs
@@ -71,9 +75,11 @@ def _coefficients(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> Coeff
 # --- from logits ---------------------------------------------------------------------------------------------------------
 
 
-@_operator("support_stats", "Tensor logits, " + _SETS, RowOptions, "str want, str backend", "Tensor[]")
-def _stats(logits, target, ids, offsets, row_scale, *, want, backend, **fields):
-    options, names = _record(RowOptions, fields, row_scale), _names(want)
+@_operator(
+    "support_stats", f"Tensor logits, {_SETS}, {NUMBERS}", RowOptions, "str want, str backend", "Tensor[]"
+)
+def _stats(logits, target, ids, offsets, row_scale, numbers=None, *, want, backend, **fields):
+    options, names = _record(RowOptions, fields, row_scale, numbers), _names(want)
     layout = _layout(logits.shape[0], target, ids, offsets, logits.shape[1], options)
     z = kept_of_logits(logits, layout, options)
     out = stats_of(backends.runnable(backend), z, layout, heads.with_lse_parts(names))
@@ -81,14 +87,16 @@ def _stats(logits, target, ids, offsets, row_scale, *, want, backend, **fields):
 
 
 @_stats.register_fake
-def _(logits, target, ids, offsets, row_scale, *, want, **fields):
+def _(logits, target, ids, offsets, row_scale, numbers=None, *, want, **fields):
     like = logits.new_empty(0, dtype=ACC_DTYPES[logits.dtype])
     return [*_fake_stats(like, logits.shape[0], _names(want), logits.dtype), like.new_empty(ids.shape[0])]
 
 
-@_operator("support_stats_grad", f"Tensor logits, {_SETS}, {_SAVED}", RowOptions, "str backend", "Tensor")
-def _grad(logits, target, ids, offsets, row_scale, z, lse_parts, a, b, c, *, backend, **fields):
-    options = _record(RowOptions, fields, row_scale)
+@_operator(
+    "support_stats_grad", f"Tensor logits, {_SETS}, {_SAVED}, {NUMBERS}", RowOptions, "str backend", "Tensor"
+)
+def _grad(logits, target, ids, offsets, row_scale, z, lse_parts, a, b, c, numbers=None, *, backend, **fields):
+    options = _record(RowOptions, fields, row_scale, numbers)
     layout = _layout(logits.shape[0], target, ids, offsets, logits.shape[1], options, check=False)
     d_z = gradient_of(backends.runnable(backend), z, layout, options, lse_parts, _coefficients(a, b, c))
     out = new_gradient(logits.shape, logits.dtype, logits.device)
@@ -102,9 +110,9 @@ def _(logits, *tensors, **fields):
 
 
 def _save(ctx, inputs, keyword_only_inputs, output):
-    ctx.given = keyword_only_inputs
+    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 5)
     by_name = dict(zip(OUTPUTS, output[:-1], strict=True))
-    ctx.save_for_backward(*inputs, output[-1], by_name[LSE_PARTS], by_name["entropy"])
+    ctx.save_for_backward(*_all_of(inputs, 6), output[-1], by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _k(given: dict[str, Any], upstream: list[Tensor], entropy: Tensor, dtype: torch.dtype) -> Coefficients:
@@ -112,10 +120,10 @@ def _k(given: dict[str, Any], upstream: list[Tensor], entropy: Tensor, dtype: to
 
 
 def _backward(ctx, upstream):
-    *inputs, z, parts, entropy = ctx.saved_tensors
+    *inputs, numbers, z, parts, entropy = ctx.saved_tensors
     k = _k(ctx.given, upstream, entropy, parts.dtype)
     given = {name: x for name, x in ctx.given.items() if name != "want"}
-    return _grad(*inputs, z, parts, *k[:3], **given), *[None] * 4
+    return _grad(*inputs, z, parts, *k[:3], numbers, **given), *[None] * (ctx.arguments - 1)
 
 
 _stats.register_autograd(_backward, setup_context=_save)
@@ -130,13 +138,15 @@ def support_stats(
     backend: str,
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
+    numbers, fields = _given(options, _ROW)
     out = _stats(
         logits,
         target,
         sets.ids,
         sets.offsets,
         options.row_scale,
-        **_row_fields(options),
+        numbers,
+        **fields,
         want=",".join(want),
         backend=backend,
     )
@@ -149,23 +159,26 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
 
 
 @_operator(
-    "linear_support_stats", _HEAD + _SETS, RowOptions, "str want, ScalarType dtype, str backend", "Tensor[]"
-)
-def _linear(hidden, weight, bias, target, ids, offsets, row_scale, *, want, dtype, backend, **fields):
-    options, names, kernels = _record(RowOptions, fields, row_scale), _names(want), backends.runnable(backend)
+    "linear_support_stats", f"{_HEAD}{_SETS}, {NUMBERS}", RowOptions, "str want, ScalarType dtype, str backend", "Tensor[]"
+)  # fmt: skip
+def _linear(
+    hidden, weight, bias, target, ids, offsets, row_scale, numbers=None, *, want, dtype, backend, **fields
+):
+    options = _record(RowOptions, fields, row_scale, numbers)
+    names, kernels = _names(want), backends.runnable(backend)
     layout = _layout(hidden.shape[0], target, ids, offsets, weight.shape[0], options)
     z = kept_of_head(kernels, hidden, weight, bias, layout, options, dtype)
     return [*_pack(stats_of(kernels, z, layout, heads.with_lse_parts(names)), names, z, dtype), z]
 
 
 @_linear.register_fake
-def _(hidden, weight, bias, target, ids, offsets, row_scale, *, want, dtype, **fields):
+def _(hidden, weight, bias, target, ids, offsets, row_scale, numbers=None, *, want, dtype, **fields):
     like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
     return [*_fake_stats(like, hidden.shape[0], _names(want), dtype), like.new_empty(ids.shape[0])]
 
 
 @_operator(
-    "linear_support_stats_grad", f"{_HEAD}{_SETS}, {_SAVED}", RowOptions,
+    "linear_support_stats_grad", f"{_HEAD}{_SETS}, {_SAVED}, {NUMBERS}", RowOptions,
     "bool[] needs, ScalarType dtype, str backend", "Tensor[]",
 )  # fmt: skip
 def _linear_grad(
@@ -181,13 +194,14 @@ def _linear_grad(
     a,
     b,
     c,
+    numbers=None,
     *,
     needs,
     dtype,
     backend,
     **fields,
 ):
-    options, kernels = _record(RowOptions, fields, row_scale), backends.runnable(backend)
+    options, kernels = _record(RowOptions, fields, row_scale, numbers), backends.runnable(backend)
     layout = _layout(hidden.shape[0], target, ids, offsets, weight.shape[0], options, check=False)
     d_z = gradient_of(kernels, z, layout, options, lse_parts, _coefficients(a, b, c))
     grads = gradients_of_head(kernels, hidden, weight, bias, d_z, layout, dtype, Needs(*needs))
@@ -201,16 +215,18 @@ def _(hidden, weight, bias, *given, needs, **fields):
 
 def _save_linear(ctx, inputs, keyword_only_inputs, output):
     ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
+    ctx.arguments = _arguments(inputs, 7)
     by_name = dict(zip(OUTPUTS, output[:-1], strict=True))
-    ctx.save_for_backward(*inputs, output[-1], by_name[LSE_PARTS], by_name["entropy"])
+    ctx.save_for_backward(*_all_of(inputs, 8), output[-1], by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_linear(ctx, upstream):
-    *inputs, z, parts, entropy = ctx.saved_tensors
+    *inputs, numbers, z, parts, entropy = ctx.saved_tensors
     k = _k(ctx.given, upstream, entropy, parts.dtype)
     given = {name: x for name, x in ctx.given.items() if name != "want"}
-    made = _linear_grad(*inputs, z, parts, *k[:3], needs=ctx.needs, **given)
-    return (*(x if need else None for x, need in zip(made, ctx.needs, strict=True)), *[None] * 4)
+    made = _linear_grad(*inputs, z, parts, *k[:3], numbers, needs=ctx.needs, **given)
+    grads = [x if need else None for x, need in zip(made, ctx.needs, strict=True)]
+    return (*grads, *[None] * (ctx.arguments - 3))
 
 
 _linear.register_autograd(_backward_linear, setup_context=_save_linear)
@@ -228,8 +244,9 @@ def linear_support_stats(
     backend: str,
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
+    numbers, fields = _given(options, _ROW)
     out = _linear(
-        hidden, weight, bias, target, sets.ids, sets.offsets, options.row_scale, **_row_fields(options), want=",".join(want),
+        hidden, weight, bias, target, sets.ids, sets.offsets, options.row_scale, numbers, **fields, want=",".join(want),
         dtype=dtype, backend=backend,
     )  # fmt: skip
     return list(out[:-2])

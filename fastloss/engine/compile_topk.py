@@ -12,17 +12,22 @@ from fastloss.engine import backend as backends
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.compile_ops import (
-    _all_fields,
+    _ROW,
+    NUMBERS,
+    _all_of,
+    _arguments,
     _check_targets,
     _fake_grads,
+    _floats,
     _gemm_flops,
+    _given,
     _grad_dtypes,
     _limits,
+    _numbers,
     _one_pass_gradients,
     _operator,
     _or_nothing,
     _record,
-    _row_fields,
     _save_one_pass,
 )
 from fastloss.engine.contract import WHOLE
@@ -40,32 +45,38 @@ from fastloss.engine.topk import (
 )
 from fastloss.tables import ACC_DTYPES, TOPK_SUMS, RowOptions, TopKOptions
 
+_TOPK = _numbers(TopKOptions), _floats(TopKOptions)
 _HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
 
 
 # --- log-probabilities ---------------------------------------------------------------------------------------------------
 
 
-@_operator("selected_logprobs", "Tensor logits, Tensor ids", RowOptions, "str backend", "Tensor[]")
-def _selected(logits, ids, *, backend, **fields):
+@_operator(
+    "selected_logprobs", f"Tensor logits, Tensor ids, {NUMBERS}", RowOptions, "str backend", "Tensor[]"
+)
+def _selected(logits, ids, numbers=None, *, backend, **fields):
     _check_targets(ids, logits.shape[1], -1)
     mark = marks(ids, None, logits.shape[1], LEFT_OUT)
-    return [*logprobs_of_logits(backends.runnable(backend), logits, ids, mark, _record(RowOptions, fields))]
+    options = _record(RowOptions, fields, None, numbers)
+    return [*logprobs_of_logits(backends.runnable(backend), logits, ids, mark, options)]
 
 
 @_selected.register_fake
-def _(logits, ids, **fields):
+def _(logits, ids, numbers=None, **fields):
     acc = ACC_DTYPES[logits.dtype]
     return [logits.new_empty(ids.shape, dtype=acc), logits.new_empty((ids.shape[0], 2), dtype=acc)]
 
 
 @_operator(
-    "selected_logprobs_grad", "Tensor logits, Tensor ids, Tensor parts, Tensor upstream", RowOptions, "str backend", "Tensor"
+    "selected_logprobs_grad", f"Tensor logits, Tensor ids, Tensor parts, Tensor upstream, {NUMBERS}", RowOptions,
+    "str backend", "Tensor",
 )  # fmt: skip
-def _selected_grad(logits, ids, parts, upstream, *, backend, **fields):
+def _selected_grad(logits, ids, parts, upstream, numbers=None, *, backend, **fields):
     own = Chosen(marks(ids, None, logits.shape[1], LEFT_OUT), ids, upstream.contiguous())
     out = new_gradient(logits.shape, logits.dtype, logits.device)
-    logprobs_gradient(backends.runnable(backend), logits, own, parts, _record(RowOptions, fields), out)
+    options = _record(RowOptions, fields, None, numbers)
+    logprobs_gradient(backends.runnable(backend), logits, own, parts, options, out)
     return out
 
 
@@ -75,28 +86,37 @@ def _(logits, *tensors, **fields):
 
 
 def _save_selected(ctx, inputs, keyword_only_inputs, output):
-    ctx.given = keyword_only_inputs
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 2)
+    ctx.save_for_backward(*_all_of(inputs, 3), output[1])
 
 
 def _backward_selected(ctx, upstream):
-    return _selected_grad(*ctx.saved_tensors, upstream[0], **ctx.given), None
+    logits, ids, numbers, parts = ctx.saved_tensors
+    grad = _selected_grad(logits, ids, parts, upstream[0], numbers, **ctx.given)
+    return grad, *[None] * (ctx.arguments - 1)
 
 
 _selected.register_autograd(_backward_selected, setup_context=_save_selected)
 
 
 def selected_logprobs(logits: Tensor, ids: Tensor, options: RowOptions, backend: str) -> Tensor:
-    return _selected(logits, ids, **_row_fields(options), backend=backend)[0]
+    numbers, fields = _given(options, _ROW)
+    return _selected(logits, ids, numbers, **fields, backend=backend)[0]
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
 
 
-@_operator("linear_selected_logprobs", _HEAD + "Tensor ids, Tensor? upstream", RowOptions, _HOW, "Tensor[]")
+@_operator(
+    "linear_selected_logprobs",
+    f"{_HEAD}Tensor ids, Tensor? upstream, {NUMBERS}",
+    RowOptions,
+    _HOW,
+    "Tensor[]",
+)
 def _linear_selected(
-    hidden, weight, bias, ids, upstream, *, needs, dtype, chunk, memory, float_logits, backend, **fields
-):
+    hidden, weight, bias, ids, upstream, numbers=None, *, needs, dtype, chunk, memory, float_logits, backend, **fields
+):  # fmt: skip
     _check_targets(ids, weight.shape[0], -1)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     mark, needed = marks(ids, None, weight.shape[0], LEFT_OUT), Needs(*needs)
@@ -104,27 +124,30 @@ def _linear_selected(
     count = heads.count_kept(hidden.shape[0], keep)
     schedule = schedule_of(head, count, needed, _limits(chunk, memory, float_logits))
     own = Chosen(mark, ids, None if upstream is None else upstream.contiguous())
-    out, grads = logprobs_of_head(head, needed, own, _record(RowOptions, fields), schedule, keep)
+    options = _record(RowOptions, fields, None, numbers)
+    out, grads = logprobs_of_head(head, needed, own, options, schedule, keep)
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)
     return [out, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
 
 
 @_linear_selected.register_fake
-def _(hidden, weight, bias, ids, upstream, *, needs, dtype, **fields):
+def _(hidden, weight, bias, ids, upstream, numbers=None, *, needs, dtype, **fields):
     out = hidden.new_empty(ids.shape, dtype=ACC_DTYPES[dtype])
     return [out, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
 
 
 def _save_linear_selected(ctx, inputs, keyword_only_inputs, output):
     ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
-    ctx.dtypes = heads.leaf_dtypes(*inputs[:3])
-    ctx.save_for_backward(*inputs[:4])
+    ctx.dtypes, ctx.arguments = heads.leaf_dtypes(*inputs[:3]), _arguments(inputs, 5)
+    hidden, weight, bias, ids, _, numbers = _all_of(inputs, 6)
+    ctx.save_for_backward(hidden, weight, bias, ids, numbers)
 
 
 def _backward_linear_selected(ctx, upstream):
-    _, *made = _linear_selected(*ctx.saved_tensors, upstream[0], **{**ctx.given, "needs": ctx.needs})
+    *operands, numbers = ctx.saved_tensors
+    _, *made = _linear_selected(*operands, upstream[0], numbers, **{**ctx.given, "needs": ctx.needs})
     grads = [x.to(t) if need else None for x, need, t in zip(made, ctx.needs, ctx.dtypes, strict=True)]
-    return (*grads, None, None)
+    return (*grads, *[None] * (ctx.arguments - 3))
 
 
 _linear_selected.register_autograd(_backward_linear_selected, setup_context=_save_linear_selected)
@@ -140,15 +163,16 @@ def linear_selected_logprobs(
     limits: Limits,
     backend: str,
 ) -> Tensor:
+    numbers, fields = _given(options, _ROW)
     return _linear_selected(
-        hidden, weight, bias, ids, None, **_row_fields(options), needs=[False] * 3, dtype=dtype,
+        hidden, weight, bias, ids, None, numbers, **fields, needs=[False] * 3, dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )[0]  # fmt: skip
 
 
 # --- a teacher of K classes ----------------------------------------------------------------------------------------------
 
-_TEACHER = "Tensor ids, Tensor logprobs, Tensor? target, Tensor? factors"
+_TEACHER = f"Tensor ids, Tensor logprobs, Tensor? target, Tensor? factors, {NUMBERS}"
 
 
 def _check(ids: Tensor, target: Tensor | None, vocab: int, options: TopKOptions) -> None:
@@ -157,8 +181,8 @@ def _check(ids: Tensor, target: Tensor | None, vocab: int, options: TopKOptions)
 
 
 @_operator("topk_distillation", "Tensor logits, " + _TEACHER, TopKOptions, "str backend", "Tensor[]")
-def _topk(logits, ids, logprobs, target, factors, *, backend, **fields):
-    options, vocab = _record(TopKOptions, fields), logits.shape[1]
+def _topk(logits, ids, logprobs, target, factors, numbers=None, *, backend, **fields):
+    options, vocab = _record(TopKOptions, fields, None, numbers), logits.shape[1]
     _check(ids, target, vocab, options)
     teacher = teacher_of(ids, logprobs, target, factors, vocab, options, ACC_DTYPES[logits.dtype])
     out = None if factors is None else new_gradient(logits.shape, logits.dtype, logits.device)
@@ -167,7 +191,7 @@ def _topk(logits, ids, logprobs, target, factors, *, backend, **fields):
 
 
 @_topk.register_fake
-def _(logits, ids, logprobs, target, factors, **fields):
+def _(logits, ids, logprobs, target, factors, numbers=None, **fields):
     acc, rows = ACC_DTYPES[logits.dtype], logits.shape[0]
     return [
         logits.new_empty(rows, dtype=acc),
@@ -177,12 +201,15 @@ def _(logits, ids, logprobs, target, factors, **fields):
 
 
 def _save_topk(ctx, inputs, keyword_only_inputs, output):
-    ctx.given = keyword_only_inputs
-    ctx.save_for_backward(*inputs[:4])
+    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 5)
+    logits, ids, logprobs, target, _, numbers = _all_of(inputs, 6)
+    ctx.save_for_backward(logits, ids, logprobs, target, numbers)
 
 
 def _backward_topk(ctx, upstream):
-    return _topk(*ctx.saved_tensors, upstream[0].contiguous(), **ctx.given)[2], *[None] * 4
+    *operands, numbers = ctx.saved_tensors
+    grad = _topk(*operands, upstream[0].contiguous(), numbers, **ctx.given)[2]
+    return grad, *[None] * (ctx.arguments - 1)
 
 
 _topk.register_autograd(_backward_topk, setup_context=_save_topk)
@@ -197,7 +224,8 @@ def topk_distillation(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss [rows], sums [rows, 7])."""
-    loss, sums, _ = _topk(logits, ids, logprobs, target, None, **_all_fields(options), backend=backend)
+    numbers, fields = _given(options, _TOPK)
+    loss, sums, _ = _topk(logits, ids, logprobs, target, None, numbers, **fields, backend=backend)
     return loss, sums.detach()
 
 
@@ -210,6 +238,7 @@ def _linear_topk(
     logprobs,
     target,
     factors,
+    numbers=None,
     *,
     needs,
     dtype,
@@ -219,7 +248,8 @@ def _linear_topk(
     backend,
     **fields,
 ):
-    options, vocab, kernels = _record(TopKOptions, fields), weight.shape[0], backends.runnable(backend)
+    options = _record(TopKOptions, fields, None, numbers)
+    vocab, kernels = weight.shape[0], backends.runnable(backend)
     _check(ids, target, vocab, options)
     needed = Needs(*needs)
     teacher = teacher_of(
@@ -237,18 +267,18 @@ def _linear_topk(
 
 
 @_linear_topk.register_fake
-def _(hidden, weight, bias, *given, needs, dtype, **fields):
+def _(hidden, weight, bias, ids, logprobs, target, factors, numbers=None, *, needs, dtype, **fields):
     rows, acc = hidden.shape[0], ACC_DTYPES[dtype]
-    total = hidden.new_empty((rows,) if given[-1] is None else (), dtype=acc)
+    total = hidden.new_empty((rows,) if factors is None else (), dtype=acc)
     sums = hidden.new_empty((rows, len(TOPK_SUMS)), dtype=acc)
     return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
 
 
 def _backward_linear_topk(ctx, upstream):
-    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_topk, -1))
+    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_topk, -2))
 
 
-_linear_topk.register_autograd(_backward_linear_topk, setup_context=_save_one_pass)
+_linear_topk.register_autograd(_backward_linear_topk, setup_context=_save_one_pass(8))
 
 
 def linear_topk_distillation(
@@ -261,8 +291,9 @@ def linear_topk_distillation(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 7])."""
+    numbers, fields = _given(options, _TOPK)
     total, sums, *_ = _linear_topk(
-        *operands, *given, **_all_fields(options), needs=list(needs), dtype=dtype,
+        *operands, *given, numbers, **fields, needs=list(needs), dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )  # fmt: skip
     return total, sums.detach()

@@ -124,7 +124,7 @@ class Tokens:
 
     def _weight(self, early: Tensor, ld_alpha: float) -> Tensor:
         one = torch.ones((), dtype=self.lengths.dtype, device=early.device)
-        return torch.where(early, one, ld_alpha).reshape(-1)
+        return torch.where(early, one, one * ld_alpha).reshape(-1)
 
 
 def tokens_of(

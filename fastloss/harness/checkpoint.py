@@ -142,7 +142,7 @@ def _random_state() -> dict[str, Tensor]:
 
 
 def _like(metadata: Any) -> Tensor:
-    return torch.empty(metadata.size, dtype=metadata.properties.dtype)
+    return torch.empty(metadata.size, dtype=metadata.properties.dtype, device="cpu")
 
 
 def _call(function: Any, state: dict[str, Tensor], *, place: Path, **options: Any) -> None:

@@ -33,13 +33,16 @@ class Order:
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
-        self._epoch, self._permutation = -1, torch.empty(0)
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64, device="cpu")
 
     def at(self, position: int) -> int:
         epoch, index = divmod(position, self.count)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=generator)
+            self._epoch, self._permutation = (
+                epoch,
+                torch.randperm(self.count, generator=generator, dtype=torch.int64, device="cpu"),
+            )
         return int(self._permutation[index])
 
     def take(self, position: int, size: int) -> list[int]:
@@ -65,7 +68,7 @@ class Rows:
     def row(self, index: int) -> tuple[Tensor, Tensor]:
         start = index * self.seq_len
         piece = self.tokens[start : start + self.seq_len + 1].long()
-        inputs, targets = torch.zeros(self.seq_len, dtype=torch.long), torch.full((self.seq_len,), IGNORE)
+        inputs, targets = _filled(self.seq_len, value=0), _filled(self.seq_len, value=IGNORE)
         inputs[: len(piece) - 1], targets[: len(piece) - 1] = piece[:-1], piece[1:]
         return inputs, targets
 
@@ -92,11 +95,15 @@ def fingerprint(tokens: Tensor | Sequence[object], *settings: object) -> str:
     return digest.hexdigest()[:16]
 
 
+def _filled(*shape: int, value: int) -> Tensor:
+    return torch.full(shape, value, dtype=torch.int64, device="cpu")
+
+
 def padded(examples: Sequence[Example]) -> Batch:
     """One example per row; padding at the end, which a causal model's real tokens never see."""
     length = max(len(example.ids) for example in examples) - 1
-    inputs = torch.zeros(len(examples), length, dtype=torch.long)
-    targets = torch.full((len(examples), length), IGNORE)
+    inputs = _filled(len(examples), length, value=0)
+    targets = _filled(len(examples), length, value=IGNORE)
     for row, example in enumerate(examples):
         _place(inputs[row], targets[row], example, 0)
     return Batch(inputs, targets)
@@ -127,25 +134,27 @@ def pack(examples: Sequence[Example], seq_len: int, *, most: int = 0) -> list[li
 
 def packed(groups: Sequence[Sequence[Example]], seq_len: int) -> Batch:
     """A row per group: its examples one after the other, positions from 0 in each."""
-    inputs = torch.zeros(len(groups), seq_len, dtype=torch.long)
-    targets = torch.full((len(groups), seq_len), IGNORE)
-    positions = torch.zeros(len(groups), seq_len, dtype=torch.long)
+    inputs = _filled(len(groups), seq_len, value=0)
+    targets = _filled(len(groups), seq_len, value=IGNORE)
+    positions = _filled(len(groups), seq_len, value=0)
     for row, group in enumerate(groups):
         start = 0
         for example in group:
             length = _place(inputs[row], targets[row], example, start)
-            positions[row, start : start + length] = torch.arange(length)
+            positions[row, start : start + length] = torch.arange(length, dtype=torch.int64, device="cpu")
             start += length
-        positions[row, start:] = torch.arange(seq_len - start)  # the padding is one more document
+        positions[row, start:] = torch.arange(
+            seq_len - start, dtype=torch.int64, device="cpu"
+        )  # the padding is one more document
     return Batch(inputs, targets, positions)
 
 
 def _place(inputs: Tensor, targets: Tensor, example: Example, start: int) -> int:
-    ids = torch.tensor(example.ids)
+    ids = torch.tensor(example.ids, dtype=torch.int64, device="cpu")
     length = len(ids) - 1
     inputs[start : start + length] = ids[:-1]
-    learned = torch.tensor(example.learned[1:])
-    targets[start : start + length] = torch.where(learned, ids[1:], torch.tensor(IGNORE))
+    learned = torch.tensor(example.learned[1:], dtype=torch.bool, device="cpu")
+    targets[start : start + length] = torch.where(learned, ids[1:], IGNORE)
     return length
 
 

@@ -71,7 +71,9 @@ def make_step(actor: Actor, ref: Any, name: str, data: Data, config: GrpoConfig,
             loss, seconds = cut_backward(hidden, loss_of(actor, name, read, objective, config, seen))
             total, loss_s = total + float(loss), loss_s + seconds
             for key, value in {**seen[0].metrics, **beside_sampler(carry, start, batch)}.items():
-                sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * (len(read.target) / tokens)
+                sums[key] = sums.get(
+                    key, torch.zeros((), dtype=torch.float32, device="cpu")
+                ) + value.cpu() * (len(read.target) / tokens)
         step_loss, *means = parallel.summed(total, *sums.values())
         return {
             "loss": step_loss, "tokens": int(tokens), "loss_s": loss_s, "reward": reward / scored,

@@ -176,8 +176,8 @@ def check_packing(model: Any, vocab_size: int) -> None:
     """A document gives the same hidden states in a packed row and alone, or packing is an error."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
-    ids = torch.arange(1, 13, device=device)[None] % vocab_size
-    positions = torch.tensor([[*range(5), *range(7)]], device=device)
+    ids = torch.arange(1, 13, dtype=torch.int64, device=device)[None] % vocab_size
+    positions = torch.tensor([[*range(5), *range(7)]], dtype=torch.int64, device=device)
     together = hidden_states(model, ids, positions)
     apart = torch.cat([hidden_states(model, ids[:, :5]), hidden_states(model, ids[:, 5:])], 1)
     model.train(training)
@@ -199,7 +199,8 @@ def check_positions(model: Any, seq_len: int) -> None:
         # a table that is no module, as the sines of GPT-J; on a GPU an index out of range would end the process
         if "position_ids" in inspect.signature(inner.forward).parameters:
             try:
-                hidden_states(model, torch.zeros(1, 1, dtype=torch.long), torch.tensor([[seq_len - 1]]))
+                last = torch.tensor([[seq_len - 1]], dtype=torch.int64, device="cpu")
+                hidden_states(model, torch.zeros_like(last), last)
             except (IndexError, RuntimeError):
                 known = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
     if known is not None and known < seq_len:

@@ -68,7 +68,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        float(torch.zeros((), device=device))  # of the meta device there is no value
+        float(torch.zeros((), dtype=torch.float32, device=device))  # of the meta device there is no value
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
@@ -144,7 +144,7 @@ def of_all(*numbers: float | Tensor) -> list[float]:
 
 
 def _summed(numbers: Sequence[float | Tensor], group: Any) -> list[float]:
-    values = torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    values = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device="cpu")
     if world() > 1:
         dist.all_reduce(values, group=group)
     return values.tolist()
@@ -238,7 +238,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         return
     whole, group = [p for p in parameters if not is_over_data(p)], _data_group()
     # a parameter that only some processes' rows reached (an expert, say) has a gradient of 0 in the others
-    reached = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32)
+    reached = torch.tensor([p.grad is not None for p in whole], dtype=torch.int32, device="cpu")
     dist.all_reduce(reached, group=group)
     grads = []
     for p, count in zip(whole, reached.tolist(), strict=True):

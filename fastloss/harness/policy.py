@@ -131,7 +131,9 @@ def described(name: str, head: Head, tokens: int, loss_type: str, config: Rollou
 
     head = head.gathered()
     hidden, weight = example(head, tokens, torch.bfloat16 if config.bf16 else torch.float32)
-    device, zeros = hidden.device, torch.zeros(tokens, device=hidden.device)
-    one = Tokens(zeros.long(), torch.tensor([0, tokens], device=device), zeros, None, zeros)
+    device, zeros = hidden.device, torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
+    one = Tokens(
+        zeros.long(), torch.tensor([0, tokens], dtype=torch.int64, device=device), zeros, None, zeros
+    )
     o = Objective(loss_type, config.clip_low, config.clip_high, 0.0, config.temperature, tokens, tokens)
     return explained(name, fastloss.linear_policy_loss, hidden, weight, **arguments(head, one, o))

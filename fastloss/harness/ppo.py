@@ -72,7 +72,7 @@ def sampled(
 @torch.no_grad()
 def values_of(both: PolicyAndValue, batch: Batch, config: PpoConfig) -> Tensor:
     """Before each sampled token, 0 elsewhere.  # [R, T]"""
-    out = torch.zeros(batch.targets.shape, device=batch.targets.device)
+    out = torch.zeros(batch.targets.shape, dtype=torch.float32, device=batch.targets.device)
     for start, part in parts(batch, config, 1):
         hidden = learned(both.policy, part, config)
         out[start : start + len(part.inputs)][part.targets != IGNORE] = both.value(hidden.float())[:, 0]
@@ -104,7 +104,9 @@ def make_step(
             total, loss_s = total + float(loss), loss_s + seconds
             share = int((batch.targets != IGNORE).sum()) / tokens
             for key, value in seen[0].metrics.items():
-                sums[key] = sums.get(key, torch.zeros(())) + value.cpu() * share
+                sums[key] = (
+                    sums.get(key, torch.zeros((), dtype=torch.float32, device="cpu")) + value.cpu() * share
+                )
         step_loss, *values = parallel.summed(total, *sums.values())
         means = dict(zip(sums, values, strict=True))
         explained = explained_variance(*(means.pop(key) for key in MOMENTS))

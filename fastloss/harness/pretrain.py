@@ -91,7 +91,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
         ]
         # of all passes of all processes: the mean is global
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
-        total, loss_s = torch.zeros((), device=device), 0.0
+        total, loss_s = torch.zeros((), dtype=torch.float32, device=device), 0.0
         for batch in batches:
             hidden, beside = with_routers(model, batch, config, routers, len(batches))  # [B, T, D]
             loss, seconds = cut_backward(

@@ -48,14 +48,14 @@ LOSSES: dict[str, Loss] = {"fastloss": fastloss_loss, "torch": torch_loss}
 def ends(model: Any, pairs: Sequence[Pair], pad: int, config: RewardConfig) -> Tensor:
     """Hidden states of each answer's last token, the chosen first.  # [2B, D]"""
     ids = [example.ids for example in examples(pairs)]
-    inputs = torch.full((len(ids), max(map(len, ids))), pad)
+    inputs = torch.full((len(ids), max(map(len, ids))), pad, dtype=torch.int64, device="cpu")
     for row, tokens in enumerate(ids):
-        inputs[row, : len(tokens)] = torch.tensor(tokens)
+        inputs[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device="cpu")
     device = next(model.parameters()).device
     with autocast(config, device):
         hidden = hidden_states(model, inputs.to(device))
-    last = torch.tensor([len(tokens) - 1 for tokens in ids], device=device)
-    return hidden[torch.arange(len(ids), device=device), last]
+    last = torch.tensor([len(tokens) - 1 for tokens in ids], dtype=torch.int64, device=device)
+    return hidden[torch.arange(len(ids), dtype=torch.int64, device=device), last]
 
 
 def margins_of(pairs: Sequence[Pair], config: RewardConfig, device: torch.device) -> Tensor:
@@ -143,7 +143,9 @@ def run(config: RewardConfig, *, resume: bool, overwrite: bool, console: Console
     def loss_by(name: str) -> str:
         import fastloss
 
-        scores = torch.zeros(config.batch_size, device=score.weight.device).requires_grad_()
+        scores = torch.zeros(
+            config.batch_size, dtype=torch.float32, device=score.weight.device
+        ).requires_grad_()
         return explained(name, fastloss.reward_model_loss, scores, scores)
 
     stage = Stage(

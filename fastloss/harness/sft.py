@@ -108,7 +108,7 @@ def make_step(model: Any, head: Head, loss_fn: Loss, data: Data, config: SftConf
         batches = [own_piece(data.batch(start, config)).to(device) for start in config.starts(step)]
         # of all passes of all processes
         tokens = int(parallel.summed(sum(int((batch.targets != IGNORE).sum()) for batch in batches))[0])
-        total, loss_s = torch.zeros((), device=device), 0.0
+        total, loss_s = torch.zeros((), dtype=torch.float32, device=device), 0.0
         for batch in batches:
             rows_hidden, beside = with_routers(model, batch, config, routers, len(batches))
             hidden = rows_hidden[batch.targets != IGNORE]  # [N, D]

@@ -40,7 +40,7 @@ def language_model(config: TrainConfig, tok: Any) -> Any:
             f"model: expected a vocabulary of at least {len(tok)} for its tokenizer, got {head.weight.shape[0]}"
         )
     check_positions(model, config.seq_len)
-    check_head(model, torch.arange(1, 9, device=head.weight.device)[None] % len(tok))
+    check_head(model, torch.arange(1, 9, dtype=torch.int64, device=head.weight.device)[None] % len(tok))
     cut_rows(model, config.seq_len, len(tok))
     return layers.prepare(lora.add(model, config, model.get_output_embeddings()), config).train()
 

@@ -61,4 +61,4 @@ def encode(tokenizer: Tokenizer, documents: list[str], end: int | None = None) -
         ids += encoding.ids
         if end is not None and encoding.ids[-1:] != [end]:  # some add it themselves
             ids.append(end)
-    return torch.tensor(ids, dtype=torch.int32)
+    return torch.tensor(ids, dtype=torch.int32, device="cpu")

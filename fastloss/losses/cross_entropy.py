@@ -269,14 +269,10 @@ def loss_options(
         raise ValueError(f"{reduction} is not a valid value for reduction")  # PyTorch's words
     make = _row_options.__wrapped__ if torch.compiler.is_compiling() else _row_options
     if isinstance(temperature, Tensor):
-        each: Tensor | None = checks.row_scale(temperature, shape, input)
-    else:
-        each = checks.traced_row_scale(temperature, shape, input)
-    if each is None:
-        assert not isinstance(temperature, Tensor)
-        row = make(ignore_index, label_smoothing, z_loss, logit_scale, softcap, temperature)
-    else:
+        each = checks.row_scale(temperature, shape, input)
         row = with_row_scale(make(ignore_index, label_smoothing, z_loss, logit_scale, softcap, 1.0), each)
+    else:
+        row = make(ignore_index, label_smoothing, z_loss, logit_scale, softcap, temperature)
     norm = None if normalizer is None else checks.normalizer_value(normalizer, reduction, input.device)
     want: tuple[str, ...] = ()
     if return_stats:
@@ -459,6 +455,9 @@ def loss_factor(
     if loss.reduction != "mean":
         return WHOLE, loss
     if classes is None:
+        if call.traced:  # rows too may change from call to call
+            one = torch.ones((), dtype=acc, device=loss_device(classes, w))
+            return Factor(tensor=one / rows, of_count=True), loss
         return Factor(_reciprocal(rows), of_count=True), loss
     if w is None:
         if on_cpu or counted is not None:

@@ -23,6 +23,7 @@ from fastloss.engine.distillation import (
     gradient_of_columns,
     log_sums,
     of_heads,
+    schedule_of,
     sent,
     sums_of_columns,
 )
@@ -251,7 +252,7 @@ def linear_distillation_loss(
         teacher = heads.make_head(call.backend, *theirs, teacher_dtype)
         keep = heads.kept_rows(tokens.target, ignore_index)
         kept = heads.count_kept(rows.shape[0], keep)
-        schedule = heads.chunked(student, kept, needs, limits)
+        schedule = schedule_of(student, kept, needs, limits)
         call.announce(**details(student, teacher, schedule, kept, needs, per_row and bool(needs), options))
         check_targets(tokens.target, classes, ignore_index)
         run = _Run(call.backend, options, dtype, teacher_dtype, schedule, keep, needs, per_row, shards)
@@ -312,21 +313,29 @@ def _options(
     coef = checks.number("hard_loss_coef", hard_loss_coef, low=0.0)
     if coef and target is None:
         raise ValueError("hard_loss_coef: expected 0 where target is None")
-    name = KL_AT_THE_END.get((divergence, w), divergence)
+    name = at_the_end(divergence, w)
     code = DISTILLATION_DIVERGENCES.index(name)
     factor = t * t if temperature_squared else 1.0
     return DistillationOptions(code, w, 1.0 / t, 1.0 / teacher, factor, coef, int(ignore_index))
 
 
 # A divergence at an end of its interpolation is the KL that it tends to.
-KL_AT_THE_END = {
-    ("jsd", 0.0): "forward_kl",
-    ("jsd", 1.0): "reverse_kl",
-    ("alpha", 1.0): "forward_kl",
-    ("alpha", 0.0): "reverse_kl",
-    ("skewed_forward_kl", 0.0): "forward_kl",
-    ("skewed_reverse_kl", 0.0): "reverse_kl",
+_AT_0 = {
+    "jsd": "forward_kl",
+    "alpha": "reverse_kl",
+    "skewed_forward_kl": "forward_kl",
+    "skewed_reverse_kl": "reverse_kl",
 }
+_AT_1 = {"jsd": "reverse_kl", "alpha": "forward_kl"}
+
+
+def at_the_end(divergence: str, interpolation: float) -> str:
+    """The divergence that ``divergence`` is at this interpolation. (A number that changes under torch.compile is no key.)"""
+    if interpolation == 0.0:
+        return _AT_0.get(divergence, divergence)
+    if interpolation == 1.0:
+        return _AT_1.get(divergence, divergence)
+    return divergence
 
 
 def tokens_of(

@@ -109,8 +109,10 @@ def _parse(spec: PreferenceSpec) -> PreferenceOptions:
         raise ValueError(
             f"f_divergence_type: expected 'reverse_kl' for loss_type {wrong}, got {spec.f_divergence_type!r}"
         )
-    shape = checks.number("simpo_alpha", spec.simpo_alpha)
-    if shape and (
+    shape, shaped = checks.number("simpo_alpha", spec.simpo_alpha), False
+    if shape:
+        shaped = True
+    if shaped and (
         len(set(weights) - {"sft"}) != 1 or not set(weights) <= {"sft", "simpo", "ipo", "sigmoid", "hinge"}
     ):
         raise ValueError(
@@ -120,7 +122,7 @@ def _parse(spec: PreferenceSpec) -> PreferenceOptions:
     average_rewards = spec.average_rewards
     if average_rewards is None:
         average_rewards = WITHOUT_REFERENCE.issuperset(weights) and not PER_TOKEN.isdisjoint(weights)
-    per_token = bool(spec.length_normalized or (shape and ("simpo" in weights or "ipo" in weights)))
+    per_token = bool(spec.length_normalized or (shaped and ("simpo" in weights or "ipo" in weights)))
     return PreferenceOptions(
         loss_weights=tuple(weights.items()),
         divergence=divergence,
@@ -134,7 +136,7 @@ def _parse(spec: PreferenceSpec) -> PreferenceOptions:
         per_token=per_token,
         needs_lengths=per_token or average_rewards or not NEED_LENGTHS.isdisjoint(weights),
         needs_reference=not WITHOUT_REFERENCE.issuperset(weights),
-        one_launch=not (per_token or average_rewards or shape)
+        one_launch=not (per_token or average_rewards or shaped)
         and not {"sft", *PER_TOKEN, *SORTED}.intersection(weights),
     )
 

@@ -117,7 +117,8 @@ def shares(
     if how == "seq-mean-token-mean":
         share = share / layout.expand(n)
     if normalizer is not None:
-        total = torch.as_tensor(normalizer, dtype=acc, device=mask.device).reshape(())
+        given = normalizer.reshape(()).to(mask.device, acc) if isinstance(normalizer, Tensor) else normalizer
+        total = torch.ones((), dtype=acc, device=mask.device) * given
     elif how == "token-mean":
         total = mask.sum().to(acc).clamp(min=1)
     else:

@@ -144,9 +144,9 @@ def resolve(spec: PolicySpec, *, with_sampler: bool, default_length: int | None)
         sapo_pos=checks.number("sapo_temperature_pos", s.sapo_temperature_pos, low=0.0, open_low=True),
         sapo_neg=checks.number("sapo_temperature_neg", s.sapo_temperature_neg, low=0.0, open_low=True),
         vespo_k_pos=checks.number("vespo_k_pos", s.vespo_k_pos, low=0.0),
-        vespo_lambda_pos=max(checks.number("vespo_lambda_pos", s.vespo_lambda_pos, low=0.0), 1e-4),
+        vespo_lambda_pos=_at_least(1e-4, checks.number("vespo_lambda_pos", s.vespo_lambda_pos, low=0.0)),
         vespo_k_neg=checks.number("vespo_k_neg", s.vespo_k_neg, low=0.0),
-        vespo_lambda_neg=max(checks.number("vespo_lambda_neg", s.vespo_lambda_neg, low=0.0), 1e-4),
+        vespo_lambda_neg=_at_least(1e-4, checks.number("vespo_lambda_neg", s.vespo_lambda_neg, low=0.0)),
         kl_cov_coef=kl_cov_coef if s.loss_type == "kl_cov" else 0.0,
         beta=checks.number("beta", s.beta),
         kl_kind=KL_KINDS.index(s.kl_estimator),
@@ -194,6 +194,11 @@ def _ordered(low_name: str, low: float, high_name: str, high: float) -> None:
 
 def _optional(name: str, value: float | None, otherwise: float, **bounds: Any) -> float:
     return otherwise if value is None else checks.number(name, value, **bounds)
+
+
+def _at_least(low: float, value: float) -> float:
+    """(The ``max`` of a number that changes under torch.compile would be another expression to compile.)"""
+    return low if value < low else value
 
 
 def _max_length(aggregation: str, max_length: float | None, default: int | None) -> float:

@@ -13,6 +13,7 @@ from fastloss.engine import checks, compile_ops, compile_supervised
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient, savable
 from fastloss.engine.backend import check_targets, resolve_call, resolves_views
+from fastloss.engine.changing import as_tensor
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import WHOLE, Backend
 from fastloss.engine.dtensors import takes_dtensors
@@ -149,7 +150,7 @@ def supervised_loss(
             by_name = dict(zip(STATS, stats, strict=True))
             logprob, entropy = by_name["logprobs"], by_name["entropy"]
             sum_sq = by_name["log_sum_sq_probs"].exp()
-            loss = reference.supervised_terms(logprob, entropy, sum_sq, tokens.unlikely, options)
+            loss = reference.supervised_terms(logprob, entropy, sum_sq, tokens.unlikely, _as_tensors(options))
             loss, nll = loss.masked_fill(~tokens.valid, 0.0), -logprob
         else:
             loss, sums = Supervised.apply(rows, tokens.target, tokens.unlikely, call.backend, options)
@@ -335,6 +336,14 @@ def _options(
         trim_threshold=checks.number("trim_threshold", trim_threshold),
         trim_width=checks.number("trim_width", trim_width, low=0.0, open_low=True),
     )
+
+
+def _as_tensors(o: SupervisedOptions) -> SupervisedOptions:
+    """Numbers that change under torch.compile as tensors: a power of a tensor takes no symbolic one."""
+    return SupervisedOptions(
+        o.ignore_index, o.scale, o.softcap, o.row_scale, o.kind, as_tensor(o.eaft_alpha), as_tensor(o.eaft_scale),
+        as_tensor(o.focal_gamma), as_tensor(o.power), as_tensor(o.trim_threshold), as_tensor(o.trim_width),
+    )  # fmt: skip
 
 
 def _times(loss: Tensor, weights: Tensor) -> Tensor:

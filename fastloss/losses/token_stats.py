@@ -602,19 +602,13 @@ def row_options(
 ) -> RowOptions:
     """The checked record of what happens to raw logits: temperature, scale, soft-cap, ignore_index. ``lead``: the shape of the
     tokens that may have a temperature each; ``like``: the logits or hidden states."""
-    row_scale = None
-    if lead is not None:
+    if isinstance(temperature, Tensor) and lead is not None:
         assert like is not None
-        if isinstance(temperature, Tensor):
-            row_scale = checks.row_scale(temperature, lead, like)
-        else:
-            row_scale = checks.traced_row_scale(temperature, lead, like)
-    if row_scale is not None:
         return RowOptions(
             ignore_index=ignore_index,
             scale=checks.number("logit_scale", logit_scale),
             softcap=checks.softcap_value(softcap),
-            row_scale=row_scale,
+            row_scale=checks.row_scale(temperature, lead, like),
         )
     scale = checks.number("logit_scale", logit_scale) / checks.number(
         "temperature", temperature, low=0.0, open_low=True

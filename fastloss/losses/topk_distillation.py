@@ -33,9 +33,9 @@ from fastloss.engine.topk import (
 )
 from fastloss.losses.cross_entropy import cross_entropy
 from fastloss.losses.distillation import (
-    KL_AT_THE_END,
     DistillationOutput,
     Tokens,
+    at_the_end,
     gradients_ahead,
     means,
     tokens_of,
@@ -283,7 +283,8 @@ def linear_topk_distillation_loss(
             return_stats=True, backend=backend,
         )  # fmt: skip
         hard = hard.to(value.dtype)
-        value = value + later * ((hard * tokens.weights).reshape(lead) if per_row else hard * tokens.scale)
+        more = (hard * tokens.weights).reshape(lead) * later if per_row else hard * (tokens.scale * later)
+        value = value + more
         statistics[-1] = -stats.logprobs
     return DistillationOutput(value, means(METRICS, statistics, tokens))
 
@@ -319,8 +320,8 @@ def _options(
     coef = checks.number("hard_loss_coef", hard_loss_coef, low=0.0)
     if coef and target is None:
         raise ValueError("hard_loss_coef: expected 0 where target is None")
-    name = KL_AT_THE_END.get((divergence, w), divergence)
-    factor = temperature**2 if temperature_squared else 1.0
+    name = at_the_end(divergence, w)
+    factor = temperature * temperature if temperature_squared else 1.0
     return TopKOptions(
         DISTILLATION_DIVERGENCES.index(name), w, TAILS.index(tail), row.scale, row.softcap, factor, coef, int(ignore_index)
     )  # fmt: skip

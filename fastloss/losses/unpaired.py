@@ -315,7 +315,8 @@ def _constant_scalar(
     if value is None:
         return None
     if not isinstance(value, Tensor):
-        return torch.full((1,), checks.number(name, value), dtype=acc, device=device)
+        # A product, which takes a number that changes under torch.compile.
+        return torch.ones(1, dtype=acc, device=device) * checks.number(name, value)
     if value.numel() != 1:
         raise ShapeError(f"{name}: expected a number or a 0-d tensor, got shape {list(value.shape)}")
     return value.detach().to(device=device, dtype=acc).reshape(1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastloss.reference.logits import effective_logits, linear_logits
+from fastloss.reference.numbers import scalar
 from fastloss.tables import Number
 
 
@@ -34,7 +35,7 @@ def cross_entropy(
         w = torch.ones(vocab, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
         smoothed = target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / vocab
         loss = -(w * smoothed * z.log_softmax(-1)).sum(-1)
-        count: Tensor | float = float(rows)
+        count = scalar(loss, rows)
         kept = None
     else:
         kept = target != ignore_index
@@ -66,8 +67,13 @@ def cross_entropy(
     if reduction == "none":
         return loss
     if normalizer is not None:
-        return loss.sum() / normalizer
+        return loss.sum() / divisor(loss, normalizer)
     return loss.sum() / count if reduction == "mean" else loss.sum()
+
+
+def divisor(loss: Tensor, normalizer: float | Tensor) -> Tensor:
+    """As a tensor: the tangent of a 0-d float32 tensor divided by a Python number is float64 in PyTorch."""
+    return normalizer if isinstance(normalizer, Tensor) else scalar(loss, normalizer)
 
 
 def _without_classes(
@@ -79,14 +85,16 @@ def _without_classes(
 ) -> Tensor:
     """torch's results for ``logits [rows, 0]``: 0 for each row, NaN where it divides the smoothing of a target by no class, and
     the mean of nothing is NaN."""
-    undefined = float("nan") if label_smoothing and not target.is_floating_point() else 1.0
-    loss = logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32)) * undefined
+    loss = logits.sum(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    nan = scalar(loss, float("nan"))
+    undefined = nan if label_smoothing and not target.is_floating_point() else scalar(loss, 1.0)
+    loss = loss * undefined
     if reduction == "none":
         return loss
     total = loss.sum() * undefined
     if normalizer is not None:
-        return total / normalizer
-    return total * float("nan") if reduction == "mean" else total
+        return total / divisor(loss, normalizer)
+    return total * nan if reduction == "mean" else total
 
 
 def linear_cross_entropy(

@@ -20,7 +20,8 @@ def effective_logits(
         z = softcap * torch.tanh(z / softcap)
     if isinstance(scale, Tensor):
         return z * scale.to(z.dtype).unsqueeze(-1)
-    return z if scale == 1.0 else z * scale
+    # One that changes under torch.compile is not compared: to be 1 would be another graph.
+    return z if not torch.compiler.is_compiling() and scale == 1.0 else z * scale
 
 
 def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:

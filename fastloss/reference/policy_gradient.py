@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastloss.reference.codes import name_of
+from fastloss.reference.numbers import scalar
 from fastloss.tables import AGGREGATIONS, CORRECTIONS, KL_KINDS, LEVELS, SURROGATES, PolicyOptions
 
 MAX_LOG_RATIO = 20.0  # e^20 is finite in float32, and so are its square and the sum of 2^64 of them
@@ -57,7 +58,7 @@ class Sequences:
 
 def bounded(x: Tensor, low: float, high: float) -> Tensor:
     """``clamp`` with a derivative of 1 at its bounds, which torch 2.15 made 0: on the policy, a clip of 0 stands there."""
-    return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
+    return torch.where((x < low) | (x > high), x.detach().clamp(scalar(x, low), scalar(x, high)), x)
 
 
 def clip(rho: Tensor, adv: Tensor, logprobs: Tensor, phi: Tensor | None, o: PolicyOptions) -> Tensor:
@@ -77,12 +78,12 @@ def logprob(rho: Tensor, adv: Tensor, logprobs: Tensor, phi: Tensor | None, o: P
 
 def cispo(rho: Tensor, adv: Tensor, logprobs: Tensor, phi: Tensor | None, o: PolicyOptions) -> Tensor:
     """The clipped ratio is a constant weight (arXiv:2506.13585)."""
-    return -rho.detach().clamp(o.cispo_low, o.cispo_high) * adv * logprobs
+    return -rho.detach().clamp(scalar(rho, o.cispo_low), scalar(rho, o.cispo_high)) * adv * logprobs
 
 
 def sapo(rho: Tensor, adv: Tensor, logprobs: Tensor, phi: Tensor | None, o: PolicyOptions) -> Tensor:
     """A soft gate in place of the clip (arXiv:2511.20347)."""
-    tau = torch.where(adv > 0, adv.new_tensor(o.sapo_pos), adv.new_tensor(o.sapo_neg))
+    tau = torch.where(adv > 0, scalar(adv, o.sapo_pos), scalar(adv, o.sapo_neg))
     return -adv * torch.sigmoid(tau * (rho - 1)) * (4 / tau)
 
 
@@ -144,7 +145,7 @@ def correction(
     weight = (seq.expand(seq.sum(d)) if how.startswith("sequence") else d).exp()
     outside = (weight < o.floor) | (weight > o.cap)
     if how.endswith("truncate"):
-        return weight.clamp(o.floor, o.cap), outside
+        return weight.clamp(scalar(weight, o.floor), scalar(weight, o.cap)), outside
     return torch.where(outside, 0, weight), outside
 
 
@@ -158,8 +159,8 @@ def gamma_weight(lr: Tensor, adv: Tensor, c: Tensor | None, seq: Sequences, o: P
         else:
             total = total + seq.sum(log_c)
     log_w = seq.expand(total.clamp(LOG_SMALL, MAX_LOG_RATIO))
-    k = torch.where(adv >= 0, adv.new_tensor(o.vespo_k_pos), adv.new_tensor(o.vespo_k_neg))
-    lam = torch.where(adv >= 0, adv.new_tensor(o.vespo_lambda_pos), adv.new_tensor(o.vespo_lambda_neg))
+    k = torch.where(adv >= 0, scalar(adv, o.vespo_k_pos), scalar(adv, o.vespo_k_neg))
+    lam = torch.where(adv >= 0, scalar(adv, o.vespo_lambda_pos), scalar(adv, o.vespo_lambda_neg))
     phi = (lam + k * log_w - lam * log_w.exp()).exp()
     return torch.nan_to_num(phi, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -178,7 +179,8 @@ def shares(
     if how == "seq-mean-token-mean":
         share = share / seq.expand(n)
     if normalizer is not None:
-        total = torch.as_tensor(normalizer, dtype=n.dtype, device=n.device).reshape(())
+        given = normalizer.reshape(()).to(n) if isinstance(normalizer, Tensor) else normalizer
+        total = scalar(n, given)
     elif how == "token-mean":
         total = mask.sum().to(n.dtype).clamp(min=1)
     else:

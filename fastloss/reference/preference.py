@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss.reference.codes import name_of
+from fastloss.reference.numbers import scalar
 from fastloss.tables import (
     DIVERGENCES,
     PAIR_TERMS,
@@ -95,7 +96,7 @@ def ipo(p: Pair) -> Tensor:
 
 
 def exo_pair(p: Pair) -> Tensor:
-    smoothing = torch.as_tensor(p.smoothing, dtype=difference(p).dtype, device=difference(p).device)
+    smoothing = scalar(difference(p), p.smoothing)
     won = torch.sigmoid(difference(p)) * (F.logsigmoid(difference(p)) - torch.log1p(-smoothing))
     return won + torch.sigmoid(-difference(p)) * (F.logsigmoid(-difference(p)) - torch.log(smoothing))
 
@@ -258,7 +259,8 @@ def unpaired_loss(logps: Tensor, constants: UnpairedConstants, options: Unpaired
         loss = torch.sigmoid(-sign * beta * x)
     else:
         loss = -F.logsigmoid(sign * (beta * x - kl_value))
-    loss = loss * torch.where(good, torch.full_like(x, options.desirable_weight), options.undesirable_weight)
+    weights = scalar(x, options.desirable_weight), scalar(x, options.undesirable_weight)
+    loss = loss * torch.where(good, *weights)
     if constants.weight is not None:
         loss = loss * constants.weight
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fuzz_draw import Case, Draw
 from fuzz_functions import FUNCTIONS, NOT_DRAWN
-from fuzz_judge import How, Verdict, call, describe, draw_case, judge
+from fuzz_judge import How, Verdict, call, compare, describe, draw_case, flat, judge
 from fuzz_loop import USUAL, command
 
 import fastloss
@@ -151,3 +151,53 @@ def test_the_judge_sees_what_else_goes_wrong(monkeypatch: pytest.MonkeyPatch) ->
     assert "was changed" in verdict(changes).detail
     assert "boom" in verdict(crashes).detail
     assert "dtype" in verdict(other_dtype).detail
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tangents_have_the_dtype_of_their_values(name: str) -> None:
+    """PyTorch's tangent of a 0-d float32 tensor times a Python number is float64."""
+    calls = 0
+    for number in range(12):
+        case = FUNCTIONS[name][0](Draw(77, number, [torch.float32]))
+        leaves = [leaf for leaf in case.leaves if leaf in case.tensors]
+        if not leaves:
+            return
+
+        def of(
+            *values: torch.Tensor, case: Case = case, leaves: list[str] = leaves
+        ) -> dict[str, torch.Tensor]:
+            given = {**case.tensors, **dict(zip(leaves, values, strict=True))}
+            out = flat(getattr(fastloss, case.function)(**given, **case.options))
+            return {key: x for key, x in out.items() if x.is_floating_point()}
+
+        values = tuple(case.tensors[leaf] for leaf in leaves)
+        try:
+            out, tangents = torch.func.jvp(of, values, tuple(torch.ones_like(x) for x in values))
+        except (ValueError, RuntimeError):  # arguments that do not fit, and what has no tangent
+            continue
+        calls += 1
+        assert {key: x.dtype for key, x in tangents.items()} == {key: x.dtype for key, x in out.items()}
+    assert calls
+
+
+@pytest.mark.parametrize("autocast", [None, torch.float16])
+def test_limit_of_a_probability_is_that_of_float32(autocast: torch.dtype | None) -> None:
+    """An empty response has p = 1, and log(1 - p) a limit that depends on the dtype: float64's definition is no judge of it, and
+    one that autocast rounds to float16 gives 0."""
+    d = Draw(5, 0, [torch.float32])
+    tensors = {"input": d.normal((1, 3)), "linear_weight": d.normal((8, 3)), "target": d.integers((1,), 0, 8)}
+    tensors["cu_seqlens"] = torch.tensor([0, 0, 1], dtype=torch.int64)
+    head = ("input", "linear_weight")
+    case = Case("linear_orpo_loss", tensors, {"token_metrics": False}, head, head=head)
+    assert judge(case, How(autocast=autocast, asking=head)) == Verdict("right")
+
+
+@pytest.mark.parametrize(("second", "state"), [(4.34375, "right"), (1.0, "wrong")])
+def test_tie_within_rounding_is_no_fault(second: float, state: str) -> None:
+    """tanh makes 1 of 47.75 / 0.5 and, within rounding, of 4.34375 / 0.5; not of 1 / 0.5."""
+    logits = torch.tensor([[47.75, second, -53.5]], dtype=torch.float32)
+    options = {"softcap": 0.5, "outputs": ("is_top1",)}
+    case = Case("token_stats", {"logits": logits, "target": torch.tensor([1])}, options, ("logits",))
+    exact = {"out.is_top1": torch.zeros(1, dtype=torch.bool)}
+    got = {"out.is_top1": torch.ones(1, dtype=torch.bool)}
+    assert compare(case, How(), exact, got).state == state

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import Case, Data, Loss
 from fastloss.bench.exact import Exact, over_numbers
-from fastloss.bench.kinds.base import Kind, integers, normal, read_all_write_one, uniform
+from fastloss.bench.kinds.base import Kind, integers, normal, ones_mask, read_all_write_one, uniform
 from fastloss.bench.kinds.policy import GAMMA, padding
 
 GROUP = 8  # answers to a prompt
@@ -183,7 +183,7 @@ def _advantage(case: Case) -> Advantage:
 
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     answers = case.rows // case.length if case.length else case.rows
-    mask = padding(case) if case.length else torch.ones(answers, 1, dtype=torch.bool)
+    mask = padding(case) if case.length else ones_mask(answers, 1)
     logprobs = -0.1 - 2 * uniform(mask.shape, generator=generator)
     made = {
         "rewards": normal(answers, generator=generator),

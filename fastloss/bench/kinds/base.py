@@ -44,6 +44,15 @@ def integers(low: int, high: int, shape: Sequence[int], generator: torch.Generat
     )
 
 
+def places(count: int) -> Tensor:
+    """0, 1, … in int64."""
+    return torch.arange(count, dtype=torch.int64, device=torch.get_default_device())
+
+
+def ones_mask(*shape: int) -> Tensor:
+    return torch.ones(*shape, dtype=torch.bool, device=torch.get_default_device())
+
+
 def head_tensors(case: Case, generator: torch.Generator, target: Tensor) -> dict[str, Tensor]:
     """Hidden states of ``target``'s shape and a vocabulary matrix."""
     hidden = normal(*target.shape, case.dim, generator=generator)
@@ -63,7 +72,9 @@ def random_targets(case: Case, generator: torch.Generator) -> Tensor:
 
 
 def ignore_some(case: Case, target: Tensor, generator: torch.Generator) -> Tensor:
-    ignored = torch.randperm(case.rows, generator=generator)[: round(case.rows * case.ignored)]
+    ignored = torch.randperm(
+        case.rows, generator=generator, dtype=torch.int64, device=torch.get_default_device()
+    )[: round(case.rows * case.ignored)]
     return target.index_fill(0, ignored, IGNORE)
 
 

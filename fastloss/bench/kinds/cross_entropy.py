@@ -12,7 +12,15 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import Case, Data, Loss, short
 from fastloss.bench.exact import Exact, cross_entropy_tail, over_vocabulary
-from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, ignore_some, normal, random_targets
+from fastloss.bench.kinds.base import (
+    Kind,
+    head_leaves,
+    head_tensors,
+    ignore_some,
+    normal,
+    places,
+    random_targets,
+)
 
 OURS_AND_EAGER = ("fastloss*", "torch eager")
 
@@ -54,7 +62,7 @@ def row_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     target = random_targets(case, generator)
     logits = normal(case.rows, case.vocab, generator=generator)
     if case.peaked:
-        logits[torch.arange(case.rows), target] += 12.0
+        logits[places(case.rows), target] += 12.0
     return {"logits": logits, "target": ignore_some(case, target, generator)}
 
 

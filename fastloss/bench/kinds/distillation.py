@@ -46,7 +46,7 @@ def _eager_rows(case: Case) -> Loss:
 
 def _row_truth(case: Case, data: Data) -> Exact:
     kept = (data["target"] != IGNORE).sum()
-    total, gradients = torch.zeros((), dtype=torch.float64), []
+    total, gradients = torch.zeros((), dtype=torch.float64, device=torch.get_default_device()), []
     names = ("logits", "ref_logits", "target")
     for logits, teacher, target in zip(*(data[name].detach().split(BLOCK) for name in names)):
         z = logits.double().requires_grad_()

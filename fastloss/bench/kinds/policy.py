@@ -19,6 +19,7 @@ from fastloss.bench.kinds.base import (
     head_tensors,
     integers,
     normal,
+    ones_mask,
     random_targets,
     read_all_write_one,
     uniform,
@@ -75,7 +76,7 @@ def gae_cases(quick: bool) -> Iterator[Case]:
 
 def padding(case: Case) -> Tensor:
     """Padding at the end of each sequence."""
-    mask = torch.ones(case.rows // case.length, case.length, dtype=torch.bool)
+    mask = ones_mask(case.rows // case.length, case.length)
     mask[:, round(case.length * (1 - case.ignored)) :] = False
     return mask
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import fastloss
 from fastloss.bench.case import IGNORE, Case, Data, Loss
 from fastloss.bench.exact import Exact, over_numbers
-from fastloss.bench.kinds.base import Kind, integers, normal, read_all_write_one
+from fastloss.bench.kinds.base import Kind, integers, normal, places, read_all_write_one
 
 CENTER = 0.01
 
@@ -36,7 +36,7 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
 def _process_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     shape = (case.rows // case.length, case.length)
     labels = integers(0, 2, shape, generator=generator)
-    labels[:, torch.arange(case.length) % round(1 / (1 - case.ignored)) != 0] = IGNORE
+    labels[:, places(case.length) % round(1 / (1 - case.ignored)) != 0] = IGNORE
     return {"scores": normal(*shape, 2, generator=generator), "labels": labels}
 
 

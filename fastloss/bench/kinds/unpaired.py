@@ -17,6 +17,7 @@ from fastloss.bench.kinds.base import (
     head_leaves,
     head_tensors,
     normal,
+    places,
     random_targets,
     with_reference,
 )
@@ -42,14 +43,14 @@ def linear_cases(quick: bool) -> Iterator[Case]:
 def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     names = ("logps", "ref", "kl_logps", "ref_kl")
     values = -20.0 + normal(4, case.rows, generator=generator)
-    desirable = torch.arange(case.rows) % 2 == 0
+    desirable = places(case.rows) % 2 == 0
     return {**dict(zip(names[:2], values)), "desirable": desirable, **dict(zip(names[2:], values[2:]))}
 
 
 def _linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     tensors = head_tensors(case, generator, random_targets(case, generator))
     tensors = with_reference(case, generator, tensors)
-    return {**tensors, "desirable": torch.arange(case.rows // case.length) % 2 == 0}
+    return {**tensors, "desirable": places(case.rows // case.length) % 2 == 0}
 
 
 def kto(logps: Tensor, ref: Tensor, desirable: Tensor, kl: Tensor | float) -> Tensor:

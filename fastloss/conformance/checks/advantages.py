@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 
 from fastloss.conformance import measure, right
-from fastloss.conformance.check import Check, Inputs
+from fastloss.conformance.check import Check, Inputs, mask_of
 from fastloss.conformance.checks.tolerances import ROUNDING
 
 GAE = "arXiv:1506.02438, eq. 16, as a loop in float64"
@@ -22,7 +22,7 @@ def steps(lengths: tuple[int, ...], padding: float = 0.0) -> Callable[[Generator
         rewards, values = torch.randn(
             2, len(lengths), 6, generator=generator, dtype=torch.float32, device="cpu"
         )
-        mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+        mask = mask_of(lengths, 6)
         return {
             "rewards": rewards.masked_fill(~mask, padding),
             "values": values.masked_fill(~mask, padding),
@@ -45,13 +45,13 @@ def packed(borders: tuple[int, ...]) -> Callable[[Generator], Inputs]:
 
 
 def rewards(*values: float) -> Callable[[Generator], Inputs]:
-    return lambda generator: {"rewards": torch.tensor(values, dtype=torch.float32)}
+    return lambda generator: {"rewards": torch.tensor(values, dtype=torch.float32, device="cpu")}
 
 
 def some(count: int) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
         x = torch.randn(2, 5, generator=generator, dtype=torch.float32, device="cpu") * 3 + 100
-        return {"x": x, "mask": (torch.arange(10) < count).view(2, 5)}
+        return {"x": x, "mask": mask_of((count,), 10).view(2, 5)}
 
     return make
 

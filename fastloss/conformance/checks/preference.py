@@ -9,7 +9,7 @@ import torch
 from torch import Generator
 
 from fastloss.conformance import measure, right
-from fastloss.conformance.check import Check, Inputs
+from fastloss.conformance.check import Check, Inputs, mask_of
 from fastloss.conformance.checks.tolerances import ROUNDING
 
 DPO = "arXiv:2305.18290, eq. 7, in float64"
@@ -32,8 +32,8 @@ def answers(kinds: str) -> Callable[[Generator], Inputs]:
     def make(generator: Generator) -> Inputs:
         logps, ref = torch.randn(2, 4, generator=generator, dtype=torch.float32, device="cpu") * 5 - 30
         desirable = {
-            "both": torch.tensor([True, False, False, True]),
-            "good": torch.ones(4, dtype=torch.bool),
+            "both": torch.tensor([True, False, False, True], dtype=torch.bool, device="cpu"),
+            "good": torch.ones(4, dtype=torch.bool, device="cpu"),
         }
         return {"logps": logps, "ref_logps": ref, "desirable": desirable[kinds]}
 
@@ -92,7 +92,7 @@ def tokens(
         advantages = torch.randn(len(lengths), generator=generator, dtype=torch.float32, device="cpu")
         if lowest is not None:
             advantages = advantages.clamp(max=lowest)
-        mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+        mask = mask_of(lengths, 6)
         old = old.masked_fill(~mask, padding)
         return {"logprobs": logprobs, "old_logprobs": old, "advantages": advantages, "mask": mask}
 
