@@ -24,6 +24,7 @@ from fastloss.engine.changing import constant, in_one_tensor
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy, of_upstream
 from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.distillation import log_sums, of_heads
+from fastloss.engine.distillation import schedule_of as schedule_of_distillation
 from fastloss.engine.head import NOTHING, Head, Limits, Needs, Saved, Schedule
 from fastloss.tables import (
     ACC_DTYPES,
@@ -827,7 +828,7 @@ def _linear_distillation(  # type: ignore[no-untyped-def]
     teacher = heads.make_head(kernels, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
     keep, needed = heads.kept_rows(target, options.ignore_index, traced=True), Needs(*needs)
     rows = heads.count_kept(hidden.shape[0], keep)
-    schedule = heads.chunked(head, rows, needed, _limits(chunk, memory, float_logits))
+    schedule = schedule_of_distillation(head, rows, needed, _limits(chunk, memory, float_logits))
     sums, grads = of_heads(head, teacher, needed, target, factors, options, schedule, keep)
     loss = sums[:, 0]
     total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)

@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastloss.engine import devices
 from fastloss.engine import head as heads
 from fastloss.engine import shards as cut
 from fastloss.engine.contract import Backend
 from fastloss.engine.head import Schedule
 from fastloss.engine.head_rows import count_gemms
-from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
+from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
 from fastloss.engine.shards import Shards
 from fastloss.tables import ACC_DTYPES, DISTILLATION_SUMS, LSE_PARTS, DistillationOptions, RowOptions
 
@@ -278,6 +279,14 @@ def _of_shard(
             own.copy_(z)
     part.add_gradients()
     return sums
+
+
+def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
+    """Chunks of rows. "low" on a CPU: three quarters of what one head takes, for the two buffers."""
+    schedule = heads.chunked(head, rows, needs, limits)
+    if limits.chunk_size or limits.memory != "low" or devices.is_gpu(head.hidden.device):
+        return schedule
+    return schedule._replace(chunk=min(schedule.chunk, max(32, schedule.chunk * 3 // 4)))
 
 
 def details(

@@ -23,6 +23,7 @@ from fastloss.engine.distillation import (
     gradient_of_columns,
     log_sums,
     of_heads,
+    schedule_of,
     sent,
     sums_of_columns,
 )
@@ -251,7 +252,7 @@ def linear_distillation_loss(
         teacher = heads.make_head(call.backend, *theirs, teacher_dtype)
         keep = heads.kept_rows(tokens.target, ignore_index)
         kept = heads.count_kept(rows.shape[0], keep)
-        schedule = heads.chunked(student, kept, needs, limits)
+        schedule = schedule_of(student, kept, needs, limits)
         call.announce(**details(student, teacher, schedule, kept, needs, per_row and bool(needs), options))
         check_targets(tokens.target, classes, ignore_index)
         run = _Run(call.backend, options, dtype, teacher_dtype, schedule, keep, needs, per_row, shards)

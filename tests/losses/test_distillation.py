@@ -350,3 +350,17 @@ def test_no_tokens_cost_nothing() -> None:
     loss = fastloss.linear_distillation_loss(x, w, torch.ones(0, 3), torch.ones(5, 3)).loss
     assert loss.item() == 0 and not torch.autograd.grad(loss, w)[0].any()
     assert fastloss.distillation_loss(x, torch.ones(0, 4)).loss.item() == 0
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="chunks of the CPU")
+def test_low_memory_is_a_twentieth_of_both_logits() -> None:
+    x, w = torch.zeros(1024, 4, requires_grad=True), torch.zeros(300, 4, requires_grad=True)
+    both = 2 * 1024 * 300 * 4
+
+    def buffers(**options: Any) -> Any:
+        return fastloss.explain(fastloss.linear_distillation_loss, x, w, x.detach(), w.detach(), **options)[
+            "buffer_bytes"
+        ]
+
+    assert buffers(memory="low") <= 0.05 * both < buffers(memory="auto")
+    assert buffers(memory="low", chunk_size=128) == 0.125 * both

@@ -252,8 +252,9 @@ def masked(function: Case) -> Case:
 
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         target = torch.where(x["target"] >= 90, 7, x["target"])
+        ids = torch.where(x["ids"] >= 90, 8, x["ids"])
         own = {name: x[name].masked_fill(x["classes"] >= 90, -torch.inf) for name in ("bias", "teacher_bias")}
-        return function({**x, **own, "target": target}, how)
+        return function({**x, **own, "target": target, "ids": ids}, how)
 
     return run
 
@@ -449,7 +450,8 @@ def distance(a: Tensor, b: Tensor) -> float:
     if not b.numel():
         return 0.0 if not a.numel() else float("inf")
     same = (a == b) | (a.isnan() & b.isnan())
-    return float(torch.where(same, 0.0, (a - b).abs()).max() / b[~b.isnan()].abs().amax().clamp(min=1))
+    largest = torch.where(b.isfinite(), b.abs(), 0.0).amax().clamp(min=1)
+    return float(torch.where(same, 0.0, (a - b).abs()).max() / largest)
 
 
 def compare(
