@@ -274,7 +274,7 @@ def choose(
         assert entropy is not None
         chosen = top_entropy(entropy, inputs.mask, spec.top_entropy_quantile)
         weight = chosen.to(logprobs.dtype)
-    selected = select(logprobs, inputs, spec, options)._replace(chosen=chosen)
+    selected = checks.replaced(select(logprobs, inputs, spec, options), chosen=chosen)
     if selected.weight is not None:
         weight = selected.weight if weight is None else weight * selected.weight
     return replace(weighted(inputs, weight), select=selected.penalised), selected

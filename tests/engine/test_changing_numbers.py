@@ -85,7 +85,7 @@ def numbers_of(name: str) -> list[str]:
 
 
 GRID = [f"{name}, {number}" for name in FUNCTIONS for number in numbers_of(name)]
-CHEAP = ("cross_entropy, z_loss", "linear_distillation_loss, temperature", "bco_loss, delta")
+CHEAP = ("cross_entropy, z_loss", "linear_distillation_loss, hard_loss_coef", "bco_loss, delta")
 
 
 def usable(case: Case) -> bool:
