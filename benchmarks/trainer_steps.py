@@ -150,7 +150,8 @@ def run_trl(kind: str, folder: str, steps: int, length: int, rows: int) -> None:
 
         class Drawn(cls):
             def _generate_single_turn(self, prompt_ids, *others, **options):
-                return [next(drawn) for _ in prompt_ids], None
+                ids = [next(drawn) for _ in prompt_ids]
+                return (ids, None) if kind == "grpo" else ids
 
         trainer = Drawn(
             trained,

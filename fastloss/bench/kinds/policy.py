@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss, short
+from fastloss.bench.case import IGNORE, Case, Data, Loss, short
 from fastloss.bench.exact import Exact, no_gradient_tokens, over_numbers, over_vocabulary
 from fastloss.bench.kinds.base import (
     Kind,
@@ -111,6 +111,7 @@ def _linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]
 
 def _sequence_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     tensors = head_tensors(case, generator, random_targets(case, generator))
+    tensors["target"][:, : round(case.length * case.ignored)] = IGNORE  # prompts
     now = no_gradient_tokens(tensors["hidden"], tensors["weight"], tensors["target"]).float().sum(-1)
     return {
         **tensors,
