@@ -29,8 +29,9 @@ class SequencePart(NamedTuple):
 
     Attributes:
         logps: Σ log p of each sequence, ``[S]``, differentiable.
-        logprobs: log p of their tokens, one sequence after the other, ``[n]``, differentiable; tokens without a target are left out,
-            or 0 where a GPU may not be asked which they are.
+        logprobs: log p of their tokens, one sequence after the other, ``[n]``, differentiable.
+        mask: bool ``[n]``, which of the tokens have a target. The others are left out, but for calls that torch.compile traces and for
+            a GPU that may not be asked which they are: there their log-prob is 0, and a function of tokens must leave them out.
         cu_seqlens: int64 ``[S + 1]``, where each sequence begins in ``logprobs`` and in ``stats``.
         lengths: tokens with a target of each sequence, ``[S]``, in the dtype of ``logps``.
         indices: int64 ``[S]``, which sequences of the batch these are: ``advantages[part.indices]``.
@@ -39,6 +40,7 @@ class SequencePart(NamedTuple):
 
     logps: Tensor
     logprobs: Tensor
+    mask: Tensor
     cu_seqlens: Tensor
     lengths: Tensor
     indices: Tensor
@@ -151,9 +153,12 @@ class _SequencesOfHead:
         (start, stop), (first, last) = rows, groups
         layout = self.x.rows.part(first, last, start, stop)
         assert layout.offsets is not None
+        mask = self.x.rows.tokens.mask
+        kept = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask[start:stop] != 0
         part = SequencePart(
             logps=segment_sum(backend, logprobs, None, layout),
             logprobs=logprobs,
+            mask=kept,
             cu_seqlens=layout.offsets,
             lengths=self.x.rows.tokens.lengths[first:last],
             indices=torch.arange(first, last, device=logprobs.device, dtype=torch.int64),

@@ -576,7 +576,7 @@ def _own_contrast(part: Any) -> Any:
 
 
 def _own_mean(part: Any) -> Any:
-    return -(part.logps / part.lengths.clamp(min=1)).sum() + part.logprobs.exp().sum()
+    return -(part.logps / part.lengths.clamp(min=1)).sum() + (part.mask * part.logprobs.exp()).sum()
 
 
 def linear_sequence_loss(d: Draw) -> Case:

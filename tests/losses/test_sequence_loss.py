@@ -33,7 +33,7 @@ def of_tokens(part: SequencePart) -> Tensor:
     place = torch.arange(part.logprobs.numel(), device=part.logprobs.device) - torch.repeat_interleave(
         part.cu_seqlens[:-1], part.cu_seqlens.diff(), output_size=part.logprobs.numel()
     )
-    weight = (part.stats.entropy - 1.0) / (1.0 + place)
+    weight = part.mask * (part.stats.entropy - 1.0) / (1.0 + place)
     return (weight * part.logprobs.exp()).sum() + (part.logps / part.lengths.clamp(min=1)).square().sum()
 
 
@@ -93,6 +93,7 @@ def defined(x: dict[str, Tensor], own: Own, **options: Any) -> list[Tensor]:
     part = SequencePart(
         logps=(chosen * kept).sum(1),
         logprobs=chosen[kept],
+        mask=torch.ones(int(kept.sum()), dtype=torch.bool),
         cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         lengths=lengths.double(),
         indices=torch.arange(B),
@@ -229,9 +230,11 @@ def test_errors() -> None:
         assert fastloss.linear_sequence_loss(**x, loss_fn=lambda part: part.logps.detach().sum()) < 0
 
 
-def test_under_compile() -> None:
+@pytest.mark.parametrize("name", ["contrast", "of_tokens"])
+def test_under_compile(name: str) -> None:
+    """Where it is traced, tokens without a target are not left out; ``mask`` names them."""
     x = data()
-    own, options = LOSSES["contrast"]
+    own, options = LOSSES[name]
     hidden, weight = x["input"].clone().requires_grad_(), x["linear_weight"].clone().requires_grad_()
 
     def call(h: Tensor, w: Tensor) -> Tensor:
