@@ -302,9 +302,8 @@ class Given(NamedTuple):
     def transform(self) -> dict[str, Any]:
         return {**self.raw, "ignore_index": self.options.ignore_index}
 
-    @property
     def over_kept(self) -> tuple[str, ...]:
-        """What is asked of the kept classes; "log_mass" is a difference of two logsumexps."""
+        """What is asked of the kept classes; "log_mass" is a difference of two logsumexps. (torch 2.8 traces no property of a NamedTuple.)"""
         names = [name for name in self.want if name != "log_mass"]
         if "log_mass" in self.want and "logsumexp" not in names:
             names.append("logsumexp")
@@ -315,7 +314,7 @@ class Given(NamedTuple):
 
 
 def _of_kept_logits(logits: Tensor, support: Any, inplace: bool, given: Given) -> dict[str, Tensor]:
-    lead, options, want, shards = logits.shape[:-1], given.options, given.over_kept, given.shards
+    lead, options, want, shards = logits.shape[:-1], given.options, given.over_kept(), given.shards
     vocab = logits.shape[-1] if shards is None else shards.vocab
     sets = sets_of(support, lead, logits.device)
     rows, flat = logits.reshape(lead.numel(), logits.shape[-1]), given.flat()
@@ -366,7 +365,7 @@ def _of_kept_rows(
     how: dict[str, Any],
     given: Given,
 ) -> dict[str, Tensor]:
-    lead, options, want, shards = input.shape[:-1], given.options, given.over_kept, given.shards
+    lead, options, want, shards = input.shape[:-1], given.options, given.over_kept(), given.shards
     vocab = linear_weight.shape[0] if shards is None else shards.vocab
     sets = sets_of(support, lead, input.device)
     hidden, flat = checks.as_rows(input), given.flat()
