@@ -13,6 +13,7 @@ from fastloss.engine import checks
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import PolicyInputs
 from fastloss.engine.sequences import Sequences, flat_mask, layout_of
+from fastloss.reference.numbers import scalar
 from fastloss.tables import ACC_DTYPES, AGGREGATIONS, CORRECTIONS, PolicyOptions
 
 
@@ -137,5 +138,5 @@ def sampler_weight(inputs: PolicyInputs, options: PolicyOptions) -> tuple[Tensor
     weight = (layout.expand(layout.sum(d)) if mode.startswith("sequence") else d).exp()
     outside = (weight < options.floor) | (weight > options.cap)
     if mode.endswith("truncate"):
-        return weight.clamp(options.floor, options.cap), outside
+        return weight.clamp(scalar(weight, options.floor), scalar(weight, options.cap)), outside
     return torch.where(outside, 0, weight), outside

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastloss.engine.contract import PolicyInputs
 from fastloss.losses.policy_inputs import advantage_per_token
 from fastloss.losses.policy_options import PolicySpec
+from fastloss.reference.numbers import scalar
 from fastloss.tables import PolicyOptions
 
 
@@ -105,7 +106,8 @@ def clip_cov_weight(
     rho = torch.ones_like(logprobs)
     if inputs.old is not None:
         rho = torch.where(mask, (logprobs.detach() - inputs.old).clamp(-20, 20), 0).exp()
-    already = rho.clamp(1 - options.clip_low, 1 + options.clip_high) * adv < rho * adv
+    low, high = scalar(rho, 1 - options.clip_low), scalar(rho, 1 + options.clip_high)
+    already = rho.clamp(low, high) * adv < rho * adv
     eligible = mask & ~already & (cov > spec.clip_cov_low) & (cov < spec.clip_cov_high)
     keys, generator = cov, spec.generator
     if generator is not None:
