@@ -91,7 +91,7 @@ def arguments(cls, folder: str, steps: int, rows: int, **more: object):
 
 def tokens(rows: int, length: int):
     g = torch.Generator().manual_seed(0)
-    return torch.randint(3, VOCAB, (rows, length), generator=g).tolist()
+    return torch.randint(3, VOCAB, (rows, length), generator=g, dtype=torch.int64, device="cpu").tolist()
 
 
 def run_transformers(folder: str, steps: int, length: int, rows: int) -> None:

@@ -139,7 +139,18 @@ class LinearCrossEntropyLoss(nn.modules.loss._WeightedLoss):
         )
 
 
-class PreferenceLoss(nn.Module):
+class _WithOptions(nn.Module):
+    """A loss without state: the options of its function, fixed where it is made, which a call may replace."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class PreferenceLoss(_WithOptions):
     """:func:`fastloss.preference_loss` with its options kept.
 
     >>> import torch, fastloss
@@ -147,10 +158,6 @@ class PreferenceLoss(nn.Module):
     >>> round(fastloss.nn.PreferenceLoss(loss_type="hinge", beta=0.2)(same, same, same, same).loss.item(), 4)
     1.0
     """
-
-    def __init__(self, **options: Any):
-        super().__init__()
-        self.options = options
 
     def forward(
         self,
@@ -163,11 +170,8 @@ class PreferenceLoss(nn.Module):
         options = {**self.options, **options}
         return preference_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, **options)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class RewardModelLoss(nn.Module):
+class RewardModelLoss(_WithOptions):
     """:func:`fastloss.reward_model_loss` with its options kept.
 
     >>> import torch, fastloss
@@ -175,15 +179,8 @@ class RewardModelLoss(nn.Module):
     0.6931
     """
 
-    def __init__(self, **options: Any):
-        super().__init__()
-        self.options = options
-
     def forward(self, chosen_rewards: Tensor, rejected_rewards: Tensor, **options: Any) -> RewardOutput:
         return reward_model_loss(chosen_rewards, rejected_rewards, **{**self.options, **options})
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class LinearHead(nn.Linear):
@@ -233,7 +230,7 @@ class LinearHead(nn.Linear):
         return linear_token_stats(input, self.weight, target, linear_bias=self.bias, outputs=stats, **options)
 
 
-class PolicyLoss(nn.Module):
+class PolicyLoss(_WithOptions):
     """:func:`fastloss.policy_loss` with its options fixed; the call takes the tensors and may override options.
 
     >>> import torch, fastloss
@@ -243,8 +240,7 @@ class PolicyLoss(nn.Module):
     """
 
     def __init__(self, loss_type: str = "dapo", **options: Any):
-        super().__init__()
-        self.options = {"loss_type": loss_type, **options}
+        super().__init__(loss_type=loss_type, **options)
 
     def forward(
         self,
@@ -256,11 +252,8 @@ class PolicyLoss(nn.Module):
     ) -> PolicyOutput:
         return policy_loss(logprobs, old_logprobs, advantages, mask, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class DistillationLoss(nn.Module):
+class DistillationLoss(_WithOptions):
     """:func:`fastloss.distillation_loss` with its options fixed; the call takes the tensors and may override options.
 
     >>> import torch, fastloss
@@ -270,19 +263,15 @@ class DistillationLoss(nn.Module):
     """
 
     def __init__(self, divergence: str = "forward_kl", **options: Any):
-        super().__init__()
-        self.options = {"divergence": divergence, **options}
+        super().__init__(divergence=divergence, **options)
 
     def forward(
         self, logits: Tensor, teacher_logits: Tensor, target: Tensor | None = None, **options: Any
     ) -> DistillationOutput:
         return distillation_loss(logits, teacher_logits, target, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class LinearDistillationLoss(nn.Module):
+class LinearDistillationLoss(_WithOptions):
     """:func:`fastloss.linear_distillation_loss` with its options fixed; the weights are the models' own.
 
     >>> import torch, fastloss
@@ -292,8 +281,7 @@ class LinearDistillationLoss(nn.Module):
     """
 
     def __init__(self, divergence: str = "forward_kl", **options: Any):
-        super().__init__()
-        self.options = {"divergence": divergence, **options}
+        super().__init__(divergence=divergence, **options)
 
     def forward(
         self,
@@ -309,11 +297,8 @@ class LinearDistillationLoss(nn.Module):
             input, linear_weight, teacher_input, teacher_weight, target, **options
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class TopKDistillationLoss(nn.Module):
+class TopKDistillationLoss(_WithOptions):
     """:func:`fastloss.topk_distillation_loss` with its options fixed: a teacher of K classes a position.
 
     >>> import torch, fastloss
@@ -323,8 +308,7 @@ class TopKDistillationLoss(nn.Module):
     """
 
     def __init__(self, tail: str = "bin", **options: Any):
-        super().__init__()
-        self.options = {"tail": tail, **options}
+        super().__init__(tail=tail, **options)
 
     def forward(
         self,
@@ -337,11 +321,8 @@ class TopKDistillationLoss(nn.Module):
         options = {**self.options, **options}
         return topk_distillation_loss(logits, teacher_ids, teacher_logprobs, target, **options)
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class LinearTopKDistillationLoss(nn.Module):
+class LinearTopKDistillationLoss(_WithOptions):
     """:func:`fastloss.linear_topk_distillation_loss` with its options fixed; the weight is the model's own.
 
     >>> import torch, fastloss
@@ -352,8 +333,7 @@ class LinearTopKDistillationLoss(nn.Module):
     """
 
     def __init__(self, tail: str = "bin", **options: Any):
-        super().__init__()
-        self.options = {"tail": tail, **options}
+        super().__init__(tail=tail, **options)
 
     def forward(
         self,
@@ -369,11 +349,8 @@ class LinearTopKDistillationLoss(nn.Module):
             input, linear_weight, teacher_ids, teacher_logprobs, target, **options
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class SupervisedLoss(nn.Module):
+class SupervisedLoss(_WithOptions):
     """:func:`fastloss.supervised_loss` with its options fixed.
 
     >>> import torch, fastloss
@@ -382,17 +359,13 @@ class SupervisedLoss(nn.Module):
     """
 
     def __init__(self, loss_type: str = "nll", **options: Any):
-        super().__init__()
-        self.options = {"loss_type": loss_type, **options}
+        super().__init__(loss_type=loss_type, **options)
 
     def forward(self, logits: Tensor, target: Tensor, **options: Any) -> SupervisedOutput:
         return supervised_loss(logits, target, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class LinearSupervisedLoss(nn.Module):
+class LinearSupervisedLoss(_WithOptions):
     """:func:`fastloss.linear_supervised_loss` with its options fixed; the weight is the model's own.
 
     >>> import torch, fastloss
@@ -402,16 +375,12 @@ class LinearSupervisedLoss(nn.Module):
     """
 
     def __init__(self, loss_type: str = "nll", **options: Any):
-        super().__init__()
-        self.options = {"loss_type": loss_type, **options}
+        super().__init__(loss_type=loss_type, **options)
 
     def forward(
         self, input: Tensor, linear_weight: Tensor, target: Tensor, **options: Any
     ) -> SupervisedOutput:
         return linear_supervised_loss(input, linear_weight, target, **{**self.options, **options})
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
 class LinearMultiTokenLoss(nn.Module):
@@ -471,7 +440,7 @@ class LinearMultiTokenLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in {**own, **self.options}.items())
 
 
-class MoELoadBalancingLoss(nn.Module):
+class MoELoadBalancingLoss(_WithOptions):
     """:func:`fastloss.moe_load_balancing_loss` with its options fixed.
 
     >>> import torch, fastloss
@@ -480,17 +449,13 @@ class MoELoadBalancingLoss(nn.Module):
     """
 
     def __init__(self, top_k: int, **options: Any):
-        super().__init__()
-        self.options = {"top_k": top_k, **options}
+        super().__init__(top_k=top_k, **options)
 
     def forward(self, router_logits: Tensor | Sequence[Tensor], **options: Any) -> RouterOutput:
         return moe_load_balancing_loss(router_logits, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class RouterZLoss(nn.Module):
+class RouterZLoss(_WithOptions):
     """:func:`fastloss.router_z_loss` with its options fixed.
 
     >>> import torch, fastloss
@@ -498,18 +463,11 @@ class RouterZLoss(nn.Module):
     1.9218
     """
 
-    def __init__(self, **options: Any):
-        super().__init__()
-        self.options = options
-
     def forward(self, router_logits: Tensor | Sequence[Tensor], **options: Any) -> Tensor:
         return router_z_loss(router_logits, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class TiedRewardLoss(nn.Module):
+class TiedRewardLoss(_WithOptions):
     """:func:`fastloss.tied_reward_loss` with its options fixed.
 
     >>> import torch, fastloss
@@ -519,19 +477,15 @@ class TiedRewardLoss(nn.Module):
     """
 
     def __init__(self, model: str = "rao_kupper", **options: Any):
-        super().__init__()
-        self.options = {"model": model, **options}
+        super().__init__(model=model, **options)
 
     def forward(
         self, first_rewards: Tensor, second_rewards: Tensor, outcome: Tensor, **options: Any
     ) -> RewardOutput:
         return tied_reward_loss(first_rewards, second_rewards, outcome, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class ListwiseRewardLoss(nn.Module):
+class ListwiseRewardLoss(_WithOptions):
     """:func:`fastloss.listwise_reward_loss` with its options fixed.
 
     >>> import torch, fastloss
@@ -541,17 +495,13 @@ class ListwiseRewardLoss(nn.Module):
     """
 
     def __init__(self, loss_type: str = "plackett_luce", **options: Any):
-        super().__init__()
-        self.options = {"loss_type": loss_type, **options}
+        super().__init__(loss_type=loss_type, **options)
 
     def forward(self, scores: Tensor, labels: Tensor, **options: Any) -> RewardOutput:
         return listwise_reward_loss(scores, labels, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class ListwisePreferenceLoss(nn.Module):
+class ListwisePreferenceLoss(_WithOptions):
     """:func:`fastloss.listwise_preference_loss` with its options fixed.
 
     >>> import torch, fastloss
@@ -561,19 +511,15 @@ class ListwisePreferenceLoss(nn.Module):
     """
 
     def __init__(self, loss_type: str = "plackett_luce", **options: Any):
-        super().__init__()
-        self.options = {"loss_type": loss_type, **options}
+        super().__init__(loss_type=loss_type, **options)
 
     def forward(
         self, logps: Tensor, labels: Tensor, ref_logps: Tensor | None = None, **options: Any
     ) -> ListwiseOutput:
         return listwise_preference_loss(logps, labels, ref_logps, **{**self.options, **options})
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class RewardRegressionLoss(nn.Module):
+class RewardRegressionLoss(_WithOptions):
     """:func:`fastloss.reward_regression_loss` with its options fixed.
 
     >>> import torch, fastloss
@@ -582,11 +528,7 @@ class RewardRegressionLoss(nn.Module):
     """
 
     def __init__(self, loss_type: str = "mse", **options: Any):
-        super().__init__()
-        self.options = {"loss_type": loss_type, **options}
+        super().__init__(loss_type=loss_type, **options)
 
     def forward(self, rewards: Tensor, labels: Tensor, **options: Any) -> RewardOutput:
         return reward_regression_loss(rewards, labels, **{**self.options, **options})
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -102,7 +102,9 @@ def _reference() -> list[str]:
 
 def test_the_reference_has_every_public_name() -> None:
     modules = [
-        f"nn.{name}" for name, value in vars(nn).items() if getattr(value, "__module__", "") == nn.__name__
+        f"nn.{name}"
+        for name, value in vars(nn).items()
+        if getattr(value, "__module__", "") == nn.__name__ and name[0] != "_"
     ]
     modules += [f"parallel.{name}" for name in fastloss.parallel.__all__]
     public = [name for name in fastloss.__all__ if name not in ("__version__", "nn")] + modules

@@ -20,7 +20,7 @@ def documented() -> Iterator[tuple[str, object]]:
         if inspect.isroutine(value) or inspect.isclass(value):
             yield f"fastloss.{name}", value
     for name, value in vars(nn).items():
-        if inspect.isclass(value) and value.__module__ == nn.__name__:
+        if inspect.isclass(value) and value.__module__ == nn.__name__ and not name.startswith("_"):
             yield f"fastloss.nn.{name}", value
     for name in fastloss.parallel.__all__:
         yield f"fastloss.parallel.{name}", getattr(fastloss.parallel, name)

@@ -364,10 +364,10 @@ def test_gradients_from_logits_that_the_statistics_left(kind, stored, more):
 def selected_ids(rows, vocab, count):
     """Ascending, with a repeat where there is room for one, and padding; a row of padding alone, one of neighbours."""
     generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(vocab, (rows, count), generator=generator)
+    ids = torch.randint(vocab, (rows, count), generator=generator, dtype=torch.int64, device="cpu")
     ids[:, -1] = ids[:, 0]
     ids[:: max(2, rows // 9), -1] = vocab
-    ids[rows // 2], ids[rows // 3] = vocab, torch.arange(count) % vocab
+    ids[rows // 2], ids[rows // 3] = vocab, torch.arange(count, dtype=torch.int64, device="cpu") % vocab
     return ids.sort(1).values.int()
 
 
