@@ -23,6 +23,10 @@ def check_like(name: str, value: Any, like: Tensor) -> None:
     checks.same_device(name, value, like.device)
 
 
+def _same(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
+
+
 def lay_flat(
     name: str,
     like: Tensor,
@@ -53,7 +57,8 @@ def lay_flat(
     def per_token_or_sequence(label: str, x: Tensor) -> Tensor:
         checks.same_device(label, x, like.device)
         count = layout.count
-        if tuple(x.shape) not in (tuple(like.shape), (count,), (count, 1)):
+        # Not by `in`: torch.compile takes a symbolic size for another than the number that it stands for there.
+        if not any(_same(tuple(x.shape), shape) for shape in (tuple(like.shape), (count,), (count, 1))):
             raise ShapeError(f"{label}: expected shape {[count]} or {list(like.shape)}, got {list(x.shape)}")
         return flat(x)
 

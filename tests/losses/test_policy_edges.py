@@ -411,3 +411,18 @@ def test_a_clip_of_no_width_on_the_policy(loss_type: str) -> None:
         fastloss.policy_loss(x, None, advantages, None, **options).loss.backward()
         assert x.grad is not None
         torch.testing.assert_close(x.grad, (-advantages / 6)[:, None].expand(2, 3))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_packed_sequences_of_symbolic_number(count: int) -> None:
+    """An advantage for each sequence, whose number is symbolic in the trace: one sequence was taken for another number."""
+    numbers = torch.Generator().manual_seed(0)
+    offsets = torch.tensor([0, 3, 7][: count + 1], dtype=torch.int64, device=DEVICE)
+    logprobs = torch.randn(int(offsets[-1]), generator=numbers).to(DEVICE).requires_grad_()
+    old, advantages = logprobs.detach() - 0.1, torch.randn(count, generator=numbers).to(DEVICE)
+
+    def call(x: Tensor) -> Tensor:
+        return fastloss.policy_loss(x, old, advantages, None, cu_seqlens=offsets, loss_type="gspo").loss
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(logprobs), call(logprobs))
