@@ -36,6 +36,12 @@ def as_tensor(value: Any) -> Any:
     return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
+def scalar_like(x: Tensor, value: Any) -> Tensor:
+    """``value``, 0-d, in the dtype and on the device of ``x``: what ``clamp`` and ``where`` take where they are not to be compiled again
+    at each value of a number that changes."""
+    return torch.ones((), dtype=x.dtype, device=x.device) * value
+
+
 def in_one_tensor(values: Sequence[Any]) -> Tensor | None:
     """``values`` as a float64 tensor on the CPU if one of them changes; else None."""
     if not any(changes(x) for x in values):

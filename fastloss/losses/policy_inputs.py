@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastloss.engine import checks
+from fastloss.engine.changing import scalar_like
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import PolicyInputs
 from fastloss.engine.sequences import Sequences, flat_mask, layout_of
-from fastloss.reference.numbers import scalar
 from fastloss.tables import ACC_DTYPES, AGGREGATIONS, CORRECTIONS, PolicyOptions
 
 
@@ -143,5 +143,5 @@ def sampler_weight(inputs: PolicyInputs, options: PolicyOptions) -> tuple[Tensor
     weight = (layout.expand(layout.sum(d)) if mode.startswith("sequence") else d).exp()
     outside = (weight < options.floor) | (weight > options.cap)
     if mode.endswith("truncate"):
-        return weight.clamp(scalar(weight, options.floor), scalar(weight, options.cap)), outside
+        return weight.clamp(scalar_like(weight, options.floor), scalar_like(weight, options.cap)), outside
     return torch.where(outside, 0, weight), outside

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastloss.engine.changing import scalar_like
 from fastloss.engine.contract import PolicyInputs
 from fastloss.losses.policy_inputs import advantage_per_token
 from fastloss.losses.policy_options import PolicySpec
-from fastloss.reference.numbers import scalar
 from fastloss.tables import PolicyOptions
 
 
@@ -106,7 +106,7 @@ def clip_cov_weight(
     rho = torch.ones_like(logprobs)
     if inputs.old is not None:
         rho = torch.where(mask, (logprobs.detach() - inputs.old).clamp(-20, 20), 0).exp()
-    low, high = scalar(rho, 1 - options.clip_low), scalar(rho, 1 + options.clip_high)
+    low, high = scalar_like(rho, 1 - options.clip_low), scalar_like(rho, 1 + options.clip_high)
     already = rho.clamp(low, high) * adv < rho * adv
     eligible = mask & ~already & (cov > spec.clip_cov_low) & (cov < spec.clip_cov_high)
     keys, generator = cov, spec.generator
