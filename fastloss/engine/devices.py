@@ -65,6 +65,14 @@ def multiply_wide(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b[:, start : start + CONVERT_BLOCK].float(), out=out[:, start : start + CONVERT_BLOCK])
 
 
+def add_wide(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out`` (float32) += a b, not rounded to the dtype of ``a`` and ``b`` on the way; ``b`` [r, V] is thin."""
+    if accumulates(out.device, a.dtype, out.dtype):
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
+
+
 def add_transposed(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
     """``out`` (+)= aᵀ b, rounded to the dtype of ``out`` and no sooner; without ``accumulate`` what ``out`` held is not read.
 
