@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -382,3 +384,18 @@ def test_every_head_has_it():
     assert {n.removeprefix("linear_").removesuffix("_loss") for n in heads - without} == {
         n.removesuffix("_loss") for n in names
     }
+
+
+def test_the_page():
+    """The examples of docs/lora.md: B begins at 0, so that the loss is the head's own and d A is 0."""
+    page = Path(__file__).resolve().parents[2] / "docs" / "lora.md"
+    names = {}
+    with torch.random.fork_rng():
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        for block in blocks:
+            exec(compile(block, page.name, "exec"), names)
+    assert len(blocks) == 2
+    exact = torch.nn.functional.cross_entropy(names["head"](names["hidden"]), names["target"])
+    torch.testing.assert_close(names["loss"], exact)
+    assert names["head"].weight.grad is None
+    assert not names["A"].grad.any() and names["B"].grad.any()
