@@ -37,11 +37,12 @@ CXX_FLAGS = [
 # -fmad=false: the only fused multiply-adds are the ones that are written, as in the emulation of the tests.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Werror=switch"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-ISAS = {
+X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *AVX2],
     "avx2": AVX2,
     "generic": [],
 }
+ARM_ISAS = {"neon_bf16": ["-march=armv8.2-a+bf16"], "neon": []}  # every aarch64 has NEON
 CUDA_ARCHS = "80;90;100;120+PTX"
 # Objects that see no Python header: made once for all Pythons that build in this tree.
 SHARED = f"build/native-{sysconfig.get_platform()}"
@@ -257,6 +258,13 @@ def last_libraries(root: Path, folder: str, cxx: list[str]) -> list[str]:
         raise BuildError(f"FASTLOSS_GLIBC={asked}: {error}") from None
 
 
+def isas_of(machine: str) -> dict[str, list[str]]:
+    """The instruction sets that csrc/cpu is compiled for on a processor, best first, and the flags of each."""
+    if machine.lower() in ("x86_64", "amd64"):
+        return X86_ISAS
+    return ARM_ISAS if machine.lower() in ("aarch64", "arm64") else {"generic": []}
+
+
 def cpu_half(root: Path, folder: str) -> Half:
     """PER_ISA sources once per instruction set (FASTLOSS_ISA names its namespace), every other source once."""
     half = Half("_cpu")
@@ -272,8 +280,7 @@ def cpu_half(root: Path, folder: str) -> Half:
     except Missing as missing:
         half.reason = str(missing)
         return half
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    isas = {name: flags for name, flags in ISAS.items() if x86 or name == "generic"}
+    isas = isas_of(platform.machine())
     compile = [*cxx, *CXX_FLAGS, *openmp, "-Icsrc"]
     tail = "-MD -MF $out.d -c $in -o $out"
     lines = rule("cpu_cxx", [*compile, *bind], tail)

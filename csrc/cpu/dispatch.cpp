@@ -6,6 +6,12 @@
 
 #include <stdexcept>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "parallel.h"
 
 namespace fastloss {
@@ -28,10 +34,15 @@ namespace fastloss {
    isa::divergence_kernels,     \
    isa::gather_kernels}
 
-FASTLOSS_DECLARE_ISA(generic)
 #if defined(__x86_64__)
 FASTLOSS_DECLARE_ISA(avx512)
 FASTLOSS_DECLARE_ISA(avx2)
+#endif
+#if defined(__aarch64__)  // NEON is part of it: there is no plain C++ beside
+FASTLOSS_DECLARE_ISA(neon_bf16)
+FASTLOSS_DECLARE_ISA(neon)
+#else
+FASTLOSS_DECLARE_ISA(generic)
 #endif
 #if defined(FASTLOSS_W16_TEST)  // the 16-lane source compiled for AVX2: tests the AVX-512 path's logic
                                 // anywhere
@@ -39,6 +50,22 @@ FASTLOSS_DECLARE_ISA(wide16)
 #endif
 
 namespace {
+
+#if defined(__aarch64__)
+// FEAT_BF16: the system says it.
+bool has_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long hwcap2_bf16 = 1ul << 14;  // older headers have no name for it
+  return (getauxval(AT_HWCAP2) & hwcap2_bf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
+#endif
 
 std::vector<Isa> available() {
   std::vector<Isa> all;
@@ -52,7 +79,12 @@ std::vector<Isa> available() {
   }
   if (avx2_too) all.push_back(FASTLOSS_ISA_TABLE(avx2));
 #endif
+#if defined(__aarch64__)
+  if (has_bf16()) all.push_back(FASTLOSS_ISA_TABLE(neon_bf16));
+  all.push_back(FASTLOSS_ISA_TABLE(neon));
+#else
   all.push_back(FASTLOSS_ISA_TABLE(generic));
+#endif
 #if defined(FASTLOSS_W16_TEST)
   if (avx2_too) all.push_back(FASTLOSS_ISA_TABLE(wide16));
 #endif

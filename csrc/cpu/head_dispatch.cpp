@@ -30,53 +30,15 @@
 
 namespace fastloss {
 
-#if defined(__x86_64__)
-namespace avx512 {
-extern const HeadKernels head_kernels;
-extern const GemmKernel gemm_bf16;
-}  // namespace avx512
-namespace avx2 {
-extern const HeadKernels head_kernels;
-extern const GemmKernel gemm_bf16;
-}  // namespace avx2
-#endif
-namespace generic {
-extern const HeadKernels head_kernels;
-extern const GemmKernel gemm_bf16;
-}  // namespace generic
-#if defined(FASTLOSS_W16_TEST)
-namespace wide16 {
-extern const HeadKernels head_kernels;
-extern const GemmKernel gemm_bf16;
-}  // namespace wide16
-#endif
-
 namespace {
 
-struct Chosen {
-  const HeadKernels& head;
-  const GemmKernel& gemm;
-};
-
-Chosen chosen() {
-  const char* isa = kernels().name;
-#if defined(__x86_64__)
-  if (!std::strcmp(isa, "avx512")) return {avx512::head_kernels, avx512::gemm_bf16};
-  if (!std::strcmp(isa, "avx2")) return {avx2::head_kernels, avx2::gemm_bf16};
-#endif
-#if defined(FASTLOSS_W16_TEST)
-  if (!std::strcmp(isa, "wide16")) return {wide16::head_kernels, wide16::gemm_bf16};
-#endif
-  return {generic::head_kernels, generic::gemm_bf16};
-}
-
 namespace py = pybind11;
-// The AVX-512 kernels multiply pairs with an instruction of their own, the others in two steps.
+// The kernels for AVX-512 and for NEON's bf16 multiply pairs with an instruction, the others in two steps.
 bool supports_gemm_bf16() {
 #if defined(__x86_64__)
   return !std::strcmp(kernels().name, "avx512") && __builtin_cpu_supports("avx512bf16");
 #else
-  return false;
+  return !std::strcmp(kernels().name, "neon_bf16");
 #endif
 }
 
@@ -118,7 +80,7 @@ void run_gemm(Gemm g, int64_t threads) {
   if (g.m <= 0 || g.n <= 0) return;
   py::gil_scoped_release release;
   if (threads < 1) threads = 1;
-  const GemmKernel& kernel = chosen().gemm;
+  const GemmKernel& kernel = kernels().gemm_bf16;
   kernel.run(g, threads, thread_buffer().at_least(kernel.scratch_bytes(g, threads)));
 }
 
@@ -142,7 +104,7 @@ void gemm_in_tiles(Address a, int64_t a_row, Address b, int64_t b_row, Address c
 }
 
 void run(const HeadCall& c, char* scratch, int64_t threads) {
-  const HeadKernels& k = chosen().head;
+  const HeadKernels& k = kernels().head;
   std::memset(scratch, 0, k.counter_bytes(threads));
 #if defined(_OPENMP)
 #pragma omp parallel num_threads(static_cast<int>(threads))
@@ -158,7 +120,7 @@ void run(const HeadCall& c, char* scratch, int64_t threads) {
 
 // Of all threads together.
 int64_t scratch_bytes(const HeadCall& c, int64_t threads) {
-  return chosen().head.scratch_bytes(c, threads < 1 ? 1 : threads);
+  return kernels().head.scratch_bytes(c, threads < 1 ? 1 : threads);
 }
 
 void check(const HeadCall& c) {

@@ -1,7 +1,8 @@
 // The matrix product inside the linear head: C (+)= A · B, C and all sums float32. A tile of C stays in
 // registers over the whole of K; B is packed into panels as wide as the tile, A is read where it lies. K goes
-// in units of 32 bits: one float, or two neighbouring bfloat16 (vdpbf16ps, and the tiles of amx.h). Whatever
-// is not a multiple of the tile is computed in full and stored in part: a packed panel is padded with zeros.
+// in units of 32 bits: one float, or two neighbouring bfloat16 (vdpbf16ps, bfmmla, and the tiles of amx.h).
+// Whatever is not a multiple of the tile is computed in full and stored in part: a packed panel is padded
+// with zeros.
 #pragma once
 
 #include "vec.h"
@@ -9,8 +10,14 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-// C in registers: 12 of 16, or 24 of AVX-512's 32; the others hold a row of B and a number of A.
-constexpr int kTileRows = 6, kTileVectors = FASTLOSS_VECTOR_BYTES == 64 ? 4 : 2;
+// C in registers: 12 of 16, or 24 of the 32 of AVX-512 and NEON; the others hold a row of B and a number of
+// A.
+#if defined(FASTLOSS_NEON) || FASTLOSS_VECTOR_BYTES == 64
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+constexpr int kTileRows = 6;
 constexpr int64_t kPanel = kTileVectors * W;  // columns of a tile
 // Units of K between two visits of a tile: that much of a panel stays in L1, and a sum's roundings do not
 // pile up (with 512 the error of a logit was above that of PyTorch's GEMM).
@@ -22,55 +29,76 @@ constexpr int64_t kDepth = 128;
 struct FloatUnits {
   typedef float Unit;
   static constexpr int64_t kElements = 1, kPanel = FASTLOSS_ISA::kPanel, kStep = 1, kStripe = 96;
-  static FASTLOSS_INLINE void multiply_add(F32V& sum, const Unit* a, F32V b) {
-    sum += (*a - F32V{}) * b;  // x - 0 is x for every x: a broadcast alone
-  }
+  // x - 0 is x for every x: a broadcast alone
+  static FASTLOSS_INLINE F32V broadcast(Unit a) { return a - F32V{}; }
+  static FASTLOSS_INLINE void multiply_add(F32V& sum, F32V a, F32V b) { sum += a * b; }
 };
 
 struct BFloat16Pairs {
   typedef uint32_t Unit;
   static constexpr int64_t kElements = 2, kPanel = FASTLOSS_ISA::kPanel, kStep = 1, kStripe = 96;
-  static FASTLOSS_INLINE void multiply_add(F32V& sum, const Unit* a, F32V b) {
+  static FASTLOSS_INLINE F32V broadcast(Unit a) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+    return F32V(_mm512_castsi512_ps(_mm512_set1_epi32(int(a))));
+#else
+    return bit_cast<F32V>(a - U32V{});
+#endif
+  }
+  static FASTLOSS_INLINE void multiply_add(F32V& sum, F32V a, F32V b) {
 #if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
     // An intrinsic would need AVX512_BF16 in the flags of everything that it is inlined into.
-    const __m512i pair = _mm512_set1_epi32(int(*a));
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(pair), "v"(b));
+    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #else  // the same product in two steps: tests the pairs' paths on any processor
-    const U32V bits = bit_cast<U32V>(b);
-    const float low = bit_cast<float>(*a << 16), high = bit_cast<float>(*a & 0xffff0000u);
-    sum += (low - F32V{}) * bit_cast<F32V>(bits << 16);
-    sum += (high - F32V{}) * bit_cast<F32V>(bits & 0xffff0000u);
+    const U32V left = bit_cast<U32V>(a), right = bit_cast<U32V>(b);
+    sum += bit_cast<F32V>(left << 16) * bit_cast<F32V>(right << 16);
+    sum += bit_cast<F32V>(left & 0xffff0000u) * bit_cast<F32V>(right & 0xffff0000u);
 #endif
   }
 };
 
-// Row i of A is at a[i], its units a_step apart; kTileRows pointers each. `rows` and `width` of the tile are
-// stored.
-template <class Op>
-FASTLOSS_INLINE void tile(const typename Op::Unit* const* a, int64_t a_step, const typename Op::Unit* b,
-                          int64_t units, float* const* c, int64_t rows, int64_t width, bool accumulate) {
-  F32V sum[kTileRows][kTileVectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) sum[i][v] = F32V{};
-  }
-  const typename Op::Unit* at[kTileRows];
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i) {
-    at[i] = a[i];
-    for (int64_t line = 0; line < kPanel; line += 16) __builtin_prefetch(c[i] + line, 1);
-  }
-  for (int64_t k = 0; k < units; ++k, b += kPanel) {
-    F32V row[kTileVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kTileVectors; ++v) row[v] = load_raw<F32V>(b + v * W);
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kTileVectors; ++v) Op::multiply_add(sum[i][v], at[i] + k * a_step, row[v]);
+#if defined(FASTLOSS_NEON_BF16)
+#define FASTLOSS_QUADS
+FASTLOSS_INLINE void multiply_add_quads(F32V& sum, F32V a, F32V b) {
+  sum = F32V(vbfmmlaq_f32(float32x4_t(sum), bit_cast<bfloat16x8_t>(a), bit_cast<bfloat16x8_t>(b)));
+}
+#elif defined(FASTLOSS_EMULATE_QUADS)  // the same product in steps: tests the path on any processor
+#define FASTLOSS_QUADS
+FASTLOSS_INLINE void multiply_add_quads(F32V& sum, F32V a, F32V b) {
+  const U32V x = bit_cast<U32V>(a), y = bit_cast<U32V>(b);
+  for (int i = 0; i < 2; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      for (int k = 0; k < 2; ++k) {
+        const uint32_t p = x[2 * i + k], q = y[2 * j + k];
+        sum[2 * i + j] += bit_cast<float>(p << 16) * bit_cast<float>(q << 16);
+        sum[2 * i + j] += bit_cast<float>(p & 0xffff0000u) * bit_cast<float>(q & 0xffff0000u);
+      }
     }
   }
+}
+#endif
+
+#if FASTLOSS_VECTOR_BYTES == 16
+FASTLOSS_INLINE F32V zip_low(F32V a, F32V b) { return F32V{a[0], b[0], a[1], b[1]}; }
+FASTLOSS_INLINE F32V zip_high(F32V a, F32V b) { return F32V{a[2], b[2], a[3], b[3]}; }
+FASTLOSS_INLINE F32V low_halves(F32V a, F32V b) { return F32V{a[0], a[1], b[0], b[1]}; }
+FASTLOSS_INLINE F32V high_halves(F32V a, F32V b) { return F32V{a[2], a[3], b[2], b[3]}; }
+// The first two of a vector; the others are anything.
+FASTLOSS_INLINE F32V two_units(const uint32_t* p) {
+  const uint64_t both = load_raw<uint64_t>(p);
+  return bit_cast<F32V>(U64V{both, 0});
+}
+#endif
+
+FASTLOSS_INLINE void prefetch_tile(float* const* c) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+    for (int64_t line = 0; line < kPanel; line += 16) __builtin_prefetch(c[i] + line, 1);
+  }
+}
+
+// `rows` and `width` of the tile.
+FASTLOSS_INLINE void store_tile(const F32V (&sum)[kTileRows][kTileVectors], float* const* c, int64_t rows,
+                                int64_t width, bool accumulate) {
   if (rows == kTileRows && width == kPanel) {
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
@@ -93,15 +121,127 @@ FASTLOSS_INLINE void tile(const typename Op::Unit* const* a, int64_t a_step, con
   }
 }
 
+// Row i of A is at a[i], its units a_step apart; kTileRows pointers each. `rows` and `width` of the tile are
+// stored.
+template <class Op>
+FASTLOSS_INLINE void tile(const typename Op::Unit* const* a, int64_t a_step, const typename Op::Unit* b,
+                          int64_t units, float* const* c, int64_t rows, int64_t width, bool accumulate) {
+  F32V sum[kTileRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) sum[i][v] = F32V{};
+  }
+  const typename Op::Unit* at[kTileRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) at[i] = a[i];
+  prefetch_tile(c);
+  for (int64_t k = 0; k < units; ++k, b += kPanel) {
+#if defined(FASTLOSS_NEON)
+    // GCC 12 would load the whole row and take the broadcasts apart again, and spill sums for it.
+    F32V left[kTileRows];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      left[i] = Op::broadcast(at[i][k * a_step]);
+      __asm__ volatile("" : "+w"(left[i]));
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      __asm__ volatile("" : : : "memory");
+      const F32V row = load_raw<F32V>(b + v * W);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows; ++i) Op::multiply_add(sum[i][v], left[i], row);
+    }
+#else
+    F32V row[kTileVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) row[v] = load_raw<F32V>(b + v * W);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kTileVectors; ++v)
+        Op::multiply_add(sum[i][v], Op::broadcast(at[i][k * a_step]), row[v]);
+    }
+#endif
+  }
+  store_tile(sum, c, rows, width, accumulate);
+}
+
+#if defined(FASTLOSS_QUADS)
+// The tile over pairs with bfmmla: two pairs of K at a time, of two rows of A and two columns of B, whose
+// four sums are one vector. Pairs lie in memory as for every other tile, and are put in fours here.
+template <bool kColumns>
+FASTLOSS_INLINE void tile_of_quads(const uint32_t* const* a, int64_t a_step, const uint32_t* b, int64_t units,
+                                   float* const* c, int64_t rows, int64_t width, bool accumulate) {
+  static_assert(W == 4 && kTileRows % 2 == 0, "two rows of two columns are a vector");
+  F32V sum[kTileRows / 2][2 * kTileVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows / 2; ++i) {
+#pragma GCC unroll 8
+    for (int v = 0; v < 2 * kTileVectors; ++v) sum[i][v] = F32V{};
+  }
+  const uint32_t* at[kTileRows];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) at[i] = a[i];
+  prefetch_tile(c);
+  const auto two_pairs = [&](int64_t k, bool is_last) __attribute__((always_inline)) {
+    F32V left[kTileRows / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows / 2; ++i) {
+      // [rows 2i and 2i + 1][pairs k and k + 1]
+      const uint32_t *const x = at[2 * i] + k * a_step, *const y = at[2 * i + 1] + k * a_step;
+      if (is_last) {
+        left[i] = bit_cast<F32V>(U32V{*x, 0, *y, 0});
+      } else if (kColumns) {  // y = x + 1
+        left[i] = zip_low(two_units(x), two_units(x + a_step));
+      } else {
+        left[i] = low_halves(two_units(x), two_units(y));
+      }
+    }
+    const uint32_t* const from = b + k * kPanel;
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      __asm__ volatile("" : : : "memory");  // GCC 12 loads all of them first, and spills sums for it
+      const F32V first = load_raw<F32V>(from + v * W);
+      const F32V second = is_last ? F32V{} : load_raw<F32V>(from + kPanel + v * W);
+      const F32V low = zip_low(first, second), high = zip_high(first, second);
+#pragma GCC unroll 8
+      for (int i = 0; i < kTileRows / 2; ++i) {
+        multiply_add_quads(sum[i][2 * v], left[i], low);
+        multiply_add_quads(sum[i][2 * v + 1], left[i], high);
+      }
+    }
+  };
+  int64_t k = 0;
+  for (; k + 2 <= units; k += 2) two_pairs(k, false);
+  if (k < units) two_pairs(k, true);
+  F32V out[kTileRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows / 2; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTileVectors; ++v) {
+      out[2 * i][v] = low_halves(sum[i][2 * v], sum[i][2 * v + 1]);
+      out[2 * i + 1][v] = high_halves(sum[i][2 * v], sum[i][2 * v + 1]);
+    }
+  }
+  store_tile(out, c, rows, width, accumulate);
+}
+#endif
+
 // A's rows with their units side by side, or (kColumns) side by side themselves: row i + 1 one unit after row
 // i.
 template <class Op, bool kColumns>
 __attribute__((noinline)) void tile_at(const typename Op::Unit* const* a, int64_t a_step,
                                        const typename Op::Unit* b, int64_t units, float* const* c,
                                        int64_t rows, int64_t width, bool accumulate) {
-  if (!kColumns) return tile<Op>(a, 1, b, units, c, rows, width, accumulate);
   const typename Op::Unit* at[kTileRows];
-  for (int i = 0; i < kTileRows; ++i) at[i] = a[0] + i;
+  for (int i = 0; i < kTileRows; ++i) at[i] = kColumns ? a[0] + i : a[i];
+  if (!kColumns) a_step = 1;
+#if defined(FASTLOSS_QUADS)
+  if constexpr (Op::kElements == 2) {
+    return tile_of_quads<kColumns>(at, a_step, b, units, c, rows, width, accumulate);
+  }
+#endif
   tile<Op>(at, a_step, b, units, c, rows, width, accumulate);
 }
 
@@ -187,6 +327,15 @@ FASTLOSS_INLINE void transpose(F32V (&r)[16]) {
 }
 #endif
 
+#if FASTLOSS_VECTOR_BYTES == 16
+// 4 rows of 4 numbers of 32 bits become columns.
+FASTLOSS_INLINE void transpose(F32V (&r)[4]) {
+  const F32V a = zip_low(r[0], r[2]), b = zip_low(r[1], r[3]);
+  const F32V c = zip_high(r[0], r[2]), d = zip_high(r[1], r[3]);
+  r[0] = zip_low(a, b), r[1] = zip_high(a, b), r[2] = zip_low(c, d), r[3] = zip_high(c, d);
+}
+#endif
+
 // One panel of B = Xᵀ: `width` rows of X, `row` elements apart, become columns; K is k elements (a multiple
 // of Op::kElements).
 template <class Op, class T>
@@ -195,24 +344,26 @@ void pack_transposed(const T* x, int64_t row, int64_t width, int64_t k, typename
   constexpr int64_t P = Op::kPanel;
   const int64_t units = k / Op::kElements;
   int64_t packed = 0;  // columns that are done
-#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
-  for (; packed + 16 <= width; packed += 16) {
+#if (defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64) || FASTLOSS_VECTOR_BYTES == 16
+  for (; packed + W <= width; packed += W) {
     const T* const from = x + packed * row;
     int64_t q = 0;
-    for (; q + 16 <= units; q += 16) {
-      F32V r[16];
+    for (; q + W <= units; q += W) {
+      F32V r[W];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < W; ++i) {
         const T* const at = from + i * row + q * Op::kElements;
         r[i] = load_units<Op>(at);
-        __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(at) + 16 * row * sizeof(T)), 0, 2);
+        if (W == 16 || q % 16 == 0) {
+          __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(at) + W * row * sizeof(T)), 0, 2);
+        }
       }
       transpose(r);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) memcpy(out + (q + i) * P + packed, &r[i], sizeof r[i]);
+      for (int i = 0; i < W; ++i) memcpy(out + (q + i) * P + packed, &r[i], sizeof r[i]);
     }
     for (; q < units; ++q) {
-      for (int i = 0; i < 16; ++i) {
+      for (int i = 0; i < W; ++i) {
         out[q * P + packed + i] = load_unit<Op>(from + i * row + q * Op::kElements);
       }
     }

@@ -1,6 +1,6 @@
 // Vectors of W floats (W/2 doubles) and their loads and stores from float32, bfloat16, float16, float64
 // memory. Reads and writes only whole vectors, or the first `count` elements with load_n / store_n. GCC
-// vector extensions, so that one source is AVX-512, AVX2 and plain C++, and W=16 can be tested without
+// vector extensions, so that one source is AVX-512, AVX2, NEON and plain C++, and W=16 can be tested without
 // AVX-512.
 #pragma once
 
@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef FASTLOSS_VECTOR_BYTES
@@ -18,6 +20,13 @@
 #define FASTLOSS_VECTOR_BYTES 32
 #else
 #define FASTLOSS_VECTOR_BYTES 16
+#endif
+#endif
+
+#if defined(__aarch64__) && FASTLOSS_VECTOR_BYTES == 16
+#define FASTLOSS_NEON
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define FASTLOSS_NEON_BF16  // bfmmla and bfcvtn: the sources are compiled once with them and once without
 #endif
 #endif
 
@@ -163,6 +172,13 @@ FASTLOSS_INLINE void store(F16* p, F32V v) {
   const __m128i h = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
 }
+#elif defined(FASTLOSS_NEON)
+FASTLOSS_INLINE F32V load(const F16* p) {
+  return F32V(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p)))));
+}
+FASTLOSS_INLINE void store(F16* p, F32V v) {
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32(float32x4_t(v))));
+}
 #else
 // Shift the half's exponent and mantissa into a float's place and multiply by 2^112: exact, subnormals too.
 FASTLOSS_INLINE F32V load(const F16* p) {
@@ -260,6 +276,8 @@ FASTLOSS_INLINE bool any_lane(M mask) {
   return !_mm256_testz_si256(__m256i(mask), __m256i(mask));
 #elif defined(__SSE2__) && FASTLOSS_VECTOR_BYTES == 16
   return _mm_movemask_epi8(__m128i(mask)) != 0;
+#elif defined(FASTLOSS_NEON)
+  return vmaxvq_u32(bit_cast<uint32x4_t>(mask)) != 0;
 #else
   U64V words = bit_cast<U64V>(mask);
   for (int k = 1; k < kBytes / 8; ++k) words[0] |= words[k];

@@ -110,8 +110,8 @@ inline Running together(Wanted want, Running so_far, const Running& more) {
 // --- a segment
 // -----------------------------------------------------------------------------------------------------------
 
-// How floats become numbers of type T: logits that are kept, and gradients. With AVX512_BF16
-// (kNative) that is an instruction; there subnormal numbers become 0.
+// How floats become numbers of type T: logits that are kept, and gradients. With AVX512_BF16 and NEON's bf16
+// (kNative) that is an instruction; in AVX512_BF16's subnormal numbers become 0.
 template <class T, bool kNative>
 struct Rounding;
 
@@ -144,6 +144,18 @@ struct Rounding<BF16, true> : Rounding<BF16, false> {
     __m512i bits;
     __asm__("vcvtne2ps2bf16 %1, %2, %0" : "=v"(bits) : "v"(v0), "v"(v1));
     _mm512_storeu_si512(p, bits);
+  }
+};
+#elif defined(FASTLOSS_NEON_BF16)
+template <>
+struct Rounding<BF16, true> : Rounding<BF16, false> {
+  static FASTLOSS_INLINE F32V rounded(F32V v) {
+    const uint16x4_t bits = vreinterpret_u16_bf16(vcvt_bf16_f32(float32x4_t(v)));
+    return F32V(vreinterpretq_f32_u32(vshll_n_u16(bits, 16)));
+  }
+  static FASTLOSS_INLINE void round_two(BF16* p, F32V v0, F32V v1) {
+    const bfloat16x8_t both = vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(float32x4_t(v0)), float32x4_t(v1));
+    vst1q_u16(reinterpret_cast<uint16_t*>(p), vreinterpretq_u16_bf16(both));
   }
 };
 #endif
@@ -625,7 +637,7 @@ void exponentials(const HeadCall& c, const ChapterSums* sums, const StripeOfLogi
 template <class F>
 void with_rounding(const HeadCall& c, F&& f) {
   if (c.weight_dtype != kBFloat16) return f(float{}, Rounding<float, false>{});
-#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+#if (defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64) || defined(FASTLOSS_NEON_BF16)
   if (c.rounds_natively) return f(BF16{}, Rounding<BF16, true>{});
 #endif
   f(BF16{}, Rounding<BF16, false>{});

@@ -26,6 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 # Kinds on which the library's GEMMs were the faster, by dtype: without AVX2 our tiles are plain C++ (float32, [512 × 512] · [512 ×
 # 16000] with all gradients, generic code on an AMD EPYC: 532 ms in blocks, 219 in chunks).
 LIBRARY_IS_FASTER = {"generic": DTYPES}
+# Kinds that nobody has measured (their tiles ran under an emulator only): the library's GEMMs, which are at least PyTorch's own speed.
+NOT_MEASURED = ("neon", "neon_bf16+bf16")
 
 
 class Table(NamedTuple):
@@ -45,7 +47,7 @@ def _kind() -> str:
     return best + "+bf16" * bool(module.supports_gemm_bf16()) + "+amx" * bool(module.supports_tiles())
 
 
-# The processor, by what it multiplies with: "generic", "avx2" or "avx512", and "+bf16", "+amx". Found before a test can force another.
+# The processor, by what it multiplies with: "generic", "avx2", "avx512", "neon" or "neon_bf16", and "+bf16", "+amx". Found before a test can force another.
 KIND = _kind()
 
 
@@ -90,6 +92,8 @@ def faster(dtype: torch.dtype) -> tuple[str, str]:
     name = str(dtype).removeprefix("torch.")
     if name in found.faster:
         return found.faster[name], f"the calibration in {found.path}"
+    if KIND in NOT_MEASURED:
+        return CHUNKS, f"a CPU of the kind {KIND!r} has not been measured; fastloss bench --calibrate does"
     if dtype in LIBRARY_IS_FASTER.get(KIND, ()):
         return CHUNKS, f"the library's GEMMs are faster on a CPU of the kind {KIND!r}"
     return BLOCKS, "the package's table"

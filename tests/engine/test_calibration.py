@@ -54,11 +54,14 @@ def test_what_a_file_does_not_say_is_the_packages(tmp_path: Path, monkeypatch: p
     path = tmp_path / "table.json"
     path.write_text(json.dumps({"kind": calibration.KIND, "faster": {"bfloat16": calibration.CHUNKS}}))
     monkeypatch.setenv(calibration.VARIABLE, str(path))
-    of_package = calibration.CHUNKS if calibration.KIND == "generic" else calibration.BLOCKS
-    assert schedule()["schedule"] == of_package
+    is_slow = calibration.KIND in ("generic", *calibration.NOT_MEASURED)
+    assert schedule()["schedule"] == (calibration.CHUNKS if is_slow else calibration.BLOCKS)
     assert schedule(torch.bfloat16)["schedule"] == calibration.CHUNKS
     monkeypatch.setattr(calibration, "KIND", "generic")
     assert calibration.faster(torch.float32)[0] == calibration.CHUNKS
+    monkeypatch.setattr(calibration, "KIND", "neon")
+    assert calibration.faster(torch.float32)[0] == calibration.CHUNKS
+    assert "not been measured" in calibration.faster(torch.float32)[1]
 
 
 @pytest.mark.parametrize(
