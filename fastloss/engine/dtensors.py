@@ -37,7 +37,7 @@ def takes_dtensors(vocabulary: str) -> Callable[[F], F]:
         @functools.wraps(function)
         def of_any(*args: Any, **kwargs: Any) -> Any:
             kind = _class()
-            every = (*args, *kwargs.values(), *(kwargs.get("lora") or ()))
+            every = (*args, *kwargs.values(), *_adapter_of(kwargs))
             sharded = kind is not None and any(isinstance(x, kind) for x in every)
             if not sharded and (kwargs.get("group") is None or not torch.compiler.is_compiling()):
                 return function(*args, **kwargs)
@@ -60,7 +60,7 @@ def _eager(function: Any, *args: Any, **kwargs: Any) -> Any:
 def _of_dtensors(function: Any, vocabulary: str, given: dict[str, Any], kind: Any) -> Any:
     from torch.distributed.tensor import Replicate
 
-    first = next(x for x in (*given.values(), *(given.get("lora") or ())) if isinstance(x, kind))
+    first = next(x for x in (*given.values(), *_adapter_of(given)) if isinstance(x, kind))
     cut = given.get(vocabulary)
     mesh, dim = first.device_mesh, None
     if isinstance(cut, kind):
@@ -97,6 +97,11 @@ def _of_dtensors(function: Any, vocabulary: str, given: dict[str, Any], kind: An
     out = function(**local)
     everywhere = [Replicate()] * mesh.ndim
     return _wrapped(out, lambda x: kind.from_local(x, mesh, everywhere, run_check=False))
+
+
+def _adapter_of(given: dict[str, Any]) -> tuple[Any, ...]:
+    lora = given.get("lora")
+    return tuple(lora) if isinstance(lora, (tuple, list)) else ()
 
 
 def _adapter(lora: Any, vocabulary: str, cut: Any, mesh: Any, dim: int | None, kind: Any) -> tuple[Any, ...]:
