@@ -186,6 +186,8 @@ POLICY_OUT = (
     "cut",
     "policy",
 )
+# The places of value_loss's ``out``: the loss times its scale, that scale, and the metrics.
+VALUE_OUT = ("loss", "scale", "clip_ratio", "explained_variance", "mean")
 # The public metrics in the order in which they are made from those; the last three where their inputs are given.
 POLICY_METRICS = (
     "policy_loss",
@@ -203,6 +205,7 @@ POLICY_METRICS = (
     "entropy",
     "importance/cut_fraction",
 )
+VALUE_PLACE = {name: place for place, name in enumerate(VALUE_OUT)}
 POLICY_PLACE = {name: place for place, name in enumerate(POLICY_OUT)}
 # Log-ratios are clamped here: e^20 is finite in float32, and so are its square and the sum of 2^64 of them.
 MAX_LOG_RATIO = 20.0
@@ -346,6 +349,7 @@ NATIVE_TABLES: dict[str, tuple[str, ...]] = {
     "corrections": CORRECTIONS,
     "policy_out": POLICY_OUT,
     "policy_metrics": POLICY_METRICS,
+    "value_out": VALUE_OUT,
     "distillation_divergences": DISTILLATION_DIVERGENCES,
     "distillation_sums": DISTILLATION_SUMS,
 }

@@ -50,6 +50,7 @@ SHARED = f"build/native-{sysconfig.get_platform()}"
 PER_ISA = (
     "rows.cpp",
     "policy.cpp",
+    "tokens.cpp",
     "gemm.cpp",
     "vocab_blocks.cpp",
     "head.cpp",

@@ -105,6 +105,7 @@ CASES: dict[tuple[str, str], dict[str, tuple[tuple[str, ...], dict[str, Any]]]] 
 
 
 POLICY = ("logprobs_ptr", "advantages_ptr", "mask_ptr", "grad_ptr", "sums_ptr")
+VALUE = ("values_ptr", "returns_ptr", "mask_ptr", "grad_ptr", "parts_ptr")
 TOTAL = ("sums_ptr", "out_ptr", "loss_ptr")
 POLICY_ALL = (
     *POLICY, "old_ptr", "ref_ptr", "entropy_ptr", "sampler_ptr", "token_weight_ptr", "select_ptr", "offsets_ptr",
@@ -184,6 +185,22 @@ CASES |= {
         ),
         "returns": (("rewards_ptr", "mask_ptr", "returns_ptr"), {}),
     },
+    ("tokens", "value_loss_kernel"): {
+        "plain": (VALUE, {"parts_ptr": "*fp64"}),
+        "clip, shares": ((*VALUE, "old_ptr", "share_ptr"), {"parts_ptr": "*fp64"}),
+    },
+    ("tokens", "value_total_kernel"): {
+        "tokens": (("parts_ptr", "out_ptr", "loss_ptr"), {"parts_ptr": "*fp64"}),
+        "scale": (("parts_ptr", "scale_ptr", "out_ptr", "loss_ptr"), {"parts_ptr": "*fp64"}),
+    },
+    ("tokens", "kl_estimate_kernel"): {
+        f"{name}{', backwards' if upstream else ''}": (
+            ("logprobs_ptr", "ref_ptr", *upstream, "out_ptr"),
+            {"KIND": code},
+        )
+        for code, name in enumerate(KL_KINDS)
+        for upstream in ((), ("upstream_ptr",))
+    },
 }
 # The usual gradient is one row that is aligned; a row apart from the next one need not be.
 CASES[("scale", "scale_kernel")] = {
@@ -223,7 +240,8 @@ SHAPES = {
     "sum_rows_kernel": "REDUCE_SHAPE", "reciprocal_count_kernel": "REDUCE_SHAPE",
     "segment_sum_kernel": "SUM_SHAPE", "segment_expand_kernel": "SUM_SHAPE", "pair_loss_kernel": "PAIR_SHAPE",
     "unpaired_loss_kernel": "PAIR_SHAPE", "policy_loss_kernel": "POLICY_SHAPE", "policy_total_kernel": "TOTAL_SHAPE",
-    "scan_kernel": "SCAN_SHAPE", "scale_kernel": "SCALE_SHAPE",
+    "scan_kernel": "SCAN_SHAPE", "value_loss_kernel": "VALUE_SHAPE", "value_total_kernel": "TOTAL_SHAPE",
+    "kl_estimate_kernel": "KL_SHAPE", "scale_kernel": "SCALE_SHAPE",
     "divergence_kernel": "DIVERGENCE_SHAPE",
 }  # fmt: skip
 

@@ -96,6 +96,7 @@ inline pybind11::dict tables() {
   put("aggregations", policy::kAggregationNames), put("kl_kinds", policy::kKlKindNames);
   put("corrections", policy::kCorrectionNames);
   put("policy_out", policy::kSumNames), put("policy_metrics", policy::kMetricNames);
+  put("value_out", value::kOutNames);
   put("distillation_divergences", distillation::kDivergenceNames);
   put("distillation_sums", distillation::kSumNames);
   return all;

@@ -177,6 +177,19 @@ FASTLOSS_PLACES(Metric, kMetrics, FASTLOSS_POLICY_METRICS)
 
 }  // namespace policy
 
+// The places of value_loss's out: the loss times its scale, that scale, and the metrics.
+namespace value {
+
+#define FASTLOSS_VALUE_OUT(X)                 \
+  X(kLoss, "loss")                            \
+  X(kScale, "scale")                          \
+  X(kClipRatio, "clip_ratio")                 \
+  X(kExplainedVariance, "explained_variance") \
+  X(kMean, "mean")
+FASTLOSS_PLACES(Out, kOuts, FASTLOSS_VALUE_OUT)
+
+}  // namespace value
+
 // --- distillation (docs/distillation.md) ---
 
 namespace distillation {

@@ -9,6 +9,7 @@
 #include "common/bindings.h"
 #include "common/policy_arguments.h"
 #include "common/scan_arguments.h"
+#include "common/token_arguments.h"
 
 namespace fastloss {
 
@@ -86,7 +87,31 @@ struct PolicyBindings {
         dtype, context);
   }
 
+  static void value_loss(Address values, int dtype, Address returns, Address old, Address share, Address mask,
+                         int64_t n, double clip_range, Address scale, Address grad, Address out,
+                         Address parts, Address ticket, int64_t context) {
+    ValueLoss a = {};
+    a.values = required("values", values), a.returns = required("returns", returns);
+    a.old = at(old), a.share = at(share), a.mask = required<uint8_t>("mask", mask);
+    a.n = n, a.clip_range = clip_range, a.scale = at(scale);
+    a.grad = required("grad", grad), a.out = required("out", out);
+    a.parts = required<ValuePart>("parts", parts), a.ticket = at<unsigned>(ticket);
+    Backend::run(a, dtype, context);
+  }
+
+  static void kl_estimate(Address logprobs, int dtype, Address ref, Address upstream, int64_t n, int kind,
+                          Address out, int64_t context) {
+    Backend::run(KlEstimate{required("logprobs", logprobs), required("ref", ref), at(upstream), n,
+                            code_of<policy::KlKind>("kind", kind), required("out", out)},
+                 dtype, context);
+  }
+
   static void bind(pybind11::module_& m) {
+    m.attr("VALUE_PART_TOKENS") = kValuePart, m.attr("VALUE_PART_BYTES") = int64_t(sizeof(ValuePart));
+    define(m, "value_loss", &value_loss, "values", "dtype", "returns", "old", "share", "mask", "n",
+           "clip_range", "scale", "grad", "out", "parts", "ticket", "context");
+    define(m, "kl_estimate", &kl_estimate, "logprobs", "dtype", "ref", "upstream", "n", "kind", "out",
+           "context");
     define(m, "policy_loss", &policy_loss, "logprobs", "dtype", "entropy", "advantages",
            "advantage_of_sequence", "mask", "old", "ref", "sampler", "token_weight", "select", "share",
            "offsets", "n", "length", "count", "options", "normalizer", "normalizer_tensor", "d_logprobs",

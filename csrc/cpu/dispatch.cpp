@@ -20,6 +20,7 @@ namespace fastloss {
   namespace isa {                                    \
   extern const Kernels kernels;                      \
   extern const PolicyKernels policy_kernels;         \
+  extern const TokenKernels token_kernels;           \
   extern const HeadKernels head_kernels;             \
   extern const GemmKernel gemm_bf16;                 \
   extern const DivergenceKernels divergence_kernels; \
@@ -29,6 +30,7 @@ namespace fastloss {
   {#isa,                        \
    isa::kernels,                \
    isa::policy_kernels,         \
+   isa::token_kernels,          \
    isa::head_kernels,           \
    isa::gemm_bf16,              \
    isa::divergence_kernels,     \

@@ -12,6 +12,7 @@
 #include "gemm.h"
 #include "head.h"
 #include "policy.h"
+#include "tokens.h"
 
 namespace fastloss {
 
@@ -20,6 +21,7 @@ struct Isa {
   const char* name;
   const Kernels& rows;
   const PolicyKernels& policies;
+  const TokenKernels& tokens;
   const HeadKernels& head;
   const GemmKernel& gemm_bf16;
   const DivergenceKernels& divergences;

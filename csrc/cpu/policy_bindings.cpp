@@ -9,6 +9,7 @@
 #include "parallel.h"
 #include "policy.h"
 #include "scan.h"
+#include "tokens.h"
 
 namespace fastloss {
 namespace {
@@ -23,6 +24,16 @@ struct Cpu {
     expect_accumulation_dtype(dtype);
     const ReleaseGil gil(a.n >= kSmallWork);
     scan(a, dtype, threads);
+  }
+  static void run(const ValueLoss& a, int dtype, int64_t threads) {
+    expect_accumulation_dtype(dtype);
+    const ReleaseGil gil(a.n >= kSmallWork);
+    value_loss(a, dtype, threads);
+  }
+  static void run(const KlEstimate& a, int dtype, int64_t threads) {
+    expect_accumulation_dtype(dtype);
+    const ReleaseGil gil(a.n >= kSmallWork);
+    kl_estimate(a, dtype, threads);
   }
 };
 

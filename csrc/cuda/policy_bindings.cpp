@@ -19,6 +19,15 @@ struct Cuda {
     expect_float32(dtype);
     launch([&] { return scan(a, at(Address(stream))); });
   }
+  static void run(const ValueLoss& a, int dtype, int64_t stream) {
+    expect_float32(dtype);
+    if (!a.ticket) throw std::invalid_argument("ticket: expected an address, got 0");
+    launch([&] { return value_loss(a, at(Address(stream))); });
+  }
+  static void run(const KlEstimate& a, int dtype, int64_t stream) {
+    expect_float32(dtype);
+    launch([&] { return kl_estimate(a, at(Address(stream))); });
+  }
 };
 
 }  // namespace

@@ -109,6 +109,26 @@ class PolicyResult(NamedTuple):
     d_entropy: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class ValueInputs:
+    """What the loss of a value head reads without a gradient: acc ``[N]``, N > 0."""
+
+    returns: Tensor
+    mask: Tensor  # uint8 [N]
+    old: Tensor | None = None  # with a clip alone
+    clip_range: float = math.inf
+    share: Tensor | None = None  # each token's share of the aggregate; None: 1
+    scale: Tensor | None = None  # 0-d, what the sum of the shares is multiplied by; None: 1 / tokens
+
+
+class ValueResult(NamedTuple):
+    """``out`` acc [5] (fastloss.tables.VALUE_OUT); the gradient of the unscaled loss, to be multiplied by out's "scale"."""
+
+    loss: Tensor  # 0-d
+    out: Tensor
+    d_values: Tensor | None = None
+
+
 class Backend(Protocol):
     """What every backend computes."""
 
@@ -267,6 +287,14 @@ class Backend(Protocol):
         self, logprobs: Tensor, entropy: Tensor | None, inputs: PolicyInputs, options: PolicyOptions
     ) -> PolicyResult:
         """The policy-gradient loss of flat log-probs ``[N]``."""
+        ...
+
+    def value_loss(self, values: Tensor, inputs: ValueInputs) -> ValueResult:
+        """The loss of a value head, flat ``[N]``."""
+        ...
+
+    def kl_estimate(self, logprobs: Tensor, ref: Tensor, kind: int, upstream: Tensor | None) -> Tensor:
+        """An estimate of a KL per token, acc ``[N]``; with ``upstream``: it times the estimate's derivative for ``logprobs``."""
         ...
 
     def gae(

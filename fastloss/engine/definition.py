@@ -18,10 +18,13 @@ from fastloss.engine.contract import (
     PolicyInputs,
     PolicyResult,
     UnpairedResult,
+    ValueInputs,
+    ValueResult,
     count_plainly,
 )
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
+    KL_KINDS,
     LSE_PARTS,
     CrossEntropyOptions,
     DistillationOptions,
@@ -221,6 +224,28 @@ class ReferenceBackend:
         )
         return PolicyResult(loss, out)
 
+    def value_loss(self, values: Tensor, inputs: ValueInputs) -> ValueResult:
+        x = inputs
+        loss, metrics = reference.value_terms(
+            values,
+            x.old,
+            x.returns,
+            x.mask.bool(),
+            1.0 if x.share is None else x.share,
+            x.scale,
+            x.clip_range,
+        )
+        scale = 1 / x.mask.sum().clamp(min=1).to(values.dtype) if x.scale is None else x.scale
+        return ValueResult(loss, torch.stack([loss.detach(), scale.to(loss.dtype), *metrics.values()]))
+
+    def kl_estimate(self, logprobs: Tensor, ref: Tensor, kind: int, upstream: Tensor | None) -> Tensor:
+        if upstream is None:
+            return reference.kl_estimate(logprobs, ref, name_of_kind(kind))
+        with torch.enable_grad():
+            leaf = logprobs.detach().requires_grad_()
+            kl = reference.kl_estimate(leaf, ref, name_of_kind(kind))
+        return torch.autograd.grad(kl, leaf, upstream)[0]
+
     def gae(
         self, rewards: Tensor, values: Tensor, mask: Tensor, layout: Sequences, gamma: float, lam: float
     ) -> tuple[Tensor, Tensor]:
@@ -228,6 +253,12 @@ class ReferenceBackend:
 
     def discounted_returns(self, rewards: Tensor, mask: Tensor, layout: Sequences, gamma: float) -> Tensor:
         return reference.discounted_returns(rewards, mask, layout.offsets, layout.length, layout.count, gamma)
+
+
+def name_of_kind(kind: int) -> str:
+    if kind not in range(len(KL_KINDS)):
+        raise ValueError(f"kind: expected the code of one of {', '.join(map(repr, KL_KINDS))}, got {kind}")
+    return KL_KINDS[kind]
 
 
 def _transform(options: RowOptions) -> dict[str, Any]:

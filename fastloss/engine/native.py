@@ -27,6 +27,8 @@ from fastloss.engine.contract import (
     PolicyInputs,
     PolicyResult,
     UnpairedResult,
+    ValueInputs,
+    ValueResult,
     count_plainly,
 )
 from fastloss.engine.gate import address, addresses, of_dense, of_made
@@ -42,6 +44,7 @@ from fastloss.tables import (
     POLICY_PLACE,
     STATS,
     UNPAIRED_SUMS,
+    VALUE_OUT,
     CrossEntropyOptions,
     DistillationOptions,
     Number,
@@ -622,6 +625,35 @@ class NativeBackend:
                     returns=address(returns), context=self.context.argument(rewards),
                 )  # fmt: skip
         return returns
+
+    def value_loss(self, values: Tensor, inputs: ValueInputs) -> ValueResult:
+        x, n = inputs, values.numel()
+        grad = _like(values)
+        out = torch.empty(len(VALUE_OUT), dtype=values.dtype, device=values.device)
+        # Written as doubles: a part is some of them.
+        parts = math.ceil(n / self.module.VALUE_PART_TOKENS) * self.module.VALUE_PART_BYTES // 8
+        sums = torch.empty(parts, dtype=torch.float64, device=values.device)
+        given = {
+            "values": values, "returns": x.returns, "old": x.old, "share": x.share, "mask": _bytes(x.mask), "scale": x.scale,
+        }  # fmt: skip
+        made = {"grad": grad, "out": out, "parts": sums, "ticket": self.context.ticket(values)}
+        with self.context.guard(values):
+            self.module.value_loss(
+                dtype=DTYPE_CODES[values.dtype], n=n, clip_range=x.clip_range, context=self.context.argument(values),
+                **addresses(given, made),
+            )  # fmt: skip
+        return ValueResult(out[0], out, grad)
+
+    def kl_estimate(self, logprobs: Tensor, ref: Tensor, kind: int, upstream: Tensor | None) -> Tensor:
+        out = _like(logprobs)
+        if out.numel():
+            given = {"logprobs": logprobs, "ref": ref, "upstream": upstream}
+            with self.context.guard(logprobs):
+                self.module.kl_estimate(
+                    dtype=DTYPE_CODES[logprobs.dtype], n=out.numel(), kind=kind, context=self.context.argument(logprobs),
+                    **addresses(given, {"out": out}),
+                )  # fmt: skip
+        return out
 
     # The CPU's alone.
 

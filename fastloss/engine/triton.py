@@ -21,6 +21,8 @@ from fastloss.engine.contract import (
     PolicyInputs,
     PolicyResult,
     UnpairedResult,
+    ValueInputs,
+    ValueResult,
     count_plainly,
 )
 from fastloss.engine.sequences import Sequences
@@ -206,6 +208,12 @@ class TritonBackend:
         self, logprobs: Tensor, entropy: Tensor | None, inputs: PolicyInputs, options: PolicyOptions
     ) -> PolicyResult:
         return _kernels().policy_loss(logprobs, entropy, inputs, options)
+
+    def value_loss(self, values: Tensor, inputs: ValueInputs) -> ValueResult:
+        return _kernels().value_loss(values, inputs)
+
+    def kl_estimate(self, logprobs: Tensor, ref: Tensor, kind: int, upstream: Tensor | None) -> Tensor:
+        return _kernels().kl_estimate(logprobs, ref, kind, upstream)
 
     def gae(
         self, rewards: Tensor, values: Tensor, mask: Tensor, layout: Sequences, gamma: float, lam: float

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.backend import announce_pointwise
+from fastloss.engine.autograd import differentiable_again
+from fastloss.engine.backend import resolve_call, resolves_views
+from fastloss.engine.contract import Backend
+from fastloss.engine.definition import REFERENCE
 from fastloss.losses.policy_inputs import check_like
-from fastloss.tables import ACC_DTYPES, KL_KINDS, MAX_LOG_RATIO
+from fastloss.tables import ACC_DTYPES, KL_KINDS
 
 
+@resolves_views
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str = "k3", backend: str = "auto") -> Tensor:
     """A per-token estimate of KL(policy, reference) from sampled tokens, with gradient through ``logprobs``.
 
@@ -31,14 +37,32 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str = "k3", bac
     checks.is_floating("logprobs", logprobs)
     check_like("ref_logprobs", ref_logprobs, logprobs)
     checks.is_one_of("kind", kind, KL_KINDS)
-    announce_pointwise("kl_estimate", backend)
+    call = resolve_call("kl_estimate", backend, logprobs, ref_logprobs, has_operators=False)
+    call.announce()
     acc = ACC_DTYPES[logprobs.dtype]
-    t = (ref_logprobs.detach().to(acc) - logprobs.to(acc)).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-    if kind == "k1":
-        return -t
-    if kind == "k2":
-        return t.square() / 2
-    if kind == "abs":
-        return t.abs()
-    k3 = torch.expm1(t) - t
-    return k3 if kind == "k3" else k3.clamp(-10, 10)
+    x, ref = logprobs.to(acc), ref_logprobs.detach().to(acc)
+    if call.backend.differentiable:
+        return call.backend.kl_estimate(x, ref, KL_KINDS.index(kind), None)
+    out: Tensor = _KlEstimate.apply(x.contiguous(), ref.contiguous(), call.backend, KL_KINDS.index(kind))
+    return out
+
+
+def _again(ctx: Any) -> Any:
+    logprobs, ref = ctx.saved_tensors
+    return [REFERENCE.kl_estimate(logprobs, ref, ctx.kind, None)], [logprobs]
+
+
+class _KlEstimate(torch.autograd.Function):
+    """logprobs -> the estimate of each token; its derivative is made again in the backward, from what is held anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, ref: Tensor, backend: Backend, kind: int) -> Tensor:
+        ctx.backend, ctx.kind = backend, kind
+        ctx.save_for_backward(logprobs, ref)
+        return backend.kl_estimate(logprobs, ref, kind, None)
+
+    @staticmethod
+    @differentiable_again(_again)
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        logprobs, ref = ctx.saved_tensors
+        return ctx.backend.kl_estimate(logprobs, ref, ctx.kind, upstream.contiguous()), None, None, None

@@ -178,7 +178,7 @@ def process_reward_loss(
     )
     with torch.no_grad():
         kept = flat != ignore_index
-        right = (stats.is_top1 & kept).sum() / kept.sum().clamp(min=1)
+        right = torch.count_nonzero(stats.is_top1 & kept) / torch.count_nonzero(kept).clamp(min=1)
     return RewardOutput(loss.reshape(labels.shape) if reduction == "none" else loss, {"accuracy": right})
 
 

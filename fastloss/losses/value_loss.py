@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastloss.engine import checks
-from fastloss.engine.backend import announce_pointwise
+from fastloss.engine.autograd import differentiable_again
+from fastloss.engine.backend import resolve_call, resolves_views
+from fastloss.engine.contract import Backend, ValueInputs
+from fastloss.engine.definition import REFERENCE
 from fastloss.engine.jagged import takes_jagged
 from fastloss.losses.policy_inputs import check_like, lay_flat, shares
 from fastloss.losses.policy_options import PolicySpec, options_of
-from fastloss.tables import ACC_DTYPES, AGGREGATIONS
+from fastloss.tables import ACC_DTYPES, AGGREGATIONS, VALUE_PLACE
+
+METRICS = ("clip_ratio", "explained_variance", "mean")
 
 
 class ValueOutput(NamedTuple):
@@ -23,6 +29,7 @@ class ValueOutput(NamedTuple):
 
 
 @takes_jagged()
+@resolves_views
 def value_loss(
     values: Tensor,
     old_values: Tensor | None,
@@ -73,49 +80,64 @@ def value_loss(
         with_ref=False,
         default_length=None if cu_seqlens is not None else inputs.layout.length,
     )
-    announce_pointwise("value_loss", backend)
     acc, keep = ACC_DTYPES[values.dtype], inputs.mask.bool()
-    share, scale = shares(
-        keep, inputs.layout, options.aggregation, options.max_length, inputs.normalizer, acc
+    call = resolve_call(
+        "value_loss", backend, values, old_values, returns, mask, normalizer, cu_seqlens, has_operators=False
     )
-    old = None if old_values is None else old_values.reshape(-1).to(acc)
-    flat, target = values.reshape(-1).to(acc), returns.reshape(-1).to(acc)
-    loss, metrics = _aggregated(flat, old, target, keep, clip_range, share, scale)
+    call.announce()
+    share, scale = None, None
+    if inputs.normalizer is not None or AGGREGATIONS[options.aggregation] != "token-mean":
+        share, scale = shares(
+            keep, inputs.layout, options.aggregation, options.max_length, inputs.normalizer, acc
+        )
+        if AGGREGATIONS[options.aggregation] != "seq-mean-token-mean":
+            share = None  # the mask
+    flat = values.reshape(-1).to(acc)
+    loss, out = _launch(
+        call.backend,
+        flat,
+        ValueInputs(
+            returns=returns.detach().reshape(-1).to(acc).contiguous(),
+            mask=inputs.mask,
+            old=None
+            if clip_range is None or old_values is None
+            else old_values.detach().reshape(-1).to(acc).contiguous(),
+            clip_range=math.inf if clip_range is None else clip_range,
+            share=share,
+            scale=scale,
+        ),
+    )
+    metrics = {f"value/{name}": out[VALUE_PLACE[name]] for name in METRICS}
     return ValueOutput(loss, metrics)
 
 
-def _aggregated(
-    values: Tensor,
-    old_values: Tensor | None,
-    returns: Tensor,
-    mask: Tensor,
-    clip_range: float | None,
-    share: Tensor,
-    scale: Tensor,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """``scale · Σ share · ½ max((V - R)², (clip(V, V_old ± ε) - R)²)`` and its metrics, over unmasked tokens."""
-    values, returns = torch.where(mask, values, 0), torch.where(mask, returns, 0).detach()
-    error = (values - returns).square()
-    clipped = torch.zeros_like(mask)
-    if clip_range is not None and old_values is not None:
-        old_values = torch.where(mask, old_values, 0).detach()
-        near = torch.clamp(values, old_values - clip_range, old_values + clip_range)
-        clipped_error = (near - returns).square()
-        clipped = (clipped_error > error) & mask
-        error = torch.maximum(error, clipped_error)
-    loss = scale * (share * 0.5 * error).sum()
-    with torch.no_grad():
-        tokens = mask.sum().to(values.dtype).clamp(min=1)
+def _again(ctx: Any) -> Any:
+    values = ctx.saved_tensors[0]
+    return [REFERENCE.value_loss(values, ctx.given).loss, None], [values]
 
-        def variance(x: Tensor) -> Tensor:
-            centered = torch.where(mask, x - (x * mask).sum() / tokens, 0)
-            return centered.square().sum() / tokens
 
-        spread = variance(returns)
-        explained = torch.where(spread > 0, 1 - variance(returns - values) / spread.clamp(min=1e-30), 0)
-        metrics = {
-            "value/clip_ratio": clipped.sum().to(values.dtype) / tokens,
-            "value/explained_variance": explained,
-            "value/mean": (values * mask).sum() / tokens,
-        }
-    return loss, metrics
+class _ValueLoss(torch.autograd.Function):
+    """values -> (loss, out); the gradient is made in the forward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, backend: Backend, inputs: ValueInputs) -> Any:
+        result = backend.value_loss(values, inputs)
+        ctx.given = inputs
+        ctx.save_for_backward(values, result.d_values, result.out)
+        ctx.mark_non_differentiable(result.out)
+        return result.loss.clone(), result.out
+
+    @staticmethod
+    @differentiable_again(_again)
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
+        _, d_values, out = ctx.saved_tensors
+        return d_values * (upstream * out[VALUE_PLACE["scale"]]), None, None
+
+
+def _launch(backend: Backend, values: Tensor, inputs: ValueInputs) -> tuple[Tensor, Tensor]:
+    """Loss and ``out`` (fastloss.tables.VALUE_OUT)."""
+    if backend.differentiable or not values.numel():
+        result = REFERENCE.value_loss(values, inputs)
+        return result.loss, result.out
+    loss, out = _ValueLoss.apply(values.contiguous(), backend, inputs)
+    return loss, out

@@ -11,6 +11,7 @@ from fastloss.reference.policy_gradient import (
     policy_loss,
     shares,
     value_loss,
+    value_terms,
 )
 from fastloss.reference.preference import pair_loss, segment_sum, unpaired_loss
 from fastloss.reference.router import load_balancing
@@ -44,4 +45,5 @@ __all__ = [
     "topk_distillation_rows",
     "unpaired_loss",
     "value_loss",
+    "value_terms",
 ]

@@ -330,25 +330,45 @@ def value_loss(
     length: int,
     count: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """``½ max((V - R)², (clip(V, V_old ± ε) - R)²)`` of flat values ``[N]``, aggregated as a policy loss, and its metrics."""
+    """:func:`value_terms`, aggregated as a policy loss."""
     mask = mask.bool()
     seq = Sequences(offsets, length, count, values.numel(), values.device)
     n = seq.sum(mask.to(values.dtype)).clamp(min=1)
     share, scale = shares(mask, n, seq, aggregation, max_length, normalizer)
+    return value_terms(values, old_values, returns, mask, share, scale, clip_range)
+
+
+def value_terms(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor,
+    share: Tensor | float,
+    scale: Tensor | None,
+    clip_range: float | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``scale · Σ share · ½ max((V - R)², (clip(V, V_old ± ε) - R)²)`` of flat values ``[N]``, and its metrics. No ``scale`` is
+    one over the tokens."""
     values, returns = torch.where(mask, values, 0), torch.where(mask, returns, 0).detach()
     error = (values - returns) ** 2
     clipped = torch.zeros_like(mask)
     if clip_range is not None and old_values is not None:
         old = torch.where(mask, old_values, 0).detach()
-        further = (old + bounded(values - old, -clip_range, clip_range) - returns) ** 2
+        moved = values - old
+        inside = (moved >= -clip_range) & (moved <= clip_range)  # as it is, without a rounding of its own
+        near = torch.where(inside, values, old + bounded(moved, -clip_range, clip_range))
+        further = (near - returns) ** 2
         clipped = mask & (further > error)
-        error = torch.where(further > error, further, error)
-    loss = scale * (share * error / 2).sum()
+        error = torch.where(further <= error, error, further)  # a NaN stays one
+    tokens = mask.sum().to(values.dtype).clamp(min=1)
+    loss = torch.where(mask, share * error / 2, 0).sum() * (1 / tokens if scale is None else scale)
     with torch.no_grad():
-        tokens = mask.sum().to(values.dtype).clamp(min=1)
 
         def variance(x: Tensor) -> Tensor:
-            mean = (x * mask).sum() / tokens
+            # From one of the numbers, so that numbers that are all the same have none.
+            x = x - torch.where(mask, x, -torch.inf).amax() if x.numel() else x
+            x = torch.where(mask, x, 0)
+            mean = x.sum() / tokens
             return ((x - mean) ** 2 * mask).sum() / tokens
 
         spread = variance(returns)
