@@ -44,10 +44,16 @@ test: native
 PEERS_ALONE = torchtitan spmd_types tyro docstring-parser typeguard shtab verl openrlhf axolotl addict megatron-core \
 	ms-swift llamafactory skyrl loguru
 COMPATIBILITY = build/compatibility.jsonl
+# TRL's repository, for its own tests.
+export TRL_CHECKOUT ?= build/trl
 
 integrations: native build/integrations/.installed
 	rm -f $(COMPATIBILITY)
 	FASTLOSS_TEST_SLOW=1 FASTLOSS_COMPATIBILITY=$(COMPATIBILITY) $(BIN)/python -m pytest $(PYTEST_ARGS) tests/integrations
+	test -d $(TRL_CHECKOUT) || git clone -q --depth 1 -b v$$($(BIN)/python -c 'import trl; print(trl.__version__)') \
+	  https://github.com/huggingface/trl $(TRL_CHECKOUT) || echo "TRL's own tests are left out: its repository cannot be had"
+	if [ -d $(TRL_CHECKOUT) ]; then \
+	  PYTHONPATH=tests $(BIN)/python -m integrations.trl_suite.run $(TRL_CHECKOUT) --record $(COMPATIBILITY); fi
 	$(BIN)/python benchmarks/trainer_steps.py --steps 6 --out $(COMPATIBILITY)
 	$(BIN)/python tests/integrations/table.py $(COMPATIBILITY) > docs/integrations/compatibility.md
 

@@ -72,9 +72,31 @@ def steps(rows: list[dict]) -> str:
     return "\n" + "\n".join(lines) + "\n"
 
 
+def suites(rows: list[dict]) -> str:
+    """The table of trl_suite/run.py."""
+    if not rows:
+        return ""
+    lines = [
+        "## TRL's own tests",
+        "",
+        "`tests/integrations/trl_suite`: the tests of TRL's repository, as it is and with `fastloss.integrations.trl.apply()` in the whole process. The tiny",
+        "models and data sets that they download are made here. Tests of a model that has no stand-in (vision, remote code) fail in both runs, as do",
+        "those that ask for a function of another TRL than the one installed.",
+        "",
+        "| tests | of version | TRL | run | pass as it is | of those, pass with fastloss | fail as it is | skipped |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in {r["suite"]: r for r in rows}.values():
+        lines.append(
+            f"| {r['suite']} | {r['tests of']} | {r['version']} | {r['run']} | {r['passed']} | {r['passed with fastloss']} | {r['failed']} | {r['skipped']} |"
+        )
+    return "\n" + "\n".join(lines) + "\n"
+
+
 def page(rows: list[dict]) -> str:
     timed = [r for r in rows if "stock s" in r]
-    rows = [r for r in rows if "stock s" not in r]
+    tested = [r for r in rows if "suite" in r]
+    rows = [r for r in rows if "stock s" not in r and "suite" not in r]
     last = {
         (r["trainer"], r["model"], r["loss"]): r for r in rows
     }  # a comparison that ran twice: the later one
@@ -95,7 +117,7 @@ def page(rows: list[dict]) -> str:
         if len(group) > 4:
             long.append((f"{trainer}, {loss}", group))
         lines.append(f"| {trainer} | {number} | {interface} | {loss} | {models} | {worst:.1e} | {gradient} |")
-    text = HEADER + "\n".join(lines) + "\n" + steps(timed)
+    text = HEADER + "\n".join(lines) + "\n" + suites(tested) + steps(timed)
     for title, group in long:
         text += f"\n## {title}\n\n| model | loss difference | gradient difference |\n|---|---|---|\n"
         for r in group:
