@@ -155,6 +155,72 @@ class DirectPairs {
   }
 };
 
+// unpaired_loss with the fewest calls from Python around it: options read once, the shift (KTO's KL, BCO's
+// delta) and the metrics made here.
+class DirectUnpaired {
+  const UnpairedTerm term_;
+  const double beta_, desirable_weight_, undesirable_weight_;
+
+  template <class S>
+  static double mean_difference(const S* x, const S* y, int64_t n) {
+    const double sum = sum_of(n, [=](int64_t i) { return double(x[i]) - double(y[i]); });
+    return n ? sum / double(n) : 0.0;
+  }
+
+ public:
+  explicit DirectUnpaired(const pybind11::object& options)
+      : term_(Record(options).code<UnpairedTerm>("term")),
+        beta_(Record(options).number("beta")),
+        desirable_weight_(Record(options).number("desirable_weight")),
+        undesirable_weight_(Record(options).number("undesirable_weight")) {}
+
+  // The shift is `number`, or the one number at `shift`, or, with `kl_logps`, the mean difference of kl_count
+  // mismatched responses, at least 0; BCO without either takes its rewards' mean. `metrics`: the mean rewards
+  // of desirable and undesirable responses, their difference (0 where a kind has none), the mean log-probs of
+  // both, how many there are of each, the shift.
+  void run(int dtype, int64_t count, Address logps, Address ref, Address desirable,
+           const pybind11::object& number, Address shift, Address kl_logps, Address ref_kl_logps,
+           int64_t kl_count, bool per_response, Address loss, Address d_logps, Address reward,
+           Address metrics) const {
+    Cpu::with_dtype(dtype, [&](auto zero) {
+      using S = decltype(zero);
+      thread_local std::vector<S> losses;
+      S sums[kSums];
+      if (!per_response) losses.resize(size_t(count));
+      S* const out = required<S>("loss", loss);
+      UnpairedLoss<S, double> a = {};
+      a.logps = required<S>("logps", logps), a.sequences = count, a.ref = at<S>(ref);
+      a.desirable = required<uint8_t>("desirable", desirable);
+      S kl = S(number.is_none() ? 0.0 : number.cast<double>());
+      if (shift) {
+        kl = *at<S>(shift);
+      } else if (kl_logps) {
+        const double mean =
+            mean_difference(at<S>(kl_logps), required<S>("ref_kl_logps", ref_kl_logps), kl_count);
+        kl = S(mean < 0 ? 0.0 : mean);
+      } else if (number.is_none() && term_ == UnpairedTerm::kBco) {
+        const S *x = a.logps, *r = a.ref;
+        const double sum = sum_of(count, [=](int64_t i) { return double(x[i]) - (r ? double(r[i]) : 0.0); });
+        kl = S(beta_ * sum / double(count));
+      }
+      a.kl = &kl, a.code = term_, a.beta = beta_;
+      a.desirable_weight = desirable_weight_, a.undesirable_weight = undesirable_weight_;
+      a.loss = per_response ? out : losses.data(), a.d = required<S>("d_logps", d_logps);
+      a.reward = required<S>("reward", reward), a.sums = sums;
+      Cpu::run(a, 1);
+      if (!per_response) *out = sums[kUnpairedLoss];
+      S* const to = required<S>("metrics", metrics);
+      const double good = double(sums[kDesirable]), bad = double(count) - good;
+      const auto mean = [](double sum, double n) { return sum / (n < 1 ? 1.0 : n); };
+      const double chosen = mean(sums[kDesirableReward], good),
+                   rejected = mean(sums[kUndesirableReward], bad);
+      to[0] = S(chosen), to[1] = S(rejected), to[2] = S(good > 0 && bad > 0 ? chosen - rejected : 0.0);
+      to[3] = S(mean(sums[kDesirableLogps], good)), to[4] = S(mean(sums[kUndesirableLogps], bad));
+      to[5] = S(good), to[6] = S(bad), to[7] = kl;
+    });
+  }
+};
+
 }  // namespace
 
 void bind_pairs(pybind11::module_& m) {
@@ -166,6 +232,11 @@ void bind_pairs(pybind11::module_& m) {
       .def("run", &DirectPairs::run, arg("dtype"), arg("pairs"), arg("chosen"), arg("rejected"),
            arg("ref_chosen"), arg("ref_rejected"), arg("per_pair"), arg("loss"), arg("d_chosen"),
            arg("d_rejected"), arg("chosen_reward"), arg("rejected_reward"), arg("metrics"), arg("extremes"));
+  pybind11::class_<DirectUnpaired>(m, "DirectUnpaired", pybind11::module_local())
+      .def(pybind11::init<const pybind11::object&>(), arg("options"))
+      .def("run", &DirectUnpaired::run, arg("dtype"), arg("count"), arg("logps"), arg("ref"),
+           arg("desirable"), arg("number"), arg("shift"), arg("kl_logps"), arg("ref_kl_logps"),
+           arg("kl_count"), arg("per_response"), arg("loss"), arg("d_logps"), arg("reward"), arg("metrics"));
 }
 
 }  // namespace fastloss

@@ -787,6 +787,42 @@ class DirectPairs:
         )  # fmt: skip
 
 
+class DirectUnpaired:
+    """unpaired_loss with options to be remembered; float32 or float64 on the CPU."""
+
+    def __init__(self, options: UnpairedOptions) -> None:
+        self.options = options
+        self._run = cpu_backend().module.DirectUnpaired(options).run
+
+    def run(
+        self,
+        logps: Tensor,
+        ref: Tensor | None,
+        desirable: Tensor,
+        shift: float | Tensor | tuple[Tensor, Tensor] | None,
+        per_response: bool,
+        loss: Tensor,
+        d_logps: Tensor,
+        reward: Tensor,
+        metrics: Tensor,
+    ) -> None:
+        """``shift``: KTO's KL or BCO's delta, a number, a 0-d tensor of ``logps``'s dtype, or the log-probs of mismatched responses
+        under both models. Writes ``loss`` (``[B]`` with ``per_response``, else 0-d), the gradient, the rewards and ``metrics [8]``."""
+        number, tensor = None, None
+        pair: tuple[Tensor | None, Tensor | None] = (None, None)
+        if type(shift) is tuple:
+            pair = shift
+        elif isinstance(shift, Tensor):
+            tensor = shift
+        else:
+            number = shift
+        self._run(
+            DIRECT_CODES[logps.dtype], logps.numel(), of_dense(logps), of_dense(ref), of_dense(desirable), number,
+            of_dense(tensor), of_dense(pair[0]), of_dense(pair[1]), 0 if pair[0] is None else pair[0].numel(), per_response,
+            of_made(loss), of_made(d_logps), of_made(reward), of_made(metrics),
+        )  # fmt: skip
+
+
 class DirectPolicy:
     """policy_loss of padded sequences with options to be remembered; float32 or float64 on the CPU."""
 

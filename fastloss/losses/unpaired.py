@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastloss.engine import checks
+from fastloss.engine import autograd, checks
+from fastloss.engine import backend as backends
 from fastloss.engine import head as heads
 from fastloss.engine import head_groups as groups
 from fastloss.engine.autograd import differentiable_again, segment_sum
@@ -18,6 +20,7 @@ from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.jagged import takes_jagged
+from fastloss.engine.native import DirectUnpaired, cpu_backend
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
 from fastloss.losses.token_stats import TokenStats, row_options, stats_from
@@ -88,6 +91,17 @@ def kto_loss(
     >>> fastloss.kto_loss(logps, ref, torch.tensor([True, False]), kl=0.0).loss
     tensor(0.5000)
     """
+    if weights is None and mask is None and cu_seqlens is None:
+        shift = (kl_logps, ref_kl_logps) if kl is None and kl_logps is not None else kl
+        given = (kl_logps is None) == (ref_kl_logps is None) and (kl is None or kl_logps is None)
+        needs = loss_type == "kto"
+        numbers = beta, desirable_weight, undesirable_weight
+        if (
+            given
+            and needs == (shift is not None)
+            and _is_direct(logps, ref_logps, desirable, shift, numbers, backend)
+        ):
+            return _direct(loss_type, numbers, reduction, logps, ref_logps, desirable, shift)
     checks.is_one_of("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
     options = _checked(loss_type, beta, desirable_weight, undesirable_weight, reduction)
     return _unpaired(
@@ -138,6 +152,10 @@ def bco_loss(
     >>> round(fastloss.bco_loss(logps, logps, torch.tensor([True, False])).loss.item(), 4)
     0.6931
     """
+    plain = weights is None and mask is None and cu_seqlens is None
+    numbers = beta, desirable_weight, undesirable_weight
+    if plain and _is_direct(logps, ref_logps, desirable, delta, numbers, backend):
+        return _direct("bco", numbers, reduction, logps, ref_logps, desirable, delta)
     options = _checked("bco", beta, desirable_weight, undesirable_weight, reduction)
     return _unpaired(
         "bco_loss",
@@ -185,6 +203,106 @@ def _checked(
         undesirable_weight=checks.number("undesirable_weight", undesirable_weight, low=0.0),
         reduction=reduction,
     )
+
+
+# --- the short way: whole responses on the CPU, one native call that makes loss, gradient and metrics -----------------
+
+_cpu = cpu_backend()
+_NUMBERS = (float, int)
+_is_compiling = torch.compiler.is_compiling
+
+
+def _is_direct(
+    logps: Any, ref: Any, desirable: Any, shift: Any, numbers: tuple[Any, Any, Any], backend: str
+) -> bool:
+    """Whether :func:`_direct` takes the call; if not, the general path checks it and says what is wrong."""
+    if (
+        _is_compiling()
+        or _cpu.direct is None
+        or type(logps) not in backends.PLAIN
+        or not logps.is_cpu
+        or logps.dtype not in (torch.float32, torch.float64)
+        or logps.dim() != 1
+        or not logps.numel()
+        or any(type(number) not in _NUMBERS for number in numbers)
+        or not backends.are_alike(logps, logps, ref)
+        or type(desirable) not in backends.PLAIN
+        or desirable.dtype is not torch.bool
+        or not desirable.is_cpu
+        or desirable.shape != logps.shape
+        or not desirable.is_contiguous()
+        or not backends.is_direct(backend)
+    ):
+        return False
+    if type(shift) is tuple:
+        first, second = shift
+        return (
+            type(first) in backends.PLAIN
+            and first.dtype is logps.dtype
+            and first.dim() == 1
+            and second is not None
+            and backends.are_alike(first, first, second)
+        )
+    if shift is None or type(shift) in _NUMBERS:
+        return True
+    return (
+        type(shift) in backends.PLAIN and shift.is_cpu and shift.dtype is logps.dtype and shift.numel() == 1
+    )
+
+
+@functools.lru_cache(maxsize=64, typed=True)
+def _direct_options(
+    name: str, numbers: tuple[float, float, float], reduction: str, count: int, kl: float | None
+) -> DirectUnpaired:
+    """The native options of a direct call, checked."""
+    checks.is_one_of("loss_type", name, UNPAIRED_TERMS)
+    if kl is not None:
+        checks.number("delta" if name == "bco" else "kl", kl)
+    return DirectUnpaired(_checked(name, *numbers, reduction).of_batch(count))
+
+
+def _direct(
+    name: str,
+    numbers: tuple[float, float, float],
+    reduction: str,
+    logps: Tensor,
+    ref: Tensor | None,
+    desirable: Tensor,
+    shift: Any,
+) -> UnpairedOutput:
+    number = shift if type(shift) in _NUMBERS else None
+    native = _direct_options(name, numbers, reduction, logps.shape[0], number)
+    rewards, metrics = torch.empty_like(logps), logps.new_empty(8)
+    given = native, reduction == "none", shift, rewards, metrics
+    if logps.requires_grad and torch.is_grad_enabled():
+        loss = autograd.made_in_forward(logps, None, _run_direct, _direct_defined, given, (ref, desirable))
+    else:
+        loss, _ = _run_direct(given, logps, None, ref, desirable)
+    good, bad, margin, good_logps, bad_logps, goods, bads, kl = metrics.unbind()
+    named = {
+        "rewards/chosen": good, "rewards/rejected": bad, "rewards/margins": margin, "logps/chosen": good_logps,
+        "logps/rejected": bad_logps, "count/chosen": goods, "count/rejected": bads, "delta" if name == "bco" else "kl": kl,
+    }  # fmt: skip
+    return UnpairedOutput(loss, rewards, logps.detach(), named)
+
+
+def _run_direct(given: Any, logps: Tensor, _: None, ref: Tensor | None, desirable: Tensor) -> Any:
+    native, per_response, shift, rewards, metrics = given
+    d_logps = torch.empty_like(logps)
+    loss = torch.empty_like(logps) if per_response else logps.new_empty(())
+    native.run(logps, ref, desirable, shift, per_response, loss, d_logps, rewards, metrics)
+    return loss, (d_logps, None)
+
+
+def _direct_defined(given: Any, logps: Tensor, _: None, ref: Tensor | None, desirable: Tensor) -> Tensor:
+    native, per_response, *_, metrics = given
+    kl = metrics[7:].detach()
+    constants = UnpairedConstants(desirable=desirable.to(torch.uint8), ref=ref, kl=kl)
+    loss = REFERENCE.unpaired_loss(logps, constants, native.options).loss
+    return loss if per_response else loss.sum()
+
+
+# --- the general way ---------------------------------------------------------------------------------------------------
 
 
 def _unpaired(
