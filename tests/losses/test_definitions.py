@@ -50,7 +50,7 @@ def test_nobody_computes_with_its_parts() -> None:
     whole = {
         "cross_entropy", "linear_cross_entropy", "token_stats", "linear_token_stats", "row_gradient", "segment_sum",
         "pair_loss", "unpaired_loss", "policy_loss", "gae", "discounted_returns", "lse_parts",
-        "distillation_rows", "topk_distillation_rows", "selected_logprobs", "load_balancing", "supervised_rows",
+        "distillation_rows", "topk_distillation_rows", "selected_logprobs", "load_balancing", "supervised_rows", "value_terms", "kl_estimate",
         "supervised_terms",  # the loss of a token from its statistics: what torch.compile traces behind the kernels' operator
     }  # fmt: skip
     used = set()
