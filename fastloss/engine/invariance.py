@@ -86,5 +86,8 @@ def why_not(head: Head) -> str:
 
 def multiply(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """``out [rows, V]`` (float32) = ``hidden [rows, D]`` · ``weight [V, D]``ᵀ."""
-    dense = [x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight)]
-    importlib.import_module("fastloss.kernels.logits").invariant_logits(*dense, out)
+    kernels = importlib.import_module("fastloss.kernels.logits")
+    near = [
+        x if x.stride(1) == 1 and x.stride(0) < kernels.FARTHEST else x.contiguous() for x in (hidden, weight)
+    ]
+    kernels.invariant_logits(*near, out)
