@@ -110,7 +110,7 @@ class Context(Protocol):
         ...
 
     def ticket(self, tensor: Tensor) -> Tensor | None:
-        """An int32 on the device that is 0 between launches, where blocks that finished are counted."""
+        """A new int32 on the device, 0, where a launch counts its blocks that finished."""
         ...
 
 
@@ -145,9 +145,6 @@ class CudaContext:
 
     host_reads = False
 
-    def __init__(self) -> None:
-        self._tickets: dict[tuple[torch.device, int], Tensor] = {}
-
     def why_not(self) -> str:
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
@@ -166,22 +163,15 @@ class CudaContext:
         return torch.cuda.device_of(tensor)
 
     def ticket(self, tensor: Tensor) -> Tensor | None:
-        """One for each stream; a CUDA graph being captured has its own."""
-        if torch.cuda.is_current_stream_capturing():
-            return _zero(tensor.device)
-        key = tensor.device, self.argument(tensor)
-        if key not in self._tickets:
-            self._tickets[key] = _zero(tensor.device)
-        return self._tickets[key]
+        """A new one for each launch. One that is kept would lie in a CUDA graph's pool where torch.compile warms up there, and the next
+        graph has that memory for its own tensors: as with cuBLAS's workspace, which PyTorch takes back for this."""
+        return _zero(tensor.device)
 
 
 class EmulatedContext:
     """CUDA's source compiled for the CPU (tests/helpers/cuda_emulation): the kernels of a GPU on tensors of the CPU."""
 
     host_reads = False
-
-    def __init__(self) -> None:
-        self._ticket = _zero(torch.device("cpu"))
 
     def why_not(self) -> str:
         return ""
@@ -198,7 +188,7 @@ class EmulatedContext:
         return _NOTHING
 
     def ticket(self, tensor: Tensor) -> Tensor | None:
-        return self._ticket
+        return _zero(tensor.device)
 
 
 def _without_float64(tensor: Tensor) -> str:
