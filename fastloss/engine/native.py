@@ -29,6 +29,7 @@ from fastloss.engine.contract import (
     UnpairedResult,
     count_plainly,
 )
+from fastloss.engine.devices import of_the_moment
 from fastloss.engine.gate import address, addresses, of_dense, of_made
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
@@ -203,9 +204,15 @@ def _zero(device: torch.device) -> Tensor:
 
 @functools.cache
 def _why_not_on(module: ModuleType, device: torch.device) -> str:
-    """CUDA's own answer: an architecture that was not compiled, a driver older than the runtime in the module."""
+    """CUDA's own answer: an architecture that was not compiled, a driver older than the runtime in the module.
+
+    Raises:
+        RuntimeError: it had none this time (the kernels are loaded when they are first asked for, and memory may be full).
+    """
     with torch.cuda.device(device):
         reason = module.why_not()
+    if of_the_moment(reason):
+        raise RuntimeError(f"fastloss CUDA kernel: {reason}")
     return f"its kernels cannot run on {device} ({reason})" if reason else ""
 
 
