@@ -228,7 +228,7 @@ class ColumnPart:
             ignored = target == options.ignore_index
             owner = target.clamp(0, vocab - 1) // run.width
         # Filled there: a list would be copied from the host, which no CUDA graph captures.
-        sizes = torch.full((len(found), 1), run.width, device=run.hidden.device)
+        sizes = torch.full((len(found), 1), run.width, dtype=acc, device=run.hidden.device)
         sizes[-1].fill_(vocab - (len(found) - 1) * run.width)
         whole = cut.combine(stacked, sizes, owner, ignored)
         return {name: whole[name] for name in want}
