@@ -100,8 +100,10 @@ class _Connect(torch.autograd.Function):
     the hidden states, the weight and the bias."""
 
     @staticmethod
-    def forward(ctx: Any, formula: HeadLogits, hidden: Tensor, weight: Tensor, bias: Any) -> Any:
-        ctx.save_for_backward(hidden, weight, bias)
+    def forward(
+        ctx: Any, formula: HeadLogits, hidden: Tensor, weight: Tensor, bias: Any, low_rank: Any
+    ) -> Any:
+        ctx.save_for_backward(hidden, weight, bias, low_rank)
         ctx.formula = formula.without_tensors()
         return torch.Tensor._make_wrapper_subclass(
             LazyLogits, formula.shape, dtype=formula.dtype, device=hidden.device
@@ -111,9 +113,10 @@ class _Connect(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in ctx.saved_tensors]
-        hidden, weight, bias = leaves
+        hidden, weight, bias, low_rank = leaves
         with torch.enable_grad():
-            z = multiplied_out(replace(ctx.formula, hidden=hidden, weight=weight, bias=bias))
+            formula = replace(ctx.formula, hidden=hidden, weight=weight, bias=bias, low_rank=low_rank)
+            z = multiplied_out(formula)
         needs = ctx.needs_input_grad[1:]
         grads = iter(torch.autograd.grad(z, [t for t, need in zip(leaves, needs) if need], grad))
         return None, *(next(grads) if need else None for need in needs)
@@ -165,7 +168,7 @@ class LazyLogits(torch.Tensor, Lazy):
     def _make(cls, node: _Node, memory: _Memory, contiguous: bool) -> Any:
         z = node.formula
         with torch._C.DisableTorchFunctionSubclass():
-            self: Any = _Connect.apply(z, z.hidden, z.weight, z.bias)
+            self: Any = _Connect.apply(z, z.hidden, z.weight, z.bias, z.low_rank)
         self._node, self._changed, self._contiguous = node, None, contiguous
         self._memory, self._seen = memory, memory.owner
         return self
@@ -439,7 +442,8 @@ def _item(n: int, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _versions(z: HeadLogits) -> tuple[int | None, ...]:
-    return tuple(None if t.is_inference() else t._version for t in (z.hidden, z.weight))
+    operands = [t for t in (z.hidden, z.weight, z.low_rank) if t is not None]
+    return tuple(None if t.is_inference() else t._version for t in operands)
 
 
 def _dense(value: Any) -> Any:

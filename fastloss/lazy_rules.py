@@ -27,9 +27,9 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class HeadLogits:
     """The numbers of a head's logits, as a formula: ``after · tanh(before · x)`` where capped, else ``after · x``,
-    with ``x = hidden @ weight.T + bias``."""
+    with ``x = hidden @ weight.T + bias``; with a low-rank adapter the last columns of ``hidden`` are u, and ``u @ low_rank.T`` is added."""
 
-    hidden: Tensor  # [..., D]
+    hidden: Tensor  # [..., D], or [..., D + r]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     head_dtype: torch.dtype  # of the head's own GEMM: autocast's, or the operands'
@@ -39,6 +39,7 @@ class HeadLogits:
     after: float = 1.0
     classes_second: bool = False  # [B, V, ...] as cross_entropy takes them, in place of [B, ..., V]
     log_softmax: bool = False
+    low_rank: Tensor | None = None  # [V, r]
 
     @property
     def vocab(self) -> int:
@@ -62,7 +63,7 @@ class HeadLogits:
 
     def without_tensors(self) -> HeadLogits:
         nothing: Any = None
-        return replace(self, hidden=nothing, weight=nothing, bias=None)
+        return replace(self, hidden=nothing, weight=nothing, bias=None, low_rank=None)
 
     def scaled(self, by: float) -> HeadLogits:
         return replace(self, after=self.after * by)
@@ -74,7 +75,22 @@ class HeadLogits:
         return self if dtype == self.dtype else replace(self, dtype=dtype)
 
     def operands(self) -> dict[str, Any]:
-        return {"linear_bias": self.bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        """As a loss from a head takes them."""
+        dim = self.weight.shape[1]
+        of_head: dict[str, Any] = {"linear_weight": self.weight, "linear_bias": self.bias}
+        if self.low_rank is not None:
+            of_head["lora"] = (self.hidden[..., dim:], self.low_rank)
+        hidden = self.hidden if self.low_rank is None else self.hidden[..., :dim]
+        return {"input": hidden, **of_head, "logit_scale": self.logit_scale, "softcap": self.softcap}
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """The raw logits of some hidden states, under :meth:`autocast`."""
+        if self.low_rank is None:
+            return F.linear(hidden, self.weight, self.bias)
+        dim = self.weight.shape[1]
+        return F.linear(hidden[..., :dim], self.weight, self.bias) + F.linear(
+            hidden[..., dim:], self.low_rank
+        )
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of the head's GEMM, wherever the loss is computed. In it a low-precision head's loss is float32."""
@@ -111,7 +127,7 @@ def describe(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> HeadLogits:
 def multiplied_out(z: HeadLogits) -> Tensor:
     """The real logits of a formula."""
     with z.autocast():
-        x = F.linear(z.hidden, z.weight, z.bias)
+        x = z.product(z.hidden)
     x = x.to(z.dtype)
     if z.before != 1.0 and z.capped:
         x = x * z.before
@@ -152,9 +168,7 @@ def cross_entropy(
     ours.pop("softcap", None), ours.pop("inplace", None)
     with z.autocast():
         result = fastloss.linear_cross_entropy(
-            z.hidden,
-            z.weight,
-            target,
+            target=target,
             weight=weight,
             reduction=reduction,
             ignore_index=None if probabilities else ignore_index,
@@ -175,13 +189,14 @@ def token_stats(z: HeadLogits, target: Tensor | None, **options: Any) -> Any:
         or z.classes_second
         or options.get("softcap") is not None
         or options.pop("inplace", False)
+        or (z.low_rank is not None and options.get("support") is not None)
     ):
         return NotImplemented
     operands = z.operands()
     operands["logit_scale"] *= options.pop("logit_scale", 1.0)
     options.pop("softcap", None)
     with z.autocast():
-        return fastloss.linear_token_stats(z.hidden, z.weight, target, **operands, **options)
+        return fastloss.linear_token_stats(target=target, **operands, **options)
 
 
 def log_probs(z: HeadLogits, index: Tensor, temperature: float = 1.0) -> Any:
@@ -204,7 +219,10 @@ def chosen_logits(z: HeadLogits, index: Tensor) -> Any:
     if z.classes_second or index.shape[:-1] != z.hidden.shape[:-1] or index.shape[-1] > 16:
         return NotImplemented
     wide = z.head_dtype if z.head_dtype == torch.float64 else torch.float32
-    x = (F.embedding(index, z.weight).to(wide) * z.hidden.unsqueeze(-2).to(wide)).sum(-1)
+    dim, hidden = z.weight.shape[1], z.hidden.unsqueeze(-2).to(wide)
+    x = (F.embedding(index, z.weight).to(wide) * hidden[..., :dim]).sum(-1)
+    if z.low_rank is not None:
+        x = x + (F.embedding(index, z.low_rank).to(wide) * hidden[..., dim:]).sum(-1)
     if z.bias is not None:
         x = x + z.bias[index].to(wide)
     return z.after * (torch.tanh(z.before * x) if z.capped else x)
@@ -217,7 +235,7 @@ def argmax(z: HeadLogits, dim: int | None = None, keepdim: bool = False) -> Any:
     hidden = as_rows(z.hidden)
     block = max(64, 2**22 // z.vocab)
     with torch.no_grad(), z.autocast():
-        parts = [F.linear(rows, z.weight, z.bias).argmax(-1) for rows in hidden.split(block)]
+        parts = [z.product(rows).argmax(-1) for rows in hidden.split(block)]
     best = torch.cat(parts).reshape(z.hidden.shape[:-1])
     return best.unsqueeze(-1) if keepdim else best
 
@@ -303,7 +321,8 @@ def getitem(z: HeadLogits, index: Any) -> Any:
         return replace(z, hidden=hidden)
     if z.log_softmax:
         return NotImplemented  # normalised over the classes that the slice leaves out
-    return replace(z, hidden=hidden, weight=z.weight[last], bias=None if z.bias is None else z.bias[last])
+    bias, low_rank = (None if x is None else x[last] for x in (z.bias, z.low_rank))
+    return replace(z, hidden=hidden, weight=z.weight[last], bias=bias, low_rank=low_rank)
 
 
 def _dims_used(item: Any) -> int:
@@ -344,7 +363,9 @@ def scale(z: HeadLogits, by: Any, divide: bool = False) -> Any:
     if _broadcasts_over_classes(z, by):  # a scale of each class
         factor = factor.reshape(-1)
         weight = z.weight * factor.to(z.weight.dtype).unsqueeze(-1)
-        return replace(z, weight=weight, bias=None if z.bias is None else z.bias * factor.to(z.bias.dtype))
+        low_rank = None if z.low_rank is None else z.low_rank * factor.to(z.low_rank.dtype).unsqueeze(-1)
+        bias = None if z.bias is None else z.bias * factor.to(z.bias.dtype)
+        return replace(z, weight=weight, bias=bias, low_rank=low_rank)
     return NotImplemented
 
 
@@ -362,22 +383,24 @@ def add(z: HeadLogits, other: Any, *, alpha: float = 1, sign: float = 1.0) -> An
 
 
 def _add_heads(a: HeadLogits, b: HeadLogits, sign: float) -> Any:
-    """Two heads' sum is one head of both their hidden states side by side: a low-rank adapter beside the head."""
-    if (
-        b.log_softmax
-        or b.capped
-        or b.classes_second
-        or b.shape != a.shape
-        or b.hidden.dtype != a.hidden.dtype
-    ):
+    """Two heads' sum is one head with a low-rank adapter: the thinner of them, whose hidden states go beside the other's."""
+    if b.log_softmax or b.capped or b.classes_second or b.shape != a.shape:
         return NotImplemented
-    factor = sign * b.after / a.after
-    hidden = torch.cat([a.hidden, b.hidden * factor], -1)
-    weight = torch.cat([a.weight, b.weight.to(a.weight.dtype)], -1)
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    b = b.scaled(sign)
+    if b.weight.shape[1] > a.weight.shape[1]:
+        a, b = b, a
+    # An adapter may be in float32 beside a head in low precision (PEFT's).
+    wider = b.hidden.dtype == torch.float32 and a.hidden.dtype in LOW_PRECISION
+    if b.hidden.dtype != a.hidden.dtype and not wider:
+        return NotImplemented
+    factor = b.after / a.after
+    hidden = torch.cat([a.hidden, (b.hidden * factor).to(a.hidden.dtype)], -1)
+    thin = [x for x in (a.low_rank, b.weight, b.low_rank) if x is not None]
     bias = a.bias
     if b.bias is not None:
         bias = b.bias * factor if bias is None else bias + b.bias * factor
-    return replace(a, hidden=hidden, weight=weight, bias=bias)
+    return replace(a, hidden=hidden, bias=bias, low_rank=torch.cat(thin, -1), dtype=dtype)
 
 
 def _tanh(z: HeadLogits) -> Any:
@@ -422,8 +445,8 @@ def _same(z: HeadLogits, *args: Any, **kwargs: Any) -> Any:
 
 
 def _detach(z: HeadLogits) -> HeadLogits:
-    bias = None if z.bias is None else z.bias.detach()
-    return replace(z, hidden=z.hidden.detach(), weight=z.weight.detach(), bias=bias)
+    bias, low_rank = (None if x is None else x.detach() for x in (z.bias, z.low_rank))
+    return replace(z, hidden=z.hidden.detach(), weight=z.weight.detach(), bias=bias, low_rank=low_rank)
 
 
 def _transpose(z: HeadLogits, dim0: int, dim1: int) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastloss.losses.cross_entropy import cross_entropy
 from fastloss.losses.distillation import DistillationOutput, distillation_loss, linear_distillation_loss
-from fastloss.losses.linear_cross_entropy import linear_cross_entropy
+from fastloss.losses.linear_cross_entropy import linear_cross_entropy, linear_logits
 from fastloss.losses.multi_token import multi_token_targets
 from fastloss.losses.policy import PolicyOutput, policy_loss
 from fastloss.losses.preference import PreferenceOutput, preference_loss
@@ -215,10 +215,11 @@ class LinearHead(nn.Linear):
         stats: tuple[str, ...] | None = None,
         **options: Any,
     ) -> Any:  # type: ignore[override]
-        """Logits without a target; else the loss, or the ``stats`` asked for as :class:`TokenStats`."""
-        if target is None and stats is None:
-            return super().forward(input)
+        """Logits without a target; else the loss, or the ``stats`` asked for as :class:`TokenStats`. ``lora`` among the options is
+        that of :func:`fastloss.linear_cross_entropy`, for all three."""
         options = {**self.options, **options}
+        if target is None and stats is None:
+            return linear_logits(input, self.weight, self.bias, options.get("lora"))
         if stats is not None:
             return self._stats(input, target, stats, options)
         assert target is not None

@@ -385,7 +385,7 @@ def _or_nothing(like: Tensor, grads: tuple[Tensor | None, ...]) -> list[Tensor]:
 
 
 def _fake_grads(hidden, weight, bias, needs, dtypes):  # type: ignore[no-untyped-def]
-    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    shapes = (hidden.shape, weight.shape, weight.shape[:1] if bias is None else bias.shape)
     return [
         hidden.new_empty(shape, dtype=t) if need else hidden.new_empty(0)
         for need, shape, t in zip(needs, shapes, dtypes, strict=True)

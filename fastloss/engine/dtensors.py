@@ -37,7 +37,8 @@ def takes_dtensors(vocabulary: str) -> Callable[[F], F]:
         @functools.wraps(function)
         def of_any(*args: Any, **kwargs: Any) -> Any:
             kind = _class()
-            sharded = kind is not None and any(isinstance(x, kind) for x in (*args, *kwargs.values()))
+            every = (*args, *kwargs.values(), *_adapter_of(kwargs))
+            sharded = kind is not None and any(isinstance(x, kind) for x in every)
             if not sharded and (kwargs.get("group") is None or not torch.compiler.is_compiling()):
                 return function(*args, **kwargs)
             if not sharded:
@@ -59,7 +60,7 @@ def _eager(function: Any, *args: Any, **kwargs: Any) -> Any:
 def _of_dtensors(function: Any, vocabulary: str, given: dict[str, Any], kind: Any) -> Any:
     from torch.distributed.tensor import Replicate
 
-    first = next(x for x in given.values() if isinstance(x, kind))
+    first = next(x for x in (*given.values(), *_adapter_of(given)) if isinstance(x, kind))
     cut = given.get(vocabulary)
     mesh, dim = first.device_mesh, None
     if isinstance(cut, kind):
@@ -84,12 +85,44 @@ def _of_dtensors(function: Any, vocabulary: str, given: dict[str, Any], kind: An
         else:
             local[name], summed_outside = _local(name, x, mesh, dim)
             partial = partial or (name == "input" and summed_outside)
+    if given.get("lora") is not None:
+        if partial:
+            raise ValueError(
+                "lora: expected None beside an input that is sharded over tokens; use .redistribute() on the input"
+            )
+        local["lora"] = _adapter(given["lora"], vocabulary, cut, mesh, dim, kind)
     if partial:
         assert shards is not None
         local["group"] = Shards(shards.sizes, shards.rank, shards.group, reduce_hidden=False)
     out = function(**local)
     everywhere = [Replicate()] * mesh.ndim
     return _wrapped(out, lambda x: kind.from_local(x, mesh, everywhere, run_check=False))
+
+
+def _adapter_of(given: dict[str, Any]) -> tuple[Any, ...]:
+    lora = given.get("lora")
+    return tuple(lora) if isinstance(lora, (tuple, list)) else ()
+
+
+def _adapter(lora: Any, vocabulary: str, cut: Any, mesh: Any, dim: int | None, kind: Any) -> tuple[Any, ...]:
+    """A LoRA's B is cut as the vocabulary is; the rest is whole on every process."""
+    local = []
+    for place, x in enumerate(lora):
+        if not isinstance(x, kind):
+            local.append(x)
+        elif place == 1 and cut is not None and x.placements == cut.placements:
+            _is_cut_alike("lora's B", x, vocabulary, cut)
+            local.append(x.to_local())
+        elif place == 1 and dim is not None:
+            raise ValueError(
+                f"lora's B: expected the placements of {vocabulary}, {cut.placements}, got {x.placements}"
+            )
+        else:
+            whole, sharded = _local("lora", x, mesh, dim)
+            if sharded:
+                raise ValueError(f"lora: expected Replicate() for what has no classes, got {x.placements}")
+            local.append(whole)
+    return tuple(local)
 
 
 def _cut_dimension(name: str, x: Any) -> int | None:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastloss.engine import checks, devices, head_blocks
+from fastloss.engine import checks, devices, head_blocks, invariance
 from fastloss.engine.autograd import scale_in_place
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
@@ -45,7 +45,7 @@ from fastloss.engine.head_rows import (
     weight_dtype,
 )
 from fastloss.engine.head_shards import EmptyShard, ShardedRun
-from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs
+from fastloss.engine.head_types import NOTHING, Grads, Head, Limits, Needs, join_bias, split_bias
 from fastloss.engine.native import NativeBackend
 from fastloss.engine.shards import Call as SharedCall
 from fastloss.engine.shards import Shards, of_group
@@ -114,9 +114,11 @@ class Schedule(NamedTuple):
         """What ``explain`` tells. ``recompute``: the backward makes the logits again. ``want``: statistics that are made."""
         gemms: float = 1 + recompute + needs.hidden + needs.weight
         vocab, dim = head.weight.shape
-        sent: dict[str, Any] = {}
+        sent: dict[str, Any] = {"lora_rank": head.rank} if head.rank else {}
+        if invariance.wanted():
+            sent["batch_invariant"] = True
         if head.shards is not None:
-            sent = head.shards.details(
+            sent |= head.shards.details(
                 rows, want, ACC_DTYPES[head.dtype], head.hidden if needs.hidden else None
             )
         if not self.by_vocabulary:
@@ -176,9 +178,10 @@ def limits_of(
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
     checks.logits_dtype_value(logits_dtype)
-    float_logits = logits_dtype is not None
+    float_logits = logits_dtype is not None or invariance.wanted()
     if group is None:
         return Limits(chunk_size, memory, None, float_logits)
+    invariance.refuse("the vocabulary is cut over processes")
     dim = input.shape[-1]
     call = SharedCall(math.prod(input.shape[:-1]), dim, input.dtype, target, ignore_index)
     shards = of_group(group, linear_weight.shape[0], linear_weight.device, call)
@@ -198,6 +201,8 @@ def classes_of(head: Head) -> int:
 def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule in chunks of rows. "fast": as many as take the memory of a float32 gradient of the weight; "low": a
     quarter of the usual, but all rows at once where that spares an accumulator as large as their logits."""
+    if invariance.wanted():
+        invariance.refuse(invariance.why_not(head))
     vocab, dim = head.weight.shape
     if head.shards is not None:  # every process of a group takes the same chunks
         vocab = max(head.shards.sizes)
@@ -212,8 +217,8 @@ def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
 
 
 def goes_by_vocabulary(head: Head) -> bool:
-    """Whether blocks of the vocabulary can take the calls of this head."""
-    return head_blocks.why_not(head.backend, head.dtype, head.weight) == ""
+    """Whether blocks of the vocabulary can take the calls of this head: not with a LoRA, whose product they do not know."""
+    return not head.rank and head_blocks.why_not(head.backend, head.dtype, head.weight) == ""
 
 
 def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
@@ -258,8 +263,9 @@ def make_head(
 ) -> Head:
     """The operands, detached. ``dtype`` is that of the GEMMs."""
     acc = ACC_DTYPES[dtype]
-    dense = None if bias is None else bias.detach().to(acc).contiguous()
-    return Head(backend, hidden.detach(), weight.detach(), dense, dtype, shards)
+    low_rank, bias = split_bias(None if bias is None else bias.detach(), hidden.shape[1] - weight.shape[1])
+    dense = None if bias is None else bias.to(acc).contiguous()
+    return Head(backend, hidden.detach(), weight.detach(), dense, dtype, shards, low_rank)
 
 
 class _Pass:
@@ -435,7 +441,17 @@ def defined_logits(
         dtype = torch.promote_types(dtype, torch.float32)
     bias = None if bias is None else bias.to(dtype)
     with _without_autocast(hidden.device.type):
-        return torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), bias)
+        return products(hidden.to(dtype), weight.to(dtype), bias)
+
+
+def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The whole logits of a head's operands (:class:`Head`), by PyTorch."""
+    dim = weight.shape[1]
+    low_rank, bias = split_bias(bias, hidden.shape[-1] - dim)
+    if low_rank is None:
+        return torch.nn.functional.linear(hidden, weight, bias)
+    z = torch.nn.functional.linear(hidden[..., :dim], weight, bias)
+    return z + torch.nn.functional.linear(hidden[..., dim:], low_rank)
 
 
 class Saved(NamedTuple):
@@ -567,3 +583,50 @@ def check_head(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None)
     rows = checks.as_rows(input)
     check_linear(rows, linear_weight, linear_bias)
     return rows
+
+
+def with_lora(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lora: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The operands of a checked head with a LoRA, as :class:`Head` has them: hidden states and u side by side ``[..., D + r]``, and in
+    the bias's place B ``[V, r]``, the bias its last column. ``lora``: ``(A [r, D], B [V, r], scale)`` or ``(u [..., r], B)``.
+
+    u is made here, by autograd: from d u come d A, and A's share of d hidden."""
+    if lora is None:
+        return input, linear_bias
+    if not isinstance(lora, (tuple, list)) or len(lora) not in (2, 3):
+        got = f"{len(lora)} entries" if isinstance(lora, (tuple, list)) else type(lora).__name__
+        raise TypeError(f"lora: expected (A, B, scale) or (u, B), got {got}")
+    first, low_rank = lora[:2]
+    name = "lora's A" if len(lora) == 3 else "lora's u"
+    for what, x in ((name, first), ("lora's B", low_rank)):
+        checks.is_floating(what, x)
+        checks.same_device(what, x, input.device)
+    if linear_weight.dim() != 2:
+        raise ShapeError(f"lora: expected one matrix [V, D], got linear_weight {list(linear_weight.shape)}")
+    vocab, dim = linear_weight.shape
+    if low_rank.dim() != 2 or low_rank.shape[0] != vocab or low_rank.shape[1] < 1:
+        raise ShapeError(f"lora's B: expected shape [{vocab}, r], got {list(low_rank.shape)}")
+    rank = low_rank.shape[1]
+    if len(lora) == 3:
+        checks.has_shape(name, first, (rank, dim))
+        scale = checks.number("lora's scale", lora[2])
+        wide = torch.promote_types(input.dtype, first.dtype)
+        u = torch.nn.functional.linear(input.to(wide), first.to(wide)) * scale
+    else:
+        checks.has_shape(name, first, (*input.shape[:-1], rank))
+        u = first
+    if linear_bias is not None:
+        wide = torch.promote_types(low_rank.dtype, linear_bias.dtype)
+        low_rank, linear_bias = low_rank.to(wide), linear_bias.to(wide)
+    with _without_autocast(input.device.type):  # whose cat takes no float16 beside bfloat16
+        return torch.cat([input, u.to(input.dtype)], -1), join_bias(low_rank, linear_bias)
+
+
+def as_given(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> dict[str, Any]:
+    """``input``, ``linear_bias`` and ``lora`` for a public function, of the operands that :func:`with_lora` made."""
+    dim = linear_weight.shape[-1]
+    low_rank, bias = split_bias(linear_bias, hidden.shape[-1] - dim)
+    if low_rank is None:
+        return {"input": hidden, "linear_bias": bias}
+    return {"input": hidden[..., :dim], "linear_bias": bias, "lora": (hidden[..., dim:], low_rank)}

@@ -96,6 +96,7 @@ def check_grouped_head(
     limits: Limits,
     *,
     width: int,
+    lora: Any = None,
 ) -> GroupedHead:
     """Every check of the head's arguments, and the order of the rows; ``width`` sequences are a group."""
     checks.is_floating("input", input)
@@ -103,7 +104,9 @@ def check_grouped_head(
     if input.dim() != dim:
         expected = "[N, D] with cu_seqlens" if dim == 2 else f"[{'2B' if width == 2 else 'B'}, T, D]"
         raise ShapeError(f"input: expected shape {expected}, got {list(input.shape)}")
-    rows = heads.check_head(input, linear_weight, linear_bias)
+    heads.check_head(input, linear_weight, linear_bias)
+    input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+    rows = checks.as_rows(input)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
     traced = is_traced(input) or input.is_meta  # no number to read
     if not traced:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from fastloss.engine import devices
+from fastloss.engine import devices, invariance
 from fastloss.engine.argmax import row_statistics
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Factor
-from fastloss.engine.head_types import Grads, Head, Needs, options_of_part
+from fastloss.engine.head_types import Grads, Head, Needs, join_bias, options_of_part
 from fastloss.engine.native import multiply_bf16, supports_gemm_bf16
 from fastloss.engine.selection import Selection, Taken, take, write_gradient
 from fastloss.tables import ACC_DTYPES, LATE_DTYPES, LSE_PARTS, CrossEntropyOptions, Row, RowOptions
@@ -118,10 +118,10 @@ def equal_chunks(rows: int, chunk: int) -> Iterator[tuple[int, int]]:
 
 
 class _Gemms:
-    """The three products of a chunk, in the head's dtype; d weight in that of :func:`weight_dtype`."""
+    """The three products of a chunk, in the head's dtype; d weight in that of :func:`weight_dtype`. A LoRA adds a thin one to each."""
 
     def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int, chunks: int):
-        vocab, dim = head.weight.shape
+        vocab, self.dim = head.weight.shape
         rows = head.hidden.shape[0]
         device = head.hidden.device
         self.keep = keep
@@ -130,13 +130,26 @@ class _Gemms:
         self.acc = ACC_DTYPES[head.dtype]
         self.buffer = new_logits(min(chunk, rows), vocab, buffer_dtype(head), device)
         new = torch.empty if keep is None else torch.zeros
-        self.d_hidden = new((rows, dim), dtype=head.dtype, device=device) if needs.hidden else None
+        shape = head.hidden.shape
+        self.d_hidden = new(shape, dtype=head.dtype, device=device) if needs.hidden else None
         # Its first chunk writes it: no zeros to make and read.
         made = weight_dtype(head, chunks)
-        self.d_weight = new_gradient((vocab, dim), made, device) if needs.weight else None
+        self.d_weight = new_gradient((vocab, self.dim), made, device) if needs.weight else None
         self._gathered: tuple[tuple[int, int], Tensor] | None = None
         self.weight_begun = False
-        self.d_bias = torch.zeros(vocab, dtype=self.acc, device=device) if needs.bias else None
+        self.invariant = invariance.wanted()
+        self._make_bias(head, needs)
+
+    def _make_bias(self, head: Head, needs: Needs) -> None:
+        """What stands in the bias's place (:class:`Head`), and its gradients."""
+        vocab, device = head.weight.shape[0], head.hidden.device
+        self.d_bias: Tensor | None = None
+        self.d_low_rank: Tensor | None = None
+        self.low_rank = None if head.low_rank is None else head.low_rank.to(head.dtype)
+        if needs.bias and (head.bias is not None or self.low_rank is None):
+            self.d_bias = torch.zeros(vocab, dtype=self.acc, device=device)
+        if needs.bias and self.low_rank is not None:
+            self.d_low_rank = torch.zeros(self.low_rank.shape, dtype=self.acc, device=device)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The chunk's hidden states, in the GEMMs' dtype."""
@@ -146,39 +159,59 @@ class _Gemms:
             self._gathered = (start, stop), self.hidden.index_select(0, self.keep[start:stop])
         return self._gathered[1]
 
+    def operands(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """(the rows' hidden states, what a LoRA made of them: u ``[rows, r]``)."""
+        rows = self.rows(start, stop)
+        return rows[:, : self.dim], rows[:, self.dim :]
+
     def logits(self, start: int, stop: int) -> Tensor:
         z = self.buffer[: stop - start]
-        torch.mm(self.rows(start, stop), self.weight.t(), out=z)
+        hidden, u = self.operands(start, stop)
+        if self.invariant:
+            invariance.multiply(z, hidden, self.weight)
+        else:
+            torch.mm(hidden, self.weight.t(), out=z)
+        if self.low_rank is not None:
+            torch.addmm(z, u, self.low_rank.t(), out=z)
         return z
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:
         """Adds a chunk's part to d hidden, d weight and d bias, from its d logits."""
         if self.d_hidden is not None:
-            if self.keep is None:
-                torch.mm(z, self.weight, out=self.d_hidden[start:stop])
-            else:
-                self.d_hidden.index_copy_(0, self.keep[start:stop], torch.mm(z, self.weight))
-        if self.d_weight is not None:
-            self._add_weight(z, self.rows(start, stop))
-        self._add_bias(z)
+            there = self.keep is None
+            out = (
+                self.d_hidden[start:stop]
+                if there
+                else self.d_hidden.new_empty(stop - start, self.d_hidden.shape[1])
+            )
+            torch.mm(z, self.weight, out=out[:, : self.dim])
+            if self.low_rank is not None:
+                torch.mm(z, self.low_rank, out=out[:, self.dim :])
+            if self.keep is not None:
+                self.d_hidden.index_copy_(0, self.keep[start:stop], out)
+        self._add_weights(z, start, stop)
 
-    def _add_weight(self, z: Tensor, hidden: Tensor) -> None:
-        assert self.d_weight is not None
-        begun, self.weight_begun = self.weight_begun, True
+    def _add_weights(self, z: Tensor, start: int, stop: int) -> None:
+        hidden, u = self.operands(start, stop)
+        if self.d_weight is not None:
+            begun, self.weight_begun = self.weight_begun, True
+            self._add_product(self.d_weight, z, hidden, begun)
+        if self.d_low_rank is not None:
+            self._add_product(self.d_low_rank, z, u, True)
+        if self.d_bias is not None:
+            self.d_bias += z.sum(0, dtype=self.acc)
+
+    def _add_product(self, out: Tensor, z: Tensor, hidden: Tensor, accumulate: bool) -> None:
         on_cpu = not devices.is_gpu(z.device)  # XPU, MPS … have addresses that CPU code must not see
         if on_cpu and z.dtype == torch.bfloat16 and supports_gemm_bf16() and hidden.stride(1) == 1:
-            gemm_bf16(self.d_weight, z, hidden, accumulate=begun)
+            gemm_bf16(out, z, hidden, accumulate=accumulate)
         else:
-            devices.add_transposed(self.d_weight, z, hidden, accumulate=begun)
+            devices.add_transposed(out, z, hidden, accumulate=accumulate)
 
     def finish(self) -> Grads:
         if self.d_weight is not None and not self.weight_begun:  # no rows
             self.d_weight.zero_()
-        return Grads(self.d_hidden, self.d_weight, self.d_bias)
-
-    def _add_bias(self, z: Tensor) -> None:
-        if self.d_bias is not None:
-            self.d_bias += z.sum(0, dtype=self.acc)
+        return Grads(self.d_hidden, self.d_weight, join_bias(self.d_low_rank, self.d_bias))
 
 
 class _UpcastGemms(_Gemms):
@@ -187,7 +220,7 @@ class _UpcastGemms(_Gemms):
     def __init__(self, head: Head, needs: Needs, keep: Tensor | None, chunk: int, chunks: int):
         nothing = Needs(False, False, False)
         super().__init__(
-            head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None),
+            head._replace(dtype=torch.float32, weight=head.weight[:0], bias=None, low_rank=None),
             nothing,
             keep,
             chunk,
@@ -197,10 +230,10 @@ class _UpcastGemms(_Gemms):
         rows, device = head.hidden.shape[0], head.hidden.device
         self.weight = head.weight
         self.buffer = torch.empty((min(chunk, rows), vocab), dtype=torch.float32, device=device)
-        new = torch.empty if keep is None else torch.zeros
-        self.d_hidden = new((rows, dim), dtype=head.hidden.dtype, device=device) if needs.hidden else None
+        new, shape = torch.empty if keep is None else torch.zeros, head.hidden.shape
+        self.d_hidden = new(shape, dtype=head.hidden.dtype, device=device) if needs.hidden else None
         self.d_weight = new_gradient((vocab, dim), self.acc, device) if needs.weight else None
-        self.d_bias = torch.zeros(vocab, dtype=torch.float32, device=device) if needs.bias else None
+        self._make_bias(head._replace(dtype=torch.float32), needs)
         self.block = torch.empty((min(UPCAST_BLOCK, vocab), dim), dtype=torch.float32, device=device)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -212,25 +245,27 @@ class _UpcastGemms(_Gemms):
 
     def logits(self, start: int, stop: int) -> Tensor:
         z = self.buffer[: stop - start]
-        hidden = self.rows(start, stop)
+        hidden, u = self.operands(start, stop)
         for vocab_block, weight in self._blocks():
             torch.mm(hidden, weight.t(), out=z[:, vocab_block])
+        if self.low_rank is not None:
+            torch.addmm(z, u, self.low_rank.t(), out=z)
         return z
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:
-        hidden = self.rows(start, stop)
-        d_hidden = torch.zeros_like(hidden) if self.d_hidden is not None else None
+        d_hidden = torch.zeros_like(self.rows(start, stop)) if self.d_hidden is not None else None
         if d_hidden is not None:
+            own = d_hidden[:, : self.dim]
             for vocab_block, weight in self._blocks():
-                torch.addmm(d_hidden, z[:, vocab_block], weight, out=d_hidden)
+                torch.addmm(own, z[:, vocab_block], weight, out=own)
+            if self.low_rank is not None:
+                torch.mm(z, self.low_rank, out=d_hidden[:, self.dim :])
             assert self.d_hidden is not None
             if self.keep is None:
                 self.d_hidden[start:stop] = d_hidden
             else:
                 self.d_hidden.index_copy_(0, self.keep[start:stop], d_hidden.to(self.d_hidden.dtype))
-        if self.d_weight is not None:
-            self._add_weight(z, hidden)
-        self._add_bias(z)
+        self._add_weights(z, start, stop)
 
 
 class _FloatLogitsGemms(_Gemms):
@@ -245,7 +280,13 @@ class _FloatLogitsGemms(_Gemms):
 
     def logits(self, start: int, stop: int) -> Tensor:
         z = self.buffer[: stop - start]
-        devices.multiply_wide(z, self.rows(start, stop), self.weight.t())
+        hidden, u = self.operands(start, stop)
+        if self.invariant:
+            invariance.multiply(z, hidden, self.weight)
+        else:
+            devices.multiply_wide(z, hidden, self.weight.t())
+        if self.low_rank is not None:
+            devices.add_wide(z, u, self.low_rank.t())
         return z
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:
@@ -441,4 +482,4 @@ def _(hidden: Tensor, weight: Tensor, rows: int, gemms: float) -> None:
 def _(
     hidden_shape: list[int], weight_shape: list[int], rows: int, gemms: float, *args: Any, **kwargs: Any
 ) -> int:
-    return round(2 * rows * weight_shape[0] * weight_shape[1] * gemms)
+    return round(2 * rows * weight_shape[0] * hidden_shape[1] * gemms)

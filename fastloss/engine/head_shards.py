@@ -20,7 +20,7 @@ from fastloss.engine.coefficients import Coefficients, of_cross_entropy
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import BlockPart, VocabularyBlocks
 from fastloss.engine.head_rows import RowChunks
-from fastloss.engine.head_types import NOTHING, Grads, Head, Needs
+from fastloss.engine.head_types import NOTHING, Grads, Head, Needs, join_bias
 from fastloss.engine.selection import Selection, Taken, select, take, write_gradient
 from fastloss.engine.shards import Shards
 from fastloss.tables import ACC_DTYPES, ARGMAX, LSE_PARTS, CrossEntropyOptions, RowOptions
@@ -249,8 +249,18 @@ class EmptyShard:
         self.made = Grads(
             torch.zeros_like(h.hidden) if needs.hidden else None,
             torch.zeros(h.weight.shape, dtype=acc, device=h.weight.device) if needs.weight else None,
-            torch.zeros(0, dtype=acc, device=h.weight.device) if needs.bias else None,
+            self._no_bias(acc) if needs.bias else None,
         )
+
+    def _no_bias(self, acc: torch.dtype) -> Tensor:
+        h = self.head
+        none = torch.zeros(0, dtype=acc, device=h.weight.device)
+        if h.low_rank is None:
+            return none
+        low_rank = none.new_zeros(h.low_rank.shape)
+        out = join_bias(low_rank, None if h.bias is None else none)
+        assert out is not None
+        return out
 
     def parts(self) -> Iterator[EmptyPart]:
         for start, stop in self.bounds:

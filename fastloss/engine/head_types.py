@@ -13,7 +13,7 @@ from fastloss.tables import Row
 
 
 class Needs(NamedTuple):
-    """Which gradients autograd asks for."""
+    """Which gradients autograd asks for. ``bias``: of all that the bias's operand holds (:class:`Head`)."""
 
     hidden: bool
     weight: bool
@@ -43,14 +43,38 @@ class Limits(NamedTuple):
 
 
 class Head(NamedTuple):
-    """The operands of a call, detached. ``dtype`` is that of the GEMMs' operands."""
+    """The operands of a call, detached. ``dtype`` is that of the GEMMs' operands.
+
+    With a LoRA the hidden states are ``[rows, D + r]``: the last r columns, u, are multiplied by B. Autograd's functions and the
+    operators of torch.compile have B in the bias's place, ``[V, r]``, the bias its last column: ``[V, r + 1]`` (:func:`split_bias`).
+    """
 
     backend: Backend
-    hidden: Tensor  # [rows, D]
+    hidden: Tensor  # [rows, D] or [rows, D + r]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # acc [V]
     dtype: torch.dtype
     shards: Shards | None = None  # this weight is one of them
+    low_rank: Tensor | None = None  # B [V, r]
+
+    @property
+    def rank(self) -> int:
+        """Of the LoRA; 0 without one."""
+        return self.hidden.shape[1] - self.weight.shape[1]
+
+
+def split_bias(bias: Tensor | None, rank: int) -> tuple[Tensor | None, Tensor | None]:
+    """(B ``[V, r]``, the bias ``[V]``) of what stands in the bias's place beside hidden states with ``rank`` columns of a LoRA."""
+    if bias is None or bias.dim() == 1:
+        return None, bias
+    return bias[:, :rank], bias[:, rank] if bias.shape[1] > rank else None
+
+
+def join_bias(low_rank: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The reverse of :func:`split_bias`."""
+    if low_rank is None or bias is None:
+        return bias if low_rank is None else low_rank
+    return torch.cat([low_rank, bias.unsqueeze(1)], 1)
 
 
 def options_of_part(options: Row, keep: Tensor | None, start: int, stop: int) -> Row:

@@ -172,6 +172,7 @@ def linear_distillation_loss(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     backend: str = "auto",
 ) -> DistillationOutput:
     """:func:`distillation_loss` of ``input @ linear_weight.T`` and ``teacher_input @ teacher_weight.T``, a chunk of rows at a time.
@@ -183,7 +184,7 @@ def linear_distillation_loss(
         input, linear_weight, linear_bias: the student's hidden states ``[..., D]``, vocabulary matrix ``[V, D]``, bias ``[V]``.
         teacher_input, teacher_weight, teacher_bias: the teacher's, ``[..., D']``, ``[V', D']``, ``[V']``; no gradient.
         chunk_size: rows whose logits are held at once. memory: "auto", "low" (fewer at once) or "fast".
-        logits_dtype: as in :func:`linear_cross_entropy`, of both models.
+        logits_dtype: as in :func:`linear_cross_entropy`, of both models. lora: as there, of the student.
         group: as in :func:`linear_cross_entropy`; the teacher's vocabulary is cut over the same processes, at the same classes. Where one
             is wider, its further classes are at the end of the last processes' shards.
         target and the rest: as in :func:`distillation_loss`.
@@ -199,7 +200,9 @@ def linear_distillation_loss(
     >>> fastloss.linear_distillation_loss(hidden, head, hidden, head).loss.item()
     0.0
     """
-    rows = heads.check_head(input, linear_weight, linear_bias)
+    heads.check_head(input, linear_weight, linear_bias)
+    input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+    rows = checks.as_rows(input)
     frozen = _check_teacher(input, teacher_input, teacher_weight, teacher_bias)
     limits = heads.limits_of(
         chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype

@@ -67,6 +67,7 @@ def linear_cross_entropy(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -98,6 +99,10 @@ def linear_cross_entropy(
             ``linear_bias``, one after the other, any number of them, also none. Input, target, options and ``weight`` (of all C
             classes) are the same on each; so are the results, and the gradient of the input, which is summed over the group.
             All processes must call. Class probabilities are those of the own rows, ``[N, C_r]``. Not with a K-dimensional loss.
+        lora: a low-rank adapter of ``linear_weight``, which is never merged (docs/lora.md): ``(A, B, scale)``, A ``[r, D]``, B ``[C, r]`` and a
+            number, adds ``scale · (input @ A.T) @ B.T`` to the logits; ``(u, B)`` adds ``u @ B.T``, u ``[…, r]`` made by the caller (a
+            dropout). Gradients reach A, B or u, and the rest. Any float dtypes; u is rounded to the input's. With ``group`` B is that of the
+            own classes. Not with a K-dimensional loss.
 
     Raises:
         ValueError, IndexError: as :func:`cross_entropy`.
@@ -119,6 +124,9 @@ def linear_cross_entropy(
     heads.check_linear(rows, linear_weight, linear_bias)
     places = linear_weight.shape[1:-1]
     vocab = linear_weight.shape[0]
+    if lora is not None:
+        input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+        rows = checks.as_rows(input) if rows.dim() < input.dim() else input
     probabilities = target.shape == (*rows.shape[:-1], vocab, *places)
     if group is not None:  # a shard may have as many classes as there are tokens, or none
         probabilities = probabilities and target.is_floating_point()
@@ -411,6 +419,14 @@ def _forward(
         head, needs, classes, w, options, run.loss.want, factor, run.schedule, run.keep, factors,
         summed=run.loss.reduction != "none",
     )  # fmt: skip
+
+
+def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, lora: Any) -> Tensor:
+    """The whole logits of a head, with ``lora`` as in :func:`linear_cross_entropy`, for who needs them all."""
+    if lora is not None:
+        heads.check_head(input, linear_weight, linear_bias)
+        input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+    return heads.products(input, linear_weight, linear_bias)
 
 
 def _k_dimensional(

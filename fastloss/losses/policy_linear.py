@@ -84,6 +84,7 @@ def linear_policy_loss(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     ref_logprobs: Tensor | None = None,
     sampler_logprobs: Tensor | None = None,
     weights: Tensor | None = None,
@@ -112,6 +113,7 @@ def linear_policy_loss(
             :func:`policy_loss`.
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`; entropy is that of the tempered logits.
         chunk_size: rows that go together at most; None chooses. memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
+        lora: as in :func:`linear_cross_entropy`. Not with ``support``.
         with_entropy: also the metric "entropy" where the loss does not need it.
         return_stats: also a :class:`TokenStats` of ``target``'s shape, from the same pass: logprobs, and entropy where it was
             computed, both detached, 0 where masked.
@@ -140,7 +142,11 @@ def linear_policy_loss(
         raise ShapeError(
             f"input: expected shape [B, T, D], or [N, D] with cu_seqlens, got {list(input.shape)}"
         )
-    hidden = heads.check_head(input, linear_weight, linear_bias)
+    heads.check_head(input, linear_weight, linear_bias)
+    if lora is not None and support is not None:
+        raise ValueError("lora: expected None beside support, got an adapter")
+    input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+    hidden = checks.as_rows(input)
     checks.index_target("target", target, tuple(input.shape[:-1]), input.device)
     limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, None, 0, logits_dtype)
     row = row_options(temperature, logit_scale, softcap, IGNORED, input.shape[:-1], input)
@@ -232,10 +238,9 @@ def linear_policy_loss(
     if parts is None:
         name = "auto" if call.traced else call.backend.name
         stats = linear_token_stats(
-            input,
-            linear_weight,
-            classes.view(target.shape),
-            linear_bias=linear_bias,
+            linear_weight=linear_weight,
+            target=classes.view(target.shape),
+            **heads.as_given(input, linear_weight, linear_bias),
             temperature=temperature,
             logit_scale=logit_scale,
             softcap=softcap,

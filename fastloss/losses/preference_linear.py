@@ -76,6 +76,7 @@ def linear_preference_loss(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str = "auto",
@@ -99,6 +100,8 @@ def linear_preference_loss(
         token_metrics: also entropy, mean_token_accuracy, logits/chosen, logits/rejected, from the same pass.
         chunk_size: rows that go together at most; in chunks of rows None lets a pair's logits take as much as the weight and its
             gradient. memory, group, logits_dtype: as in :func:`linear_cross_entropy`; the reference's vocabulary is cut over the same processes.
+        lora: as in :func:`linear_cross_entropy`, of the policy alone: without its adapter the policy is its own reference, ``ref_weight`` the same
+            matrix.
         return_stats: also a :class:`TokenStats` of ``target``'s shape, from the same pass, detached and 0 where ignored: logprobs, with
             ``token_metrics`` entropy, mean_logits and is_top1, with ``use_weighting`` log_sum_sq_probs.
 
@@ -143,6 +146,7 @@ def linear_preference_loss(
         options,
         heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype),
         width=2,
+        lora=lora,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)
     lengths = x.rows.tokens.lengths

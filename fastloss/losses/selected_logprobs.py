@@ -129,6 +129,7 @@ def linear_selected_logprobs(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`selected_logprobs` of ``input @ linear_weight.T + linear_bias``, normalised over the whole vocabulary, without those logits.
@@ -138,13 +139,15 @@ def linear_selected_logprobs(
     Args:
         input: hidden states ``[..., D]``. linear_weight: ``[V, D]``. linear_bias: ``[V]``. All may ask for gradients.
         ids and the rest: as in :func:`selected_logprobs`. A position whose ids are all -1 is not computed (on the CPU).
-        chunk_size, memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
+        chunk_size, memory, group, logits_dtype, lora: as in :func:`linear_cross_entropy`.
 
     >>> import torch, fastloss
     >>> fastloss.linear_selected_logprobs(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([[2, 0, -1]]))
     tensor([[-1.3863, -1.3863,  0.0000]])
     """
-    rows = heads.check_head(input, linear_weight, linear_bias)
+    heads.check_head(input, linear_weight, linear_bias)
+    input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+    rows = checks.as_rows(input)
     checks.is_tensor("ids", ids)
     limits = heads.limits_of(chunk_size, memory, group, input, linear_weight, ids, -1, logits_dtype)
     vocab = heads.vocab_of(linear_weight, limits)

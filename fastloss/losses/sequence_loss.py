@@ -68,6 +68,7 @@ def linear_sequence_loss(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -89,7 +90,7 @@ def linear_sequence_loss(
         coupled: a sequence's term depends on other sequences: ``loss_fn`` is called once, with all. 4 GEMMs where they do not fit into
             one part.
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`.
-        chunk_size, memory, group, logits_dtype: as in :func:`linear_preference_loss`.
+        chunk_size, memory, group, logits_dtype, lora: as in :func:`linear_preference_loss`.
         return_stats: also a :class:`TokenStats` of ``target``'s shape with ``outputs``, detached and 0 where ignored.
 
     Returns:
@@ -122,6 +123,7 @@ def linear_sequence_loss(
         options,
         heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype),
         width=1,
+        lora=lora,
     )
     plan = groups.plan_groups(
         "linear_sequence_loss", x, backend, (cu_seqlens,), coupled=coupled, per_group=False, ref=False

@@ -190,6 +190,7 @@ def linear_supervised_loss(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     backend: str = "auto",
 ) -> SupervisedOutput:
     """:func:`supervised_loss` of ``input @ linear_weight.T + linear_bias``, without the logits of the batch.
@@ -200,7 +201,7 @@ def linear_supervised_loss(
     Args:
         input, linear_weight, linear_bias: hidden states ``[..., D]``, vocabulary matrix ``[V, D]``, bias ``[V]``.
         target and the rest: as in :func:`supervised_loss`.
-        chunk_size, memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
+        chunk_size, memory, group, logits_dtype, lora: as in :func:`linear_cross_entropy`.
 
     Raises:
         ValueError, TypeError, IndexError: as :func:`supervised_loss`.
@@ -210,8 +211,9 @@ def linear_supervised_loss(
     >>> round(fastloss.linear_supervised_loss(hidden, head, target, loss_type="dft").loss.item(), 4)
     0.3466
     """
-    rows = heads.check_head(input, linear_weight, linear_bias)
-    lead = input.shape[:-1]
+    heads.check_head(input, linear_weight, linear_bias)
+    input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+    rows, lead = checks.as_rows(input), input.shape[:-1]
     limits = heads.limits_of(
         chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops, compile_support
+from fastloss.engine import checks, compile_ops, compile_support, devices, invariance
 from fastloss.engine import head as heads
 from fastloss.engine.argmax import largest_class, row_statistics
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
@@ -205,6 +205,7 @@ def linear_token_stats(
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
     support: Any = None,
+    lora: Any = None,
     backend: str = "auto",
 ) -> TokenStats:
     """:func:`token_stats` of ``input @ linear_weight.T + linear_bias``, without holding those logits.
@@ -219,14 +220,20 @@ def linear_token_stats(
         linear_weight: ``[V, D]``. linear_bias: ``[V]``.
         target: int64 ``[...]``.
         temperature, logit_scale, softcap, ignore_index, outputs, detach: as in :func:`token_stats`.
-        chunk_size: rows that go together at most; None chooses. memory, group: as in :func:`linear_cross_entropy`.
+        chunk_size: rows that go together at most; None chooses. memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
         support: as in :func:`token_stats`.
+        lora: as in :func:`linear_cross_entropy`. Not with ``support``.
 
     >>> import torch, fastloss
     >>> fastloss.linear_token_stats(torch.zeros(1, 8), torch.zeros(4, 8), torch.tensor([2])).logprobs
     tensor([-1.3863])
     """
     hidden = heads.check_head(input, linear_weight, linear_bias)
+    if lora is not None:
+        if support is not None:
+            raise ValueError("lora: expected None beside support, got an adapter")
+        input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+        hidden = checks.as_rows(input)
     lead = input.shape[:-1]
     want = _wanted(outputs, target, support)
     kept = _differentiable(want, detach)
@@ -271,7 +278,7 @@ def linear_token_stats(
         with heads.float_operands(limits.float_logits, hidden, all_weight, all_bias) as (x, w, bias):
             out = reference.linear_token_stats(x, w, flat, linear_bias=bias, **_transform(options))
             if ARGMAX in want:
-                out[ARGMAX] = largest_class(torch.nn.functional.linear(x, w, bias), flat, options)
+                out[ARGMAX] = largest_class(heads.products(x, w, bias), flat, options)
         return _shaped(_cut_off({name: out[name] for name in want}, detach), want, lead)
     head = heads.make_head(call.backend, hidden, linear_weight, linear_bias, dtype, shards)
     needs = heads.needs_of(input, linear_weight, linear_bias)
@@ -448,6 +455,8 @@ def support_sent(
 
 def support_details(sets: Sets, dtype: torch.dtype, with_mass: bool) -> dict[str, Any]:
     """What ``explain`` tells of a head over a support."""
+    if devices.is_gpu(sets.ids.device):
+        invariance.refuse("the logits of a support are PyTorch's sums")
     return {
         "schedule": "kept rows of the weight",
         "gemms": 1 if with_mass else 0,

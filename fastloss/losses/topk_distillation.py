@@ -198,6 +198,7 @@ def linear_topk_distillation_loss(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     backend: str = "auto",
 ) -> DistillationOutput:
     """:func:`topk_distillation_loss` of ``input @ linear_weight.T + linear_bias``, without the logits of the batch.
@@ -208,7 +209,7 @@ def linear_topk_distillation_loss(
     Args:
         input, linear_weight, linear_bias: hidden states ``[..., D]``, vocabulary matrix ``[V, D]``, bias ``[V]``.
         teacher_ids and the rest: as in :func:`topk_distillation_loss`.
-        chunk_size, memory, group, logits_dtype: as in :func:`linear_cross_entropy`.
+        chunk_size, memory, group, logits_dtype, lora: as in :func:`linear_cross_entropy`.
 
     >>> import torch, fastloss
     >>> ids, logprobs = torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]).log()
@@ -216,8 +217,9 @@ def linear_topk_distillation_loss(
     >>> round(out.loss.item(), 4)
     0.1733
     """
-    rows = heads.check_head(input, linear_weight, linear_bias)
-    lead = input.shape[:-1]
+    heads.check_head(input, linear_weight, linear_bias)
+    input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
+    rows, lead = checks.as_rows(input), input.shape[:-1]
     limits = heads.limits_of(
         chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
     )
@@ -277,8 +279,8 @@ def linear_topk_distillation_loss(
     if later:
         assert tokens.target is not None
         hard, stats = linear_cross_entropy(
-            rows, linear_weight, tokens.target, linear_bias=linear_bias, ignore_index=ignore_index,
-            reduction="none" if per_row else "sum", token_weight=None if per_row else tokens.weights,
+            linear_weight=linear_weight, target=tokens.target, **heads.as_given(rows, linear_weight, linear_bias),
+            ignore_index=ignore_index, reduction="none" if per_row else "sum", token_weight=None if per_row else tokens.weights,
             logit_scale=logit_scale, softcap=softcap, chunk_size=chunk_size, memory=memory, group=shards, logits_dtype=logits_dtype,
             return_stats=True, backend=backend,
         )  # fmt: skip

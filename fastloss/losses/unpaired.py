@@ -384,6 +384,7 @@ def linear_kto_loss(
     memory: str = "auto",
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
+    lora: Any = None,
     reduction: str = "mean",
     return_stats: bool = False,
     backend: str = "auto",
@@ -397,7 +398,7 @@ def linear_kto_loss(
         target: int64 ``[B, T]`` or ``[N]``; ``ignore_index`` on prompts and padding.
         desirable: bool ``[B]``.
         ref_input, ref_weight, ref_bias: the reference model's; or its log-probs ``ref_logps`` ``[B]``; neither: uniform.
-        chunk_size, memory, group, logits_dtype: as in :func:`linear_preference_loss`.
+        chunk_size, memory, group, logits_dtype, lora: as in :func:`linear_preference_loss`.
         kl_logps, ref_kl_logps, kl: as in :func:`kto_loss`; :func:`linear_token_stats` gives the log-probs at 1 GEMM.
         return_stats: also a :class:`TokenStats` of ``target``'s shape, as in :func:`linear_preference_loss`.
 
@@ -422,6 +423,7 @@ def linear_kto_loss(
         options,
         heads.limits_of(chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype),
         width=1,
+        lora=lora,
     )
     groups.check_reference(input, ref_input, ref_weight, ref_bias)
     if ref_input is not None and ref_logps is not None:

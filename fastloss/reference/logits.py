@@ -25,8 +25,15 @@ def effective_logits(
 
 
 def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> Tensor:
-    """``input @ linear_weight.T + linear_bias``: the head that fastloss never materialises."""
-    return torch.nn.functional.linear(input, linear_weight, linear_bias)
+    """``input @ linear_weight.T + linear_bias``: the head that fastloss never materialises. With a LoRA ``input`` has r columns more, u,
+    and ``linear_bias`` is B ``[V, r]``, or that and the bias ``[V, r + 1]``: ``input @ linear_weight.T + u @ B.T + bias``."""
+    if linear_bias is None or linear_bias.dim() == 1 or linear_weight.dim() != 2:
+        return torch.nn.functional.linear(input, linear_weight, linear_bias)
+    dim = linear_weight.shape[1]
+    rank = input.shape[-1] - dim
+    bias = linear_bias[:, rank] if linear_bias.shape[1] > rank else None
+    z = torch.nn.functional.linear(input[..., :dim], linear_weight, bias)
+    return z + torch.nn.functional.linear(input[..., dim:], linear_bias[:, :rank])
 
 
 def row_gradient(

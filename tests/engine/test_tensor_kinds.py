@@ -72,6 +72,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
         lambda x: fastloss.selective_log_softmax(x, TARGET.clamp(min=0)).sum(), ((5, 6),)
     ),
     "linear_cross_entropy": (lambda h, w: fastloss.linear_cross_entropy(h, w, TARGET), ((5, 4), (6, 4))),
+    "linear_cross_entropy, lora": (
+        lambda h, w, a, b: fastloss.linear_cross_entropy(h, w, TARGET, lora=(a, b, 0.5)), ((5, 4), (6, 4), (2, 4), (6, 2)),
+    ),
     "linear_token_stats": (
         lambda h, w: _stats(fastloss.linear_token_stats(h, w, TARGET)).sum(), ((5, 4), (6, 4))
     ),

@@ -104,7 +104,36 @@ def draw_case(
         kinds=drawn_kinds(d, case.tensors, asking, mode == "compile") | expanded,
         expanded_upstream=d.chance(0.2),
     )
+    add_lora(d, case, how)
     return case, how
+
+
+def add_lora(d: Draw, case: Case, how: How) -> None:
+    """Sometimes an adapter on the head of a drawn case; drawn last, so that cases without one are what they were."""
+    x = case.tensors
+    if (
+        not case.function.startswith("linear_")
+        or "support" in x
+        or x["linear_weight"].dim() != 2
+        or not d.chance(0.15)
+    ):
+        return
+    rank, (vocab, dim) = d.pick(1, 2, 4, 9), x["linear_weight"].shape
+    x["lora_a"] = d.normal((rank, dim), max(dim, 1) ** -0.5)
+    x["lora_b"] = d.normal((vocab, rank), d.pick(0.1, 1.0))
+    case.options["lora_scale"] = d.pick(1.0, 0.5, -2.0)
+    case.head = (*case.head, "lora_a", "lora_b")
+    if how.asking:
+        how.asking = (*how.asking, *(name for name in ("lora_a", "lora_b") if d.chance(0.7)))
+
+
+def joined(given: Numbers, options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call: an adapter is one of them."""
+    arguments = {**given, **options}
+    if "lora_scale" in arguments:
+        names = ("lora_a", "lora_b", "lora_scale")
+        arguments["lora"] = tuple(arguments.pop(name) for name in names)
+    return arguments
 
 
 # --- running -----------------------------------------------------------------------------------------------------------
@@ -140,7 +169,7 @@ def call(case: Case, tensors: Numbers, backend: str, compiled: bool = False) -> 
     options = case.options | ({"backend": backend} if accepts else {})
 
     def of(given: Numbers) -> Any:
-        return function(**given, **options)
+        return function(**joined(given, options))
 
     if compiled:
         torch.compiler.reset()  # every case is another graph of the same code
@@ -412,15 +441,14 @@ def tied(case: Case, precise: Numbers, at: Tensor) -> bool:
     if case.function not in ("token_stats", "linear_token_stats") or "support" in precise:
         return False
     function = getattr(fastloss, case.function)
-    logprobs = function(**precise, **keys, outputs=("logprobs",), backend="reference").logprobs
+    logprobs = function(**joined(precise, keys), outputs=("logprobs",), backend="reference").logprobs
     best = function(
-        **{**precise, "target": precise["target"].clamp(min=0)},
-        **keys,
+        **joined({**precise, "target": precise["target"].clamp(min=0)}, keys),
         outputs=("argmax",),
         backend="reference",
     ).argmax
     highest = function(
-        **{**precise, "target": best}, **keys, outputs=("logprobs",), backend="reference"
+        **joined({**precise, "target": best}, keys), outputs=("logprobs",), backend="reference"
     ).logprobs
     scale = abs(keys.get("logit_scale", 1.0) / keys.get("temperature", 1.0)) * keys.get("softcap", math.inf)
     size = min(scale, 6e4)  # of the largest logit

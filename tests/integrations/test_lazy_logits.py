@@ -372,3 +372,38 @@ def test_large_bias():
         F.cross_entropy(fastloss.LazyLogits(*ours), t).backward()
         for a, e in zip(ours, exact, strict=True):
             assert (a.grad - e.grad).abs().max() <= 2e-5 * e.grad.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_low_rank_adapter_beside_the_head(dtype):
+    """The sum of a head and its adapter, in any order, is a loss with ``lora=``: a frozen weight gets no gradient, and no copy."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 16, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(50, 16, generator=generator) / 4).to(dtype)
+    # PEFT keeps an adapter in float32 beside a model in bfloat16.
+    a, b = (torch.randn(*shape, generator=generator).requires_grad_() for shape in ((3, 16), (50, 3)))
+    target = torch.randint(50, (9,), generator=generator)
+    leaves = (hidden, a, b)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    z = exact[0] @ (weight.double() + 0.5 * exact[2] @ exact[1]).T
+    right = F.cross_entropy(z, target)
+    grads = torch.autograd.grad(right, exact)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    some = target.clamp(max=39)[:, None]
+    for turned in (False, True):
+        base = fastloss.LazyLogits(hidden, weight)
+        thin = fastloss.LazyLogits(F.linear(hidden.float(), a), b) * 0.5
+        logits = (thin + base if turned else base + thin).to(dtype)
+        assert logits.formula.weight is weight and logits.formula.low_rank.shape == b.shape
+        loss = F.cross_entropy(logits.float(), target)
+        torch.testing.assert_close(loss.double(), right, atol=tolerance, rtol=tolerance)
+        for got, want in zip(torch.autograd.grad(loss, leaves, retain_graph=True), grads, strict=True):
+            limit = tolerance * float(want.abs().max())
+            torch.testing.assert_close(got.double(), want, atol=limit, rtol=tolerance)
+        part = logits[:, :40].gather(-1, some)
+        torch.testing.assert_close(
+            part.double(), z[:, :40].gather(-1, some), atol=4 * tolerance, rtol=tolerance
+        )
+        found = z.gather(-1, logits.argmax(-1)[:, None])
+        torch.testing.assert_close(found, z.amax(-1, keepdim=True), atol=4 * tolerance, rtol=tolerance)
+        assert logits.is_lazy

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from cuda_emulation.build import build_emulated, build_race_check, compiler
+from cuda_emulation.build import build_emulated, build_limits_check, build_race_check, compiler
 from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
@@ -354,6 +354,19 @@ def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.Mo
     assert build_emulated().why_not() == ""
 
 
+def test_full_memory_is_no_answer_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA loads the kernels when they are first asked for: where that fails the call does, and the next one asks again."""
+    tensor: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    answers = iter(["out of memory", ""])
+    module: Any = ModuleType("fastloss._cuda")
+    module.tables, module.why_not = build_emulated().tables, lambda: next(answers)
+    backend = NativeBackend("cuda", module, CudaContext())
+    with pytest.raises(RuntimeError, match="fastloss CUDA kernel: out of memory"):
+        backend.why_not_for(tensor)
+    assert backend.why_not_for(tensor) == backend.why_not_for(tensor) == ""
+
+
 def test_module_of_another_version_is_refused() -> None:
     """Its codes would mean other losses."""
     tables = {name: list(names) for name, names in build_emulated().tables().items()}
@@ -377,6 +390,13 @@ def test_module_says_why_it_cannot_run() -> None:
 def test_no_race_between_the_threads_of_a_block() -> None:
     done = subprocess.run([build_race_check()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
+
+
+@pytest.mark.slow
+def test_a_device_is_asked_about_itself_once() -> None:
+    """And the answers of several devices, and of threads that ask at once, are not mixed up."""
+    done = subprocess.run([build_limits_check()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
 
 
 @pytest.mark.slow

@@ -68,6 +68,9 @@ def numbers() -> dict[str, Tensor]:
         "teacher_bias": randn(VOCAB) * 0.5,
         "probabilities": randn(ROWS, VOCAB).softmax(-1),
     }
+    own = torch.Generator().manual_seed(4)
+    given["lora_a"] = torch.randn(3, DIM, generator=own, dtype=torch.float64) * 0.5
+    given["lora_b"] = torch.randn(VOCAB, 3, generator=own, dtype=torch.float64) * 0.5
     given = {name: x.to(torch.bfloat16).double() for name, x in given.items()}
     target[::5] = -100
     ids = torch.randint(0, VOCAB, (ROWS, 5), generator=g)
@@ -259,6 +262,15 @@ def masked(function: Case) -> Case:
     return run
 
 
+def with_lora(function: Case) -> Case:
+    """A LoRA on the head, B cut as the weight."""
+
+    def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
+        return function(x, {**how, "lora": (x["lora_a"], x["lora_b"], 0.5)})
+
+    return run
+
+
 def of_cut_logits(function: Case) -> Case:
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         return function(x, {k: v for k, v in how.items() if k != "chunk_size"})
@@ -397,6 +409,14 @@ CASES: dict[str, Case] = {
     "logits: top-k distillation, hard loss": topk_of_logits(hard_loss_coef=0.5),
     "logits: log-probs of given classes": of_cut_logits(selected_of_logits),
     "logits: kept classes": of_cut_logits(support_of_logits),
+    "LoRA: cross-entropy, smoothing, z-loss": with_lora(cross_entropy(label_smoothing=0.1, z_loss=1e-2)),
+    "LoRA: statistics": with_lora(statistics("logprobs", "entropy", "argmax")),
+    "LoRA: DPO": with_lora(preference(loss_type="sigmoid", with_ref=True)),
+    "LoRA: GSPO, sequence ratios": with_lora(policy(loss_type="gspo")),
+    "LoRA: distillation, hard loss": with_lora(distillation(hard_loss_coef=0.5)),
+    "LoRA: top-k distillation, hard loss, temperature": with_lora(
+        topk_distillation(hard_loss_coef=0.5, temperature=2.0)
+    ),
     "padding: statistics": masked(statistics("logprobs", "entropy", "is_top1", "argmax", "log_sum_sq_probs")),
     "padding: cross-entropy, z-loss": masked(cross_entropy(z_loss=1e-2)),
     "padding: distillation, hard loss": masked(distillation(hard_loss_coef=0.5)),
@@ -412,7 +432,8 @@ VARIANTS = [
     ("uneven", "bfloat16", False, None),
 ]
 VARIANTS_OF_FOUR = [(layout, "float64", False, None) for layout in SIZES] + [("uneven", "float32", True, 8)]
-LEAVES = ("hidden", "weight", "bias")
+LEAVES = ("hidden", "weight", "bias", "lora_a", "lora_b")
+CUT = ("weight", "bias", "ref_weight", "teacher_weight", "teacher_bias", "lora_b")
 
 
 def outcome(
@@ -425,12 +446,12 @@ def outcome(
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """(results, gradients) in float64."""
     x = {name: t if t.dtype == torch.int64 else t.to(dtype) for name, t in numbers().items()}
-    for name in ("weight", "bias", "ref_weight", "teacher_weight", "teacher_bias"):
+    for name in CUT:
         x[name] = x[name][columns]
     x["own_probabilities"] = x["probabilities"][:, columns]
     x["classes"] = torch.arange(VOCAB)[columns]
     for name in LEAVES:
-        x[name] = x[name].clone().requires_grad_(not frozen or name == "hidden")
+        x[name] = x[name].clone().requires_grad_(not frozen or name not in ("weight", "bias"))
     out = case(x, how)
     for_gradient = [(k, t) for k, t in enumerate(out) if t.requires_grad]
     total = sum(
@@ -472,7 +493,7 @@ def compare(
     if not set(own) <= set(gradients):
         raise AssertionError(f"gradients of {set(own)}, expected {set(gradients)}")
     for name, expected in gradients.items():
-        expected = expected if name == "hidden" else expected[columns]
+        expected = expected[columns] if name in CUT else expected
         largest = gradients[name].abs().max().clamp(min=1e-9)
         out[name] = (
             distance(own[name] / largest, expected / largest) if own.get(name) is not None else float("inf")
@@ -594,6 +615,12 @@ def dtensors() -> dict[str, Any]:
             "hidden": distance(a.grad.full_tensor(), h.grad),
             "weight": distance(b.grad.full_tensor(), w.grad),
         }
+    lora = x["lora_a"].clone().requires_grad_(), x["lora_b"].clone().requires_grad_()
+    fastloss.linear_cross_entropy(h, w, target, lora=(*lora, 0.5)).backward()
+    a, b = spread(x["lora_a"], Replicate()).requires_grad_(), spread(x["lora_b"], Shard(0)).requires_grad_()
+    cut = spread(weight, Shard(0))
+    fastloss.linear_cross_entropy(spread(hidden, Replicate()), cut, target, lora=(a, b, 0.5)).backward()
+    found["LoRA"] = max(distance(p.grad.full_tensor(), q.grad) for p, q in zip((a, b), lora, strict=True))
     found["functions"] = further_dtensors(spread)
     logits = hidden @ weight.t()
     stats = fastloss.token_stats(spread(logits, Shard(1)), spread(target, Replicate()))
@@ -611,6 +638,12 @@ def dtensors() -> dict[str, Any]:
     wrong: dict[str, Callable[[], Any]] = {
         "weight by columns": lambda: ce(hidden, spread(weight, Shard(1)), target),
         "group beside it": lambda: ce(hidden, spread(weight, Shard(0)), target, group=group),
+        "LoRA over tokens": lambda: ce(
+            spread(hidden, Shard(0)), cut, spread(target, Replicate()), lora=(a, b, 0.5)
+        ),
+        "LoRA cut otherwise": lambda: ce(
+            hidden, cut, target, lora=(a, spread(x["lora_b"], Replicate()), 0.5)
+        ),
         "tokens without a cut": lambda: ce(spread(hidden, Shard(0)), spread(weight, Replicate()), target),
         "no group": lambda: ce(hidden, weight, target, group="tp"),
         "places": lambda: ce(hidden, weight.view(VOCAB, 1, DIM), target.view(ROWS, 1), group=group),

@@ -56,6 +56,7 @@ def test_dtensors_are_taken_and_given_back(found: list[dict[str, Any]]) -> None:
             assert numbers["kinds"] == [True, True, True], name
             assert max(numbers["loss"], numbers["hidden"], numbers["weight"]) <= 1e-12, (name, numbers)
         assert each["dtensors"]["statistics"] <= 1e-12
+        assert each["dtensors"]["LoRA"] <= 1e-12
         assert each["dtensors"]["torch's loss_parallel"] <= 1e-12
 
 
@@ -64,6 +65,8 @@ def test_dtensors_are_taken_and_given_back(found: list[dict[str, Any]]) -> None:
     [
         ("weight by columns", "ValueError: linear_weight: expected placements Shard(0)"),
         ("group beside it", "ValueError: group: expected None beside"),
+        ("LoRA over tokens", "ValueError: lora: expected None beside an input that is sharded"),
+        ("LoRA cut otherwise", "ValueError: lora's B: expected the placements of linear_weight"),
         ("tokens without a cut", "ValueError: input: expected Replicate()"),
         ("no group", "TypeError: group: expected a ProcessGroup"),
         ("places", "NotImplementedError: group:"),
