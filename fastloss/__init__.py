@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
 from fastloss import nn
 from fastloss._version import __version__
 from fastloss.engine.backend import backends, explain, use_backend, validate_targets
+from fastloss.engine.invariance import batch_invariant
 from fastloss.losses.advantages import (
     discounted_returns,
     gae,
@@ -93,6 +94,7 @@ __all__ = [
     "ValueOutput",
     "__version__",
     "backends",
+    "batch_invariant",
     "bco_loss",
     "cpo_loss",
     "cross_entropy",

@@ -43,6 +43,10 @@ INTEGERS = (
     "row_stride",
     "width",
     "vocab",
+    "dim",
+    "x_stride",
+    "w_stride",
+    "z_stride",
     "y_row_stride",
     "grad_row_stride",
     "ignore_index",
@@ -219,6 +223,10 @@ CASES[("divergences", "divergence_kernel")] = {
         ("bf16", ("slopes_ptr", "grad_ptr", "factors_ptr", "target_ptr", "hard_lse_parts_ptr")),
     )
 }
+CASES[("logits", "logits_kernel")] = {
+    dtype: (("x_ptr", "w_ptr", "z_ptr"), {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"})
+    for dtype in ("fp32", "bf16", "fp16")
+}
 SHAPES = {
     "sum_rows_kernel": "REDUCE_SHAPE", "reciprocal_count_kernel": "REDUCE_SHAPE",
     "segment_sum_kernel": "SUM_SHAPE", "segment_expand_kernel": "SUM_SHAPE", "pair_loss_kernel": "PAIR_SHAPE",
@@ -228,7 +236,13 @@ SHAPES = {
 }  # fmt: skip
 
 
-def _shape(module: str, kernel: str) -> dict[str, Any]:
+def _shape(module: str, kernel: str, options: str, target: str) -> dict[str, Any]:
+    if kernel == "logits_kernel":
+        logits = importlib.import_module("kernels.logits")
+        tile: dict[str, Any] = logits.tile_of(
+            4 if options == "fp32" else 2, 64 if target.startswith("gfx") else 32
+        )
+        return tile
     return getattr(importlib.import_module(f"kernels.{module}"), SHAPES[kernel])
 
 
@@ -244,7 +258,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     target, module, name, options = case
     kernel = getattr(importlib.import_module(f"kernels.{module}"), name)
     given, constants = CASES[module, name][options]
-    launch = _shape(module, name)
+    launch = _shape(module, name, options, target)
     constants = {**constants, **{key: value for key, value in launch.items() if key.isupper()}}
     shape = {key: value for key, value in launch.items() if not key.isupper()}
     signature: dict[str, str] = {}

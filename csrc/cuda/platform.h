@@ -23,6 +23,8 @@ constexpr int kWarp = 32;
 constexpr int kMaxThreads =
     448;  // two such blocks leave a thread 72 registers; 512 would leave 64, and spills
 constexpr int64_t kMaxBlocks = 2147483647;
+constexpr int kSharedUnasked =
+    48 * 1024;  // dynamic shared memory of a block that no kernel has to be allowed
 
 __device__ inline float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 // The first argument goes to the low half: one conversion instruction for both.

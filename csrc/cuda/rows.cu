@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "device_limits.h"
 #include "forward.h"
 #include "gradient.h"
 #include "launch.h"
@@ -29,17 +30,29 @@ const char* unusable(const Logits& in) {
 }
 
 // Half of a multiprocessor's shared memory, so that one block reads while another reduces or writes.
-cudaError_t shared_per_block(int* bytes) {
+cudaError_t shared_per_block(int device, int* bytes) {
   constexpr int kStatic =
       2048;  // the reduction's own, and the kilobyte that the system keeps of each block's
-  int device = 0, per_multiprocessor = 0, per_block = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes = std::max(std::min(per_multiprocessor / 2, per_block) - kStatic, 0);
-  return error;
+  static OfDevice known;
+  return known.get(device, bytes, [](int of, int* found) {
+    int per_multiprocessor = 0, per_block = 0;
+    cudaError_t error =
+        cudaDeviceGetAttribute(&per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, of);
+    if (error == cudaSuccess)
+      error = cudaDeviceGetAttribute(&per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, of);
+    *found = std::max(std::min(per_multiprocessor / 2, per_block) - kStatic, 0);
+    return error;
+  });
+}
+
+// Lets a kernel have as much as any row of it may want on the current device; what a launch takes is its own.
+template <class Kernel>
+cudaError_t allow_shared(Kernel kernel, OfDevice& allowed, int device, int bytes) {
+  int unused = 0;
+  return allowed.get(device, &unused, [&](int, int* done) {
+    *done = bytes;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  });
 }
 
 template <class T, bool General, bool Extra, bool Grad>
@@ -47,13 +60,14 @@ const char* launch_forward(const Logits& in, const CrossEntropy& ce, const Stats
   const auto kernel = row_forward_kernel<T, General, Extra, Grad>;
   int keep_packs = 0, shared = 0;
   if (Grad) {
-    int available = 0;
-    if (const char* error = text_of(shared_per_block(&available))) return error;
+    int device = 0, available = 0;
+    if (const char* error = text_of(cudaGetDevice(&device))) return error;
+    if (const char* error = text_of(shared_per_block(device, &available))) return error;
     keep_packs = int(std::min<int64_t>(in.vocab / Pack<T>::N, std::max(available / 16 - 1, 0)));
     shared = 16 * (keep_packs + 1);  // one more for a misaligned row
-    const auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (shared > 48 * 1024) {
-      if (const char* error = text_of(cudaFuncSetAttribute(kernel, limit, shared))) return error;
+    if (shared > kSharedUnasked) {
+      static OfDevice allowed;  // of this kernel
+      if (const char* error = text_of(allow_shared(kernel, allowed, device, available))) return error;
     }
   }
   const dim3 grid(unsigned(std::min<int64_t>(in.rows, kMaxBlocks)));

@@ -4,6 +4,7 @@
 // must cost little.
 #include <algorithm>
 
+#include "device_limits.h"
 #include "launch.h"
 
 namespace fastloss::cuda {
@@ -50,10 +51,13 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(Scaling a) {
 }
 
 cudaError_t blocks_of_a_wave(int64_t* blocks) {
+  static OfDevice known;
   int device = 0, multiprocessors = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess)
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    error = known.get(device, &multiprocessors, [](int of, int* found) {
+      return cudaDeviceGetAttribute(found, cudaDevAttrMultiProcessorCount, of);
+    });
   *blocks = std::clamp<int64_t>(multiprocessors * kBlocksPerMultiprocessor, 1, kMaxBlocks);
   return error;
 }

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastloss.engine import checks
+from fastloss.engine import checks, invariance
 from fastloss.engine.checks import PLAIN
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
@@ -141,6 +141,8 @@ class Call(NamedTuple):
 
     def announce(self, **details: Any) -> None:
         """Tell the log, and ``explain`` if it is asking, which path the call takes; before anything is computed."""
+        if self.by_definition and self.function.startswith("linear_"):
+            invariance.refuse(f"the definition computes it ({self.reason})")
         if self.traced:
             return
         if _explaining.active:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastloss.engine import checks, devices, head_blocks
+from fastloss.engine import checks, devices, head_blocks, invariance
 from fastloss.engine.autograd import scale_in_place
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
@@ -115,6 +115,8 @@ class Schedule(NamedTuple):
         gemms: float = 1 + recompute + needs.hidden + needs.weight
         vocab, dim = head.weight.shape
         sent: dict[str, Any] = {"lora_rank": head.rank} if head.rank else {}
+        if invariance.wanted():
+            sent["batch_invariant"] = True
         if head.shards is not None:
             sent |= head.shards.details(
                 rows, want, ACC_DTYPES[head.dtype], head.hidden if needs.hidden else None
@@ -176,9 +178,10 @@ def limits_of(
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
     checks.logits_dtype_value(logits_dtype)
-    float_logits = logits_dtype is not None
+    float_logits = logits_dtype is not None or invariance.wanted()
     if group is None:
         return Limits(chunk_size, memory, None, float_logits)
+    invariance.refuse("the vocabulary is cut over processes")
     dim = input.shape[-1]
     call = SharedCall(math.prod(input.shape[:-1]), dim, input.dtype, target, ignore_index)
     shards = of_group(group, linear_weight.shape[0], linear_weight.device, call)
@@ -198,6 +201,8 @@ def classes_of(head: Head) -> int:
 def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
     """The schedule in chunks of rows. "fast": as many as take the memory of a float32 gradient of the weight; "low": a
     quarter of the usual, but all rows at once where that spares an accumulator as large as their logits."""
+    if invariance.wanted():
+        invariance.refuse(invariance.why_not(head))
     vocab, dim = head.weight.shape
     if head.shards is not None:  # every process of a group takes the same chunks
         vocab = max(head.shards.sizes)

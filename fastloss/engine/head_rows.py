@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import register_flop_formula
 
-from fastloss.engine import devices
+from fastloss.engine import devices, invariance
 from fastloss.engine.argmax import row_statistics
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients, of_cross_entropy
@@ -137,6 +137,7 @@ class _Gemms:
         self.d_weight = new_gradient((vocab, self.dim), made, device) if needs.weight else None
         self._gathered: tuple[tuple[int, int], Tensor] | None = None
         self.weight_begun = False
+        self.invariant = invariance.wanted()
         self._make_bias(head, needs)
 
     def _make_bias(self, head: Head, needs: Needs) -> None:
@@ -166,7 +167,10 @@ class _Gemms:
     def logits(self, start: int, stop: int) -> Tensor:
         z = self.buffer[: stop - start]
         hidden, u = self.operands(start, stop)
-        torch.mm(hidden, self.weight.t(), out=z)
+        if self.invariant:
+            invariance.multiply(z, hidden, self.weight)
+        else:
+            torch.mm(hidden, self.weight.t(), out=z)
         if self.low_rank is not None:
             torch.addmm(z, u, self.low_rank.t(), out=z)
         return z
@@ -277,7 +281,10 @@ class _FloatLogitsGemms(_Gemms):
     def logits(self, start: int, stop: int) -> Tensor:
         z = self.buffer[: stop - start]
         hidden, u = self.operands(start, stop)
-        devices.multiply_wide(z, hidden, self.weight.t())
+        if self.invariant:
+            invariance.multiply(z, hidden, self.weight)
+        else:
+            devices.multiply_wide(z, hidden, self.weight.t())
         if self.low_rank is not None:
             devices.add_wide(z, u, self.low_rank.t())
         return z

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops, compile_support
+from fastloss.engine import checks, compile_ops, compile_support, devices, invariance
 from fastloss.engine import head as heads
 from fastloss.engine.argmax import largest_class, row_statistics
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
@@ -455,6 +455,8 @@ def support_sent(
 
 def support_details(sets: Sets, dtype: torch.dtype, with_mass: bool) -> dict[str, Any]:
     """What ``explain`` tells of a head over a support."""
+    if devices.is_gpu(sets.ids.device):
+        invariance.refuse("the logits of a support are PyTorch's sums")
     return {
         "schedule": "kept rows of the weight",
         "gemms": 1 if with_mass else 0,

@@ -985,4 +985,5 @@ NOT_DRAWN = {
     "patch": "replaces torch's functions by those that are drawn",
     "use_backend": "every case is run under some backend by it or by backend=",
     "validate_targets": "a switch for GPUs",
+    "batch_invariant": "a switch: tests/engine/test_batch_invariant.py",
 }

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from cuda_emulation.build import build_emulated, build_race_check, compiler
+from cuda_emulation.build import build_emulated, build_limits_check, build_race_check, compiler
 from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
@@ -377,6 +377,13 @@ def test_module_says_why_it_cannot_run() -> None:
 def test_no_race_between_the_threads_of_a_block() -> None:
     done = subprocess.run([build_race_check()], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[:4000]
+
+
+@pytest.mark.slow
+def test_a_device_is_asked_about_itself_once() -> None:
+    """And the answers of several devices, and of threads that ask at once, are not mixed up."""
+    done = subprocess.run([build_limits_check()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
 
 
 @pytest.mark.slow

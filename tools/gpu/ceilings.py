@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastloss.bench.clock import once, summary
 from fastloss.bench.steps import LimitStep
+from fastloss.engine import invariance
 
 REPEATS = 10
 ROWS = (1024, 2048, 4096, 8192, 16384)
@@ -51,6 +52,15 @@ def copies(device: str, small: bool) -> Iterator[dict[str, Any]]:
         yield {"what": "copy", "bytes": size, "seconds": took, "rate": 2 * size / took, "unit": "bytes/s"}
 
 
+def fixed(hidden: Tensor, weight: Tensor) -> Tensor:
+    """The product of fastloss.batch_invariant, with a float32 result: its price is seen against "logits"."""
+    if hidden.device.type == "cpu":
+        raise RuntimeError("Triton's kernels want a GPU")
+    out = torch.empty(hidden.shape[0], weight.shape[0], device=hidden.device)
+    invariance.multiply(out, hidden, weight)
+    return out
+
+
 def gemms(device: str, small: bool) -> Iterator[dict[str, Any]]:
     """bfloat16: logits, d hidden, d weight; d weight also with a float32 result, where this torch can."""
     dim, vocab = (32, 512) if small else (DIM, VOCAB)
@@ -60,6 +70,7 @@ def gemms(device: str, small: bool) -> Iterator[dict[str, Any]]:
         logits = torch.empty(rows, vocab, device=device, dtype=torch.bfloat16)
         runs: dict[str, Callable[[], Tensor]] = {
             "logits": lambda h=hidden, z=logits: torch.mm(h, weight.t(), out=z),  # type: ignore[misc]
+            "logits, batch-invariant": lambda h=hidden: fixed(h, weight),  # type: ignore[misc]
             "d hidden": lambda z=logits: torch.mm(z, weight),  # type: ignore[misc]
             "d weight": lambda h=hidden, z=logits: torch.mm(z.t(), h),  # type: ignore[misc]
             "d weight, float32": lambda h=hidden, z=logits: torch.mm(z.t(), h, out_dtype=torch.float32),  # type: ignore[misc, call-overload]
@@ -68,7 +79,7 @@ def gemms(device: str, small: bool) -> Iterator[dict[str, Any]]:
             what = {"what": name, "rows": rows, "dim": dim, "vocab": vocab}
             try:
                 took = seconds(run, device)
-            except (RuntimeError, TypeError) as error:
+            except (ImportError, RuntimeError, TypeError) as error:
                 yield {**what, "reason": str(error).splitlines()[0][:100]}
                 continue
             rate = 2.0 * rows * dim * vocab / took
@@ -84,10 +95,10 @@ def gemms(device: str, small: bool) -> Iterator[dict[str, Any]]:
 def line(found: dict[str, Any]) -> str:
     size = f"{found['bytes'] >> 20} MiB" if "bytes" in found else f"{found['rows']} rows"
     if "reason" in found:
-        return f"{found['what']:<18} {size:>10}  not measured: {found['reason']}"
+        return f"{found['what']:<24} {size:>10}  not measured: {found['reason']}"
     name = (found.get("kernels") or [""])[0]
     rate = f"{found['rate'] / 1e12:.3f} T{found['unit']}"
-    return f"{found['what']:<18} {size:>10}  {found['seconds'] * 1e3:9.3f} ms  {rate}  {name[:80]}"
+    return f"{found['what']:<24} {size:>10}  {found['seconds'] * 1e3:9.3f} ms  {rate}  {name[:80]}"
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -84,16 +85,17 @@ def build_emulated() -> ModuleType:
     return module
 
 
+def _under_thread_sanitizer(main: str, sources: Sequence[Path]) -> Path:
+    """A program over the kernels with warps of 32 as on a GPU."""
+    flags = ["-fsanitize=thread", "-DFASTLOSS_EMULATED_WARP=32", "-x", "c++"]
+    return _compile(BUILD / main, [*flags, *map(str, sources), str(HERE / f"{main}.cpp")])
+
+
 def build_race_check() -> Path:
-    """The kernels under ThreadSanitizer, with warps of 32 as on a GPU."""
-    return _compile(
-        BUILD / "tsan_main",
-        [
-            "-fsanitize=thread",
-            "-DFASTLOSS_EMULATED_WARP=32",
-            "-x",
-            "c++",
-            *map(str, sorted(SOURCES.glob("*.cu"))),
-            str(HERE / "tsan_main.cpp"),
-        ],
-    )
+    """Every kernel: does a block's threads race?"""
+    return _under_thread_sanitizer("tsan_main", sorted(SOURCES.glob("*.cu")))
+
+
+def build_limits_check() -> Path:
+    """Launches on several devices: what is asked of the driver?"""
+    return _under_thread_sanitizer("limits_main", [SOURCES / "rows.cu", SOURCES / "scale.cu"])

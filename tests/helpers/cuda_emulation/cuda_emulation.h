@@ -164,11 +164,20 @@ enum {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMultiProcessorCount
 };
+namespace emulated {
+inline thread_local int device;  // the current one
+inline std::atomic<int> asked[128],
+    allowed[128];  // by device: questions about it, and kernels given more shared memory
+}  // namespace emulated
 inline const char* cudaGetErrorString(int) { return "emulated"; }
 inline int cudaGetLastError() { return cudaSuccess; }
-inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-// One KB is left for the copy of a row: rows longer than that exercise the part that is read again.
-inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2 * 3072, cudaSuccess; }
+inline int cudaGetDevice(int* device) { return *device = emulated::device, cudaSuccess; }
+// One KB is left for the copy of a row, on odd devices half of one: rows longer than that exercise the part
+// that is read again.
+inline int cudaDeviceGetAttribute(int* value, int, int device) {
+  ++emulated::asked[device];
+  return *value = 2 * (3072 - device % 2 * 512), cudaSuccess;
+}
 struct cudaFuncAttributes {};
 template <class Kernel>
 int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
@@ -176,6 +185,7 @@ int cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
 }
 template <class Kernel>
 int cudaFuncSetAttribute(Kernel, int, int) {
+  ++emulated::allowed[emulated::device];
   return cudaSuccess;
 }
 
@@ -186,6 +196,7 @@ using std::min;
 constexpr int kWarp = FASTLOSS_EMULATED_WARP;
 constexpr int kMaxThreads = 2 * kWarp;
 constexpr int64_t kMaxBlocks = 2;
+constexpr int kSharedUnasked = 256;
 
 inline float half_to_float(uint16_t bits) {
   _Float16 x;
