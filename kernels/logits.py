@@ -18,9 +18,10 @@ from .rows import DTYPES, INTERPRETED, WARP
 
 # By the operands' bytes. Two stages of AMD's, whose shared memory is 64 KB.
 TILES: dict[int, dict[str, Any]] = {
-    2: {"M": 128, "N": 128, "K": 64, "num_warps": 8, "num_stages": 3},
-    4: {"M": 64, "N": 64, "K": 32, "num_warps": 4, "num_stages": 3},
+    2: {"M": 128, "N": 128, "K": 32, "num_warps": 8, "num_stages": 4},
+    4: {"M": 64, "N": 64, "K": 16, "num_warps": 4, "num_stages": 4},
 }
+FARTHEST = 1 << 23  # elements from row to row: 128 of them are 32-bit offsets
 TOGETHER = 8  # tiles of rows that go through the weight together, which is then read from L2
 
 
@@ -34,18 +35,19 @@ def logits_kernel(
     first = program // (TOGETHER * across) * TOGETHER
     high = tl.minimum(tl.cdiv(rows, M) - first, TOGETHER)
     inside = program % (TOGETHER * across)
-    # Rows may be 2^31 elements away.
-    row = ((first + inside % high) * M + tl.arange(0, M)).to(tl.int64)
-    column = (inside // high * N + tl.arange(0, N)).to(tl.int64)
-    k = tl.arange(0, K)
-    x = x_ptr + row[:, None] * x_stride + k[None, :]
-    w = w_ptr + column[None, :] * w_stride + k[:, None]
-    has_row, has_column = (row < rows)[:, None], (column < vocab)[None, :]
+    top, left = (first + inside % high) * M, inside // high * N
+    row, column, k = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K)
+    # A tile may begin 2^31 elements away; within it offsets are 32-bit, or unaligned rows would spill.
+    x = x_ptr + top.to(tl.int64) * x_stride
+    w = w_ptr + left.to(tl.int64) * w_stride
+    x_at = row[:, None] * x_stride + k[None, :]
+    w_at = column[None, :] * w_stride + k[:, None]
+    has_row, has_column = (top + row < rows)[:, None], (left + column < vocab)[None, :]
     acc = tl.zeros([M, N], tl.float32)
     for start in range(0, dim, K):
         there = start + k < dim
-        a = tl.load(x, mask=has_row & there[None, :], other=0.0)
-        b = tl.load(w, mask=has_column & there[:, None], other=0.0)
+        a = tl.load(x + x_at, mask=has_row & there[None, :], other=0.0)
+        b = tl.load(w + w_at, mask=has_column & there[:, None], other=0.0)
         if (
             INTERPRETED
         ):  # numpy's product is wrong in bfloat16, and its last bits follow from the place in the tile
@@ -54,7 +56,8 @@ def logits_kernel(
             acc = tl.dot(a, b, acc, input_precision="ieee")
         x += K
         w += K
-    tl.store(z_ptr + row[:, None] * z_stride + column[None, :], acc, mask=has_row & has_column)
+    z = z_ptr + top.to(tl.int64) * z_stride + left
+    tl.store(z + row[:, None] * z_stride + column[None, :], acc, mask=has_row & has_column)
 
 
 def tile_of(itemsize: int, warp: int = WARP) -> dict[str, Any]:
@@ -75,6 +78,8 @@ def invariant_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> None:
         raise ValueError(f"out: expected [{rows}, {vocab}] of operands of one width, got {list(out.shape)}")
     if any(x.stride(1) != 1 and x.shape[1] > 1 for x in (hidden, weight, out)):
         raise ValueError("hidden, weight, out: expected unit stride along a row")
+    if any(x.stride(0) >= FARTHEST for x in (hidden, weight, out)):
+        raise ValueError(f"hidden, weight, out: expected rows less than {FARTHEST} elements apart")
     if not rows or not vocab:
         return
     tile = tile_of(hidden.element_size())

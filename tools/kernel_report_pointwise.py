@@ -241,8 +241,12 @@ CASES[("divergences", "divergence_kernel")] = {
     )
 }
 CASES[("logits", "logits_kernel")] = {
-    dtype: (("x_ptr", "w_ptr", "z_ptr"), {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"})
+    f"{dtype} {layout}": (("w_ptr", "z_ptr", *aligned), {"x_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"})
     for dtype in ("fp32", "bf16", "fp16")
+    for layout, aligned in (
+        ("aligned", ("x_ptr", "x_stride", "w_stride", "z_stride", "dim")),
+        ("odd", ("x_ptr",)),
+    )
 }
 SHAPES = {
     "sum_rows_kernel": "REDUCE_SHAPE", "reciprocal_count_kernel": "REDUCE_SHAPE",
@@ -258,7 +262,7 @@ def _shape(module: str, kernel: str, options: str, target: str) -> dict[str, Any
     if kernel == "logits_kernel":
         logits = importlib.import_module("kernels.logits")
         tile: dict[str, Any] = logits.tile_of(
-            4 if options == "fp32" else 2, 64 if target.startswith("gfx") else 32
+            4 if options.startswith("fp32") else 2, 64 if target.startswith("gfx") else 32
         )
         return tile
     return getattr(importlib.import_module(f"kernels.{module}"), SHAPES[kernel])

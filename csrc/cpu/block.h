@@ -126,9 +126,8 @@ FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e, uintptr_t n
       __builtin_prefetch(reinterpret_cast<const void*>(next + i * sizeof(T) + byte));
       if (next_out) __builtin_prefetch(reinterpret_cast<const void*>(next_out + i * sizeof(T) + byte), 1);
     }
-    const V e0 = exp_nonpositive<S>(load(z + i) - ref), e1 = exp_nonpositive<S>(load(z + i + L) - ref);
-    const V e2 = exp_nonpositive<S>(load(z + i + 2 * L) - ref),
-            e3 = exp_nonpositive<S>(load(z + i + 3 * L) - ref);
+    const V e0 = exp_of<T>(load(z + i) - ref), e1 = exp_of<T>(load(z + i + L) - ref);
+    const V e2 = exp_of<T>(load(z + i + 2 * L) - ref), e3 = exp_of<T>(load(z + i + 3 * L) - ref);
     store(e + i, e0);
     store(e + i + L, e1);
     store(e + i + 2 * L, e2);
@@ -136,7 +135,7 @@ FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e, uintptr_t n
     s0 += e0, s1 += e1, s2 += e2, s3 += e3;
   }
   for (; i < n; i += L) {
-    const V e0 = exp_nonpositive<S>(load(z + i) - ref);
+    const V e0 = exp_of<T>(load(z + i) - ref);
     s0 += e0;
     if (n - i < L) {
       store_n(e + i, e0, n - i);
@@ -145,6 +144,86 @@ FASTLOSS_INLINE double exp_block(const S* z, int64_t n, S ref, S* e, uintptr_t n
     }
   }
   return sum_lanes((s0 + s1) + (s2 + s3));
+}
+
+// The largest of n logits, at least the lowest finite number; and exp_block of the logits themselves, whose
+// exponentials of every whole 2 W are written with those at even places first. A shorter way for logits that
+// are z.
+FASTLOSS_INLINE float max_block(const BF16* x, int64_t n) {
+  F32V m0 = F32V{} + lowest_finite<float>(), m1 = m0, m2 = m0, m3 = m0, even, odd;
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    load_even_odd(x + i, &even, &odd);
+    m0 = max_or_second(even, m0), m1 = max_or_second(odd, m1);
+    load_even_odd(x + i + 2 * W, &even, &odd);
+    m2 = max_or_second(even, m2), m3 = max_or_second(odd, m3);
+  }
+  float max = max_lanes(max_or_second(max_or_second(m0, m1), max_or_second(m2, m3)));
+  for (; i < n; ++i) {
+    const float one = bit_cast<float>(uint32_t(x[i].bits) << 16);
+    max = one > max ? one : max;
+  }
+  return max;
+}
+
+FASTLOSS_INLINE double exp_even_odd(const BF16* x, int64_t n, float ref, float* e, uintptr_t next,
+                                    uintptr_t next_out) {
+  F32V s0{}, s1{}, s2{}, s3{};
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    for (unsigned byte = 0; byte < 4 * W * sizeof(BF16); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next + i * sizeof(BF16) + byte));
+      if (next_out) __builtin_prefetch(reinterpret_cast<const void*>(next_out + i * sizeof(BF16) + byte), 1);
+    }
+    F32V z0, z1, z2, z3;
+    load_even_odd(x + i, &z0, &z1), load_even_odd(x + i + 2 * W, &z2, &z3);
+    const F32V e0 = exp_short(z0 - ref), e1 = exp_short(z1 - ref);
+    const F32V e2 = exp_short(z2 - ref), e3 = exp_short(z3 - ref);
+    store(e + i, e0), store(e + i + W, e1), store(e + i + 2 * W, e2), store(e + i + 3 * W, e3);
+    s0 += e0, s1 += e1, s2 += e2, s3 += e3;
+  }
+  for (; i + 2 * W <= n; i += 2 * W) {
+    F32V z0, z1;
+    load_even_odd(x + i, &z0, &z1);
+    const F32V e0 = exp_short(z0 - ref), e1 = exp_short(z1 - ref);
+    store(e + i, e0), store(e + i + W, e1);
+    s0 += e0, s1 += e1;
+  }
+  double sum = sum_lanes((s0 + s1) + (s2 + s3));
+  for (; i < n; i += W) {
+    const int64_t count = n - i < W ? n - i : W;
+    const F32V rest = exp_short(load_n(x + i, count) - ref);
+    store_n(e + i, rest, count);
+    for (int64_t k = 0; k < count; ++k) sum += rest[k];
+  }
+  return sum;
+}
+
+// z in the order of exp_even_odd's exponentials, padded with -inf to whole vectors.
+FASTLOSS_INLINE void widen_even_odd(const BF16* x, int64_t n, float* z) {
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    F32V even, odd;
+    load_even_odd(x + i, &even, &odd);
+    store(z + i, even), store(z + i + W, odd);
+  }
+  for (; i < n; i += W) {
+    const int64_t count = n - i < W ? n - i : W;
+    store(z + i, load_n(x + i, count));
+    for (int64_t k = count; k < W; ++k) z[i + k] = -__builtin_inff();
+  }
+}
+
+// out = factor · e + d from what exp_even_odd wrote.
+FASTLOSS_INLINE void write_even_odd(BF16* out, const float* e, int64_t n, float factor, float d) {
+  int64_t i = 0;
+  for (; i + 2 * W <= n; i += 2 * W) {
+    store_even_odd(out + i, factor * load(e + i) + d, factor * load(e + i + W) + d);
+  }
+  for (; i < n; i += W) {
+    const int64_t count = n - i < W ? n - i : W;
+    store_n(out + i, factor * load_n(e + i, count) + d, count);
+  }
 }
 
 // Σ e·(z - ref) with 0·(-inf) = 0; z is padded to whole vectors, e is not.
@@ -247,10 +326,10 @@ FASTLOSS_INLINE void gradient_block(T* out, int64_t n, S d, const S* w, const S*
 
 // b·p + c·p·log p with p = exp((z - ref) - rest), ref + rest = lse, 0·(-inf) = 0. z is padded to whole
 // vectors.
-template <bool kC, class S, class V = typename Lanes<S>::V>
+template <class T, bool kC, class S, class V = typename Lanes<S>::V>
 FASTLOSS_INLINE V gradient_from_z(const S* z, S ref, S rest, S b, S c) {
   const V log_p = (load(z) - ref) - rest;
-  const V p = exp_any<S>(log_p);
+  const V p = exp_of<T>(min_or_second(V{} + ExpConstants<S>::highest, log_p));
   if (!kC) return b * p;
   const V g = p * (b + c * log_p);
   return p == S(0) ? V{} : g;

@@ -11,15 +11,6 @@ extern const VocabKernels vocab_kernels;
 
 namespace {
 
-template <class A, class B>
-struct Same {
-  static constexpr bool value = false;
-};
-template <class A>
-struct Same<A, A> {
-  static constexpr bool value = true;
-};
-
 template <class Op>
 struct IsTiles {
   static constexpr bool value = Op::kStep > 1;

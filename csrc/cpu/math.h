@@ -68,6 +68,37 @@ FASTLOSS_INLINE V exp_nonpositive(V x) {
   return p * e.scale;
 }
 
+// For x <= 0 that came from bfloat16 or float16, or whose exponential becomes one: the argument is reduced by
+// ln 2 in one float, and the polynomial (minimax of the relative error over |r| <= ln2/2, mean error -2e-8)
+// is one degree shorter. Relative error < 1.6e-7 + 2.8e-9 |x| down to -87.
+FASTLOSS_INLINE F32V exp_short(F32V x) {
+  using C = ExpConstants<float>;
+  constexpr float c[] = {0x1.fffff6p-1f, 0x1.fffdc6p-2f, 0x1.555a6cp-3f, 0x1.573a6cp-5f, 0x1.0fa822p-7f};
+  x = max_or_second(F32V{} + C::lowest, x);
+  const F32V t = x * C::log2e + C::round, n = t - C::round;
+#if defined(__FMA__) || defined(FASTLOSS_NEON)
+  const F32V r = x - n * 0x1.62e43p-1f;
+#else  // the product would be rounded
+  const F32V r = (x - n * C::ln2_high) - n * C::ln2_low;
+#endif
+  F32V p = r * c[4] + c[3];
+  p = p * r + c[2];
+  p = p * r + c[1];
+  p = p * r + c[0];
+  p = p * r + 1.0f;
+  return p * bit_cast<F32V>(bit_cast<U32V>(t) << C::mantissa_bits);
+}
+
+// For x <= 0, as exact as logits of type T ask for.
+template <class T, class V>
+FASTLOSS_INLINE V exp_of(V x) {
+  if constexpr (sizeof(T) == 2) {
+    return exp_short(x);
+  } else {
+    return exp_nonpositive<typename Acc<T>::S>(x);
+  }
+}
+
 // For any x; saturates above `highest`, where no probability can be.
 template <class S, class V = typename Lanes<S>::V>
 FASTLOSS_INLINE V exp_any(V x) {

@@ -102,15 +102,22 @@ void row_stats(const Logits& l, const Stats& s, int64_t begin, int64_t end, void
   }
 }
 
-// Pass two: b·p + d·w, times slope, over e = exp(z - its block's max). From the last block, the warmest, to
-// the first.
+// Pass two: b·p + d·w, times slope, over e = exp(z - its block's max), in the order of `even_odd` where that
+// is how it was written (weights that are in no sum have d = 0 beside them). From the last block, the
+// warmest, to the first.
 template <class T, class S = typename Acc<T>::S>
-void second_pass(const Logits& l, const Scratch<T>& scratch, const S* e, double b_over_sum, S d, const S* w,
-                 T* out) {
+void second_pass(const Logits& l, const Scratch<T>& scratch, const S* e, bool even_odd, double b_over_sum,
+                 S d, const S* w, T* out) {
   for (int64_t k = block_count(l.vocab) - 1; k >= 0; --k) {
     const int64_t start = k * kBlock, n = l.vocab - start < kBlock ? l.vocab - start : kBlock;
     const S factor = S(b_over_sum * scratch.blocks[k].weight);
     const S* const e_block = e + start;
+    if constexpr (Same<T, BF16>::value) {
+      if (even_odd) {
+        write_even_odd(out + start, e_block, n, factor, d);
+        continue;
+      }
+    }
     gradient_block(out + start, n, d, w ? w + start : nullptr,
                    scratch.slope ? scratch.slope + start : nullptr,
                    [=](int64_t i, int64_t count)
@@ -141,8 +148,10 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
     if constexpr (sizeof(T) == sizeof(S)) {
       if (grad) e = grad;
     }
-    const RowSums r = first_pass<T>(l, f.of_row(l, row), static_cast<const T*>(l.x) + row * l.row_stride, t,
-                                    want.sum_w ? w : nullptr, want, scratch, e, grad);
+    const Transform<T> own = f.of_row(l, row);
+    const S* const w_of_sums = want.sum_w ? w : nullptr;
+    const RowSums r = first_pass<T>(l, own, static_cast<const T*>(l.x) + row * l.row_stride, t, w_of_sums,
+                                    want, scratch, e, grad);
     write_stats<S>(s, row, r, vocab, bad);
     if (bad) {
       put<S>(s.loss, row, __builtin_nan(""));
@@ -153,7 +162,7 @@ void row_cross_entropy(const Logits& l, const CrossEntropy& c, const Stats& s, i
     put<S>(s.loss, row, g.loss);
     if (!grad) continue;
     const double k = c.grad_scale * scale_of<S>(l, row);
-    second_pass<T>(l, scratch, e, g.b * k / r.sum, S(g.d * k), w, grad);
+    second_pass<T>(l, scratch, e, is_even_odd(own, w_of_sums), g.b * k / r.sum, S(g.d * k), w, grad);
     if (l.target) {
       const double p = __builtin_exp(r.z_target - r.max) / r.sum;
       store_one(grad + t, S((g.a + g.b * p + (g.d != 0 ? g.d * g.w_t : 0.0)) * k * r.slope_target));
@@ -196,8 +205,8 @@ void row_grad(const Logits& l, const Coefficients& c, int64_t begin, int64_t end
                        [=](int64_t i, int64_t) __attribute__((always_inline)) {
                          __builtin_prefetch(reinterpret_cast<const void*>(next + i * sizeof(T)));
                          __builtin_prefetch(reinterpret_cast<const void*>(next_out + i * sizeof(T)), 1);
-                         return gradient_from_z<decltype(with_c)::value>(z + i, S(largest), S(log_sum), b,
-                                                                         cc);
+                         return gradient_from_z<T, decltype(with_c)::value>(z + i, S(largest), S(log_sum), b,
+                                                                            cc);
                        });
       };
       if (c.c) {

@@ -71,6 +71,15 @@ struct Lanes<double> {
   static constexpr int n = W / 2;
 };
 
+template <class A, class B>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+  static constexpr bool value = true;
+};
+
 // The dtype of arithmetic on logits of type T.
 template <class T>
 struct Acc {
@@ -128,16 +137,26 @@ FASTLOSS_INLINE F64V load(const double* p) { return load_raw<F64V>(p); }
 FASTLOSS_INLINE void store(float* p, F32V v) { memcpy(p, &v, sizeof v); }
 FASTLOSS_INLINE void store(double* p, F64V v) { memcpy(p, &v, sizeof v); }
 
-FASTLOSS_INLINE F32V load(const BF16* p) {
-  return bit_cast<F32V>(__builtin_convertvector(load_raw<U16V>(p), U32V) << 16);
+// Each 16 bits as a lane of 32. GCC 12 widens a vector in two halves without these.
+FASTLOSS_INLINE U32V widen_halves(const void* p) {
+#if defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+  return U32V(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#elif defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
+  return U32V(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(load_raw<U16V>(p), U32V);
+#endif
 }
+FASTLOSS_INLINE F32V load(const BF16* p) { return bit_cast<F32V>(widen_halves(p) << 16); }
 
-// Round to nearest even; every NaN becomes the quiet one PyTorch writes.
-FASTLOSS_INLINE U32V bf16_bits(F32V v) {
+// Round to nearest even; every NaN becomes the quiet one PyTorch writes. In the upper 16 bits, above what is
+// left of the others.
+FASTLOSS_INLINE U32V bf16_upper_bits(F32V v) {
   U32V bits = bit_cast<U32V>(v);
-  bits = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return v == v ? bits : U32V{} + 0x7fc0u;
+  bits = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return v == v ? bits : U32V{} + 0x7fc00000u;
 }
+FASTLOSS_INLINE U32V bf16_bits(F32V v) { return bf16_upper_bits(v) >> 16; }
 #if defined(__AVX2__) && FASTLOSS_VECTOR_BYTES == 32
 // GCC 12 narrows through a chain of shuffles; one saturating pack is enough, the values fit.
 FASTLOSS_INLINE void store(BF16* p, F32V v) {
@@ -148,6 +167,19 @@ FASTLOSS_INLINE void store(BF16* p, F32V v) {
 FASTLOSS_INLINE void store_two(BF16* p, F32V v0, F32V v1) {
   const __m256i packed = _mm256_packus_epi32(__m256i(bf16_bits(v0)), __m256i(bf16_bits(v1)));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+#elif defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64
+FASTLOSS_INLINE void store(BF16* p, F32V v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(__m512i(bf16_bits(v))));
+}
+// Of every 32 bits of both vectors the upper 16, by one permutation.
+FASTLOSS_INLINE void store_two(BF16* p, F32V v0, F32V v1) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  const Words upper = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i both =
+      _mm512_permutex2var_epi16(__m512i(bf16_upper_bits(v0)), __m512i(upper), __m512i(bf16_upper_bits(v1)));
+  _mm512_storeu_si512(p, both);
 }
 #else
 FASTLOSS_INLINE void store(BF16* p, F32V v) {
@@ -200,6 +232,16 @@ FASTLOSS_INLINE void store(F16* p, F32V v) {
   memcpy(p, &narrow, sizeof narrow);
 }
 #endif
+
+// 2 W bfloat16 as two vectors, those at even places and those at odd ones: nothing has to change its place.
+FASTLOSS_INLINE void load_even_odd(const BF16* p, F32V* even, F32V* odd) {
+  const U32V pairs = load_raw<U32V>(p);
+  *even = bit_cast<F32V>(pairs << 16), *odd = bit_cast<F32V>(pairs & 0xffff0000u);
+}
+FASTLOSS_INLINE void store_even_odd(BF16* p, F32V even, F32V odd) {
+  const U32V pairs = bf16_bits(even) | (bf16_upper_bits(odd) & 0xffff0000u);
+  memcpy(p, &pairs, sizeof pairs);
+}
 
 template <class T, class V>
 FASTLOSS_INLINE void store_two(T* p, V v0, V v1) {

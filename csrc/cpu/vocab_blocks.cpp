@@ -577,11 +577,11 @@ void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* 
       };
       if (s.c == 0) {
         write([=](int64_t i, int64_t) __attribute__((always_inline)) {
-          return gradient_from_z<false>(z + i, ref, log_sum, b, 0.0f);
+          return gradient_from_z<float, false>(z + i, ref, log_sum, b, 0.0f);
         });
       } else {
         write([=](int64_t i, int64_t) __attribute__((always_inline)) {
-          return gradient_from_z<true>(z + i, ref, log_sum, b, with_log);
+          return gradient_from_z<float, true>(z + i, ref, log_sum, b, with_log);
         });
       }
     }

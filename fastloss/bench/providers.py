@@ -13,7 +13,7 @@ from torch import Tensor
 import fastloss
 from fastloss.bench import peers
 from fastloss.bench.case import Case, Loss
-from fastloss.bench.kinds import KINDS
+from fastloss.bench.kinds import KINDS, lora
 from fastloss.bench.provider import Provider, emulated
 
 # Python steps that torch.compile would have to unroll.
@@ -93,6 +93,10 @@ def _torch_chunked_auto(case: Case) -> Loss:
     return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
+def _has_adapter(case: Case, device: str) -> str | None:
+    return emulated(case, device) if case.kind == "lora-linear" else ""
+
+
 def registry() -> list[Provider]:
     return [
         _fastloss("cpu"),
@@ -102,6 +106,7 @@ def registry() -> list[Provider]:
         Provider("eager with TRL's metrics", _has_metrics, _eager_metrics),
         Provider("torch eager, f32 GEMMs", _only_emulated, _eager_f32),
         Provider("torch.compile", _compiles, _compiled, compiles=True),
+        Provider("torch eager, merged", _has_adapter, lora.merged),
         Provider("torch linear_cross_entropy", _has_linear, _torch_linear),
         Provider("torch chunked", _has_linear, _torch_chunked),
         Provider("torch chunked auto", _has_linear, _torch_chunked_auto),

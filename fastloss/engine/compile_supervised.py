@@ -37,16 +37,17 @@ from fastloss.tables import (
 
 _FIELDS = _numbers(SupervisedOptions), _floats(SupervisedOptions)
 _TENSORS = (
-    f"Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? unlikely, Tensor? factors, {NUMBERS}"
+    f"Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? unlikely, Tensor? row_scale, "
+    f"Tensor? factors, {NUMBERS}"
 )
 _HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
 
 
 @_operator("linear_supervised", _TENSORS, SupervisedOptions, _HOW, "Tensor[]")
 def _linear(
-    hidden, weight, bias, target, unlikely, factors, numbers=None, *, needs, dtype, chunk, memory, float_logits, backend, **fields
+    hidden, weight, bias, target, unlikely, row_scale, factors, numbers=None, *, needs, dtype, chunk, memory, float_logits, backend, **fields
 ):  # fmt: skip
-    o = _record(SupervisedOptions, fields, None, numbers)
+    o = _record(SupervisedOptions, fields, row_scale, numbers)
     kernels, needed = backends.runnable(backend), Needs(*needs)
     _check_targets(target, weight.shape[0], o.ignore_index)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
@@ -66,7 +67,7 @@ def _linear(
 
 
 @_linear.register_fake
-def _(hidden, weight, bias, target, unlikely, factors, numbers=None, *, needs, dtype, **fields):
+def _(hidden, weight, bias, target, unlikely, row_scale, factors, numbers=None, *, needs, dtype, **fields):
     rows, acc = hidden.shape[0], ACC_DTYPES[dtype]
     total = hidden.new_empty((rows,) if factors is None else (), dtype=acc)
     sums = hidden.new_empty((rows, len(SUPERVISED_SUMS)), dtype=acc)
@@ -77,7 +78,7 @@ def _backward(ctx, upstream):
     return tuple(_one_pass_gradients(ctx, upstream[0], _linear, -2))
 
 
-_linear.register_autograd(_backward, setup_context=_save_one_pass(7))
+_linear.register_autograd(_backward, setup_context=_save_one_pass(8))
 
 
 def linear_supervised(
@@ -92,7 +93,7 @@ def linear_supervised(
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 3])."""
     numbers, fields = _given(options, _FIELDS)
     total, sums, *_ = _linear(
-        *operands, *labels, numbers, **fields, needs=list(needs), dtype=dtype,
+        *operands, *labels[:2], options.row_scale, labels.factors, numbers, **fields, needs=list(needs), dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )  # fmt: skip
     return total, sums.detach()

@@ -30,6 +30,21 @@ def may_wait(device: torch.device) -> bool:
     return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
+# What a device says of a bad moment and not of itself: full memory, a CUDA graph that is being captured without a call before it.
+_OF_THE_MOMENT = (
+    "out of memory",
+    "stream is capturing",
+    "during capture",
+    "STATUS_ALLOC_FAILED",
+    "STATUS_NOT_INITIALIZED",
+)
+
+
+def of_the_moment(reason: str) -> bool:
+    """Whether an error says nothing of what a device can do: nobody may keep it as an answer, and go another way ever after."""
+    return any(words in reason for words in _OF_THE_MOMENT)
+
+
 @functools.lru_cache(maxsize=64)
 def accumulates(device: torch.device, dtype: torch.dtype, acc: torch.dtype) -> bool:
     """Whether ``device`` adds a product of ``dtype`` operands to an accumulator of ``acc``: CUDA does from torch 2.10 on, ROCm
@@ -38,7 +53,9 @@ def accumulates(device: torch.device, dtype: torch.dtype, acc: torch.dtype) -> b
     out = torch.zeros(16, 16, dtype=acc, device=device)
     try:
         torch.addmm(out, operand, operand, out_dtype=acc, out=out)
-    except (RuntimeError, TypeError, ValueError):  # NotImplementedError is a RuntimeError
+    except (RuntimeError, TypeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+        if of_the_moment(str(error)):
+            raise
         return False
     return True
 
@@ -50,7 +67,9 @@ def multiplies_wide(device: torch.device, dtype: torch.dtype) -> bool:
     out = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.mm(operand, operand, out_dtype=torch.float32, out=out)
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError) as error:
+        if of_the_moment(str(error)):
+            raise
         return False
     return True
 

@@ -26,12 +26,13 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastloss.engine import checks, devices, head_blocks, invariance
+from fastloss.engine import checks, devices, head_blocks, head_columns, invariance
 from fastloss.engine.autograd import scale_in_place
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
+from fastloss.engine.head_columns import ColumnBlocks
 from fastloss.engine.head_rows import (
     RowChunks,
     accumulator_bytes,
@@ -92,12 +93,14 @@ class Part(Protocol):
 class Schedule(NamedTuple):
     """How a pass goes through rows and vocabulary. ``chunk``: rows whose logits are in memory at once; 0: blocks of the
     vocabulary, in parts of ``part`` rows (0: all), each of which keeps the logits of its first D rows and of ``more`` others.
-    ``float_logits``: a chunk's are float32; those of a block always are."""
+    ``float_logits``: a chunk's are float32; those of a block always are. ``columns``: blocks of so many classes with the library's
+    GEMMs, all rows (``chunk``) in one part."""
 
     chunk: int
     part: int = 0
     more: int = 0
     float_logits: bool = False
+    columns: int = 0
 
     @property
     def by_vocabulary(self) -> bool:
@@ -121,6 +124,20 @@ class Schedule(NamedTuple):
             sent |= head.shards.details(
                 rows, want, ACC_DTYPES[head.dtype], head.hidden if needs.hidden else None
             )
+        if self.columns:
+            if not recompute:
+                gemms = head_columns.gemms(head, rows, needs, self.float_logits)
+            return {
+                **sent,
+                "schedule": "blocks of the vocabulary",
+                "gemms": gemms,
+                "rows": rows,
+                "chunk_rows": rows,
+                "chunk_columns": self.columns,
+                "logits_dtype": str(buffer_dtype(head, self.float_logits)),
+                "buffer_bytes": head_columns.buffer_bytes(head, rows, needs, self.float_logits),
+                "accumulator_bytes": accumulator_bytes(head, 1),
+            }
         if not self.by_vocabulary:
             chunk = min(self.chunk, rows)
             return {
@@ -225,7 +242,15 @@ def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule
     """The schedule of statistics alone, or of a backward whose coefficients are given, over ``rows`` computed rows."""
     if goes_by_vocabulary(head):
         return Schedule(0, min(limits.chunk_size or 0, rows), float_logits=limits.float_logits)
-    return chunked(head, rows, needs, limits)
+    return in_columns(head, rows, needs, limits) or chunked(head, rows, needs, limits)
+
+
+def in_columns(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule | None:
+    """The schedule in blocks of the vocabulary with the library's GEMMs, where that is asked for and can be."""
+    if head_columns.why_not(head, rows, needs, limits):
+        return None
+    columns = head_columns.width_of(head.weight.shape[0])
+    return Schedule(rows, float_logits=limits.float_logits, columns=columns)
 
 
 def schedule_of_one_pass(
@@ -233,7 +258,7 @@ def schedule_of_one_pass(
 ) -> Schedule:
     """The schedule of a pass whose gradients follow on its statistics, part by part."""
     if not goes_by_vocabulary(head):
-        return chunked(head, rows, needs, limits)
+        return in_columns(head, rows, needs, limits) or chunked(head, rows, needs, limits)
     parts = head_blocks.parts_of(head, rows, needs, limits.memory, logprobs_only)
     part = min(parts.rows, limits.chunk_size) if limits.chunk_size else parts.rows
     return Schedule(0, 0 if part >= rows else part, parts.more, limits.float_logits)
@@ -246,6 +271,12 @@ def schedule_of_cross_entropy(
     why_not = head_blocks.why_not_cross_entropy(needs, per_row, smooth)
     if head.shards is not None and smooth:
         why_not = "label smoothing over a vocabulary that is cut"
+    if (
+        (why_not or not goes_by_vocabulary(head))
+        and not smooth
+        and (by_columns := in_columns(head, rows, needs, limits))
+    ):
+        return by_columns
     if why_not or not goes_by_vocabulary(head):
         return chunked(head, rows, needs, limits)
     if not needs or per_row:
@@ -271,10 +302,11 @@ def make_head(
 class _Pass:
     """One pass over the rows; what it computes has no gradient of its own, and autocast changes none of its dtypes."""
 
-    def __init__(self, run: RowChunks | VocabularyBlocks | EmptyShard, by_rows: bool):
+    def __init__(self, run: RowChunks | VocabularyBlocks | ColumnBlocks | EmptyShard, by_rows: bool):
         shards = run.head.shards
         self._inner = run
-        self._run = run if shards is None else ShardedRun(run, shards, by_rows)
+        sharded = shards is not None and not isinstance(run, ColumnBlocks)
+        self._run = ShardedRun(run, shards, by_rows) if sharded else run  # type: ignore[arg-type]
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> _Pass:
@@ -292,7 +324,7 @@ class _Pass:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
         run = self._inner
-        if isinstance(run, VocabularyBlocks):
+        if isinstance(run, (VocabularyBlocks, ColumnBlocks)):
             count_gemms(run.head, run.rows, run.multiplied / max(1, run.rows))
 
     def parts(self) -> Iterator[Any]:
@@ -349,6 +381,8 @@ def begin(
         blocks = VocabularyBlocks(head, needs, keep, list(bounds or ()), schedule.more, logprobs_only)
         return _Pass(blocks, by_rows=False)
     with _disable_current_modes():
+        if schedule.columns:
+            return _Pass(ColumnBlocks(head, needs, keep, schedule.float_logits), by_rows=False)
         return _Pass(
             RowChunks(head, needs, keep, schedule.chunk, bounds, schedule.float_logits), by_rows=True
         )

@@ -113,7 +113,7 @@ class ShardedPart:
             out[LSE_PARTS] = self._share(out[LSE_PARTS])
             out["distance"] = out["distance"] * shards.own
             bounds = zip(shards.starts[:-1], shards.starts[1:], strict=True)
-            sums = shards.sizes if w is None else [float(w[a:b].sum()) for a, b in bounds]
+            sums = shards.sizes if w is None else [w[a:b].sum() for a, b in bounds]
             stats = cut.exchange(shards, out, target, options.ignore_index, sums)
         else:
             stats = self.stats(target, options, names)

@@ -31,7 +31,7 @@ def spans_of(
     one part must hold all. ``late``: they depend on an upstream gradient that is not known yet. ``logprobs_only``: they are those
     of log-probs.
     """
-    if heads.goes_by_vocabulary(head):
+    if heads.goes_by_vocabulary(head) or heads.in_columns(head, bounds[-1], needs, limits):
         return _in_blocks(head, needs, limits, bounds, coupled, late, logprobs_only)
     return _in_chunks(head, needs, limits, bounds, coupled, late, logprobs_only)
 

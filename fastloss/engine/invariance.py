@@ -17,6 +17,8 @@ from fastloss.engine import devices
 from fastloss.engine.head_types import Head
 from fastloss.engine.triton import DTYPES, TritonBackend
 
+ALIGNMENT = 16  # elements from row to row that Triton takes for aligned
+
 _wanted = os.environ.get("FASTLOSS_BATCH_INVARIANT", "0") not in ("", "0")
 
 
@@ -86,5 +88,20 @@ def why_not(head: Head) -> str:
 
 def multiply(out: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """``out [rows, V]`` (float32) = ``hidden [rows, D]`` · ``weight [V, D]``ᵀ."""
-    dense = [x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight)]
-    importlib.import_module("fastloss.kernels.logits").invariant_logits(*dense, out)
+    kernels = importlib.import_module("fastloss.kernels.logits")
+    kernels.invariant_logits(aligned(hidden, kernels.FARTHEST), aligned(weight, kernels.FARTHEST), out)
+
+
+def aligned(x: Tensor, farthest: int) -> Tensor:
+    """``x [rows, D]``, or a copy whose rows begin at multiples of 16 elements: Triton compiles another program for rows that do not,
+    and a row that begins elsewhere in another batch must meet the same one."""
+    if (
+        x.stride(1) == 1
+        and x.stride(0) % ALIGNMENT == 0
+        and x.stride(0) < farthest
+        and x.data_ptr() % 16 == 0
+    ):
+        return x
+    rows, dim = x.shape
+    copy = x.new_empty((rows, -(-dim // ALIGNMENT) * ALIGNMENT))[:, :dim]
+    return copy.copy_(x)

@@ -31,6 +31,7 @@ from fastloss.engine.contract import (
     ValueResult,
     count_plainly,
 )
+from fastloss.engine.devices import of_the_moment
 from fastloss.engine.gate import address, addresses, of_dense, of_made
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
@@ -113,7 +114,7 @@ class Context(Protocol):
         ...
 
     def ticket(self, tensor: Tensor) -> Tensor | None:
-        """An int32 on the device that is 0 between launches, where blocks that finished are counted."""
+        """A new int32 on the device, 0, where a launch counts its blocks that finished."""
         ...
 
 
@@ -148,9 +149,6 @@ class CudaContext:
 
     host_reads = False
 
-    def __init__(self) -> None:
-        self._tickets: dict[tuple[torch.device, int], Tensor] = {}
-
     def why_not(self) -> str:
         if not torch.cuda.is_available():
             return "torch sees no CUDA device"
@@ -169,22 +167,15 @@ class CudaContext:
         return torch.cuda.device_of(tensor)
 
     def ticket(self, tensor: Tensor) -> Tensor | None:
-        """One for each stream; a CUDA graph being captured has its own."""
-        if torch.cuda.is_current_stream_capturing():
-            return _zero(tensor.device)
-        key = tensor.device, self.argument(tensor)
-        if key not in self._tickets:
-            self._tickets[key] = _zero(tensor.device)
-        return self._tickets[key]
+        """A new one for each launch. One that is kept would lie in a CUDA graph's pool where torch.compile warms up there, and the next
+        graph has that memory for its own tensors: as with cuBLAS's workspace, which PyTorch takes back for this."""
+        return _zero(tensor.device)
 
 
 class EmulatedContext:
     """CUDA's source compiled for the CPU (tests/helpers/cuda_emulation): the kernels of a GPU on tensors of the CPU."""
 
     host_reads = False
-
-    def __init__(self) -> None:
-        self._ticket = _zero(torch.device("cpu"))
 
     def why_not(self) -> str:
         return ""
@@ -201,7 +192,7 @@ class EmulatedContext:
         return _NOTHING
 
     def ticket(self, tensor: Tensor) -> Tensor | None:
-        return self._ticket
+        return _zero(tensor.device)
 
 
 def _without_float64(tensor: Tensor) -> str:
@@ -216,9 +207,15 @@ def _zero(device: torch.device) -> Tensor:
 
 @functools.cache
 def _why_not_on(module: ModuleType, device: torch.device) -> str:
-    """CUDA's own answer: an architecture that was not compiled, a driver older than the runtime in the module."""
+    """CUDA's own answer: an architecture that was not compiled, a driver older than the runtime in the module.
+
+    Raises:
+        RuntimeError: it had none this time (the kernels are loaded when they are first asked for, and memory may be full).
+    """
     with torch.cuda.device(device):
         reason = module.why_not()
+    if of_the_moment(reason):
+        raise RuntimeError(f"fastloss CUDA kernel: {reason}")
     return f"its kernels cannot run on {device} ({reason})" if reason else ""
 
 

@@ -71,9 +71,15 @@ class Shards:
         return len(self.sizes)
 
     def owner(self, target: Tensor) -> Tensor:
-        """The process that has each class, int64; for an ignored target any."""
-        borders = torch.tensor(self.starts[1:-1], dtype=torch.int64, device=target.device)
-        return torch.bucketize(target, borders, right=True)
+        """The process that has each class, int64; for an ignored target, or a bad one, any."""
+        size = self.sizes[0]
+        if size >= self.sizes[-1] and size and all(n == size for n in self.sizes[:-1]):
+            return (target // size).clamp_(0, self.world - 1)
+        # No table of the borders: a list of the host's reaches a GPU by a copy that waits, and that no CUDA graph captures.
+        out = torch.zeros_like(target)
+        for border in self.starts[1:-1]:
+            out += target >= border
+        return out
 
     def local(self, target: Tensor | None, ignore_index: int) -> tuple[Tensor | None, Tensor | None]:
         """(each target as a class of this shard, 0 where another one has it; whether this one has it)."""
@@ -259,7 +265,7 @@ def combine(
     sizes: Sequence[int] | Tensor,
     owner: Tensor | None,
     ignored: Tensor | None,
-    weights: Sequence[float] = (),
+    weights: Sequence[float | Tensor] = (),
 ) -> dict[str, Tensor]:
     """The statistics of whole rows from those of their shards, each ``[processes, rows]`` (``lse_parts`` with 2 at the end).
     A shard without classes, or whose logits are all -inf, has no share. ``sizes`` are the classes of each shard, or of each shard
@@ -291,7 +297,7 @@ def combine(
         if isinstance(sizes, Tensor):
             of = sizes.to(largest.dtype) / sizes.sum(0)
         else:
-            of = torch.tensor(sizes, dtype=largest.dtype, device=largest.device).unsqueeze(1) / sum(sizes)
+            of = _column(sizes, largest) / sum(sizes)
         mean = torch.where(nothing, -torch.inf, parts["mean_logits"])
         out["mean_logits"] = torch.where(of == 0, 0.0, mean * of).sum(0)
     if ARGMAX in parts:  # of equal ones the first shard's; a float32 holds any class exactly
@@ -301,7 +307,7 @@ def combine(
             of = parts["mass"]
             out["mass"] = of.sum(0)
         else:
-            of = torch.tensor(weights, dtype=largest.dtype, device=largest.device).unsqueeze(1)
+            of = _column(weights, largest)
         own = torch.where(nothing, torch.inf, parts["distance"])
         further = torch.where(of == 0, 0.0, own - of * log_share)
         out["distance"] = further.sum(0)
@@ -318,7 +324,7 @@ def exchange(
     own: dict[str, Tensor],
     target: Tensor | None,
     ignore_index: int,
-    weights: Sequence[float] = (),
+    weights: Sequence[float | Tensor] = (),
     sizes: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The statistics of whole rows, the same bits on every process, from this shard's ``own``. ``weights`` and ``sizes``: as of
@@ -337,14 +343,22 @@ def exchange(
     return combine(got, shards.sizes if sizes is None else sizes, owner, ignored, weights)
 
 
+def _column(numbers: Sequence[float | Tensor], like: Tensor) -> Tensor:
+    """``[numbers, 1]`` in ``like``'s dtype, each filled in on its device: no copy from the host, which would wait."""
+    column = like.new_empty(len(numbers), 1)
+    for place, number in enumerate(numbers):
+        column[place].fill_(number)
+    return column
+
+
 def without_share(parts: Tensor, masked: Callable[[], Tensor]) -> Tensor:
     """lse_parts ``[rows, 2]`` of a shard, of which a row kernel makes NaN where every logit is -inf (``masked``, of each row or of all):
     in the whole row such a shard has no share."""
     nan = parts[:, 1].isnan()
     if parts.device.type == "cpu" and not bool(nan.any()):
         return parts
-    nothing = torch.tensor([-torch.inf, 0.0], dtype=parts.dtype, device=parts.device)
-    return torch.where((nan & masked())[:, None], nothing, parts)
+    nothing = nan & masked()
+    return torch.stack([parts[:, 0].masked_fill(nothing, -torch.inf), parts[:, 1].masked_fill(nothing, 0)], 1)
 
 
 def add_in_order(shards: Shards, own: Tensor) -> Tensor:
@@ -369,7 +383,8 @@ def local_options(options: RowOptions) -> RowOptions:
 def neutral(rows: int, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """The statistics of a shard without classes."""
     out = {name: torch.zeros(rows, dtype=dtype, device=device) for name in names if name != LSE_PARTS}
-    lse = torch.tensor([-torch.inf, 0.0], dtype=dtype, device=device).expand(rows, 2)
+    lse = torch.zeros(rows, 2, dtype=dtype, device=device)
+    lse[:, 0].fill_(-torch.inf)
     return {LSE_PARTS: lse, **out}
 
 

@@ -226,8 +226,8 @@ def _each(rows: _Rows, f: Callable[[Tensor], Tensor | None]) -> _Rows:
 
 
 def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
-    """The schedule of a pass that selects classes: chunks of rows where the vocabulary is cut over processes."""
-    if head.shards is not None:
+    """The schedule of a pass that selects classes: chunks of rows where the vocabulary is cut over processes, and on a GPU."""
+    if head.shards is not None or not heads.goes_by_vocabulary(head):
         return heads.chunked(head, rows, needs, limits)
     return heads.schedule_of_one_pass(head, rows, needs, limits)
 

@@ -67,7 +67,8 @@ def linear_preference_loss(
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     weights: Tensor | None = None,
-    temperature: float = 1.0,
+    token_weight: Tensor | None = None,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -96,6 +97,8 @@ def linear_preference_loss(
         ref_chosen_logps, ref_rejected_logps: ``[B]``.
         use_weighting: WPO (arXiv:2406.11827): pairs are weighted by the policy's own probability of them.
         weights: a constant factor of each pair's loss, ``[B]``.
+        token_weight: a constant factor of each token's log-prob, of ``target``'s shape, in both models' sums (TIS-DPO, arXiv:2410.04350); that
+            of an ignored token may be anything. It changes neither lengths nor the likelihood term "sft".
         temperature, logit_scale, softcap: as in :func:`linear_token_stats`, for both models.
         token_metrics: also entropy, mean_token_accuracy, logits/chosen, logits/rejected, from the same pass.
         chunk_size: rows that go together at most; in chunks of rows None lets a pair's logits take as much as the weight and its
@@ -176,7 +179,19 @@ def linear_preference_loss(
         "linear_preference_loss",
         x,
         backend,
-        (beta, label_smoothing, margin, weights, rc, rr, ref_input, ref_weight, ref_bias, cu_seqlens),
+        (
+            beta,
+            label_smoothing,
+            margin,
+            weights,
+            token_weight,
+            rc,
+            rr,
+            ref_input,
+            ref_weight,
+            ref_bias,
+            cu_seqlens,
+        ),
         coupled=o.has(*SORTED),
         per_group=reduction == "none",
         ref=with_ref,
@@ -185,6 +200,9 @@ def linear_preference_loss(
     if ld_alpha is not None:
         shared = torch.minimum(lengths[0::2], lengths[1::2]).repeat_interleave(2)
         tails = x.rows.tokens.tail_weights(shared, ld_alpha)
+    own_weights = groups.token_weights(x, token_weight, tuple(target.shape))
+    if own_weights is not None:
+        tails = own_weights if tails is None else own_weights * tails
     if with_ref:
         assert ref_input is not None and ref_weight is not None
         ref = groups.reference_sums(plan.call, x, ref_input, ref_weight, ref_bias, tails)
@@ -236,7 +254,7 @@ class _PairsOfHead:
         (start, stop), (first, last), o = rows, groups, self.options
         layout = self.x.rows.part(first, last, start, stop)
         pairs = self.pairs.part(first, last) if self.part_by_part else self.pairs
-        likelihood = None  # Σ log p of the sft term, which LD-DPO's weights leave alone
+        likelihood = None  # Σ log p of the sft term, which the tokens' weights leave alone
         weights = None if self.tails is None else self.tails[start:stop]
         logps = segment_sum(backend, logprobs, weights, layout)
         if self.tails is not None and o.has("sft"):

@@ -19,6 +19,7 @@ from fastloss.engine.contract import Backend
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.jagged import takes_jagged
 from fastloss.losses.token_stats import TokenStats, row_options, stats_from
+from fastloss.tables import Number
 
 # What float16's coefficients are multiplied by until the gradients are made, so that the terms of a mean do not vanish.
 _LARGEST_FACTOR = 256
@@ -60,7 +61,7 @@ def linear_sequence_loss(
     cu_seqlens: Tensor | None = None,
     outputs: tuple[str, ...] = ("logprobs",),
     coupled: bool = False,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,

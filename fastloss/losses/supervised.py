@@ -32,6 +32,7 @@ from fastloss.tables import (
     LATE_DTYPES,
     STATS,
     SUPERVISED_LOSSES,
+    Number,
     SupervisedOptions,
 )
 
@@ -60,7 +61,7 @@ def supervised_loss(
     power: float = 0.7,
     trim_threshold: float = 8.0,
     trim_width: float = 1.0,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -121,7 +122,7 @@ def supervised_loss(
     lead, vocab = logits.shape[:-1], logits.shape[-1]
     options = _options(
         loss_type, eaft_alpha, eaft_scale, focal_gamma, power, trim_threshold, trim_width, temperature, logit_scale,
-        softcap, ignore_index,
+        softcap, ignore_index, logits,
     )  # fmt: skip
     acc = ACC_DTYPES[logits.dtype]
     tokens = _tokens(
@@ -136,7 +137,7 @@ def supervised_loss(
         normalizer,
         reduction,
     )
-    call = resolve_call("supervised_loss", backend, logits, target, token_weight, unlikely)
+    call = resolve_call("supervised_loss", backend, logits, target, token_weight, unlikely, options.row_scale)
     call.announce()
     check_targets(tokens.target, vocab, ignore_index)
     rows = checks.as_rows(logits)
@@ -177,7 +178,7 @@ def linear_supervised_loss(
     power: float = 0.7,
     trim_threshold: float = 8.0,
     trim_width: float = 1.0,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -222,7 +223,7 @@ def linear_supervised_loss(
         raise ShapeError("linear_weight: expected at least one class, got 0")
     options = _options(
         loss_type, eaft_alpha, eaft_scale, focal_gamma, power, trim_threshold, trim_width, temperature, logit_scale,
-        softcap, ignore_index,
+        softcap, ignore_index, input,
     )  # fmt: skip
     dtype = heads.compute_dtype(input)
     tokens = _tokens(
@@ -230,7 +231,8 @@ def linear_supervised_loss(
         reduction,
     )  # fmt: skip
     call = resolve_call(
-        "linear_supervised_loss", backend, input, linear_weight, linear_bias, target, token_weight, unlikely, dtype=dtype
+        "linear_supervised_loss", backend, input, linear_weight, linear_bias, target, token_weight, unlikely, options.row_scale,
+        dtype=dtype,
     )  # fmt: skip
     needs, per_row = heads.needs_of(input, linear_weight, linear_bias), reduction == "none"
     if call.by_definition:
@@ -319,17 +321,19 @@ def _options(
     power: float,
     trim_threshold: float,
     trim_width: float,
-    temperature: float,
+    temperature: Number,
     logit_scale: float,
     softcap: float | None,
     ignore_index: int,
+    like: Tensor,
 ) -> SupervisedOptions:
     checks.is_one_of("loss_type", loss_type, SUPERVISED_LOSSES)
-    row = row_options(temperature, logit_scale, softcap, ignore_index)
+    row = row_options(temperature, logit_scale, softcap, ignore_index, like.shape[:-1], like)
     return SupervisedOptions(
         ignore_index=int(ignore_index),
         scale=row.scale,
         softcap=row.softcap,
+        row_scale=row.row_scale,
         kind=SUPERVISED_LOSSES.index(loss_type),
         eaft_alpha=checks.number("eaft_alpha", eaft_alpha, low=0.0),
         eaft_scale=checks.number("eaft_scale", eaft_scale, low=0.0, open_low=True),

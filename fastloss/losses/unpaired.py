@@ -24,7 +24,7 @@ from fastloss.engine.native import DirectUnpaired, cpu_backend
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
 from fastloss.losses.token_stats import TokenStats, row_options, stats_from
-from fastloss.tables import ACC_DTYPES, UNPAIRED_TERMS, UnpairedConstants, UnpairedOptions
+from fastloss.tables import ACC_DTYPES, UNPAIRED_TERMS, Number, UnpairedConstants, UnpairedOptions
 
 
 class UnpairedOutput(NamedTuple):
@@ -492,8 +492,9 @@ def linear_kto_loss(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     weights: Tensor | None = None,
+    token_weight: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
@@ -517,6 +518,7 @@ def linear_kto_loss(
         desirable: bool ``[B]``.
         ref_input, ref_weight, ref_bias: the reference model's; or its log-probs ``ref_logps`` ``[B]``; neither: uniform.
         chunk_size, memory, group, logits_dtype, lora: as in :func:`linear_preference_loss`.
+        token_weight: as in :func:`linear_preference_loss`.
         kl_logps, ref_kl_logps, kl: as in :func:`kto_loss`; :func:`linear_token_stats` gives the log-probs at 1 GEMM.
         return_stats: also a :class:`TokenStats` of ``target``'s shape, as in :func:`linear_preference_loss`.
 
@@ -555,16 +557,17 @@ def linear_kto_loss(
         "linear_kto_loss",
         x,
         backend,
-        (desirable, weights, shift, ref_logps, ref_input, ref_weight, ref_bias, cu_seqlens),
+        (desirable, weights, token_weight, shift, ref_logps, ref_input, ref_weight, ref_bias, cu_seqlens),
         coupled=False,
         per_group=reduction == "none",
         ref=ref_input is not None,
     )
+    own_weights = groups.token_weights(x, token_weight, tuple(target.shape))
     if ref_input is not None:
         assert ref_weight is not None
-        ref = groups.reference_sums(plan.call, x, ref_input, ref_weight, ref_bias, None)
+        ref = groups.reference_sums(plan.call, x, ref_input, ref_weight, ref_bias, own_weights)
     constants = UnpairedConstants(desirable=good, ref=ref, weight=weight, kl=shift)
-    loss = _ResponsesOfHead(x, constants, o, count)
+    loss = _ResponsesOfHead(x, constants, o, count, own_weights)
     want = ("logprobs", *(groups.METRIC_STATS if token_metrics else ()))
     total = max(count, 1) if reduction == "mean" else 1
     keep = groups.TOKEN_STATS if return_stats else groups.METRIC_STATS
@@ -587,6 +590,7 @@ class _ResponsesOfHead:
     constants: UnpairedConstants
     options: _Options
     total: int
+    token_weights: Tensor | None  # acc [rows]
 
     def of_groups(
         self,
@@ -597,7 +601,8 @@ class _ResponsesOfHead:
         groups: tuple[int, int],
     ) -> tuple[Tensor, dict[str, Tensor]]:
         first, last = groups
-        logps = segment_sum(backend, logprobs, None, self.x.rows.part(first, last, *rows))
+        weights = None if self.token_weights is None else self.token_weights[slice(*rows)]
+        logps = segment_sum(backend, logprobs, weights, self.x.rows.part(first, last, *rows))
         k = self.constants
         constants = UnpairedConstants(
             desirable=k.desirable[first:last],

@@ -84,7 +84,9 @@ def supervised_rows(
     logits: Tensor, target: Tensor, unlikely: Tensor | None, o: SupervisedOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, -log p, entropy) of each row of ``logits [N, V]``; 0 where the target is ignored, NaN where it is no class."""
-    stats = token_stats(logits, target, scale=o.scale, softcap=o.softcap or None, ignore_index=o.ignore_index)
+    stats = token_stats(
+        logits, target, scale=o.factor, softcap=o.softcap or None, ignore_index=o.ignore_index
+    )
     ignored = target == o.ignore_index
     loss = supervised_terms(
         stats["logprobs"], stats["entropy"], stats["log_sum_sq_probs"].exp(), unlikely, o

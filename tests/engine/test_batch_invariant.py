@@ -88,6 +88,21 @@ def test_a_row_of_nan_stays_alone() -> None:
     assert torch.equal(out, clean)
 
 
+@pytest.mark.parametrize(
+    ("dim", "shift", "copied"), [(32, 0, False), (35, 0, True), (32, 1, True), (48, 16, False)]
+)
+def test_only_aligned_rows_reach_the_product(dim: int, shift: int, copied: bool) -> None:
+    """One program for a row wherever its batch has put it."""
+    memory = torch.arange(4.0 * dim + shift, device=DEVICE)
+    rows = memory[shift:].view(4, dim)
+    for start in (0, 1, 3):
+        found = invariance.aligned(rows[start:], logits.FARTHEST)
+        assert torch.equal(found, rows[start:]) and found.stride(0) % 16 == 0 and found.data_ptr() % 16 == 0
+        assert (found.data_ptr() != rows[start:].data_ptr()) == copied
+    assert invariance.aligned(rows.t().contiguous().t(), logits.FARTHEST).stride(1) == 1
+    assert invariance.aligned(rows, 16).data_ptr() != rows.data_ptr()
+
+
 def test_what_the_product_refuses() -> None:
     need("triton")
     hidden, weight, _ = operands(F32)

@@ -53,6 +53,36 @@ def test_the_probe_asks_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None
     devices.accumulates.cache_clear()
 
 
+@pytest.mark.parametrize("probe", ["accumulates", "multiplies_wide"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        RuntimeError("CUDA error: operation not permitted when stream is capturing"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=["memory", "capture", "handle"],
+)
+def test_a_bad_moment_is_no_answer(monkeypatch: pytest.MonkeyPatch, probe: str, error: Exception) -> None:
+    """A full memory at the first call made every later head convert its operands in blocks."""
+    name = "addmm" if probe == "accumulates" else "mm"
+    ask = getattr(devices, probe)
+    asked = (torch.device("cpu"), torch.bfloat16, *((torch.float32,) if probe == "accumulates" else ()))
+    ask.cache_clear()
+    calls = []
+
+    def answers(*given, **options):
+        calls.append(name)
+        if len(calls) == 1:
+            raise error
+
+    monkeypatch.setattr(torch, name, answers)
+    with pytest.raises(type(error), match=r"memory|capturing|ALLOC_FAILED"):
+        ask(*asked)
+    assert ask(*asked) and ask(*asked) and len(calls) == 2
+    ask.cache_clear()
+
+
 def test_cpu_code_sees_cpu_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is neither a CPU nor CUDA (meta stands for XPU): its addresses reach no GEMM of ours."""
 

@@ -104,8 +104,16 @@ def draw_case(
         kinds=drawn_kinds(d, case.tensors, asking, mode == "compile") | expanded,
         expanded_upstream=d.chance(0.2),
     )
+    add_token_weight(d, case)
     add_lora(d, case, how)
     return case, how
+
+
+def add_token_weight(d: Draw, case: Case) -> None:
+    """Sometimes a factor of each token's log-prob, of a loss of whole sequences from a head."""
+    pairs = ("dpo", "simpo", "cpo", "orpo", "preference", "kto")
+    if case.function in [f"linear_{name}_loss" for name in pairs] and d.chance(0.15):
+        case.tensors["token_weight"] = d.uniform(case.tensors["target"].shape, 0.0, 2.0, torch.float32)
 
 
 def add_lora(d: Draw, case: Case, how: How) -> None:

@@ -38,6 +38,21 @@ def test_exp_error_in_ulps():
     assert float(((got - x.exp()) / x.exp()).abs().max()) < 4.5e-16
 
 
+@pytest.mark.parametrize("half", (torch.bfloat16, torch.float16))
+def test_exp_of_halves_over_all_inputs(half):
+    # as above; their exponential is as exact as the rounding of the output asks for, and no more
+    every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(half)
+    x = every[(every.float() <= 0) & (every.float() >= -80)][None]
+    got = row_grad(x, None, torch.empty_like(x), torch.zeros(1), b=torch.ones(1)).double()
+    want = x.double().exp()
+    digits, least = (8, -126) if half == torch.bfloat16 else (11, -14)
+    ulp = 2.0 ** (want.log2().floor().clamp(min=least) - digits + 1)
+    # the rounding, and before it what csrc/cpu/math.h says of exp_short (without FMA a little more)
+    bound = 0.5 * ulp + want * (1.6e-7 + 2.8e-9 * -x.double()) * (1 if cpu.isa() != "generic" else 1.6)
+    assert x.shape[1] > 10_000
+    assert bool(((got - want).abs() <= bound).all())
+
+
 def test_tanh_error_in_ulps():
     # V = 1, softcap = 1, scale = 1: the mean logit is tanh(x)
     x = torch.cat(

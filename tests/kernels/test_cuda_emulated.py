@@ -354,6 +354,19 @@ def test_device_that_cannot_run_the_kernels_is_not_chosen(monkeypatch: pytest.Mo
     assert build_emulated().why_not() == ""
 
 
+def test_full_memory_is_no_answer_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA loads the kernels when they are first asked for: where that fails the call does, and the next one asks again."""
+    tensor: Any = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    answers = iter(["out of memory", ""])
+    module: Any = ModuleType("fastloss._cuda")
+    module.tables, module.why_not = build_emulated().tables, lambda: next(answers)
+    backend = NativeBackend("cuda", module, CudaContext())
+    with pytest.raises(RuntimeError, match="fastloss CUDA kernel: out of memory"):
+        backend.why_not_for(tensor)
+    assert backend.why_not_for(tensor) == backend.why_not_for(tensor) == ""
+
+
 def test_module_of_another_version_is_refused() -> None:
     """Its codes would mean other losses."""
     tables = {name: list(names) for name, names in build_emulated().tables().items()}

@@ -275,6 +275,34 @@ def test_compiled(mode: str) -> None:
             near(ours.grad, right.grad, 8 * EPS[torch.bfloat16])
 
 
+def policies_in_turn(device: Any, **compiling: Any) -> None:
+    """Compiled losses of two shapes, one after the other and again, against those that are not."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, *given: fastloss.policy_loss(x, *given, None).loss, fullgraph=True, **compiling
+    )
+    for turn in range(4):
+        for batch, length in ((8, 70), (5, 33)):
+            old = seeded(batch, length, device=device) * 0.1 - 1
+            given = old, seeded(batch, device=device)
+            ours, right = ((old + 0.01 * turn).requires_grad_() for _ in range(2))
+            if device == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            loss = compiled(ours, *given)
+            loss.backward()
+            theirs = fastloss.policy_loss(right, *given, None).loss
+            theirs.backward()
+            near(loss.detach(), theirs.detach(), 1e-5)
+            assert ours.grad is not None and right.grad is not None
+            near(ours.grad, right.grad, 1e-5)
+
+
+@gpu
+def test_graphs_that_share_memory_take_turns() -> None:
+    """What a launch counts its blocks in is in no other graph's tensors."""
+    policies_in_turn(DEVICE, mode="reduce-overhead", dynamic=False)
+
+
 @contextmanager
 def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")

@@ -13,6 +13,7 @@ from instruction_sets import ISAS, forced
 from torch import Tensor
 
 from fastloss.engine.contract import PolicyInputs
+from fastloss.engine.native import CudaContext, NativeBackend
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     AGGREGATIONS,
@@ -315,6 +316,36 @@ def test_same_bits_again(backend: str) -> None:
     options = PolicyOptions(level=1, beta=0.1, correction=3, cap=1.2)
     first, second = (run(backend, batch, options, torch.float32) for _ in range(2))
     assert torch.equal(first["grad"], second["grad"]) and torch.equal(first["out"], second["out"])
+
+
+def test_no_ticket_outlives_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile warms up in the memory pool of a CUDA graph: what a call keeps there is the next graph's memory too."""
+    backend = contract("cuda")
+    assert isinstance(backend, NativeBackend)
+    batch, options = make_batch(per_token=True, lengths=FEW), PolicyOptions(beta=0.1)
+    want = run("cuda", batch, options, torch.float32)
+    tickets: list[Tensor] = []
+    make = backend.context.ticket
+
+    def ticket(tensor: Tensor) -> Tensor | None:
+        for earlier in tickets:
+            earlier.fill_(77)  # the next graph's numbers
+        made = make(tensor)
+        assert made is not None
+        tickets.append(made)
+        return made
+
+    monkeypatch.setattr(backend.context, "ticket", ticket)
+    for _ in range(2):
+        got = run("cuda", batch, options, torch.float32)
+        assert torch.equal(got["out"], want["out"])
+    x = torch.zeros(1, device=DEVICE)
+    mine, other = CudaContext().ticket(x), CudaContext().ticket(x)
+    assert mine is not None and other is not None
+    assert mine.data_ptr() != other.data_ptr() and not (mine.any() or other.any())
+    context = CudaContext()
+    context.ticket(x)
+    assert not any(isinstance(kept, (Tensor, dict, list)) for kept in vars(context).values())
 
 
 def test_threads_change_no_bit() -> None:

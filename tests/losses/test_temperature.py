@@ -88,7 +88,20 @@ def policy(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
     ).loss  # fmt: skip
 
 
-HEADS = (cross_entropy, per_row, smoothed, statistics, frozen, dpo, kto, policy)
+def supervised(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    return fastloss.linear_supervised_loss(
+        hidden, weight, target(), loss_type="eaft", temperature=t, **o
+    ).loss
+
+
+def supervised_none(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    out = fastloss.linear_supervised_loss(
+        hidden, weight, target(), loss_type="deft", reduction="none", temperature=t, **o
+    )
+    return (out.loss * out.loss.detach()).sum()
+
+
+HEADS = (cross_entropy, per_row, smoothed, statistics, frozen, dpo, kto, policy, supervised, supervised_none)
 
 
 def _gradients(
@@ -327,3 +340,31 @@ def test_second_derivatives_and_transforms() -> None:
     got = torch.vmap(torch.func.grad(of_one))(rows, cs, ts)
     expected = torch.stack([torch.func.grad(of_one)(*each) for each in zip(rows, cs, ts, strict=True)])
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_a_supervised_loss_of_logits(backend: str) -> None:
+    need(backend)
+    for loss_type, compiled in (("dft", False), ("focal", backend == "cpu")):
+        x = made(ROWS, VOCAB).requires_grad_()
+
+        def loss(x: Tensor, t: Tensor, loss_type: str = loss_type) -> Tensor:
+            return fastloss.supervised_loss(
+                x, target(), loss_type=loss_type, temperature=t, backend=backend
+            ).loss
+
+        step = torch.compile(loss, fullgraph=True, backend="aot_eager") if compiled else loss
+        y = x.detach().double().requires_grad_()
+        divided = y / temperature()[:, None]
+        right = fastloss.supervised_loss(divided, target(), loss_type=loss_type, backend="reference").loss
+        got = step(x, temperature())
+        torch.testing.assert_close(got.double(), right, rtol=1e-5, atol=1e-6)
+        grads = torch.autograd.grad(got, x)[0].double(), torch.autograd.grad(right, y)[0]
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-6)
+
+
+def test_a_supervised_loss_of_a_head_compiled() -> None:
+    expected = _gradients(supervised, temperature(), torch.float32)
+    step = torch.compile(supervised, fullgraph=True, backend="aot_eager")
+    for a, b in zip(_gradients(step, temperature(), torch.float32), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)

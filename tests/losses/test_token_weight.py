@@ -189,3 +189,94 @@ def test_a_mean_over_no_token_of_several_places(rows):
         )
         grads = torch.autograd.grad(loss, (hidden, weight))
         assert loss.isnan() and not any(g.count_nonzero() for g in grads)
+
+
+def responses(packed):
+    """Four responses: of hidden states, and per token what a loss of them takes; padded, or without their prompts."""
+    generator = torch.Generator().manual_seed(11)
+    hidden, ref = (torch.randn(4, 7, DIM, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight, ref_weight = (
+        torch.randn(VOCAB, DIM, generator=generator, dtype=torch.float64) / 4 for _ in range(2)
+    )
+    target = torch.randint(0, VOCAB, (4, 7), generator=generator)
+    target[:, :2], target[1, 5:] = -100, -100
+    factors = torch.rand(4, 7, generator=generator, dtype=torch.float64) * 2
+    x = {
+        "hidden": hidden,
+        "ref": ref,
+        "target": target,
+        "factors": factors.masked_fill(target < 0, float("nan")),
+    }
+    if packed:
+        x = {name: value.flatten(0, 1) for name, value in x.items()}
+        x["cu_seqlens"] = torch.arange(5) * 7
+    x = {**x, "weight": weight, "ref_weight": ref_weight}
+    return {name: value.to(DEVICE) for name, value in x.items()}
+
+
+def weighted_sums(hidden, weight, x):
+    logp = (hidden @ weight.T).log_softmax(-1).gather(-1, x["target"].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.where(x["target"] < 0, 0.0, logp * x["factors"].nan_to_num()).reshape(4, 7).sum(1)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", ["dpo", "dpo, chunks", "dpo, none", "kto"])
+def test_of_log_probs_in_sequences(kind, packed, backend):
+    """A factor of each token's log-prob in both models' sums: the losses of sums that are made by hand."""
+    x = responses(packed)
+    exact = [x[name].clone().requires_grad_() for name in ("hidden", "weight")]
+    sums, ref = weighted_sums(*exact, x), weighted_sums(x["ref"], x["ref_weight"], x)
+    reduction = "none" if kind == "dpo, none" else "mean"
+    good = torch.tensor([True, False, True, True], device=DEVICE)
+    if kind == "kto":
+        right = fastloss.kto_loss(sums, ref, good, kl=0.1).loss
+    else:
+        right = fastloss.dpo_loss(sums[:2], sums[2:], ref[:2], ref[2:], reduction=reduction).loss
+    right.sum().backward()
+    leaves = [x[name].float().requires_grad_() for name in ("hidden", "weight")]
+    options = {
+        "ref_input": x["ref"].float(),
+        "ref_weight": x["ref_weight"].float(),
+        "token_weight": x["factors"],
+    }
+    options |= {"backend": need(backend), "cu_seqlens": x.get("cu_seqlens")}
+    if kind == "kto":
+        out = fastloss.linear_kto_loss(*leaves, x["target"], good, kl=0.1, **options)
+        torch.testing.assert_close(out.logps.double(), sums.detach(), atol=1e-5, rtol=1e-5)
+    else:
+        options |= {"reduction": reduction, "chunk_size": 16 if kind == "dpo, chunks" else None}
+        out = fastloss.linear_dpo_loss(*leaves, x["target"], **options)
+        torch.testing.assert_close(out.chosen_logps.double(), sums[:2].detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.loss.double(), right.detach(), atol=1e-5, rtol=1e-5)
+    out.loss.sum().backward()
+    for one, other in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(one.grad.double(), other.grad, atol=1e-6, rtol=3e-5)
+
+
+def test_of_log_probs_what_it_leaves_alone_and_refuses():
+    """The likelihood term and the lengths are as without; a weight that does not fit is named."""
+    x = responses(False)
+    given = x["hidden"], x["weight"], x["target"]
+    factors = torch.where(x["target"] < 0, 0.0, 0.5)
+    options = {"loss_type": ["sft"], "reference_free": True, "backend": need("cpu")}
+    plain = fastloss.linear_preference_loss(*given, **options)
+    half = fastloss.linear_preference_loss(*given, token_weight=factors, **options)
+    torch.testing.assert_close(half.loss, plain.loss)
+    torch.testing.assert_close(half.chosen_logps, plain.chosen_logps * 0.5)
+    tails = {"loss_type": "sigmoid", "reference_free": True, "ld_alpha": 0.3}
+    both = fastloss.linear_preference_loss(*given, token_weight=factors, **tails)
+    torch.testing.assert_close(
+        both.chosen_logps, fastloss.linear_preference_loss(*given, **tails).chosen_logps * 0.5
+    )
+    for wrong, error, says in (
+        (factors[:3], ValueError, r"token_weight: expected shape \[4, 7\]"),
+        (factors.long(), TypeError, "token_weight: expected float32"),
+        (
+            factors.clone().requires_grad_(),
+            ValueError,
+            "token_weight: expected a tensor that requires no gradient",
+        ),
+    ):
+        with pytest.raises(error, match=says):
+            fastloss.linear_preference_loss(*given, token_weight=wrong, reference_free=True)

@@ -5,6 +5,7 @@ from fastloss.bench.kinds import (
     corrections,
     cross_entropy,
     distillation,
+    lora,
     multi_token,
     policy,
     preference,
@@ -30,5 +31,6 @@ FAMILIES = (
     topk,
     supervised,
     multi_token,
+    lora,
 )
 KINDS = {name: kind for family in FAMILIES for name, kind in family.KINDS.items()}

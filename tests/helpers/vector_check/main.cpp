@@ -251,15 +251,61 @@ void check_exponentials() {
   expect(worst_tanh < (sizeof(S) == 8 ? 6 : 3), "tanh: %g ulp", worst_tanh);
   expect(worst_slope < 16 * double(std::numeric_limits<S>::epsilon()), "slope of tanh: %g", worst_slope);
   const S nan = std::numeric_limits<S>::quiet_NaN();
-  const auto exp_of = [](S x) { return exp_nonpositive<S>(V{} + x)[0]; };
+  const auto exp_at = [](S x) { return exp_nonpositive<S>(V{} + x)[0]; };
   expect(
-      exp_of(S(-kInf)) == 0 && exp_of(S(lowest * 1.01)) == 0 && exp_of(-std::numeric_limits<S>::max()) == 0,
+      exp_at(S(-kInf)) == 0 && exp_at(S(lowest * 1.01)) == 0 && exp_at(-std::numeric_limits<S>::max()) == 0,
       "exp far below");
-  expect(std::isnan(exp_of(nan)) && exp_of(0) == 1 && exp_of(S(-0.0)) == 1, "exp of NaN and 0");
+  expect(std::isnan(exp_at(nan)) && exp_at(0) == 1 && exp_at(S(-0.0)) == 1, "exp of NaN and 0");
   V s;
   const S edges[] = {0, S(-0.0), S(kInf), S(-kInf), nan}, want[] = {0, S(-0.0), 1, -1, nan};
   for (int i = 0; i < 5; ++i)
     expect(same(tanh_and_slope<S>(V{} + edges[i], &s)[0], want[i]), "tanh of edge %d", i);
+}
+
+// The exponential of bfloat16 and float16: its bound over every FASTLOSS_CHECK_STRIDE-th float from -87 to 0.
+void check_short_exponentials() {
+  constexpr int64_t stride = FASTLOSS_CHECK_STRIDE;
+  const uint32_t first = bit_cast<uint32_t>(-0x1p-40f), last = bit_cast<uint32_t>(-87.0f);
+  double worst = 0;
+  for (int64_t bits = first; bits <= int64_t(last); bits += stride * W) {
+    float x[W], e[W];
+    for (int k = 0; k < W; ++k) x[k] = bit_cast<float>(uint32_t(std::min(int64_t(last), bits + k * stride)));
+    store(e, exp_short(load(x)));
+    for (int k = 0; k < W; ++k) {
+      const double want = std::exp(double(x[k]));
+      worst = std::max(worst, std::abs(e[k] / want - 1) / (1.6e-7 + 2.8e-9 * -double(x[k])));
+    }
+  }
+  expect(worst < (FASTLOSS_CHECK_HAS_FMA ? 1.0 : 1.6), "exp_short: %g of its bound", worst);
+  const auto exp_at = [](float x) { return exp_short(F32V{} + x)[0]; };
+  expect(exp_at(0.0f) == 1 && exp_at(-0.0f) == 1 && std::isnan(exp_at(NAN)), "exp_short of 0 and NaN");
+  expect(exp_at(-INFINITY) == 0 && exp_at(-88.1f) == 0 && exp_at(-__FLT_MAX__) == 0, "exp_short far below");
+}
+
+void check_even_odd() {
+  const std::vector<float> x = odd_floats();
+  for (size_t i = 0; i < x.size(); i += 2 * W) {
+    BF16 plain[2 * W], apart[2 * W];
+    store(plain, load(&x[i])), store(plain + W, load(&x[i + W]));
+    F32V even, odd;
+    load_even_odd(plain, &even, &odd);
+    for (int k = 0; k < W; ++k) {
+      expect(same(even[k], value_of(plain[2 * k])) && same(odd[k], value_of(plain[2 * k + 1])),
+             "load_even_odd");
+      even[k] = x[i + 2 * k], odd[k] = x[i + 2 * k + 1];
+    }
+    store_even_odd(apart, even, odd);
+    expect(!std::memcmp(apart, plain, sizeof plain), "store_even_odd");
+  }
+  for (const int64_t n : {int64_t(1), int64_t(W), int64_t(2 * W), int64_t(6 * W + 3), kBlock}) {
+    BF16 z[kBlock];
+    for (int64_t i = 0; i < n; ++i) store_one(&z[i], float(3 * normal()));
+    double max = -kInf;
+    for (int64_t i = 0; i < n; ++i) max = std::max(max, value_of(z[i]));
+    expect(max_block(z, n) == max, "max_block of %d", int(n));
+    for (int64_t i = 0; i < n; ++i) store_one(&z[i], -INFINITY);
+    expect(max_block(z, n) == -__FLT_MAX__, "max_block of -inf");
+  }
 }
 
 // --- tiles
@@ -527,6 +573,8 @@ int main() {
   check_lanes<double>();
   check_exponentials<float>();
   check_exponentials<double>();
+  check_short_exponentials();
+  check_even_odd();
   check_tiles<FloatUnits, float>("tiles of floats");
 #if !defined(FASTLOSS_CHECK_NO_PAIRS)  // AVX-512 without AVX512_BF16
   check_tiles<BFloat16Pairs, BF16>("tiles of pairs");
