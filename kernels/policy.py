@@ -504,6 +504,9 @@ def policy_total_kernel(
     out = tl.where(k == LOSS, sums / by, tl.where(k == SCALE, 1.0 / by, sums)).to(tl.float32)
     out = tl.where(k == MIN_RATIO, tl.where(tokens > 0.0, tl.min(least, 0), 1.0), out)
     out = tl.where(k == MAX_RATIO, tl.where(tokens > 0.0, tl.max(most, 0), 1.0), out)
+    # Comparisons pass over a NaN, sums keep it: ratios are bounded, so only a NaN ratio makes their sum one.
+    lost = tl.max(tl.where((k == SUM_OF_RATIO) & (sums != sums), 1, 0), 0)
+    out = tl.where((k == MIN_RATIO) | (k == MAX_RATIO), tl.where(lost > 0, float("nan"), out), out)
     tl.store(out_ptr + k, out)
     tl.store(loss_ptr + k * 0, out, mask=k == LOSS)
 

@@ -50,6 +50,8 @@ void finish(const policy::Call& call) {
     for (int k = 0; k < kSums; ++k) total[k] += sums[k];
     min = std::min(min, sums[kMinRatio]), max = std::max(max, sums[kMaxRatio]);
   }
+  // Comparisons pass over a NaN, sums keep it: ratios are bounded, so only a NaN ratio makes their sum one.
+  if (total[kRatioSum] != total[kRatioSum]) min = max = total[kRatioSum];
   total[kScale] = scale_of<S>(call, total[kTokens]);
   total[kLoss] *= total[kScale];
   total[kMinRatio] = total[kTokens] > 0 ? min : 1.0;

@@ -194,6 +194,9 @@ __device__ void finish(const policy::Call& call) {
   if (k == policy::kScale) total = 1.0 / divisor;
   if (k == policy::kLoss) total /= divisor;
   if ((is_min || is_max) && tokens == 0.0) total = 1.0;
+  // Comparisons pass over a NaN, sums keep it: ratios are bounded, so only a NaN ratio makes their sum one.
+  const double ratios = partial[policy::kRatioSum];
+  if ((is_min || is_max) && ratios != ratios) total = ratios;
   static_cast<float*>(call.out)[k] = float(total);
 }
 

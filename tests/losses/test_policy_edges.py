@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from backends_under_test import ALL, DEVICE, need
+from backends_under_test import ALL, DEVICE, KERNELS, need
 from policy_inputs import B, T, batch, call, double
 from torch import Tensor
 
@@ -426,3 +426,29 @@ def test_packed_sequences_of_symbolic_number(count: int) -> None:
 
     compiled = torch.compile(call, backend="aot_eager", fullgraph=True, dynamic=True)
     torch.testing.assert_close(compiled(logprobs), call(logprobs))
+
+
+@pytest.mark.parametrize("options", [
+    {"loss_type": "ppo"}, {"loss_type": "gspo"}, {"loss_type": "gmpo"}, {"loss_type": "cispo"}, {"loss_type": "sapo"},
+    {"loss_type": "ppo", "beta": 0.1, "entropy_coef": 0.1, "importance_mode": "token_truncate"},
+    {"loss_type": "rloo"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("backend", KERNELS)
+def test_a_nan_that_counts_is_in_every_metric_of_the_definition(
+    backend: str, options: dict[str, Any]
+) -> None:
+    need(backend)
+    data = batch()
+    names = [name for name in data if name != "mask"]
+    if "beta" not in options:
+        names = ["logprobs", "old_logprobs", "advantages"]
+    for name in names:
+        broken = data[name].clone()
+        sequence = 1
+        place = (sequence, int(data["mask"][sequence].nonzero()[-1])) if broken.dim() == 2 else (sequence,)
+        broken[place] = math.nan
+        given = {**data, name: broken}
+        got, want = call(given, backend, **options), call(double(given), **options)
+        numbers = [k for k in want if not k.startswith("d_")]
+        wrong = [k for k in numbers if not torch.equal(got[k].isnan(), want[k].isnan())]
+        assert not wrong, (name, wrong)
