@@ -34,6 +34,21 @@ def _fastloss(backend: str) -> Provider:
     return Provider(f"fastloss[{backend}]", available, lambda case: KINDS[case.kind].ours(case, backend))
 
 
+def _head(memory: str) -> Provider:
+    """The CPU's cross-entropy from the head, told what to spend."""
+    ours = _fastloss("cpu")
+
+    def available(case: Case, device: str) -> str | None:
+        if case.kind != "linear" or case.frozen or case.nograd:
+            return ""
+        return ours.available(case, device)
+
+    def loss(case: Case) -> Loss:
+        return functools.partial(fastloss.linear_cross_entropy, memory=memory, backend="cpu")
+
+    return Provider(f"fastloss[cpu], memory={memory}", available, loss)
+
+
 def _eager(case: Case) -> Loss:
     return KINDS[case.kind].eager(case)
 
@@ -102,6 +117,8 @@ def registry() -> list[Provider]:
         _fastloss("cpu"),
         _fastloss("cuda"),
         _fastloss("triton"),
+        _head("fast"),
+        _head("low"),
         Provider("torch eager", emulated, _eager),
         Provider("eager with TRL's metrics", _has_metrics, _eager_metrics),
         Provider("torch eager, f32 GEMMs", _only_emulated, _eager_f32),

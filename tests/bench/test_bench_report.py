@@ -213,6 +213,29 @@ def test_goals() -> None:
     assert outcome["cost per token: spread over lengths", "tokens 1024 … 4096"]
 
 
+def test_a_head_that_is_told_its_memory_has_goals_of_its_own() -> None:
+    times = {
+        "torch eager": 4.0,
+        "limit: GEMMs": 1.0,
+        "fastloss[cpu]": 2.0,
+        "fastloss[cpu], memory=fast": 1.05,
+    }
+    providers = [{"name": name, "median": time, "extra_bytes": 1} for name, time in times.items()]
+    case = {
+        "name": "linear-bf16-1024x512x32000",
+        "shape": [1024, 512, 32000],
+        "logits_bytes": 100,
+        "providers": providers,
+    }
+    ratios.add_ratios(case)
+    assert providers[0]["fastloss_speedup"] == 2.0 and "fastloss_speedup" not in providers[3]
+    outcome = {o.what: o for o in goals.met({"cases": [case]})}
+    assert outcome["linear head: over three GEMMs"].measured == 2.0
+    assert outcome["linear head, fast: over three GEMMs"].measured == 1.05
+    assert outcome["linear head, fast: over three GEMMs"].reached
+    assert "linear head, low: over three GEMMs" not in outcome
+
+
 def _tiny_of(**marks: bool) -> dict:
     providers = [
         {"name": "fastloss[cpu]", "median": 1.0, "over_limit": 0.5, "extra_bytes": 1},

@@ -176,7 +176,8 @@ def test_ceilings_and_sweeps_write_what_they_found(tmp_path: Path, capsys: pytes
     ceilings, sweeps = load("ceilings"), load("sweeps")
     assert ceilings.main(["--device", "cpu", "--small", "--out", str(tmp_path / "c.json")]) == 0
     found = json.loads((tmp_path / "c.json").read_text())
-    assert {one["what"] for one in found} == {"copy", "logits", "d hidden", "d weight", "d weight, float32"}
+    whats = {"copy", "logits", "logits, batch-invariant", "d hidden", "d weight", "d weight, float32"}
+    assert {one["what"] for one in found} == whats
     assert all(one["rate"] > 0 for one in found if "reason" not in one)
     assert len(capsys.readouterr().out.splitlines()) == len(found)
     options = ["--device", "cpu", "--small", "--out", str(tmp_path / "s.json")]
