@@ -43,8 +43,9 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, *, kind: str = "k3", bac
     x, ref = logprobs.to(acc), ref_logprobs.detach().to(acc)
     if call.backend.differentiable:
         return call.backend.kl_estimate(x, ref, KL_KINDS.index(kind), None)
-    out: Tensor = _KlEstimate.apply(x.contiguous(), ref.contiguous(), call.backend, KL_KINDS.index(kind))
-    return out
+    flat, flat_ref = x.reshape(-1).contiguous(), ref.reshape(-1).contiguous()
+    out: Tensor = _KlEstimate.apply(flat, flat_ref, call.backend, KL_KINDS.index(kind))
+    return out.view(logprobs.shape)
 
 
 def _again(ctx: Any) -> Any:

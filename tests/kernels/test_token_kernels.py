@@ -159,6 +159,24 @@ def test_kl_estimate_agrees_with_the_definition(backend: str, kind: str) -> None
 
 
 @pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3), (3, 2, 2), (0, 4)], ids=str)
+def test_any_shape_and_stride(shape: tuple[int, ...], backend: str) -> None:
+    need(backend)
+    g = torch.Generator().manual_seed(1)
+    whole = -torch.rand(2, *reversed(shape), generator=g).to(DEVICE)
+    logprobs, ref = (x.permute(*reversed(range(x.dim()))) if x.dim() else x for x in whole)
+    leaf = logprobs.clone().requires_grad_()
+    kl = fastloss.kl_estimate(leaf, ref, backend=backend)
+    kl.sum().backward()
+    want = leaf.detach().clone().requires_grad_()
+    right = torch.expm1(ref - want) - (ref - want)
+    right.sum().backward()
+    assert kl.shape == leaf.shape and leaf.grad is not None
+    torch.testing.assert_close(kl, right)
+    torch.testing.assert_close(leaf.grad, want.grad)
+
+
+@pytest.mark.parametrize("backend", ALL)
 def test_explain_names_what_ran(backend: str) -> None:
     need(backend)
     x = torch.zeros(2, 3, device=DEVICE)
