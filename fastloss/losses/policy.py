@@ -15,8 +15,9 @@ from fastloss.engine.autograd import differentiable_again
 from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.contract import Backend, PolicyInputs
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.direct import DirectPolicy
 from fastloss.engine.jagged import takes_jagged
-from fastloss.engine.native import DirectPolicy, cpu_backend
+from fastloss.engine.native import cpu_backend
 from fastloss.losses.policy_inputs import check_like, lay_flat, normalizer_of, shares, weighted
 from fastloss.losses.policy_options import VARIANTS, PolicySpec, options_of
 from fastloss.losses.policy_selection import Selection, select, top_entropy

@@ -17,7 +17,8 @@ from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
-from fastloss.engine.native import DirectPairs, cpu_backend
+from fastloss.engine.direct import DirectPairs
+from fastloss.engine.native import cpu_backend
 from fastloss.engine.sequences import Tokens, tokens_of
 from fastloss.losses import pair_terms
 from fastloss.losses.pair_terms import (

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastloss.engine import checks
 from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
-from fastloss.engine.native import DirectPairs
+from fastloss.engine.direct import DirectPairs
 from fastloss.losses.cross_entropy import cross_entropy
 from fastloss.losses.pair_terms import CODES, constant, launch_pairs, per_pair
 from fastloss.losses.preference import direct_pairs, is_direct_pairs

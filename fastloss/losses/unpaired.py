@@ -18,9 +18,10 @@ from fastloss.engine.backend import resolve_call, resolves_views
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.contract import Backend
 from fastloss.engine.definition import REFERENCE
+from fastloss.engine.direct import DirectUnpaired
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.jagged import takes_jagged
-from fastloss.engine.native import DirectUnpaired, cpu_backend
+from fastloss.engine.native import cpu_backend
 from fastloss.engine.sequences import tokens_of
 from fastloss.losses.pair_terms import constant
 from fastloss.losses.token_stats import TokenStats, row_options, stats_from

@@ -10,7 +10,7 @@ from backends_under_test import need
 from torch import Tensor
 
 import fastloss
-from fastloss.engine.native import DirectPairs
+from fastloss.engine.direct import DirectPairs
 from fastloss.tables import PAIR_TERMS
 
 B = 7

@@ -10,7 +10,7 @@ from backends_under_test import need
 from torch import Tensor
 
 import fastloss
-from fastloss.engine.native import DirectPolicy
+from fastloss.engine.direct import DirectPolicy
 from fastloss.losses.policy_options import VARIANTS
 
 B, T = 5, 300

@@ -10,7 +10,7 @@ from backends_under_test import need
 from torch import Tensor
 
 import fastloss
-from fastloss.engine.native import DirectUnpaired
+from fastloss.engine.direct import DirectUnpaired
 
 B = 7
 GOOD = torch.tensor([True, False, True, True, False, False, True])
