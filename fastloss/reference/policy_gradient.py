@@ -350,16 +350,19 @@ def value_terms(
     """``scale · Σ share · ½ max((V - R)², (clip(V, V_old ± ε) - R)²)`` of flat values ``[N]``, and its metrics. No ``scale`` is
     one over the tokens."""
     values, returns = torch.where(mask, values, 0), torch.where(mask, returns, 0).detach()
-    error = (values - returns) ** 2
+    missed = values - returns
     clipped = torch.zeros_like(mask)
     if clip_range is not None and old_values is not None:
         old = torch.where(mask, old_values, 0).detach()
         moved = values - old
         inside = (moved >= -clip_range) & (moved <= clip_range)  # as it is, without a rounding of its own
-        near = torch.where(inside, values, old + bounded(moved, -clip_range, clip_range))
-        further = (near - returns) ** 2
-        clipped = mask & (further > error)
-        error = torch.where(further <= error, error, further)  # a NaN stays one
+        further = torch.where(inside, values, old + bounded(moved, -clip_range, clip_range)) - returns
+        stays = further**2 <= missed**2  # a NaN does not
+        clipped = mask & (further**2 > missed**2)
+        missed = torch.where(
+            stays, missed, further
+        )  # before the square: what is not taken has no derivative, inf or not
+    error = missed**2
     tokens = mask.sum().to(values.dtype).clamp(min=1)
     loss = torch.where(mask, share * error / 2, 0).sum() * (1 / tokens if scale is None else scale)
     with torch.no_grad():
@@ -372,10 +375,10 @@ def value_terms(
             return ((x - mean) ** 2 * mask).sum() / tokens
 
         spread = variance(returns)
-        explained = 1 - variance(returns - values) / torch.where(spread > 0, spread, 1)
+        explained = 1 - variance(returns - values) / torch.where(spread <= 0, 1, spread)
         metrics = {
             "value/clip_ratio": clipped.sum() / tokens,
-            "value/explained_variance": torch.where(spread > 0, explained, 0),
+            "value/explained_variance": torch.where(spread <= 0, 0, explained),
             "value/mean": (values * mask).sum() / tokens,
         }
     return loss, metrics

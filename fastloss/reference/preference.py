@@ -265,6 +265,8 @@ def unpaired_loss(logps: Tensor, constants: UnpairedConstants, options: Unpaired
         loss = loss * constants.weight
     with torch.no_grad():
         reward, g = beta * x, good.to(x.dtype)
-        each = (loss, g, reward * g, reward * (1 - g), logps * g, logps * (1 - g), torch.zeros_like(g))
+        # Not a product: a response that is infinite, or no number, is in the sums of its own kind alone.
+        split = (torch.where(at, v, 0) for v in (reward, logps) for at in (good, ~good))
+        each = (loss, g, *split, torch.zeros_like(g))
         sums = torch.stack([v.sum() for v in each])
     return {"loss": loss, "reward": reward, "sums": sums}
