@@ -41,7 +41,7 @@ def value_term(value, target, old_ptr, i, live, clip_range):
         # What the clip leaves alone is not computed again: its rounding would decide which of the two is larger.
         stays = ((moved >= -clip_range) & (moved <= clip_range)) | (further <= loss)
         clipped = (further > loss) & (stays == 0)
-        slope = tl.where(stays, slope, 0.0 * near)
+        slope = tl.where(stays, slope, tl.where(moved == moved, 0.0, moved))  # a constant, but for a NaN
         loss = tl.where(stays, loss, further)
     return loss, slope, clipped
 

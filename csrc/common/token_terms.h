@@ -27,7 +27,7 @@ FASTLOSS_TERM ValueTerm<V> value_term(V value, V target, V old, bool clips, S ra
   const auto inside = within(moved, -range, range);
   const auto stays = inside | (further <= t.loss);
   t.clipped = (further > t.loss) & (stays == 0);
-  t.slope = stays ? t.slope : S(0) * near;
+  t.slope = stays ? t.slope : moved == moved ? V{} : moved;  // a constant, but for a NaN
   t.loss = stays ? t.loss : further;
   return t;
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "block_sum.h"
+#include "launch.h"
 #include "policy.h"
 
 namespace fastloss::cuda {
@@ -131,18 +132,13 @@ __global__ void __launch_bounds__(kThreads) kl_estimate_kernel(KlEstimate call, 
   }
 }
 
-const char* last_error() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
 }  // namespace
 
 const char* value_loss(const ValueLoss& call, void* stream) {
   const int64_t count = call.count();
   const dim3 grid(unsigned(std::clamp<int64_t>(count, 1, kMaxBlocks)));
   FASTLOSS_LAUNCH(value_loss_kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), call, count);
-  return last_error();
+  return text_of(cudaGetLastError());
 }
 
 const char* kl_estimate(const KlEstimate& call, void* stream) {
@@ -152,7 +148,7 @@ const char* kl_estimate(const KlEstimate& call, void* stream) {
   const dim3 grid(unsigned(std::min<int64_t>((call.n + kThreads - 1) / kThreads, kMaxBlocks)));
   const auto kernel = call.upstream ? kl_estimate_kernel<true> : kl_estimate_kernel<false>;
   FASTLOSS_LAUNCH(kernel, grid, dim3(kThreads), 0, static_cast<cudaStream_t>(stream), call, o);
-  return last_error();
+  return text_of(cudaGetLastError());
 }
 
 }  // namespace fastloss::cuda

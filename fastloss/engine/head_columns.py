@@ -245,22 +245,14 @@ class ColumnPart:
     ) -> dict[str, Tensor]:
         """Of classes, without label smoothing: from the log-probs."""
         assert target is not None and not options.label_smoothing
-        names = dict.fromkeys((*want, "logprobs", "logsumexp", LSE_PARTS))
-        out = self.stats(target, options, tuple(names))
-        loss = -out["logprobs"]
-        if w is not None:
-            loss = loss * w[target.clamp(0, self.run.head.weight.shape[0] - 1)]
-        if options.z_loss:
-            loss = loss + options.z_loss * out["logsumexp"].square()
-        loss = torch.where(target == options.ignore_index, 0.0, loss)
-        upstream = torch.ones_like(loss) if row_factors is None else row_factors
-        loss = loss if row_factors is None else loss * row_factors
+        vocab = self.run.head.weight.shape[0]
+        out = self.stats(target, options, tuple(dict.fromkeys((*want, "logprobs", LSE_PARTS))))
+        loss = cut.cross_entropy(out, target, w, vocab, options)
         if self.run.needs and self.run.rows:
-            upstream = (
-                upstream * factor.value if factor.tensor is None else upstream * factor.value * factor.tensor
-            )
-            k = of_cross_entropy(upstream, out[LSE_PARTS], target, w, self.run.head.weight.shape[0], options)
+            upstream = cut.upstream_of(loss, factor, row_factors)
+            k = of_cross_entropy(upstream, out[LSE_PARTS], target, w, vocab, options)
             self.gradients(target, options, out[LSE_PARTS], k)
+        loss = loss if row_factors is None else loss * row_factors
         return {name: out[name] for name in dict.fromkeys((*want, LSE_PARTS))} | {"loss": loss}
 
     def gradients(

@@ -117,17 +117,9 @@ class ShardedPart:
             stats = cut.exchange(shards, out, target, options.ignore_index, sums)
         else:
             stats = self.stats(target, options, names)
-        kept = target != options.ignore_index
-        loss = -(1 - smoothing) * stats["logprobs"]
-        if w is not None:
-            loss = loss * w[target.clamp(0, shards.vocab - 1)]
-        if smoothing:
-            loss = loss + (smoothing / shards.vocab) * stats["distance"]
-        if options.z_loss:
-            loss = loss + options.z_loss * stats[LSE_PARTS].sum(-1).square()
-        loss = torch.where(kept, loss, 0.0)
+        loss = cut.cross_entropy(stats, target, w, shards.vocab, options)
         if self.run.needs and loss.shape[0]:
-            upstream = _upstream(loss, factor, row_factors)
+            upstream = cut.upstream_of(loss, factor, row_factors)
             k = of_cross_entropy(upstream, stats[LSE_PARTS], target, w, shards.vocab, options)
             self.gradients(target, options, stats[LSE_PARTS], k, w)
         return {
@@ -158,7 +150,7 @@ class ShardedPart:
             loss = loss + options.z_loss * stats[LSE_PARTS].sum(-1).square()
         if self.run.needs and rows:
             k = of_cross_entropy(
-                _upstream(loss, factor, row_factors), stats[LSE_PARTS], None, w, self.shards.vocab, options, stats["mass"]
+                cut.upstream_of(loss, factor, row_factors), stats[LSE_PARTS], None, w, self.shards.vocab, options, stats["mass"]
             )  # fmt: skip
             self.gradients(None, options, stats[LSE_PARTS], k, w)
         return {
@@ -310,12 +302,6 @@ def _nothing_taken(selection: Selection, acc: torch.dtype) -> Taken:
         torch.zeros(selection.ids.shape, dtype=acc, device=device),
         torch.full((rows, 2), -torch.inf, dtype=acc, device=device),
     )
-
-
-def _upstream(loss: Tensor, factor: Factor, row_factors: Tensor | None) -> Tensor:
-    """What each row's loss is multiplied by in their sum."""
-    upstream = torch.full_like(loss, factor.value) if row_factors is None else row_factors * factor.value
-    return upstream if factor.tensor is None else upstream * factor.tensor
 
 
 class Columns:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from fastloss.engine import devices
+from fastloss.engine import devices, gate
 from fastloss.engine.head_types import Head
 from fastloss.engine.triton import DTYPES, TritonBackend
 
@@ -99,7 +99,7 @@ def aligned(x: Tensor, farthest: int) -> Tensor:
         x.stride(1) == 1
         and x.stride(0) % ALIGNMENT == 0
         and x.stride(0) < farthest
-        and x.data_ptr() % 16 == 0
+        and gate.address(x) % 16 == 0
     ):
         return x
     rows, dim = x.shape

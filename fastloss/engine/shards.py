@@ -30,7 +30,8 @@ from torch import Tensor
 
 from fastloss.engine import failures
 from fastloss.engine.checks import ShapeError
-from fastloss.tables import ARGMAX, DTYPE_CODES, LSE_PARTS, RowOptions
+from fastloss.engine.contract import Factor
+from fastloss.tables import ARGMAX, DTYPE_CODES, LSE_PARTS, CrossEntropyOptions, RowOptions
 
 # Its name since torch 2.13, and the one before.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -341,6 +342,27 @@ def exchange(
     if target is not None and ignored is not None:
         owner = shards.owner(target.masked_fill(ignored, 0))
     return combine(got, shards.sizes if sizes is None else sizes, owner, ignored, weights)
+
+
+def cross_entropy(
+    stats: dict[str, Tensor], target: Tensor, w: Tensor | None, vocab: int, options: CrossEntropyOptions
+) -> Tensor:
+    """The loss of each row from its statistics, acc ``[rows]``: those of processes, or of blocks of columns (engine/head_columns.py).
+    With label smoothing ``stats`` has "distance", Σ w_v (logsumexp - z_v)."""
+    loss = -(1 - options.label_smoothing) * stats["logprobs"]
+    if w is not None:
+        loss = loss * w[target.clamp(0, vocab - 1)]
+    if options.label_smoothing:
+        loss = loss + (options.label_smoothing / vocab) * stats["distance"]
+    if options.z_loss:
+        loss = loss + options.z_loss * stats[LSE_PARTS].sum(-1).square()
+    return torch.where(target == options.ignore_index, 0.0, loss)
+
+
+def upstream_of(loss: Tensor, factor: Factor, row_factors: Tensor | None) -> Tensor:
+    """What each row's loss is multiplied by in their sum."""
+    upstream = torch.full_like(loss, factor.value) if row_factors is None else row_factors * factor.value
+    return upstream if factor.tensor is None else upstream * factor.tensor
 
 
 def _column(numbers: Sequence[float | Tensor], like: Tensor) -> Tensor:
