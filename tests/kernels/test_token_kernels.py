@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from backends_under_test import ALL, DEVICE, KERNELS, contract, need
+from instruction_sets import ISAS, forced, threads_of
 from torch import Tensor
 
 import fastloss
@@ -17,6 +18,7 @@ from fastloss.tables import KL_KINDS, VALUE_PLACE
 
 NAN = float("nan")
 SIZES = (7, 2049, 5003)
+on_cpu = pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's kernels")
 
 
 def make(n: int, density: float, clip: bool, share: bool, scale: bool) -> tuple[Tensor, ValueInputs]:
@@ -83,6 +85,34 @@ def test_value_loss_agrees_with_the_definition(backend: str, density: float, cli
             torch.testing.assert_close(grad, want_grad, rtol=4 * eps, atol=4 * eps)
 
 
+@on_cpu
+@pytest.mark.parametrize("clip", [False, True], ids=["plain", "clip"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_of_the_cpu(isa: str, clip: bool) -> None:
+    backend = contract("cpu")
+    values, inputs = make(5003, 0.7, clip, clip, scale=False)
+    want, want_grad = defined(values, inputs)
+    logprobs, ref = -3 * torch.rand(2, 5003, generator=torch.Generator().manual_seed(5)).double()
+    upstream = torch.ones_like(ref)
+    for dtype in (torch.float32, torch.float64):
+        eps = torch.finfo(dtype).eps
+        with forced(isa):
+            out, grad = run(backend, values, inputs, dtype)
+            kl = [
+                backend.kl_estimate(logprobs.to(dtype), ref.to(dtype), code, up).double()
+                for code in range(len(KL_KINDS))
+                for up in (None, upstream.to(dtype))
+            ]
+        torch.testing.assert_close(out, want, rtol=8 * eps, atol=8 * eps)
+        torch.testing.assert_close(grad, want_grad, rtol=4 * eps, atol=4 * eps)
+        right = [
+            REFERENCE.kl_estimate(logprobs, ref, code, up)
+            for code in range(len(KL_KINDS))
+            for up in (None, upstream)
+        ]
+        torch.testing.assert_close(kl, right, rtol=16 * eps, atol=4 * eps)
+
+
 @pytest.mark.parametrize("backend", KERNELS)
 def test_returns_that_are_all_the_same_have_no_variance(backend: str) -> None:
     values, inputs = make(5003, 0.7, False, False, False)
@@ -134,17 +164,14 @@ def test_infinite_numbers_have_the_derivatives_of_the_definition(backend: str) -
         torch.testing.assert_close(grad, want, rtol=1e-6, atol=1e-6, equal_nan=True, msg=f"{name} {sign}")
 
 
+@on_cpu
 def test_the_cpus_bits_do_not_hang_on_its_threads() -> None:
     backend = contract("cpu")
     values, inputs = make(200_003, 0.7, True, True, True)
-    before = torch.get_num_threads()
-    try:
-        found = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    found = []
+    for threads in (1, 2, 3):
+        with threads_of(threads):
             found.append(torch.cat(run(backend, values, inputs, torch.float32)))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
