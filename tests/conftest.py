@@ -13,8 +13,8 @@ import sys
 # Read when torch brings OpenMP. The workers share the cores: a thread that waits for others by spinning takes theirs.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 DEVICE = os.environ.get("FASTLOSS_TEST_DEVICE", "cpu")
 SLOW = os.environ.get("FASTLOSS_TEST_SLOW", "") not in ("", "0")
