@@ -392,11 +392,12 @@ class NativeBackend:
     ) -> None:
         if not logits.shape[0]:
             return
+        own = {name: getattr(options, name) for name in ("row_scale", "teacher_row_scale", "row_factor")}
         with self.context.guard(logits):
             self.module.row_divergence(
                 **_size(logits), teacher_row_stride=teacher_logits.stride(0), options=options,
                 grad_row_stride=0 if grad is None else grad.stride(0), context=self.context.argument(logits),
-                **addresses(given, {"sums": sums}),
+                **addresses({**given, **own}, {"sums": sums}),
             )  # fmt: skip
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
