@@ -102,6 +102,15 @@ def row_scale(temperature: Tensor, lead: tuple[int, ...], like: Tensor, name: st
     return each.reshape(-1).reciprocal()
 
 
+def token_weight(name: str, weight: Tensor, lead: tuple[int, ...], device: torch.device) -> None:
+    """A constant factor of each token's log-prob, float of the tokens' shape ``lead``."""
+    is_floating(name, weight)
+    has_shape(name, weight, lead)
+    same_device(name, weight, device)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
+
+
 def softcap_value(softcap: float | None) -> float:
     return 0.0 if softcap is None else number("softcap", softcap, low=0.0, open_low=True)
 

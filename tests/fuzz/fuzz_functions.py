@@ -459,7 +459,10 @@ def pairs(d: Draw, *, reference: bool = True, lengths: bool = True) -> tuple[Ten
         shapes = [(d.pick(1, 6, 15),) for _ in range(2)]
         for side, shape in zip(("chosen", "rejected"), shapes):
             tensors[f"{side}_cu_seqlens"] = d.borders(count, shape[0])
+    weighted = how != "whole" and d.chance(0.15)
     for side, shape in zip(("chosen", "rejected"), shapes):
+        if weighted:
+            tensors[f"{side}_token_weight"] = d.uniform(shape, 0.0, 2.0)
         tensors[f"{side}_logps"] = d.hide(logprobs(d, shape), tensors.get(f"{side}_mask"))
         if reference:
             of = (count,) if d.chance(0.5) else shape
@@ -647,6 +650,8 @@ def unpaired(function: str) -> Any:
             tensors["ref_logps"] = d.hide(logprobs(d, of), tensors.get("mask"))
         else:
             options["ref_logps"] = None
+        if how != "whole" and d.chance(0.15):
+            tensors["token_weight"] = d.uniform(shape, 0.0, 2.0)
         tensors["desirable"] = d.mask((count,)).bool()
         if function == "kto_loss":
             options |= kto_options(d, tensors, count)
