@@ -235,8 +235,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """acc ``[rows, 8]`` (fastloss.tables.DISTILLATION_SUMS) of each row of ``logits [rows, V]`` against the same row of
         ``teacher_logits [rows, V]``, of one dtype; and into ``grad`` (may be ``logits``), where given, the gradient of the loss
-        times ``factors [rows]``. The lse_parts are :meth:`row_stats`'s: of the student's logits times ``options.scale``, of
-        the teacher's times ``teacher_scale``, and ``hard_lse_parts`` (None: no hard loss) of the student's with scale 1."""
+        times ``factors [rows]``. The lse_parts are :meth:`row_stats`'s: of the student's logits times ``options.scale`` (and
+        ``row_scale``), of the teacher's times ``teacher_scale`` (and ``teacher_row_scale``), and ``hard_lse_parts`` (None: no hard loss) of the student's with scale 1."""
         ...
 
     def row_divergence_grad(

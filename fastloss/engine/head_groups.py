@@ -165,14 +165,8 @@ def token_weights(x: GroupedHead, token_weight: Tensor | None, lead: tuple[int, 
     """A factor of the log-prob of each row, acc ``[rows]``, from one of each token ``lead``; 0 where the target is ignored."""
     if token_weight is None:
         return None
-    checks.is_floating("token_weight", token_weight)
-    checks.has_shape("token_weight", token_weight, lead)
-    checks.same_device("token_weight", token_weight, x.input.device)
-    if token_weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("token_weight: expected a tensor that requires no gradient, got one that does")
-    rows = x.rows
-    own = token_weight.detach().reshape(-1).index_select(0, rows.order).to(rows.tokens.lengths.dtype)
-    return own if rows.tokens.mask is None else torch.where(rows.tokens.mask == 0, 0.0, own)
+    checks.token_weight("token_weight", token_weight, lead, x.input.device)
+    return x.rows.tokens.weighted(token_weight.detach().reshape(-1).index_select(0, x.rows.order))
 
 
 def check_reference(

@@ -439,7 +439,7 @@ class Chunk:
 
     def take(self, mark: Tensor, options: RowOptions, selection: Selection) -> Taken:
         head = self.run.head
-        return take(head.backend, self.logits, mark, options, selection, head.bias)
+        return take(head.backend, self.logits, mark, self.own(options), selection, head.bias)
 
     def selected_gradients(
         self,
@@ -453,7 +453,8 @@ class Chunk:
         z, head = self.logits, self.run.head
         if not self.run.needs or not z.shape[0]:
             return
-        write_gradient(head.backend, z, mark, options, lse_parts, b, selection, given, z, head.bias)
+        own = self.own(options)
+        write_gradient(head.backend, z, mark, own, lse_parts, b, selection, given, z, head.bias)
         self.add_gradients()
 
     def add_gradients(self) -> None:
