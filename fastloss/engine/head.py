@@ -26,13 +26,14 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastloss.engine import checks, devices, head_blocks, head_columns, invariance
+from fastloss.engine import checks, devices, head_blocks, head_columns, head_exponentials, invariance
 from fastloss.engine.autograd import scale_in_place
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
 from fastloss.engine.head_columns import ColumnBlocks
+from fastloss.engine.head_exponentials import ExponentialChunks
 from fastloss.engine.head_rows import (
     RowChunks,
     accumulator_bytes,
@@ -94,13 +95,15 @@ class Schedule(NamedTuple):
     """How a pass goes through rows and vocabulary. ``chunk``: rows whose logits are in memory at once; 0: blocks of the
     vocabulary, in parts of ``part`` rows (0: all), each of which keeps the logits of its first D rows and of ``more`` others.
     ``float_logits``: a chunk's are float32; those of a block always are. ``columns``: blocks of so many classes with the library's
-    GEMMs, all rows (``chunk``) in one part."""
+    GEMMs, all rows (``chunk``) in one part. ``exponentials``: cross-entropy's gradients from scaled exponentials
+    (engine/head_exponentials.py), in chunks of rows."""
 
     chunk: int
     part: int = 0
     more: int = 0
     float_logits: bool = False
     columns: int = 0
+    exponentials: bool = False
 
     @property
     def by_vocabulary(self) -> bool:
@@ -140,6 +143,11 @@ class Schedule(NamedTuple):
             }
         if not self.by_vocabulary:
             chunk = min(self.chunk, rows)
+            if self.exponentials:
+                sent |= {
+                    "row_pass": "scaled exponentials",
+                    "scratch_bytes": head_exponentials.scratch_bytes(head, chunk, needs),
+                }
             return {
                 **sent,
                 "schedule": "chunks of rows",
@@ -284,6 +292,18 @@ def schedule_of_cross_entropy(
     return schedule_of_one_pass(head, rows, needs, limits, logprobs_only=True)
 
 
+def with_exponentials(
+    schedule: Schedule, head: Head, needs: Needs, want: Sequence[str], per_row: bool, smooth: bool
+) -> Schedule:
+    """A schedule of cross-entropy whose gradients come from scaled exponentials, where that is asked for and can be."""
+    if schedule.by_vocabulary or schedule.columns or invariance.wanted():
+        return schedule
+    if per_row and (needs.weight or needs.bias):  # gradients are made in a backward that knows the rows' sums
+        needs = NOTHING
+    why_not = head_exponentials.why_not(head, needs, smooth, schedule.float_logits, want)
+    return schedule._replace(exponentials=not why_not)
+
+
 def make_head(
     backend: Backend,
     hidden: Tensor,
@@ -383,9 +403,8 @@ def begin(
     with _disable_current_modes():
         if schedule.columns:
             return _Pass(ColumnBlocks(head, needs, keep, schedule.float_logits), by_rows=False)
-        return _Pass(
-            RowChunks(head, needs, keep, schedule.chunk, bounds, schedule.float_logits), by_rows=True
-        )
+        rows_of = ExponentialChunks if schedule.exponentials and needs else RowChunks
+        return _Pass(rows_of(head, needs, keep, schedule.chunk, bounds, schedule.float_logits), by_rows=True)
 
 
 def with_lse_parts(want: tuple[str, ...]) -> tuple[str, ...]:

@@ -212,17 +212,24 @@ class _Gemms:
                     torch.mm(z, self.low_rank, out=out[:, self.dim :])
             if self.keep is not None:
                 self.d_hidden.index_copy_(0, self.keep[start:stop], out)
-        self._add_weights(z, start, stop)
+        self._add_columns(z, start, stop)
 
-    def _add_weights(self, z: Tensor, start: int, stop: int) -> None:
-        hidden, u = self.operands(start, stop)
-        if self.d_weight is not None:
-            begun, self.weight_begun = self.weight_begun, True
-            self._add_product(self.d_weight, z, hidden, begun)
-        if self.d_low_rank is not None:
-            self._add_product(self.d_low_rank, z, u, True)
+    def _add_columns(self, z: Tensor, start: int, stop: int) -> None:
+        self.add_weights(z, self.rows(start, stop))
         if self.d_bias is not None:
             self.d_bias += z.sum(0, dtype=self.acc)
+
+    def add_weights(self, z: Tensor, rows: Tensor) -> None:
+        """Adds zᵀ times the rows' hidden states to d weight, and zᵀ u to that of a LoRA."""
+        if self.d_weight is not None:
+            begun, self.weight_begun = self.weight_begun, True
+            self._add_product(self.d_weight, z, rows[:, : self.dim], begun)
+        if self.d_low_rank is not None:
+            self._add_product(self.d_low_rank, z, rows[:, self.dim :], True)
+
+    def forget_rows(self) -> None:
+        """``keep`` has changed: no row is gathered."""
+        self._gathered = None
 
     def _add_product(self, out: Tensor, z: Tensor, hidden: Tensor, accumulate: bool) -> None:
         on_cpu = not devices.is_gpu(z.device)  # XPU, MPS … have addresses that CPU code must not see
@@ -291,7 +298,7 @@ class _UpcastGemms(_Gemms):
                 self.d_hidden[start:stop] = d_hidden
             else:
                 self.d_hidden.index_copy_(0, self.keep[start:stop], d_hidden.to(self.d_hidden.dtype))
-        self._add_weights(z, start, stop)
+        self._add_columns(z, start, stop)
 
 
 class _FloatLogitsGemms(_Gemms):

@@ -264,6 +264,7 @@ def _of_rows(
     computed = heads.count_kept(rows, keep)
     smooth = loss.probabilities or loss.row.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(head, computed, needs, limits, per_row, smooth)
+    schedule = heads.with_exponentials(schedule, head, needs, loss.want, per_row, smooth)
     sent = ("logprobs", *loss.want, *(("distance",) if loss.row.label_smoothing else ()))
     if loss.probabilities:
         sent = ("distance", "mass", *loss.want)
