@@ -17,11 +17,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastloss.engine import gather
+from fastloss.engine import exponentials, gather
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
     ONE_BLOCK,
     WHOLE,
+    ExponentialRows,
     Factor,
     PairResult,
     PolicyInputs,
@@ -333,6 +334,35 @@ class NativeBackend:
                 )  # fmt: skip
         return out
 
+    def row_exponentials(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        options: CrossEntropyOptions,
+        *,
+        factor: Factor = WHOLE,
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> ExponentialRows:
+        if self.has_head:  # the CPU's head has blocks of the vocabulary, and no use for it
+            return exponentials.plainly(logits, target, options, factor, bias, w)
+        rows, device = logits.shape[0], logits.device
+        loss, multiplier, residue = torch.empty((3, rows), dtype=torch.float32, device=device).unbind()
+        parts = torch.empty((rows, 2), dtype=torch.float32, device=device)
+        rough = torch.empty(rows, dtype=torch.uint8, device=device)
+        out = ExponentialRows(loss, parts, multiplier, residue, rough)
+        if rows:
+            given = {
+                "logits": logits, "target": target, "bias": bias, "w": w, "factor_tensor": factor.tensor,
+                "row_scale": options.row_scale,
+            }  # fmt: skip
+            with self.context.guard(logits):
+                self.module.row_exponentials(
+                    **_size(logits), options=options, factor=factor.value, context=self.context.argument(logits),
+                    **addresses(given, out._asdict()),
+                )  # fmt: skip
+        return out
+
     def row_divergence(
         self,
         logits: Tensor,
@@ -392,11 +422,12 @@ class NativeBackend:
     ) -> None:
         if not logits.shape[0]:
             return
+        own = {name: getattr(options, name) for name in ("row_scale", "teacher_row_scale", "row_factor")}
         with self.context.guard(logits):
             self.module.row_divergence(
                 **_size(logits), teacher_row_stride=teacher_logits.stride(0), options=options,
                 grad_row_stride=0 if grad is None else grad.stride(0), context=self.context.argument(logits),
-                **addresses(given, {"sums": sums}, grad=grad),
+                **addresses({**given, **own}, {"sums": sums}, grad=grad),
             )  # fmt: skip
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
