@@ -288,6 +288,23 @@ class DistillationOptions:
     factor: float = 1.0
     hard_loss_coef: float = 0.0
     ignore_index: int = -100
+    # acc [rows]: what multiplies scale, teacher_scale and factor in each row, where a token has its own temperature
+    row_scale: Tensor | None = None
+    teacher_row_scale: Tensor | None = None
+    row_factor: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the student's probabilities are those of its logits, which the hard loss has."""
+        return self.row_scale is None and self.scale == 1.0
+
+    def of_rows(self, part: Callable[[Tensor], Tensor]) -> DistillationOptions:
+        """With what belongs to some of the rows: ``part`` of each tensor."""
+        each = self.row_scale, self.teacher_row_scale, self.row_factor
+        if all(x is None for x in each):
+            return self
+        mine, theirs, factor = (None if x is None else part(x) for x in each)
+        return replace(self, row_scale=mine, teacher_row_scale=theirs, row_factor=factor)
 
 
 # What is done with the classes that a teacher of K classes did not name: they are one more outcome; both distributions are those of the
@@ -308,9 +325,12 @@ class TopKOptions:
     factor: float = 1.0
     hard_loss_coef: float = 0.0
     ignore_index: int = -100
+    # acc [rows]: what multiplies scale and factor in each row, where a token has its own temperature
+    row_scale: Tensor | None = None
+    row_factor: Tensor | None = None
 
     def row_options(self) -> RowOptions:
-        return RowOptions(scale=self.scale, softcap=self.softcap)
+        return RowOptions(scale=self.scale, softcap=self.softcap, row_scale=self.row_scale)
 
 
 # --- supervised losses (docs/supervised.md) ------------------------------------------------------------------------

@@ -6,6 +6,7 @@ a tensor that a kernel cannot read.
 """
 
 from .divergences import row_divergence, row_divergence_grad
+from .exponentials import row_exponentials
 from .pairs import pair_loss, segment_expand, segment_sum, unpaired_loss
 from .policy import policy_loss
 from .reduce import reciprocal_count, sum_rows
@@ -24,6 +25,7 @@ __all__ = [
     "row_cross_entropy",
     "row_divergence",
     "row_divergence_grad",
+    "row_exponentials",
     "row_grad",
     "row_stats",
     "scale_in_place",

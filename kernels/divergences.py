@@ -144,11 +144,18 @@ def class_terms(log_q, log_p, x_row, w, rest, value_no_p, slope_no_p, value_no_q
 def divergence_kernel(
     x_ptr, row_stride, y_ptr, y_row_stride, vocab, target_ptr, ignore_index, bias_ptr, y_bias_ptr,
     scale, y_scale, factor, hard_coef, w, rest, value_no_p, slope_no_p, value_no_q,
-    lse_parts_ptr, y_lse_parts_ptr, hard_lse_parts_ptr, factors_ptr, slopes_ptr, sums_ptr, grad_ptr, grad_row_stride,
+    lse_parts_ptr, y_lse_parts_ptr, hard_lse_parts_ptr, factors_ptr, slopes_ptr, row_scale_ptr, y_row_scale_ptr,
+    row_factor_ptr, sums_ptr, grad_ptr, grad_row_stride,
     KIND: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # SAME: the student's temperature is 1, and the hard loss has the same probabilities.
     row = tl.program_id(0).to(tl.int64)
+    if row_scale_ptr is not None:
+        scale = scale * tl.load(row_scale_ptr + row)
+    if y_row_scale_ptr is not None:
+        y_scale = y_scale * tl.load(y_row_scale_ptr + row)
+    if row_factor_ptr is not None:
+        factor = factor * tl.load(row_factor_ptr + row)
     x_row = x_ptr + row * row_stride
     y_row = y_ptr + row * y_row_stride
     ignored = row < 0  # no row is
@@ -323,14 +330,16 @@ def _launch(
     expect(logits.dtype, teacher_logits=teacher, grad=grad)
     expect(torch.int64, target=target)
     expect_float32(lse_parts=parts[0], teacher_lse_parts=parts[1], hard_lse_parts=parts[2], bias=biases[0],
-                   teacher_bias=biases[1], factors=factors, slopes=slopes)  # fmt: skip
+                   teacher_bias=biases[1], factors=factors, slopes=slopes, row_scale=o.row_scale,
+                   teacher_row_scale=o.teacher_row_scale, row_factor=o.row_factor)  # fmt: skip
     if not logits.shape[0]:
         return
+    per_row = o.row_scale, o.teacher_row_scale, o.row_factor
     with on_device_of(logits):
         divergence_kernel[(logits.shape[0],)](
             logits, logits.stride(0), teacher, teacher.stride(0), vocab, target, o.ignore_index, *biases,
             float(o.scale), float(o.teacher_scale), float(o.factor), float(o.hard_loss_coef), float(o.interpolation),
-            1.0 - o.interpolation, *limits(DISTILLATION_DIVERGENCES[kind], o.interpolation), *parts, factors, slopes, sums,
-            grad, 0 if grad is None else grad.stride(0), KIND=kind, SAME=o.scale == 1.0,
+            1.0 - o.interpolation, *limits(DISTILLATION_DIVERGENCES[kind], o.interpolation), *parts, factors, slopes, *per_row, sums,
+            grad, 0 if grad is None else grad.stride(0), KIND=kind, SAME=o.scale == 1.0 and o.row_scale is None,
             **options_of(DIVERGENCE_SHAPE, logits.device),
         )  # fmt: skip

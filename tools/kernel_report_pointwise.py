@@ -248,6 +248,20 @@ CASES[("logits", "logits_kernel")] = {
         ("odd", ("x_ptr",)),
     )
 }
+# A vocabulary that 16 divides, and one of entries one by one.
+CASES[("exponentials", "exponentials_kernel")] = {
+    f"{options}, {vocab}": (
+        ("x_ptr", "target_ptr", *outputs, *given, *(("vocab", "row_stride") if vocab % 16 == 0 else ())),
+        {"x_ptr": "*bf16", "rough_ptr": "*u8", "HAS_SOFTCAP": options == "full"},
+    )
+    for outputs in (("loss_ptr", "lse_parts_ptr", "multiplier_ptr", "residue_ptr", "rough_ptr"),)
+    for options, given in (
+        ("plain", ()),
+        ("bias", ("bias_ptr",)),
+        ("full", ("bias_ptr", "row_scale_ptr", "w_ptr", "factor_ptr")),
+    )
+    for vocab in (32768, 50257, 1000)
+}
 SHAPES = {
     "sum_rows_kernel": "REDUCE_SHAPE", "reciprocal_count_kernel": "REDUCE_SHAPE",
     "segment_sum_kernel": "SUM_SHAPE", "segment_expand_kernel": "SUM_SHAPE", "pair_loss_kernel": "PAIR_SHAPE",
@@ -265,6 +279,13 @@ def _shape(module: str, kernel: str, options: str, target: str) -> dict[str, Any
             4 if options.startswith("fp32") else 2, 64 if target.startswith("gfx") else 32
         )
         return tile
+    if kernel == "exponentials_kernel":
+        rows = importlib.import_module("kernels.rows")
+        kind, vocab = options.split(", ")
+        shape: dict[str, Any] = rows.launch_shape(
+            int(vocab), kind == "full", 2, 64 if target.startswith("gfx") else 32
+        )
+        return shape
     return getattr(importlib.import_module(f"kernels.{module}"), SHAPES[kernel])
 
 

@@ -67,6 +67,9 @@ struct RowDivergenceOf {
   distillation::Divergence divergence;
   DivergenceNumbers<Number> numbers;
   Number scale, teacher_scale, factor, hard_loss_coef;
+  // acc [rows] or null: what multiplies scale, teacher_scale and factor in each row, where a token has its
+  // own temperature.
+  const Value *row_scale, *teacher_row_scale, *row_factor;
 };
 
 }  // namespace fastloss

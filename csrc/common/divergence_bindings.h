@@ -17,8 +17,9 @@ struct DivergenceBindings {
                              int64_t row_stride, int64_t teacher_row_stride, Address target,
                              const pybind11::object& options, Address bias, Address teacher_bias,
                              Address lse_parts, Address teacher_lse_parts, Address hard_lse_parts,
-                             Address factors, Address slopes, Address sums, Address grad,
-                             int64_t grad_row_stride, int64_t context) {
+                             Address factors, Address slopes, Address row_scale, Address teacher_row_scale,
+                             Address row_factor, Address sums, Address grad, int64_t grad_row_stride,
+                             int64_t context) {
     const Record record(options);
     const auto kind = record.code<distillation::Divergence>("divergence");
     if (!slopes == !sums) throw std::invalid_argument("sums: expected either it or slopes");
@@ -48,15 +49,18 @@ struct DivergenceBindings {
         Number(record.number("scale")),
         Number(record.number("teacher_scale")),
         Number(record.number("factor")),
-        Number(record.number("hard_loss_coef"))};
+        Number(record.number("hard_loss_coef")),
+        at<Value>(row_scale),
+        at<Value>(teacher_row_scale),
+        at<Value>(row_factor)};
     Backend::run(a, context);
   }
 
   static void bind(pybind11::module_& m) {
     define(m, "row_divergence", &row_divergence, "logits", "teacher_logits", "dtype", "rows", "vocab",
            "row_stride", "teacher_row_stride", "target", "options", "bias", "teacher_bias", "lse_parts",
-           "teacher_lse_parts", "hard_lse_parts", "factors", "slopes", "sums", "grad", "grad_row_stride",
-           "context");
+           "teacher_lse_parts", "hard_lse_parts", "factors", "slopes", "row_scale", "teacher_row_scale",
+           "row_factor", "sums", "grad", "grad_row_stride", "context");
   }
 };
 

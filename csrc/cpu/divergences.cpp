@@ -109,12 +109,12 @@ void rows_of(const RowDivergence& a, int64_t begin, int64_t end, void* memory) {
   using S = typename Acc<T>::S;
   using V = VectorOf<S>;
   const Scratch<S> scratch(memory);
-  const Logits student = {a.x,      a.dtype,        a.rows, a.vocab, a.row_stride,
-                          a.target, a.ignore_index, a.bias, a.scale, 0.0};
+  const Logits student = {a.x,    a.dtype, a.rows, a.vocab,    a.row_stride, a.target, a.ignore_index,
+                          a.bias, a.scale, 0.0,    a.row_scale};
   Logits teacher = student, plain = student;
-  teacher.bias = a.teacher_bias, teacher.scale = a.teacher_scale, plain.scale = 1.0;
-  const Transform<T> to_z(student), to_y(teacher), to_raw(plain);
-  const bool same = a.scale == 1.0;  // the hard loss has the student's own probabilities
+  teacher.bias = a.teacher_bias, teacher.scale = a.teacher_scale, teacher.row_scale = a.teacher_row_scale;
+  plain.scale = 1.0, plain.row_scale = nullptr;
+  const Transform<T> of_students(student), of_teachers(teacher), to_raw(plain);
   Row<S> row = {};
   row.numbers = numbers_in<S>(a.numbers);
   S* const sums_out = static_cast<S*>(a.sums);
@@ -135,13 +135,17 @@ void rows_of(const RowDivergence& a, int64_t begin, int64_t end, void* memory) {
     row.largest = S(get<S>(a.lse_parts, 2 * r)), row.log_sum = S(get<S>(a.lse_parts, 2 * r + 1));
     row.teacher_largest = S(get<S>(a.teacher_lse_parts, 2 * r));
     row.teacher_log_sum = S(get<S>(a.teacher_lse_parts, 2 * r + 1));
+    const Transform<T> to_z = of_students.of_row(student, r), to_y = of_teachers.of_row(teacher, r);
+    const double scale = scale_of<S>(student, r), teacher_scale = scale_of<S>(teacher, r);
+    const double weight = a.row_factor ? a.factor * get<S>(a.row_factor, r) : a.factor;
+    const bool same = scale == 1.0;  // the hard loss has the student's own probabilities
     const bool hard = a.hard_lse_parts && a.target;
     const int64_t t = hard ? a.target[r] : 0;
     S raw_t = 0, y_t = 0;
     if (hard) {
       row.hard_largest = S(get<S>(a.hard_lse_parts, 2 * r));
       row.hard_log_sum = S(get<S>(a.hard_lse_parts, 2 * r + 1));
-      raw_t = logit(x, a.bias, t), y_t = S(a.teacher_scale) * logit(teacher_x, a.teacher_bias, t);
+      raw_t = logit(x, a.bias, t), y_t = S(teacher_scale) * logit(teacher_x, a.teacher_bias, t);
     }
 
     double slope = 0;
@@ -161,7 +165,7 @@ void rows_of(const RowDivergence& a, int64_t begin, int64_t end, void* memory) {
       slope = sums.slope.total();
       if (out) {
         const double hard_loss = hard ? double(row.hard_log_sum) - double(raw_t - row.hard_largest) : 0.0;
-        out[distillation::kLoss] = S(a.factor * sums.value.total() + a.hard_loss_coef * hard_loss);
+        out[distillation::kLoss] = S(weight * sums.value.total() + a.hard_loss_coef * hard_loss);
         out[distillation::kKl] = S(sums.kl.total());
         out[distillation::kReverse] = S(sums.reverse_kl.total());
         out[distillation::kAgreement] = S(agree);
@@ -174,7 +178,7 @@ void rows_of(const RowDivergence& a, int64_t begin, int64_t end, void* memory) {
     if (!grad) continue;
 
     const double factor = a.factors ? get<S>(a.factors, r) : 1.0;
-    const S soft = S(factor * a.factor * a.scale), of_hard = S(factor * a.hard_loss_coef), total = S(slope);
+    const S soft = S(factor * weight * scale), of_hard = S(factor * a.hard_loss_coef), total = S(slope);
     for (int64_t start = 0; start < a.vocab; start += kBlock) {
       const int64_t n = a.vocab - start < kBlock ? a.vocab - start : kBlock;
       const S* const z = load_block(to_z, x + start, start, n, scratch.z, static_cast<S*>(nullptr), &unused);
@@ -194,7 +198,7 @@ void rows_of(const RowDivergence& a, int64_t begin, int64_t end, void* memory) {
       });
     }
     if (hard) {
-      const V g = gradient_of<kind, true>(row, V{} + S(a.scale) * raw_t, V{} + y_t, V{} + raw_t, total, soft,
+      const V g = gradient_of<kind, true>(row, V{} + S(scale) * raw_t, V{} + y_t, V{} + raw_t, total, soft,
                                           of_hard, same);
       store_one(grad + t, S(g[0] - of_hard));
     }

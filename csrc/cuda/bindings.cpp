@@ -14,6 +14,7 @@ namespace fastloss::cuda {
 void bind_pairs(pybind11::module_&);
 void bind_policy(pybind11::module_&);
 void bind_divergences(pybind11::module_&);
+void bind_exponentials(pybind11::module_&);
 
 namespace {
 
@@ -82,4 +83,5 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
   cuda::bind_pairs(m);
   cuda::bind_policy(m);
   cuda::bind_divergences(m);
+  cuda::bind_exponentials(m);
 }

@@ -73,8 +73,9 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(RowDivergence a) {
     const T* const x = static_cast<const T*>(a.x) + r * a.row_stride;
     const T* const teacher = static_cast<const T*>(a.teacher) + r * a.teacher_row_stride;
     const bool hard = a.hard_lse_parts && a.target;
-    const Row row = {a.scale,
-                     a.teacher_scale,
+    const float weight = a.row_factor ? a.factor * a.row_factor[r] : a.factor;
+    const Row row = {a.row_scale ? a.scale * a.row_scale[r] : a.scale,
+                     a.teacher_row_scale ? a.teacher_scale * a.teacher_row_scale[r] : a.teacher_scale,
                      a.lse_parts[2 * r],
                      a.lse_parts[2 * r + 1],
                      a.teacher_lse_parts[2 * r],
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(RowDivergence a) {
         if (hard)
           hard_loss = row.hard_log_sum - (Class<T>(a, row, x, teacher, int(t)).raw - row.hard_largest);
         out[distillation::kLoss] =
-            float(double(a.factor) * sums[0] + double(a.hard_loss_coef) * double(hard_loss));
+            float(double(weight) * sums[0] + double(a.hard_loss_coef) * double(hard_loss));
         out[distillation::kKl] = float(sums[2]);
         out[distillation::kReverse] = float(sums[3]);
         out[distillation::kAgreement] = sums[4] > 0 ? 1.0f : 0.0f;
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(RowDivergence a) {
     }
     if (!grad) continue;
     const float factor = a.factors ? a.factors[r] : 1.0f;
-    const float soft = factor * a.factor * a.scale, of_hard = factor * a.hard_loss_coef;
+    const float soft = factor * weight * row.scale, of_hard = factor * a.hard_loss_coef;
 #pragma unroll 1
     for (int v = first; v < vocab; v += step) {
       const Class<T> c(a, row, x, teacher, v);

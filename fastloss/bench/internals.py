@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastloss.engine import calibration, head_rows
+from fastloss.engine import calibration, head_exponentials, head_rows
 from fastloss.engine.native import cpu_backend
 
 
@@ -18,6 +18,7 @@ def gpu_chunk(rows: int, vocab: int, dim: int, dtype: torch.dtype) -> int:
     return head_rows.default_chunk(rows, vocab, dim, dtype, torch.device("cuda"))
 
 
+scaled_exponentials = head_exponentials.enabled
 SCHEDULES = (calibration.BLOCKS, calibration.CHUNKS)
 CALIBRATED = calibration.DTYPES
 only = calibration.only

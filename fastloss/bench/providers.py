@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench import peers
+from fastloss.bench import internals, peers
 from fastloss.bench.case import Case, Loss
 from fastloss.bench.kinds import KINDS, lora
 from fastloss.bench.provider import Provider, emulated
@@ -47,6 +47,25 @@ def _head(memory: str) -> Provider:
         return functools.partial(fastloss.linear_cross_entropy, memory=memory, backend="cpu")
 
     return Provider(f"fastloss[cpu], memory={memory}", available, loss)
+
+
+def _exponentials(backend: str) -> Provider:
+    """A GPU's cross-entropy from the head with FASTLOSS_SCALED_EXPONENTIALS=1."""
+    ours = _fastloss(backend)
+
+    def available(case: Case, device: str) -> str | None:
+        if case.kind != "linear" or case.nograd or case.dtype != torch.bfloat16:
+            return ""
+        return ours.available(case, device)
+
+    def loss(case: Case) -> Loss:
+        def switched_on(*tensors: Tensor) -> Tensor:
+            with internals.scaled_exponentials():
+                return fastloss.linear_cross_entropy(*tensors, backend=backend)
+
+        return switched_on
+
+    return Provider(f"fastloss[{backend}], scaled exponentials", available, loss)
 
 
 def _eager(case: Case) -> Loss:
@@ -119,6 +138,8 @@ def registry() -> list[Provider]:
         _fastloss("triton"),
         _head("fast"),
         _head("low"),
+        _exponentials("cuda"),
+        _exponentials("triton"),
         Provider("torch eager", emulated, _eager),
         Provider("eager with TRL's metrics", _has_metrics, _eager_metrics),
         Provider("torch eager, f32 GEMMs", _only_emulated, _eager_f32),

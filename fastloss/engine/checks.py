@@ -81,25 +81,34 @@ def number(
     return value
 
 
-def row_scale(temperature: Tensor, lead: tuple[int, ...], like: Tensor) -> Tensor:
+def row_scale(temperature: Tensor, lead: tuple[int, ...], like: Tensor, name: str = "temperature") -> Tensor:
     """One over the temperature of each token, ``[rows]``, in the accumulation dtype of ``like``. ``temperature`` is broadcast to the
-    tokens' shape ``lead``."""
-    is_floating("temperature", temperature)
-    same_device("temperature", temperature, like.device)
+    tokens' shape ``lead``; ``name``: the argument that it is."""
+    is_floating(name, temperature)
+    same_device(name, temperature, like.device)
     if temperature.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "temperature: expected a tensor that requires no gradient; to learn one, divide the logits or hidden states by it"
+            f"{name}: expected a tensor that requires no gradient; to learn one, divide the logits or hidden states by it"
         )
     acc = torch.float64 if like.dtype == torch.float64 else torch.float32
     try:
         each = temperature.detach().to(acc).broadcast_to(lead)
     except RuntimeError:
         raise ShapeError(
-            f"temperature: expected a number, or shape {list(lead)}, got {list(temperature.shape)}"
+            f"{name}: expected a number, or shape {list(lead)}, got {list(temperature.shape)}"
         ) from None
     if host_reads(temperature) and not bool(((temperature > 0) & temperature.isfinite()).all()):
-        raise ValueError("temperature: expected finite numbers > 0, got others among them")
+        raise ValueError(f"{name}: expected finite numbers > 0, got others among them")
     return each.reshape(-1).reciprocal()
+
+
+def token_weight(name: str, weight: Tensor, lead: tuple[int, ...], device: torch.device) -> None:
+    """A constant factor of each token's log-prob, float of the tokens' shape ``lead``."""
+    is_floating(name, weight)
+    has_shape(name, weight, lead)
+    same_device(name, weight, device)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: expected a tensor that requires no gradient, got one that does")
 
 
 def softcap_value(softcap: float | None) -> float:

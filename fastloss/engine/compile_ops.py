@@ -710,11 +710,21 @@ def linear_token_stats(
 
 # --- distillation --------------------------------------------------------------------------------------------------
 
+# DistillationOptions's tensors, and the numbers that change.
+_OWN = f"Tensor? row_scale=None, Tensor? teacher_row_scale=None, Tensor? row_factor=None, {NUMBERS}"
+
+
+def _distillation_record(  # type: ignore[no-untyped-def]
+    fields, row_scale, teacher_row_scale, row_factor, numbers
+) -> DistillationOptions:
+    record = _record(DistillationOptions, fields, row_scale, numbers)
+    return dataclasses.replace(record, teacher_row_scale=teacher_row_scale, row_factor=row_factor)
+
 
 @_operator(
     "distillation_grad",
     "Tensor logits, Tensor teacher, Tensor? target, Tensor student_parts, Tensor teacher_parts, Tensor? hard_parts, "
-    f"Tensor slopes, Tensor factors, {NUMBERS}",
+    f"Tensor slopes, Tensor factors, {_OWN}",
     DistillationOptions,
     "str backend",
     "Tensor",
@@ -728,14 +738,18 @@ def _distillation_grad(  # type: ignore[no-untyped-def]
     hard_parts,
     slopes,
     factors,
+    row_scale=None,
+    teacher_row_scale=None,
+    row_factor=None,
     numbers=None,
     *,
     backend,
     **fields,
 ):
+    options = _distillation_record(fields, row_scale, teacher_row_scale, row_factor, numbers)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backends.runnable(backend).row_divergence_grad(
-        logits, teacher, target, _record(DistillationOptions, fields, None, numbers), lse_parts=student_parts,
+        logits, teacher, target, options, lse_parts=student_parts,
         teacher_lse_parts=teacher_parts, slopes=slopes, factors=factors, out=out, hard_lse_parts=hard_parts,
     )  # fmt: skip
     return out
@@ -748,13 +762,16 @@ def _(logits, *tensors, **fields):  # type: ignore[no-untyped-def]
 
 @_operator(
     "distillation",
-    f"Tensor logits, Tensor teacher, Tensor? target, {NUMBERS}",
+    f"Tensor logits, Tensor teacher, Tensor? target, {_OWN}",
     DistillationOptions,
     "str backend",
     "Tensor[]",
 )
-def _distillation(logits, teacher, target, numbers=None, *, backend, **fields):  # type: ignore[no-untyped-def]
-    options, kernels = _record(DistillationOptions, fields, None, numbers), backends.runnable(backend)
+def _distillation(  # type: ignore[no-untyped-def]
+    logits, teacher, target, row_scale=None, teacher_row_scale=None, row_factor=None, numbers=None, *, backend, **fields
+):  # fmt: skip
+    options = _distillation_record(fields, row_scale, teacher_row_scale, row_factor, numbers)
+    kernels = backends.runnable(backend)
     _check_targets(target, logits.shape[1], options.ignore_index)
     parts = log_sums(kernels, logits, teacher, target, options)
     sums = kernels.row_divergence(
@@ -768,7 +785,7 @@ def _distillation(logits, teacher, target, numbers=None, *, backend, **fields): 
 
 
 @_distillation.register_fake
-def _(logits, teacher, target, numbers=None, *, hard_loss_coef, **fields):  # type: ignore[no-untyped-def]
+def _(logits, teacher, target, *own, hard_loss_coef, **fields):  # type: ignore[no-untyped-def]
     rows, acc = logits.shape[0], ACC_DTYPES[logits.dtype]
     shapes = [
         (rows,),
@@ -785,15 +802,16 @@ def _save_distillation(ctx, inputs, keyword_only_inputs, output):  # type: ignor
     _, sums, student_parts, teacher_parts, hard_parts = output
     hard = hard_parts if ctx.given["hard_loss_coef"] else None
     ctx.arguments = _arguments(inputs, 3)
-    *tensors, numbers = _all_of(inputs, 4)
-    ctx.save_for_backward(*tensors, student_parts, teacher_parts, hard, sums, numbers)
+    logits, teacher, target, *own = _all_of(inputs, 7)
+    ctx.save_for_backward(logits, teacher, target, student_parts, teacher_parts, hard, sums, *own)
 
 
 def _backward_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
-    *tensors, sums, numbers = ctx.saved_tensors
+    *tensors, sums, row_scale, teacher_row_scale, row_factor, numbers = ctx.saved_tensors
     slopes = sums[:, DISTILLATION_SUMS.index("slope")].contiguous()
     factors = upstream[0].to(slopes.dtype).contiguous()
-    grad = _distillation_grad(*tensors, slopes, factors, numbers, **ctx.given)
+    own = row_scale, teacher_row_scale, row_factor, numbers
+    grad = _distillation_grad(*tensors, slopes, factors, *own, **ctx.given)
     return grad, *[None] * (ctx.arguments - 1)
 
 
@@ -805,24 +823,27 @@ def distillation(
 ) -> tuple[Tensor, Tensor]:
     """(loss [rows], sums [rows, 8])."""
     numbers, fields = _given(options, _DISTILLATION)
-    loss, sums, *_ = _distillation(logits, teacher, target, numbers, **fields, backend=backend)
+    own = options.row_scale, options.teacher_row_scale, options.row_factor, numbers
+    loss, sums, *_ = _distillation(logits, teacher, target, *own, **fields, backend=backend)
     return loss, sums.detach()
 
 
 _TWO_HEADS = (
     f"{_HEAD}, Tensor teacher_hidden, Tensor teacher_weight, "
     + "Tensor? teacher_bias, Tensor? target, Tensor? factors, "
-    + NUMBERS
+    + _OWN
 )
 _HOW_TWO = "bool[] needs, ScalarType dtype, ScalarType teacher_dtype, int chunk, str memory, str backend, bool float_logits=False"
 
 
 @_operator("linear_distillation", _TWO_HEADS, DistillationOptions, _HOW_TWO, "Tensor[]")
 def _linear_distillation(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, numbers=None, *,
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, row_scale=None,
+    teacher_row_scale=None, row_factor=None, numbers=None, *,
     needs, dtype, teacher_dtype, chunk, memory, backend, float_logits=False, **fields,
 ):  # fmt: skip
-    options, kernels = _record(DistillationOptions, fields, None, numbers), backends.runnable(backend)
+    options = _distillation_record(fields, row_scale, teacher_row_scale, row_factor, numbers)
+    kernels = backends.runnable(backend)
     _check_targets(target, weight.shape[0], options.ignore_index)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
     teacher = heads.make_head(kernels, teacher_hidden, teacher_weight, teacher_bias, teacher_dtype)
@@ -838,7 +859,7 @@ def _linear_distillation(  # type: ignore[no-untyped-def]
 
 @_linear_distillation.register_fake
 def _(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, numbers=None, *,
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, factors, *own,
     needs, dtype, teacher_dtype, **fields,
 ):  # fmt: skip
     rows, acc = hidden.shape[0], ACC_DTYPES[torch.promote_types(dtype, teacher_dtype)]
@@ -847,13 +868,13 @@ def _(  # type: ignore[no-untyped-def]
     return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
 
 
-def _save_one_pass(count: int) -> Callable[..., None]:
-    """Of an operator of ``count`` tensors, numbers the last of them, whose forward may have made the head's gradients, its last
-    three outputs: those, or what makes them."""
+def _save_one_pass(count: int, required: int) -> Callable[..., None]:
+    """Of an operator of ``count`` tensors, of which those after the ``required`` first may be left out, whose forward may have made the
+    head's gradients, its last three outputs: those, or what makes them."""
 
     def save(ctx, inputs, keyword_only_inputs, output):  # type: ignore[no-untyped-def]
         ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
-        ctx.dtypes, ctx.arguments = heads.leaf_dtypes(*inputs[:3]), _arguments(inputs, count - 1)
+        ctx.dtypes, ctx.arguments = heads.leaf_dtypes(*inputs[:3]), _arguments(inputs, required)
         made = any(ctx.given["needs"])
         ctx.save_for_backward(
             *((None,) * count if made else _all_of(inputs, count)), *(output[-3:] if made else (None,) * 3)
@@ -879,10 +900,11 @@ def _one_pass_gradients(  # type: ignore[no-untyped-def]
 
 
 def _backward_linear_distillation(ctx, upstream):  # type: ignore[no-untyped-def]
-    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_distillation, -2))
+    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_distillation, _DISTILLATION_FACTORS_AT))
 
 
-_linear_distillation.register_autograd(_backward_linear_distillation, setup_context=_save_one_pass(9))
+_DISTILLATION_FACTORS_AT = 7  # among the inputs
+_linear_distillation.register_autograd(_backward_linear_distillation, setup_context=_save_one_pass(12, 8))
 
 
 def linear_distillation(
@@ -901,6 +923,9 @@ def linear_distillation(
         *operands,
         target,
         factors,
+        options.row_scale,
+        options.teacher_row_scale,
+        options.row_factor,
         numbers,
         **fields,
         needs=list(needs),

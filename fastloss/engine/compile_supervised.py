@@ -78,7 +78,7 @@ def _backward(ctx, upstream):
     return tuple(_one_pass_gradients(ctx, upstream[0], _linear, -2))
 
 
-_linear.register_autograd(_backward, setup_context=_save_one_pass(8))
+_linear.register_autograd(_backward, setup_context=_save_one_pass(8, 7))
 
 
 def linear_supervised(

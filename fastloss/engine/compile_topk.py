@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -13,6 +15,7 @@ from fastloss.engine import head as heads
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.compile_ops import (
     _ROW,
+    _ROW_SCALE,
     NUMBERS,
     _all_of,
     _arguments,
@@ -53,29 +56,29 @@ _HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits
 
 
 @_operator(
-    "selected_logprobs", f"Tensor logits, Tensor ids, {NUMBERS}", RowOptions, "str backend", "Tensor[]"
+    "selected_logprobs", f"Tensor logits, Tensor ids, {_ROW_SCALE}", RowOptions, "str backend", "Tensor[]"
 )
-def _selected(logits, ids, numbers=None, *, backend, **fields):
+def _selected(logits, ids, row_scale=None, numbers=None, *, backend, **fields):
     _check_targets(ids, logits.shape[1], -1)
     mark = marks(ids, None, logits.shape[1], LEFT_OUT)
-    options = _record(RowOptions, fields, None, numbers)
+    options = _record(RowOptions, fields, row_scale, numbers)
     return [*logprobs_of_logits(backends.runnable(backend), logits, ids, mark, options)]
 
 
 @_selected.register_fake
-def _(logits, ids, numbers=None, **fields):
+def _(logits, ids, row_scale=None, numbers=None, **fields):
     acc = ACC_DTYPES[logits.dtype]
     return [logits.new_empty(ids.shape, dtype=acc), logits.new_empty((ids.shape[0], 2), dtype=acc)]
 
 
 @_operator(
-    "selected_logprobs_grad", f"Tensor logits, Tensor ids, Tensor parts, Tensor upstream, {NUMBERS}", RowOptions,
+    "selected_logprobs_grad", f"Tensor logits, Tensor ids, Tensor parts, Tensor upstream, {_ROW_SCALE}", RowOptions,
     "str backend", "Tensor",
 )  # fmt: skip
-def _selected_grad(logits, ids, parts, upstream, numbers=None, *, backend, **fields):
-    own = Chosen(marks(ids, None, logits.shape[1], LEFT_OUT), ids, upstream.contiguous())
+def _selected_grad(logits, ids, parts, upstream, row_scale=None, numbers=None, *, backend, **fields):
+    own = Chosen(marks(ids, None, logits.shape[1], LEFT_OUT), ids, upstream.contiguous(), row_scale)
     out = new_gradient(logits.shape, logits.dtype, logits.device)
-    options = _record(RowOptions, fields, None, numbers)
+    options = _record(RowOptions, fields, row_scale, numbers)
     logprobs_gradient(backends.runnable(backend), logits, own, parts, options, out)
     return out
 
@@ -87,12 +90,12 @@ def _(logits, *tensors, **fields):
 
 def _save_selected(ctx, inputs, keyword_only_inputs, output):
     ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 2)
-    ctx.save_for_backward(*_all_of(inputs, 3), output[1])
+    ctx.save_for_backward(*_all_of(inputs, 4), output[1])
 
 
 def _backward_selected(ctx, upstream):
-    logits, ids, numbers, parts = ctx.saved_tensors
-    grad = _selected_grad(logits, ids, parts, upstream[0], numbers, **ctx.given)
+    logits, ids, row_scale, numbers, parts = ctx.saved_tensors
+    grad = _selected_grad(logits, ids, parts, upstream[0], row_scale, numbers, **ctx.given)
     return grad, *[None] * (ctx.arguments - 1)
 
 
@@ -101,7 +104,7 @@ _selected.register_autograd(_backward_selected, setup_context=_save_selected)
 
 def selected_logprobs(logits: Tensor, ids: Tensor, options: RowOptions, backend: str) -> Tensor:
     numbers, fields = _given(options, _ROW)
-    return _selected(logits, ids, numbers, **fields, backend=backend)[0]
+    return _selected(logits, ids, options.row_scale, numbers, **fields, backend=backend)[0]
 
 
 _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
@@ -109,13 +112,14 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
 
 @_operator(
     "linear_selected_logprobs",
-    f"{_HEAD}Tensor ids, Tensor? upstream, {NUMBERS}",
+    f"{_HEAD}Tensor ids, Tensor? upstream, {_ROW_SCALE}",
     RowOptions,
     _HOW,
     "Tensor[]",
 )
 def _linear_selected(
-    hidden, weight, bias, ids, upstream, numbers=None, *, needs, dtype, chunk, memory, float_logits, backend, **fields
+    hidden, weight, bias, ids, upstream, row_scale=None, numbers=None, *,
+    needs, dtype, chunk, memory, float_logits, backend, **fields,
 ):  # fmt: skip
     _check_targets(ids, weight.shape[0], -1)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
@@ -123,15 +127,15 @@ def _linear_selected(
     keep = heads.kept_rows(mark, LEFT_OUT, traced=True)
     count = heads.count_kept(hidden.shape[0], keep)
     schedule = schedule_of(head, count, needed, _limits(chunk, memory, float_logits))
-    own = Chosen(mark, ids, None if upstream is None else upstream.contiguous())
-    options = _record(RowOptions, fields, None, numbers)
+    own = Chosen(mark, ids, None if upstream is None else upstream.contiguous(), row_scale)
+    options = _record(RowOptions, fields, row_scale, numbers)
     out, grads = logprobs_of_head(head, needed, own, options, schedule, keep)
     dtypes = _grad_dtypes(hidden, weight, bias, dtype)
     return [out, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
 
 
 @_linear_selected.register_fake
-def _(hidden, weight, bias, ids, upstream, numbers=None, *, needs, dtype, **fields):
+def _(hidden, weight, bias, ids, upstream, row_scale=None, numbers=None, *, needs, dtype, **fields):
     out = hidden.new_empty(ids.shape, dtype=ACC_DTYPES[dtype])
     return [out, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
 
@@ -139,13 +143,14 @@ def _(hidden, weight, bias, ids, upstream, numbers=None, *, needs, dtype, **fiel
 def _save_linear_selected(ctx, inputs, keyword_only_inputs, output):
     ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
     ctx.dtypes, ctx.arguments = heads.leaf_dtypes(*inputs[:3]), _arguments(inputs, 5)
-    hidden, weight, bias, ids, _, numbers = _all_of(inputs, 6)
-    ctx.save_for_backward(hidden, weight, bias, ids, numbers)
+    hidden, weight, bias, ids, _, row_scale, numbers = _all_of(inputs, 7)
+    ctx.save_for_backward(hidden, weight, bias, ids, row_scale, numbers)
 
 
 def _backward_linear_selected(ctx, upstream):
-    *operands, numbers = ctx.saved_tensors
-    _, *made = _linear_selected(*operands, upstream[0], numbers, **{**ctx.given, "needs": ctx.needs})
+    *operands, row_scale, numbers = ctx.saved_tensors
+    how = {**ctx.given, "needs": ctx.needs}
+    _, *made = _linear_selected(*operands, upstream[0], row_scale, numbers, **how)
     grads = [x.to(t) if need else None for x, need, t in zip(made, ctx.needs, ctx.dtypes, strict=True)]
     return (*grads, *[None] * (ctx.arguments - 3))
 
@@ -165,14 +170,20 @@ def linear_selected_logprobs(
 ) -> Tensor:
     numbers, fields = _given(options, _ROW)
     return _linear_selected(
-        hidden, weight, bias, ids, None, numbers, **fields, needs=[False] * 3, dtype=dtype,
+        hidden, weight, bias, ids, None, options.row_scale, numbers, **fields, needs=[False] * 3, dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )[0]  # fmt: skip
 
 
 # --- a teacher of K classes ----------------------------------------------------------------------------------------------
 
-_TEACHER = f"Tensor ids, Tensor logprobs, Tensor? target, Tensor? factors, {NUMBERS}"
+# TopKOptions's tensors, and the numbers that change.
+_ROWS = f"Tensor? row_scale=None, Tensor? row_factor=None, {NUMBERS}"
+_TEACHER = f"Tensor ids, Tensor logprobs, Tensor? target, Tensor? factors, {_ROWS}"
+
+
+def _options(fields, row_scale, row_factor, numbers) -> TopKOptions:
+    return replace(_record(TopKOptions, fields, row_scale, numbers), row_factor=row_factor)
 
 
 def _check(ids: Tensor, target: Tensor | None, vocab: int, options: TopKOptions) -> None:
@@ -181,8 +192,20 @@ def _check(ids: Tensor, target: Tensor | None, vocab: int, options: TopKOptions)
 
 
 @_operator("topk_distillation", "Tensor logits, " + _TEACHER, TopKOptions, "str backend", "Tensor[]")
-def _topk(logits, ids, logprobs, target, factors, numbers=None, *, backend, **fields):
-    options, vocab = _record(TopKOptions, fields, None, numbers), logits.shape[1]
+def _topk(
+    logits,
+    ids,
+    logprobs,
+    target,
+    factors,
+    row_scale=None,
+    row_factor=None,
+    numbers=None,
+    *,
+    backend,
+    **fields,
+):
+    options, vocab = _options(fields, row_scale, row_factor, numbers), logits.shape[1]
     _check(ids, target, vocab, options)
     teacher = teacher_of(ids, logprobs, target, factors, vocab, options, ACC_DTYPES[logits.dtype])
     out = None if factors is None else new_gradient(logits.shape, logits.dtype, logits.device)
@@ -191,7 +214,7 @@ def _topk(logits, ids, logprobs, target, factors, numbers=None, *, backend, **fi
 
 
 @_topk.register_fake
-def _(logits, ids, logprobs, target, factors, numbers=None, **fields):
+def _(logits, ids, logprobs, target, factors, row_scale=None, row_factor=None, numbers=None, **fields):
     acc, rows = ACC_DTYPES[logits.dtype], logits.shape[0]
     return [
         logits.new_empty(rows, dtype=acc),
@@ -202,13 +225,13 @@ def _(logits, ids, logprobs, target, factors, numbers=None, **fields):
 
 def _save_topk(ctx, inputs, keyword_only_inputs, output):
     ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 5)
-    logits, ids, logprobs, target, _, numbers = _all_of(inputs, 6)
-    ctx.save_for_backward(logits, ids, logprobs, target, numbers)
+    logits, ids, logprobs, target, _, *own = _all_of(inputs, 8)
+    ctx.save_for_backward(logits, ids, logprobs, target, *own)
 
 
 def _backward_topk(ctx, upstream):
-    *operands, numbers = ctx.saved_tensors
-    grad = _topk(*operands, upstream[0].contiguous(), numbers, **ctx.given)[2]
+    logits, ids, logprobs, target, *own = ctx.saved_tensors
+    grad = _topk(logits, ids, logprobs, target, upstream[0].contiguous(), *own, **ctx.given)[2]
     return grad, *[None] * (ctx.arguments - 1)
 
 
@@ -225,7 +248,8 @@ def topk_distillation(
 ) -> tuple[Tensor, Tensor]:
     """(loss [rows], sums [rows, 7])."""
     numbers, fields = _given(options, _TOPK)
-    loss, sums, _ = _topk(logits, ids, logprobs, target, None, numbers, **fields, backend=backend)
+    own = options.row_scale, options.row_factor, numbers
+    loss, sums, _ = _topk(logits, ids, logprobs, target, None, *own, **fields, backend=backend)
     return loss, sums.detach()
 
 
@@ -238,6 +262,8 @@ def _linear_topk(
     logprobs,
     target,
     factors,
+    row_scale=None,
+    row_factor=None,
     numbers=None,
     *,
     needs,
@@ -248,7 +274,7 @@ def _linear_topk(
     backend,
     **fields,
 ):
-    options = _record(TopKOptions, fields, None, numbers)
+    options = _options(fields, row_scale, row_factor, numbers)
     vocab, kernels = weight.shape[0], backends.runnable(backend)
     _check(ids, target, vocab, options)
     needed = Needs(*needs)
@@ -267,7 +293,10 @@ def _linear_topk(
 
 
 @_linear_topk.register_fake
-def _(hidden, weight, bias, ids, logprobs, target, factors, numbers=None, *, needs, dtype, **fields):
+def _(
+    hidden, weight, bias, ids, logprobs, target, factors, row_scale=None, row_factor=None, numbers=None, *,
+    needs, dtype, **fields,
+):  # fmt: skip
     rows, acc = hidden.shape[0], ACC_DTYPES[dtype]
     total = hidden.new_empty((rows,) if factors is None else (), dtype=acc)
     sums = hidden.new_empty((rows, len(TOPK_SUMS)), dtype=acc)
@@ -275,10 +304,11 @@ def _(hidden, weight, bias, ids, logprobs, target, factors, numbers=None, *, nee
 
 
 def _backward_linear_topk(ctx, upstream):
-    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_topk, -2))
+    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_topk, _FACTORS_AT))
 
 
-_linear_topk.register_autograd(_backward_linear_topk, setup_context=_save_one_pass(8))
+_FACTORS_AT = 6  # among the inputs
+_linear_topk.register_autograd(_backward_linear_topk, setup_context=_save_one_pass(10, 7))
 
 
 def linear_topk_distillation(
@@ -293,7 +323,7 @@ def linear_topk_distillation(
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 7])."""
     numbers, fields = _given(options, _TOPK)
     total, sums, *_ = _linear_topk(
-        *operands, *given, numbers, **fields, needs=list(needs), dtype=dtype,
+        *operands, *given, options.row_scale, options.row_factor, numbers, **fields, needs=list(needs), dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )  # fmt: skip
     return total, sums.detach()

@@ -63,6 +63,16 @@ def count_plainly(target: Tensor, ignore_index: int, acc: torch.dtype) -> Tensor
     return (target != ignore_index).sum(dtype=acc).reciprocal()
 
 
+class ExponentialRows(NamedTuple):
+    """What row_exponentials makes beside the exponentials, acc ``[rows]``; 0 for ignored and for marked rows."""
+
+    loss: Tensor
+    lse_parts: Tensor  # [rows, 2]: the target's logit, and log Σ e^(z - it)
+    multiplier: Tensor  # the gradient of a row's logits is this times its exponentials
+    residue: Tensor  # what its rounding took off the exponentials' entry of the target
+    rough: Tensor  # uint8: the row's exponentials do not fit, and are 0
+
+
 class PairResult(NamedTuple):
     """What pair_loss makes, acc ``[B]``. A differentiable backend makes no gradients: they are None."""
 
@@ -193,6 +203,21 @@ class Backend(Protocol):
         probabilities ``[rows, V]``."""
         ...
 
+    def row_exponentials(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        options: CrossEntropyOptions,
+        *,
+        factor: Factor = WHOLE,
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> ExponentialRows:
+        """Overwrites bfloat16 ``logits [rows, V]`` with ``e^(z_v - z_target)`` times the soft-cap's slope, and at the target with
+        what makes ``multiplier`` times all of them the gradient of the cross-entropy times ``factor``. No label smoothing. ``w``:
+        class weights ``[V]``."""
+        ...
+
     def row_divergence(
         self,
         logits: Tensor,
@@ -210,8 +235,8 @@ class Backend(Protocol):
     ) -> Tensor:
         """acc ``[rows, 8]`` (fastloss.tables.DISTILLATION_SUMS) of each row of ``logits [rows, V]`` against the same row of
         ``teacher_logits [rows, V]``, of one dtype; and into ``grad`` (may be ``logits``), where given, the gradient of the loss
-        times ``factors [rows]``. The lse_parts are :meth:`row_stats`'s: of the student's logits times ``options.scale``, of
-        the teacher's times ``teacher_scale``, and ``hard_lse_parts`` (None: no hard loss) of the student's with scale 1."""
+        times ``factors [rows]``. The lse_parts are :meth:`row_stats`'s: of the student's logits times ``options.scale`` (and
+        ``row_scale``), of the teacher's times ``teacher_scale`` (and ``teacher_row_scale``), and ``hard_lse_parts`` (None: no hard loss) of the student's with scale 1."""
         ...
 
     def row_divergence_grad(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import gather
+from fastloss.engine import exponentials, gather
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
     WHOLE,
+    ExponentialRows,
     Factor,
     PairResult,
     PolicyInputs,
@@ -112,6 +113,18 @@ class ReferenceBackend:
             grad.copy_(torch.autograd.grad(loss.sum() * scale, x)[0])
             loss = loss.detach()
         return {**stats, "loss": loss}
+
+    def row_exponentials(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        options: CrossEntropyOptions,
+        *,
+        factor: Factor = WHOLE,
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> ExponentialRows:
+        return exponentials.plainly(logits, target, options, factor, bias, w)
 
     def row_divergence(
         self,

@@ -45,15 +45,16 @@ def log_sums(
 ) -> LogSums:
     """Of ``logits [rows, V]`` and ``teacher_logits [rows, V]``."""
 
-    def of(x: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-        row = RowOptions(options.ignore_index, scale)
+    def of(x: Tensor, scale: float, row_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        row = RowOptions(options.ignore_index, scale, row_scale=row_scale)
         return backend.row_stats(x, target, row, want=(LSE_PARTS,), bias=bias)[LSE_PARTS]
 
-    student = of(logits, options.scale, bias)
+    student = of(logits, options.scale, options.row_scale, bias)
     hard = None
     if options.hard_loss_coef:
-        hard = student if options.scale == 1.0 else of(logits, 1.0, bias)
-    return LogSums(student, of(teacher_logits, options.teacher_scale, teacher_bias), hard)
+        hard = student if options.is_plain else of(logits, 1.0, None, bias)
+    theirs = of(teacher_logits, options.teacher_scale, options.teacher_row_scale, teacher_bias)
+    return LogSums(student, theirs, hard)
 
 
 # --- a vocabulary that is cut --------------------------------------------------------------------------------------------
@@ -101,10 +102,13 @@ def _whole_log_sums(
     shards, acc = x.shards, ACC_DTYPES[x.logits.dtype]
     local, _ = shards.local(target, options.ignore_index)
 
-    def of(z: Tensor, scale: float, bias: Tensor | None, want: tuple[str, ...]) -> dict[str, Tensor]:
+    def of(
+        z: Tensor, scale: float, row_scale: Tensor | None, bias: Tensor | None, want: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         if not shards.own:
             return cut.neutral(z.shape[0], want, acc, z.device)
-        out = x.backend.row_stats(z, local, RowOptions(cut.NO_TARGET, scale), want=want, bias=bias)
+        row = RowOptions(cut.NO_TARGET, scale, row_scale=row_scale)
+        out = x.backend.row_stats(z, local, row, want=want, bias=bias)
 
         def masked() -> Tensor:
             return ((z if bias is None else z + bias) == -torch.inf).all(1)
@@ -113,14 +117,13 @@ def _whole_log_sums(
         return out
 
     hard = bool(options.hard_loss_coef)
-    same = options.scale == 1.0
-    student = of(x.logits, options.scale, x.bias, (LSE_PARTS, *(("logprobs",) if hard and same else ())))
-    message = [
-        student[LSE_PARTS],
-        of(x.teacher, options.teacher_scale, x.teacher_bias, (LSE_PARTS,))[LSE_PARTS],
-    ]
+    same = options.is_plain
+    names = (LSE_PARTS, *(("logprobs",) if hard and same else ()))
+    student = of(x.logits, options.scale, options.row_scale, x.bias, names)
+    teacher = of(x.teacher, options.teacher_scale, options.teacher_row_scale, x.teacher_bias, (LSE_PARTS,))
+    message = [student[LSE_PARTS], teacher[LSE_PARTS]]
     if hard:
-        own = student if same else of(x.logits, 1.0, x.bias, (LSE_PARTS, "logprobs"))
+        own = student if same else of(x.logits, 1.0, None, x.bias, (LSE_PARTS, "logprobs"))
         if not same:
             message.append(own[LSE_PARTS])
         message.append(own["logprobs"].unsqueeze(1))
@@ -205,7 +208,7 @@ def sent(
     hidden: Tensor | None = None,
 ) -> dict[str, Any]:
     """The bytes that ``explain`` tells: two lse_parts, the hard loss's, and the sums of each token."""
-    hard = 0 if not options.hard_loss_coef else 1 if options.scale == 1.0 else 3
+    hard = 0 if not options.hard_loss_coef else 1 if options.is_plain else 3
     numbers = 4 + hard + len(DISTILLATION_SUMS)
     return shards.told(passes * rows * numbers * acc.itemsize, 0, hidden)
 
@@ -223,6 +226,8 @@ def of_heads(
     """The sums ``[rows, 8]`` (fastloss.tables.DISTILLATION_SUMS) of all rows, and the gradients of Σ factors · loss.
     ``keep``: :func:`fastloss.engine.head.kept_rows`."""
     target, factors = heads.pick(target, keep), heads.pick(factors, keep)
+    if keep is not None:
+        options = options.of_rows(lambda x: x.index_select(0, keep))
     backend, outs = head.backend, []
     # Once the student's pass hides its GEMMs from dispatch modes, the teacher's would not be counted.
     count_gemms(teacher, teacher.hidden.shape[0] if keep is None else keep.numel(), 1)
@@ -231,21 +236,17 @@ def of_heads(
         heads.begin(teacher, NOTHING, keep, schedule) as frozen,
     ):
         for part, theirs in zip(run.parts(), frozen.parts(), strict=True):
-            own, classes = part.logits, part.of(target)
+            own, classes, mine = part.logits, part.of(target), options.of_rows(part.of)
             if head.shards is not None:
                 outs.append(
-                    {
-                        "sums": _of_shard(
-                            head, teacher, part, theirs, classes, part.of(factors), needs, options
-                        )
-                    }
+                    {"sums": _of_shard(head, teacher, part, theirs, classes, part.of(factors), needs, mine)}
                 )
                 continue
             common = torch.promote_types(own.dtype, theirs.logits.dtype)
             z, y = own.to(common), theirs.logits.to(common)
-            sums = log_sums(backend, z, y, classes, options, head.bias, teacher.bias)
+            sums = log_sums(backend, z, y, classes, mine, head.bias, teacher.bias)
             out = backend.row_divergence(
-                z, y, classes, options, lse_parts=sums.student, teacher_lse_parts=sums.teacher, hard_lse_parts=sums.hard,
+                z, y, classes, mine, lse_parts=sums.student, teacher_lse_parts=sums.teacher, hard_lse_parts=sums.hard,
                 factors=part.of(factors), grad=z if needs else None, bias=head.bias, teacher_bias=teacher.bias,
             )  # fmt: skip
             outs.append({"sums": out})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -18,13 +20,16 @@ class LazyView(ValueError):
 # of a tensor that is used twice (a tied weight) into a third tensor and not into one of the two.
 of_made = Tensor.data_ptr
 
+# Of a tensor that is only read. Where torch has this question (2.8 has not) a copy-on-write tensor stays one: data_ptr copies it.
+_of_read = getattr(Tensor, "const_data_ptr", Tensor.data_ptr)
+
 
 def of_dense(tensor: Tensor | None) -> int:
-    """:func:`address` of a plain tensor that the caller has seen to be contiguous and of a real dtype: fewer questions are left,
+    """:func:`address` of a plain tensor that is only read and that the caller has seen to be contiguous and of a real dtype: fewer questions are left,
     for calls so small that each of them counts."""
     if tensor is None:
         return 0
-    place = of_made(tensor)
+    place = _of_read(tensor)
     # Freed storage begins at address 0.
     if place == tensor.storage_offset() * tensor.itemsize or tensor.is_neg():
         check(tensor)
@@ -32,26 +37,34 @@ def of_dense(tensor: Tensor | None) -> int:
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where ``tensor`` lies in memory; 0 for None. No address of a tensor is taken outside this module.
+    """Where ``tensor`` lies in memory, to be read; 0 for None. No address of a tensor is taken outside this module.
 
     Raises:
         ValueError: it is not what its elements are in memory (a subclass, a wrapper of torch.func, a fake, meta, sparse, nested or
             zero tensor, a negative or conjugate view), or its storage was freed or is smaller than the tensor.
     """
-    if tensor is None:
-        return 0
+    return 0 if tensor is None else _checked(tensor, _of_read)
+
+
+def to_write(tensor: Tensor | None) -> int:
+    """:func:`address` of a tensor that is written, also one that somebody else has seen: a copy-on-write tensor gets memory of its
+    own. Where it is read in the same call too, it is asked first."""
+    return 0 if tensor is None else _checked(tensor, of_made)
+
+
+def _checked(tensor: Tensor, place_of: Callable[[Tensor], int]) -> int:
     kind = type(tensor)
     if kind is Tensor or kind is _PARAMETER:
         try:
-            place = of_made(tensor)
+            place = place_of(tensor)
             # The common case with the fewest questions; check() asks all of them.
             if (
                 place
                 and tensor.is_contiguous()
                 and not (tensor.is_conj() or tensor.is_nested or tensor.is_neg())
             ):
-                storage = tensor.untyped_storage()
-                if place + tensor.nbytes <= storage.data_ptr() + storage.nbytes():
+                before = tensor.storage_offset() * tensor.itemsize  # a storage's own data_ptr would copy it
+                if before + tensor.nbytes <= tensor.untyped_storage().nbytes():
                     return place
         except (RuntimeError, NotImplementedError):  # it has no storage: check() says why
             place = 0
@@ -61,9 +74,11 @@ def address(tensor: Tensor | None) -> int:
     raise AssertionError("check() lets no other type through")
 
 
-def addresses(given: dict[str, Tensor | None], made: dict[str, Tensor | None]) -> dict[str, int]:
-    """:func:`address` of the arguments of one native call, by name; nobody else has seen those that were just ``made``."""
-    out = {}
+def addresses(
+    given: dict[str, Tensor | None], made: dict[str, Tensor | None], **written: Tensor | None
+) -> dict[str, int]:
+    """Of the arguments of one native call, by name: ``given`` to be read, ``written``, and just ``made``, which nobody else has seen."""
+    out = {name: to_write(tensor) for name, tensor in written.items()}
     for name, tensor in given.items():
         out[name] = address(tensor)
     for name, tensor in made.items():

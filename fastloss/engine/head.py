@@ -26,13 +26,14 @@ from torch import Tensor
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fastloss.engine import checks, devices, head_blocks, head_columns, invariance
+from fastloss.engine import checks, devices, head_blocks, head_columns, head_exponentials, invariance
 from fastloss.engine.autograd import scale_in_place
 from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
 from fastloss.engine.head_blocks import VocabularyBlocks
 from fastloss.engine.head_columns import ColumnBlocks
+from fastloss.engine.head_exponentials import ExponentialChunks
 from fastloss.engine.head_rows import (
     RowChunks,
     accumulator_bytes,
@@ -94,13 +95,15 @@ class Schedule(NamedTuple):
     """How a pass goes through rows and vocabulary. ``chunk``: rows whose logits are in memory at once; 0: blocks of the
     vocabulary, in parts of ``part`` rows (0: all), each of which keeps the logits of its first D rows and of ``more`` others.
     ``float_logits``: a chunk's are float32; those of a block always are. ``columns``: blocks of so many classes with the library's
-    GEMMs, all rows (``chunk``) in one part."""
+    GEMMs, all rows (``chunk``) in one part. ``exponentials``: cross-entropy's gradients from scaled exponentials
+    (engine/head_exponentials.py), in chunks of rows."""
 
     chunk: int
     part: int = 0
     more: int = 0
     float_logits: bool = False
     columns: int = 0
+    exponentials: bool = False
 
     @property
     def by_vocabulary(self) -> bool:
@@ -140,6 +143,11 @@ class Schedule(NamedTuple):
             }
         if not self.by_vocabulary:
             chunk = min(self.chunk, rows)
+            if self.exponentials:
+                sent |= {
+                    "row_pass": "scaled exponentials",
+                    "scratch_bytes": head_exponentials.scratch_bytes(head, chunk, needs),
+                }
             return {
                 **sent,
                 "schedule": "chunks of rows",
@@ -284,6 +292,18 @@ def schedule_of_cross_entropy(
     return schedule_of_one_pass(head, rows, needs, limits, logprobs_only=True)
 
 
+def with_exponentials(
+    schedule: Schedule, head: Head, needs: Needs, want: Sequence[str], per_row: bool, smooth: bool
+) -> Schedule:
+    """A schedule of cross-entropy whose gradients come from scaled exponentials, where that is asked for and can be."""
+    if schedule.by_vocabulary or schedule.columns or invariance.wanted():
+        return schedule
+    if per_row and (needs.weight or needs.bias):  # gradients are made in a backward that knows the rows' sums
+        needs = NOTHING
+    why_not = head_exponentials.why_not(head, needs, smooth, schedule.float_logits, want)
+    return schedule._replace(exponentials=not why_not)
+
+
 def make_head(
     backend: Backend,
     hidden: Tensor,
@@ -383,9 +403,8 @@ def begin(
     with _disable_current_modes():
         if schedule.columns:
             return _Pass(ColumnBlocks(head, needs, keep, schedule.float_logits), by_rows=False)
-        return _Pass(
-            RowChunks(head, needs, keep, schedule.chunk, bounds, schedule.float_logits), by_rows=True
-        )
+        rows_of = ExponentialChunks if schedule.exponentials and needs else RowChunks
+        return _Pass(rows_of(head, needs, keep, schedule.chunk, bounds, schedule.float_logits), by_rows=True)
 
 
 def with_lse_parts(want: tuple[str, ...]) -> tuple[str, ...]:
@@ -455,7 +474,7 @@ def float_operands(
     float_logits: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """The operands of a definition that multiplies them itself; in float32 and without autocast where its logits must be."""
-    if not float_logits or compute_dtype(hidden).itemsize >= torch.float32.itemsize:
+    if not float_logits or compute_dtype(hidden, weight).itemsize >= torch.float32.itemsize:
         yield hidden, weight, bias
         return
     with _without_autocast(hidden.device.type):
@@ -473,19 +492,23 @@ def defined_logits(
     """The whole logits in the GEMMs' dtype, or in float32, for the definition, which autograd differentiates."""
     if float_logits:
         dtype = torch.promote_types(dtype, torch.float32)
-    bias = None if bias is None else bias.to(dtype)
+    if bias is not None and bias.dim() == 1:
+        bias = bias.to(dtype)
     with _without_autocast(hidden.device.type):
-        return products(hidden.to(dtype), weight.to(dtype), bias)
+        return products(hidden, weight.to(dtype), bias)
 
 
 def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The whole logits of a head's operands (:class:`Head`), by PyTorch."""
+    """The whole logits of a head's operands (:class:`Head`), by PyTorch, in the weight's dtype; a LoRA's product in its own."""
     dim = weight.shape[1]
     low_rank, bias = split_bias(bias, hidden.shape[-1] - dim)
     if low_rank is None:
-        return torch.nn.functional.linear(hidden, weight, bias)
-    z = torch.nn.functional.linear(hidden[..., :dim], weight, bias)
-    return z + torch.nn.functional.linear(hidden[..., dim:], low_rank)
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    bias = None if bias is None else bias.to(weight.dtype)
+    z = torch.nn.functional.linear(hidden[..., :dim].to(weight.dtype), weight, bias)
+    u = hidden[..., dim:]
+    wide = torch.promote_types(u.dtype, low_rank.dtype)
+    return (z + torch.nn.functional.linear(u.to(wide), low_rank.to(wide))).to(z.dtype)
 
 
 class Saved(NamedTuple):
@@ -555,12 +578,12 @@ def needs_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -
     return Needs(input.requires_grad, linear_weight.requires_grad, bias)
 
 
-def compute_dtype(input: Tensor) -> torch.dtype:
-    """The dtype of the head's GEMMs."""
+def compute_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    """The dtype of the head's GEMMs. ``input`` may be wider than the weight where a LoRA is (:func:`with_lora`)."""
     device = input.device.type
     if checks.autocasts(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return input.dtype
+    return linear_weight.dtype
 
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -625,7 +648,8 @@ def with_lora(
     """The operands of a checked head with a LoRA, as :class:`Head` has them: hidden states and u side by side ``[..., D + r]``, and in
     the bias's place B ``[V, r]``, the bias its last column. ``lora``: ``(A [r, D], B [V, r], scale)`` or ``(u [..., r], B)``.
 
-    u is made here, by autograd: from d u come d A, and A's share of d hidden."""
+    u is made here, by autograd: from d u come d A, and A's share of d hidden. Where it is wider than the input, as PEFT's is beside a model
+    in bfloat16, so is what comes back; the input's numbers are the same there."""
     if lora is None:
         return input, linear_bias
     if not isinstance(lora, (tuple, list)) or len(lora) not in (2, 3):
@@ -654,7 +678,8 @@ def with_lora(
         wide = torch.promote_types(low_rank.dtype, linear_bias.dtype)
         low_rank, linear_bias = low_rank.to(wide), linear_bias.to(wide)
     with _without_autocast(input.device.type):  # whose cat takes no float16 beside bfloat16
-        return torch.cat([input, u.to(input.dtype)], -1), join_bias(low_rank, linear_bias)
+        wide = torch.promote_types(input.dtype, u.dtype)
+        return torch.cat([input.to(wide), u.to(wide)], -1), join_bias(low_rank, linear_bias)
 
 
 def as_given(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> dict[str, Any]:
@@ -663,4 +688,9 @@ def as_given(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) 
     low_rank, bias = split_bias(linear_bias, hidden.shape[-1] - dim)
     if low_rank is None:
         return {"input": hidden, "linear_bias": bias}
-    return {"input": hidden[..., :dim], "linear_bias": bias, "lora": (hidden[..., dim:], low_rank)}
+    own = (
+        hidden[..., :dim]
+        if checks.autocasts(hidden.device.type)
+        else hidden[..., :dim].to(linear_weight.dtype)
+    )
+    return {"input": own, "linear_bias": bias, "lora": (hidden[..., dim:], low_rank)}

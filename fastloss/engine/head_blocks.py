@@ -310,7 +310,8 @@ class BlockPart:
         z = torch.zeros(ranked.ids.shape, dtype=torch.float32, device=mark.device)
         log_p = torch.zeros_like(z) if logprobs else None
         call.record.selected_count = z.shape[1]
-        call.point_to(selected=ranked.ids, selected_logits=z, selected_logprobs=log_p)
+        call.point_to(selected=ranked.ids)
+        call.point_to_made(selected_logits=z, selected_logprobs=log_p)
         if self.needs:
             call.record.stats_only = True
             call.keep_logits(self.more)
@@ -417,6 +418,7 @@ class _NativeCall:
             self.point_to_made(more_logits=kept.more_logits, origins=kept.origins)
 
     def point_to(self, **tensors: Tensor | None) -> None:
+        """Tensors that are read."""
         self._point(address, tensors)
 
     def point_to_made(self, **tensors: Tensor | None) -> None:

@@ -165,14 +165,8 @@ def token_weights(x: GroupedHead, token_weight: Tensor | None, lead: tuple[int, 
     """A factor of the log-prob of each row, acc ``[rows]``, from one of each token ``lead``; 0 where the target is ignored."""
     if token_weight is None:
         return None
-    checks.is_floating("token_weight", token_weight)
-    checks.has_shape("token_weight", token_weight, lead)
-    checks.same_device("token_weight", token_weight, x.input.device)
-    if token_weight.requires_grad and torch.is_grad_enabled():
-        raise ValueError("token_weight: expected a tensor that requires no gradient, got one that does")
-    rows = x.rows
-    own = token_weight.detach().reshape(-1).index_select(0, rows.order).to(rows.tokens.lengths.dtype)
-    return own if rows.tokens.mask is None else torch.where(rows.tokens.mask == 0, 0.0, own)
+    checks.token_weight("token_weight", token_weight, lead, x.input.device)
+    return x.rows.tokens.weighted(token_weight.detach().reshape(-1).index_select(0, x.rows.order))
 
 
 def check_reference(
@@ -222,7 +216,7 @@ def reference_sums(
                 hidden, all_weight, rows.target, linear_bias=whole(ref_bias, shards), **_transform(options)
             )["logprobs"]
         else:
-            dtype = heads.compute_dtype(hidden)
+            dtype = heads.compute_dtype(hidden, ref_weight)
             head = heads.make_head(call.backend, hidden, ref_weight, ref_bias, dtype, shards)
             schedule = heads.schedule_of(head, hidden.shape[0], NOTHING, x.limits)
             logprobs = heads.stats(head, rows.target, options, ("logprobs",), schedule, None)[0]["logprobs"]
@@ -269,7 +263,7 @@ def plan_groups(
     """Chooses backend and chunks, and announces them. ``constants``: the loss's other tensors. ``coupled``: a group's coefficients depend on other groups.
     ``per_group``: a loss of each group is returned, whose upstream gradient is not known yet."""
     needs = heads.needs_of(x.input, x.weight, x.bias)
-    dtype = heads.compute_dtype(x.input)
+    dtype = heads.compute_dtype(x.input, x.weight)
     operands = x.input, x.weight, x.bias, x.rows.target
     call = resolve_call(function, backend, *operands, *constants, has_operators=False, dtype=dtype)
     head = Head(call.backend, x.input, x.weight, None, dtype, x.limits.shards)

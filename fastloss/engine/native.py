@@ -17,11 +17,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastloss.engine import gather
+from fastloss.engine import exponentials, gather
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
     ONE_BLOCK,
     WHOLE,
+    ExponentialRows,
     Factor,
     PairResult,
     PolicyInputs,
@@ -32,7 +33,7 @@ from fastloss.engine.contract import (
     count_plainly,
 )
 from fastloss.engine.devices import of_the_moment
-from fastloss.engine.gate import address, addresses, of_dense, of_made
+from fastloss.engine.gate import address, addresses, of_dense, of_made, to_write
 from fastloss.engine.sequences import Sequences
 from fastloss.tables import (
     ACC_DTYPES,
@@ -298,13 +299,13 @@ class NativeBackend:
         if not logits.shape[0]:
             return
         given = {
-            "logits": logits, "target": target, "bias": bias, "lse_parts": lse_parts, "w": w, "out": out,
+            "logits": logits, "target": target, "bias": bias, "lse_parts": lse_parts, "w": w,
             "row_scale": options.row_scale, "a": coefficients.a, "b": coefficients.b, "c": coefficients.c, "d": coefficients.d,
         }  # fmt: skip
         with self.context.guard(logits):
             self.module.row_grad(
                 **_size(logits), options=options, w_row_stride=0 if w is None or w.dim() == 1 else w.stride(0),
-                out_row_stride=out.stride(0), context=self.context.argument(logits), **addresses(given, {}),
+                out_row_stride=out.stride(0), context=self.context.argument(logits), **addresses(given, {}, out=out),
             )  # fmt: skip
 
     def row_cross_entropy(
@@ -322,14 +323,43 @@ class NativeBackend:
         out = self.empty_stats(logits, logits.shape[0], dict.fromkeys((*want, LSE_PARTS, "loss")))
         if logits.shape[0]:
             given = {
-                "logits": logits, "target": target, "bias": bias, "w": w, "grad": grad, "factor_tensor": factor.tensor,
+                "logits": logits, "target": target, "bias": bias, "w": w, "factor_tensor": factor.tensor,
                 "row_scale": options.row_scale,
             }  # fmt: skip
             with self.context.guard(logits):
                 self.module.row_cross_entropy(
                     **_size(logits), options=options, w_row_stride=0 if w is None or w.dim() == 1 else w.stride(0),
                     factor=factor.value, grad_row_stride=0 if grad is None else grad.stride(0),
-                    context=self.context.argument(logits), **addresses(given, {**_NO_STATS, **out}),
+                    context=self.context.argument(logits), **addresses(given, {**_NO_STATS, **out}, grad=grad),
+                )  # fmt: skip
+        return out
+
+    def row_exponentials(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        options: CrossEntropyOptions,
+        *,
+        factor: Factor = WHOLE,
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> ExponentialRows:
+        if self.has_head:  # the CPU's head has blocks of the vocabulary, and no use for it
+            return exponentials.plainly(logits, target, options, factor, bias, w)
+        rows, device = logits.shape[0], logits.device
+        loss, multiplier, residue = torch.empty((3, rows), dtype=torch.float32, device=device).unbind()
+        parts = torch.empty((rows, 2), dtype=torch.float32, device=device)
+        rough = torch.empty(rows, dtype=torch.uint8, device=device)
+        out = ExponentialRows(loss, parts, multiplier, residue, rough)
+        if rows:
+            given = {
+                "logits": logits, "target": target, "bias": bias, "w": w, "factor_tensor": factor.tensor,
+                "row_scale": options.row_scale,
+            }  # fmt: skip
+            with self.context.guard(logits):
+                self.module.row_exponentials(
+                    **_size(logits), options=options, factor=factor.value, context=self.context.argument(logits),
+                    **addresses(given, out._asdict()),
                 )  # fmt: skip
         return out
 
@@ -353,7 +383,7 @@ class NativeBackend:
         given = {
             "logits": logits, "teacher_logits": teacher_logits, "target": target, "bias": bias, "teacher_bias": teacher_bias,
             "lse_parts": lse_parts, "teacher_lse_parts": teacher_lse_parts, "hard_lse_parts": hard_lse_parts,
-            "factors": factors, "slopes": None, "grad": grad,
+            "factors": factors, "slopes": None,
         }  # fmt: skip
         self._row_divergence(logits, teacher_logits, options, grad, given, sums)
         return sums
@@ -377,7 +407,7 @@ class NativeBackend:
         given = {
             "logits": logits, "teacher_logits": teacher_logits, "target": target, "bias": bias, "teacher_bias": teacher_bias,
             "lse_parts": lse_parts, "teacher_lse_parts": teacher_lse_parts, "hard_lse_parts": hard_lse_parts,
-            "factors": factors, "slopes": slopes, "grad": out,
+            "factors": factors, "slopes": slopes,
         }  # fmt: skip
         self._row_divergence(logits, teacher_logits, options, out, given, None)
 
@@ -392,11 +422,12 @@ class NativeBackend:
     ) -> None:
         if not logits.shape[0]:
             return
+        own = {name: getattr(options, name) for name in ("row_scale", "teacher_row_scale", "row_factor")}
         with self.context.guard(logits):
             self.module.row_divergence(
                 **_size(logits), teacher_row_stride=teacher_logits.stride(0), options=options,
                 grad_row_stride=0 if grad is None else grad.stride(0), context=self.context.argument(logits),
-                **addresses(given, {"sums": sums}),
+                **addresses({**given, **own}, {"sums": sums}, grad=grad),
             )  # fmt: skip
 
     def scale_in_place(self, x: Tensor, scale: Tensor) -> None:
@@ -430,13 +461,11 @@ class NativeBackend:
         if not self.has_head:
             gather.sums(m, index, weights, offsets, out)
             return
-        given: dict[str, Tensor | None] = {
-            "m": m, "index": index, "weights": weights, "offsets": offsets, "out": out,
-        }  # fmt: skip
+        given: dict[str, Tensor | None] = {"m": m, "index": index, "weights": weights, "offsets": offsets}
         self.module.gathered_sums(
             dtype=DTYPE_CODES[m.dtype], m_row_stride=m.stride(0), dim=m.shape[1], entries=index.shape[0],
             segments=out.shape[0], out_row_stride=out.stride(0), context=self.context.argument(m),
-            **addresses(given, {}),
+            **addresses(given, {}, out=out),
         )  # fmt: skip
 
     # Reductions.
@@ -618,8 +647,8 @@ class NativeBackend:
                 self.module.scan(
                     rewards=address(rewards), dtype=DTYPE_CODES[rewards.dtype], values=address(values),
                     mask=address(_bytes(mask)), offsets=address(layout.offsets), n=rewards.numel(), length=layout.length,
-                    count=layout.count, gamma=gamma, lam=lam, advantages=address(advantages),
-                    returns=address(returns), context=self.context.argument(rewards),
+                    count=layout.count, gamma=gamma, lam=lam, advantages=to_write(advantages),
+                    returns=to_write(returns), context=self.context.argument(rewards),
                 )  # fmt: skip
         return returns
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend
-from fastloss.tables import ACC_DTYPES, LSE_PARTS, RowOptions
+from fastloss.tables import ACC_DTYPES, LSE_PARTS, Number, RowOptions
 
 # What a row's mark says to the row kernels in place of a target: left out, or (a class that exists) not.
 LEFT_OUT, COUNTS = -100, 0
@@ -136,11 +136,22 @@ def outcomes(taken: Taken, selection: Selection) -> Outcomes:
     return Outcomes(below - log_sum[:, None], rest_below - log_sum, parts, largest)
 
 
+def _of_classes(options: RowOptions) -> Number:
+    """The factor of logits, that of each row as ``[rows, 1]``."""
+    factor = options.factor
+    return factor.unsqueeze(1) if isinstance(factor, Tensor) else factor
+
+
+def _is_one(factor: Number) -> bool:
+    return not isinstance(factor, Tensor) and factor == 1.0
+
+
 def raw_gradient(z: Tensor, d_z: Tensor, options: RowOptions) -> Tensor:
     """The gradient of raw logits from that of the logits ``z`` that the loss sees."""
+    factor = _of_classes(options)
     if options.softcap:
-        d_z = d_z * (1 - (z / (options.scale * options.softcap)) ** 2)
-    return d_z if options.scale == 1.0 else d_z * options.scale
+        d_z = d_z * (1 - (z / (factor * options.softcap)) ** 2)
+    return d_z if _is_one(factor) else d_z * factor
 
 
 def gather(
@@ -153,7 +164,8 @@ def gather(
         z = z + bias[place]
     if options.softcap:
         z = options.softcap * (z / options.softcap).tanh()
-    return (z if options.scale == 1.0 else z * options.scale), place
+    factor = _of_classes(options)
+    return (z if _is_one(factor) else z * factor), place
 
 
 def take(
@@ -171,11 +183,11 @@ def take(
     parts = backend.row_stats(logits, mark, options, want=(LSE_PARTS,), bias=bias)[LSE_PARTS]
     largest, log_sum = parts[:, 0], parts[:, 1]
     if not options.softcap:
-        none = largest <= 0.5 * options.scale * least
+        none = largest <= 0.5 * options.factor * least
     else:
         # Soft-capped, the least number is -softcap: their e^z is known, and no more than that of any other class.
         count = selection.first.sum(1)
-        theirs = count * (-options.softcap * options.scale - largest).exp()
+        theirs = count * (-options.softcap * options.factor - largest).exp()
         left = (log_sum.double().exp() - theirs).to(log_sum.dtype)
         none, log_sum = (count == logits.shape[1]) | (left <= 0), left.clamp(min=0).log()
     return Taken(z, torch.stack([largest, torch.where(none, -torch.inf, log_sum)], 1))

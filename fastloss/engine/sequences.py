@@ -122,6 +122,11 @@ class Tokens:
         position = so_far[1:] - so_far[layout.offsets[:-1]][sequence]
         return self._weight(position <= shared[sequence], ld_alpha) * kept
 
+    def weighted(self, token_weight: Tensor) -> Tensor:
+        """A factor of each token ``[N]``, 0 where one does not count, whatever its own is.  # acc [N]"""
+        own = token_weight.to(self.lengths.dtype)
+        return own if self.mask is None else torch.where(self.mask == 0, 0.0, own)
+
     def _weight(self, early: Tensor, ld_alpha: float) -> Tensor:
         one = torch.ones((), dtype=self.lengths.dtype, device=early.device)
         return torch.where(early, one, one * ld_alpha).reshape(-1)

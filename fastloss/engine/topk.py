@@ -39,6 +39,7 @@ from fastloss.tables import (
     DISTILLATION_DIVERGENCES,
     LSE_PARTS,
     TAILS,
+    Number,
     RowOptions,
     TopKOptions,
 )
@@ -49,22 +50,35 @@ PIECE = 64
 
 
 class Chosen(NamedTuple):
-    """Of each row: its mark, its classes, and the upstream gradient of their log-probabilities (None: only the values)."""
+    """Of each row: its mark, its classes, the upstream gradient of their log-probabilities (None: only the values), and what is its
+    own of the options (RowOptions.row_scale)."""
 
     mark: Tensor
     ids: Tensor
     upstream: Tensor | None
+    row_scale: Tensor | None = None
+
+    def options(self, options: RowOptions) -> RowOptions:
+        """A call's, of these rows."""
+        return options.of_rows(lambda _: self.row_scale)  # type: ignore[arg-type, return-value]
 
 
 class Teacher(NamedTuple):
     """Of each row: its mark, the classes that the teacher named and their log-probabilities, ``[rows, K]``; the hard loss's class
-    (None: no hard loss); and what the loss's gradient is multiplied by (None: it is not made)."""
+    (None: no hard loss); what the loss's gradient is multiplied by (None: it is not made); and what is its own of the options
+    (TopKOptions.row_scale, row_factor)."""
 
     mark: Tensor
     ids: Tensor
     logprobs: Tensor
     target: Tensor | None
     factors: Tensor | None
+    row_scale: Tensor | None = None
+    row_factor: Tensor | None = None
+
+    def options(self, o: TopKOptions) -> RowOptions:
+        """A call's, of these rows."""
+        return o.row_options().of_rows(lambda _: self.row_scale)  # type: ignore[arg-type, return-value]
 
 
 class Made(NamedTuple):
@@ -97,7 +111,7 @@ def _logprobs(o: Outcomes, z: Tensor, selection: Selection, own: Chosen, options
     c = selection.fold(selection.sorted(own.upstream.masked_fill(own.ids < 0, 0.0)))
     total = c.sum(1)
     given = c - o.log_p.exp() * total[:, None]
-    given = _masked(raw_gradient(z, given, options), own.mark)
+    given = _masked(raw_gradient(z, given, own.options(options)), own.mark)
     return Made(out, o.parts, -_masked(total, own.mark), given)
 
 
@@ -108,7 +122,8 @@ def logprobs_of_logits(
     selection = select(ids, logits.shape[1])
     z, _ = gather(logits, selection, options, None)
     parts = backend.row_stats(logits, mark, options, want=(LSE_PARTS,))[LSE_PARTS]
-    return _of_parts(z, parts, selection, Chosen(mark, ids, None), options).out, parts
+    own = Chosen(mark, ids, None, options.row_scale)
+    return _of_parts(z, parts, selection, own, options).out, parts
 
 
 def _of_parts(z: Tensor, parts: Tensor, selection: Selection, own: Chosen, options: RowOptions) -> Made:
@@ -323,8 +338,9 @@ def teacher_of(
 ) -> Teacher:
     mark = marks(ids, target, vocab, o.ignore_index)
     return Teacher(
-        mark, ids.contiguous(), logprobs.to(acc).contiguous(), target if o.hard_loss_coef else None, factors
-    )
+        mark, ids.contiguous(), logprobs.to(acc).contiguous(), target if o.hard_loss_coef else None, factors,
+        o.row_scale, o.row_factor,
+    )  # fmt: skip
 
 
 def selected_by(own: Teacher) -> Tensor:
@@ -350,9 +366,10 @@ def rows_of_logits(
     backend: Backend, logits: Tensor, teacher: Teacher, o: TopKOptions, out: Tensor | None = None
 ) -> Tensor:
     """The sums of ``logits [rows, V]``, and the gradient of Σ factors · loss to ``out``. The logits are copied a few rows at a time."""
-    options, sums = o.row_options(), []
+    sums = []
     for start in range(0, max(1, logits.shape[0]), COPIED):
         own = Teacher(*(None if x is None else x[start : start + COPIED] for x in teacher))  # type: ignore[arg-type]
+        options = own.options(o)
         selection = select(selected_by(own), logits.shape[1])
         z = logits[start : start + COPIED].clone(memory_format=torch.contiguous_format)
         made = _divergence(take(backend, z, own.mark, options, selection, None), selection, own, o)
@@ -401,7 +418,10 @@ def _divergence(taken: Taken, selection: Selection, own: Teacher, o: TopKOptions
 
     f, h = sums(DISTILLATION_DIVERGENCES[o.divergence])
     kl, reverse_kl = sums("forward_kl")[0].sum(1), sums("reverse_kl")[0].sum(1)
-    loss, slope = f.sum(1) * o.factor, h.sum(1)
+    factor: Number = o.factor
+    if own.row_factor is not None:
+        factor = own.row_factor.double() * o.factor
+    loss, slope = f.sum(1) * factor, h.sum(1)
     hard, label = torch.zeros_like(loss), None
     if own.target is not None:
         last = (selection.order == own.ids.shape[1]).int().argmax(1, keepdim=True)
@@ -420,12 +440,13 @@ def _divergence(taken: Taken, selection: Selection, own: Teacher, o: TopKOptions
     if tail == "bin":
         ratio = torch.where(q[:, -1] > 0, h[:, -1] / q[:, -1], 0.0)
         b = b + ratio.clamp(-1e30, 1e30)
-    given, b = torch.where(named, given, b[:, None] * q_all) * o.factor, b * o.factor
+    given, b = torch.where(named, given, b[:, None] * q_all), b * factor
+    given = given * (factor[:, None] if isinstance(factor, Tensor) else factor)
     if label is not None:
         own_class = torch.zeros_like(q_all).scatter_(1, label, 1.0)
         given, b = given + o.hard_loss_coef * (q_all - own_class), b + o.hard_loss_coef
     factors = own.factors.double()
-    given = raw_gradient(taken.z, (given * factors[:, None]).to(acc), o.row_options())
+    given = raw_gradient(taken.z, (given * factors[:, None]).to(acc), own.options(o))
     given = given.masked_fill(~selection.first, 0.0)
     return Made(out, made.parts, _masked(b * factors, own.mark).to(acc), _masked(given, own.mark))
 

@@ -16,6 +16,7 @@ from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import (
     ONE_BLOCK,
     WHOLE,
+    ExponentialRows,
     Factor,
     PairResult,
     PolicyInputs,
@@ -122,6 +123,21 @@ class TritonBackend:
         return _kernels().row_cross_entropy(
             logits, target, options, factor=factor, grad=grad, want=want, bias=bias, w=w
         )
+
+    def row_exponentials(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        options: CrossEntropyOptions,
+        *,
+        factor: Factor = WHOLE,
+        bias: Tensor | None = None,
+        w: Tensor | None = None,
+    ) -> ExponentialRows:
+        made: ExponentialRows = _kernels().row_exponentials(
+            logits, target, options, factor=factor, bias=bias, w=w
+        )
+        return made
 
     def row_divergence(
         self,

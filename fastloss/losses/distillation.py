@@ -38,6 +38,7 @@ from fastloss.tables import (
     DISTILLATION_SUMS,
     LATE_DTYPES,
     DistillationOptions,
+    Number,
 )
 
 METRICS = ("kl", "reverse_kl", "agreement", "entropy", "teacher_entropy", "hard_loss")
@@ -60,8 +61,8 @@ def distillation_loss(
     *,
     divergence: str = "forward_kl",
     interpolation: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
     temperature_squared: bool = False,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
@@ -81,7 +82,8 @@ def distillation_loss(
         target: int64 ``[...]``. A token with ``ignore_index`` has no loss. None: every token counts.
         divergence: "forward_kl", "reverse_kl", "jsd", "tvd", "skewed_forward_kl", "skewed_reverse_kl" or "alpha".
         interpolation: jsd's β (TRL's GKD: 0 is forward, 1 reverse KL), the skew, or alpha's α; in [0, 1].
-        temperature: T of both; ``teacher_temperature`` sets the teacher's apart.
+        temperature: T of both: a number, or one for each token, what broadcasts to ``[...]``, without a gradient.
+        teacher_temperature: sets the teacher's apart; a number, or one for each token.
         temperature_squared: multiplies the divergence by T², as arXiv:1503.02531 does; TRL and Liger do not.
         token_weight: a constant factor of each token's loss, float ``[...]``. The mean stays over tokens.
         hard_loss_coef: coefficient of the cross-entropy against ``target`` at temperature 1.
@@ -113,7 +115,8 @@ def distillation_loss(
     checks.has_shape("teacher_logits", teacher_logits, (*lead, teacher_logits.shape[-1]))
     checks.same_device("teacher_logits", teacher_logits, logits.device)
     options = _options(
-        divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index
+        divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index, lead,
+        logits, torch.promote_types(logits.dtype, teacher_logits.dtype),
     )  # fmt: skip
     classes = own = min(logits.shape[-1], teacher_logits.shape[-1])
     dtype, shards = torch.promote_types(logits.dtype, teacher_logits.dtype), None
@@ -126,8 +129,8 @@ def distillation_loss(
             raise ShapeError("logits: expected at least one class, got 0")
     tokens = tokens_of(logits, ACC_DTYPES[dtype], target, ignore_index, token_weight, normalizer, reduction)
     call = resolve_call(
-        "distillation_loss", backend, logits, teacher_logits, tokens.target, token_weight, dtype=dtype,
-        has_operators=shards is None,
+        "distillation_loss", backend, logits, teacher_logits, tokens.target, token_weight, options.row_scale,
+        options.teacher_row_scale, dtype=dtype, has_operators=shards is None,
     )  # fmt: skip
     call.announce(**({} if shards is None else sent(shards, lead.numel(), options, ACC_DTYPES[dtype])))
     check_targets(tokens.target, classes, ignore_index)
@@ -160,8 +163,8 @@ def linear_distillation_loss(
     teacher_bias: Tensor | None = None,
     divergence: str = "forward_kl",
     interpolation: float = 0.5,
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: Number = 1.0,
+    teacher_temperature: Number | None = None,
     temperature_squared: bool = False,
     ignore_index: int = -100,
     token_weight: Tensor | None = None,
@@ -207,22 +210,25 @@ def linear_distillation_loss(
     limits = heads.limits_of(
         chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
     )
+    dtype = heads.compute_dtype(input, linear_weight)
+    teacher_dtype = heads.compute_dtype(teacher_input, teacher_weight)
+    both, lead = torch.promote_types(dtype, teacher_dtype), input.shape[:-1]
     options = _options(
-        divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index
+        divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index, lead,
+        input, both,
     )  # fmt: skip
     classes = own = min(linear_weight.shape[0], teacher_weight.shape[0])
-    lead, shards = input.shape[:-1], limits.shards
+    shards = limits.shards
     if shards is not None:
         shards = of_teacher(group, shards, teacher_weight.shape[0], input.device)
         limits, classes, own = limits._replace(shards=shards), shards.vocab, shards.own
     if classes < 1:
         raise ShapeError("linear_weight: expected at least one class, got 0")
-    dtype, teacher_dtype = heads.compute_dtype(input), heads.compute_dtype(teacher_input)
-    acc = ACC_DTYPES[torch.promote_types(dtype, teacher_dtype)]
+    acc = ACC_DTYPES[both]
     tokens = tokens_of(input, acc, target, ignore_index, token_weight, normalizer, reduction)
     call = resolve_call(
         "linear_distillation_loss", backend, input, linear_weight, linear_bias, teacher_input, teacher_weight, teacher_bias,
-        tokens.target, token_weight, dtype=torch.promote_types(dtype, teacher_dtype),
+        tokens.target, token_weight, options.row_scale, options.teacher_row_scale, dtype=both,
         unsupported=_other_precision(dtype, teacher_dtype),
     )  # fmt: skip
     # The wider vocabulary's padding is left out: no GEMM multiplies it, and autograd gives it a gradient of 0.
@@ -300,26 +306,45 @@ class Tokens:
 def _options(
     divergence: str,
     interpolation: float,
-    temperature: float,
-    teacher_temperature: float | None,
+    temperature: Number,
+    teacher_temperature: Number | None,
     temperature_squared: bool,
     hard_loss_coef: float,
     target: Tensor | None,
     ignore_index: int,
+    lead: torch.Size,
+    like: Tensor,
+    dtype: torch.dtype,
 ) -> DistillationOptions:
+    """``lead``: the shape of the tokens, which may have a temperature each; ``dtype``: the one in which both models are compared."""
     checks.is_one_of("divergence", divergence, DISTILLATION_DIVERGENCES)
     w = checks.number("interpolation", interpolation, low=0.0, high=1.0)
-    t = checks.number("temperature", temperature, low=0.0, open_low=True)
-    teacher = t
-    if teacher_temperature is not None:
-        teacher = checks.number("teacher_temperature", teacher_temperature, low=0.0, open_low=True)
+
+    def scales(name: str, t: Number) -> tuple[float, Tensor | None]:
+        if isinstance(t, Tensor):
+            return 1.0, checks.row_scale(t, lead, like, name).to(ACC_DTYPES[dtype])
+        return 1.0 / checks.number(name, t, low=0.0, open_low=True), None
+
+    student = scales("temperature", temperature)
+    teacher = student if teacher_temperature is None else scales("teacher_temperature", teacher_temperature)
     coef = checks.number("hard_loss_coef", hard_loss_coef, low=0.0)
     if coef and target is None:
         raise ValueError("hard_loss_coef: expected 0 where target is None")
     name = at_the_end(divergence, w)
     code = DISTILLATION_DIVERGENCES.index(name)
-    factor = t * t if temperature_squared else 1.0
-    return DistillationOptions(code, w, 1.0 / t, 1.0 / teacher, factor, coef, int(ignore_index))
+    factor, row_factor = squared(temperature, student[1]) if temperature_squared else (1.0, None)
+    return DistillationOptions(
+        code, w, student[0], teacher[0], factor, coef, int(ignore_index), student[1], teacher[1], row_factor
+    )
+
+
+def squared(temperature: Number, row_scale: Tensor | None) -> tuple[float, Tensor | None]:
+    """(T² of all tokens, and what multiplies it for each ``[N]``). ``row_scale``: one over each token's."""
+    if isinstance(temperature, Tensor):
+        assert row_scale is not None
+        return 1.0, row_scale.square().reciprocal()
+    t = float(temperature)  # one that changes under torch.compile stays symbolic
+    return t * t, None
 
 
 # A divergence at an end of its interpolation is the KL that it tends to.

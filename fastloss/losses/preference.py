@@ -81,6 +81,8 @@ def preference_loss(
     chosen_nll_logps: Tensor | None = None,
     chosen_nll_lengths: Tensor | None = None,
     weights: Tensor | None = None,
+    chosen_token_weight: Tensor | None = None,
+    rejected_token_weight: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> PreferenceOutput:
@@ -111,6 +113,9 @@ def preference_loss(
         chosen_mask, rejected_mask: bool or 0/1, of the token log-probs' shape; what is masked touches nothing.
         chosen_nll_logps: what the sft term takes in place of ``chosen_logps``, ``[B]``, with ``chosen_nll_lengths``.
         weights: a constant factor of each pair's loss, ``[B]`` (WPO, arXiv:2406.11827).
+        chosen_token_weight, rejected_token_weight: a constant factor of each token's log-prob, of the token log-probs' shape, in both models'
+            sums (TIS-DPO, arXiv:2410.04350; references ``[B]`` are taken as sums that have it); that of a masked token may be anything. It
+            changes neither lengths nor the likelihood term "sft".
         reduction: "mean", "sum" or "none".
 
     Returns:
@@ -145,6 +150,7 @@ def preference_loss(
         ld_alpha is None
         and chosen_lengths is rejected_lengths is chosen_mask is rejected_mask is weights is None
         and chosen_cu_seqlens is rejected_cu_seqlens is chosen_nll_logps is chosen_nll_lengths is None
+        and chosen_token_weight is rejected_token_weight is None
     )
     refs = ref_chosen_logps, ref_rejected_logps
     numbers = beta, label_smoothing, 0.0 if margin is None else margin
@@ -176,6 +182,7 @@ def preference_loss(
         rejected_cu_seqlens,
         chosen_lengths,
         ld_alpha,
+        (chosen_token_weight, rejected_token_weight),
         acc,
     )
     count = c.shape[0] if sides is None else sides[0].layout.count
@@ -188,7 +195,8 @@ def preference_loss(
     pairs = pair_batch(o, count, acc, device, lengths, beta, label_smoothing, margin, weights)
     call = resolve_call(
         "preference_loss", backend, c, r, ref_c, ref_r, beta, label_smoothing, margin, weights, chosen_mask, rejected_mask,
-        chosen_cu_seqlens, rejected_cu_seqlens, *lengths, chosen_nll_logps, chosen_nll_lengths, has_operators=False,
+        chosen_cu_seqlens, rejected_cu_seqlens, *lengths, chosen_nll_logps, chosen_nll_lengths, chosen_token_weight,
+        rejected_token_weight, has_operators=False,
     )  # fmt: skip
     call.announce()
 
@@ -205,10 +213,15 @@ def preference_loss(
             ld_alpha = checks.number("ld_alpha", ld_alpha, low=0.0, high=1.0)
             shared = torch.minimum(chosen.lengths, rejected.lengths)
             tails = chosen.tail_weights(shared, ld_alpha), rejected.tail_weights(shared, ld_alpha)
-            if nll is None and o.has("sft"):  # LD-DPO's weights leave it alone
-                nll = _sum(call.backend, chosen, c, None)
-        rc = _reference_sum(call.backend, "ref_chosen_logps", ref_c, c, chosen, tails[0], acc)
-        rr = _reference_sum(call.backend, "ref_rejected_logps", ref_r, r, rejected, tails[1], acc)
+        tails = (
+            _weighted("chosen_token_weight", chosen, c, chosen_token_weight, tails[0]),
+            _weighted("rejected_token_weight", rejected, r, rejected_token_weight, tails[1]),
+        )
+        if nll is None and tails[0] is not None and o.has("sft"):  # weights leave it alone
+            nll = _sum(call.backend, chosen, c, None)
+        by_token = ld_alpha is not None
+        rc = _reference_sum(call.backend, "ref_chosen_logps", ref_c, c, chosen, tails[0], by_token, acc)
+        rr = _reference_sum(call.backend, "ref_rejected_logps", ref_r, r, rejected, tails[1], by_token, acc)
         c = _sum(call.backend, chosen, c, tails[0])
         r = _sum(call.backend, rejected, r, tails[1])
     pairs = replace(pairs, constants=replace(pairs.constants, ref_chosen=rc, ref_rejected=rr))
@@ -224,6 +237,17 @@ def _sum(backend: Backend, side: Tokens, values: Tensor, tails: Tensor | None) -
     return segment_sum(backend, values.reshape(-1), weights, side.layout)
 
 
+def _weighted(
+    name: str, side: Tokens, like: Tensor, token_weight: Tensor | None, tails: Tensor | None
+) -> Tensor | None:
+    """``tails`` times the tokens' own weights."""
+    if token_weight is None:
+        return tails
+    checks.token_weight(name, token_weight, tuple(like.shape), like.device)
+    own = side.weighted(token_weight.detach().reshape(-1))
+    return own if tails is None else own * tails
+
+
 def _sides(
     c: Tensor,
     r: Tensor,
@@ -233,12 +257,20 @@ def _sides(
     rejected_cu_seqlens: Tensor | None,
     chosen_lengths: Tensor | None,
     ld_alpha: float | None,
+    token_weights: tuple[Tensor | None, Tensor | None],
     acc: torch.dtype,
 ) -> tuple[Tokens, Tokens] | None:
     """The layouts of token log-probs; None for log-probs of whole responses."""
-    extra = (chosen_mask, rejected_mask, chosen_cu_seqlens, rejected_cu_seqlens)
+    extra = (chosen_mask, rejected_mask, chosen_cu_seqlens, rejected_cu_seqlens, *token_weights)
     if c.dim() == 1 and chosen_cu_seqlens is None:
-        names = ("chosen_mask", "rejected_mask", "chosen_cu_seqlens", "rejected_cu_seqlens")
+        names = (
+            "chosen_mask",
+            "rejected_mask",
+            "chosen_cu_seqlens",
+            "rejected_cu_seqlens",
+            "chosen_token_weight",
+            "rejected_token_weight",
+        )
         for name, value in zip(names, extra, strict=True):
             if value is not None:
                 raise ShapeError(
@@ -265,12 +297,13 @@ def _reference_sum(
     like: Tensor,
     side: Tokens,
     tails: Tensor | None,
+    by_token: bool,
     acc: torch.dtype,
 ) -> Tensor | None:
     if ref is None:
         return None
     if tuple(ref.shape) != tuple(like.shape) or (ref.dim() == 1 and side.layout.offsets is None):
-        if tails is not None:
+        if by_token:
             raise ShapeError(
                 f"{name}: expected token log-probs of shape {list(like.shape)} for ld_alpha, got {list(ref.shape)}"
             )

@@ -32,7 +32,7 @@ from fastloss.engine.topk import (
     taken_of_columns,
 )
 from fastloss.losses.token_stats import row_options
-from fastloss.tables import ACC_DTYPES, RowOptions
+from fastloss.tables import ACC_DTYPES, Number, RowOptions
 
 
 @takes_dtensors("logits")
@@ -41,7 +41,7 @@ def selected_logprobs(
     logits: Tensor,
     ids: Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     group: Any = None,
@@ -54,7 +54,7 @@ def selected_logprobs(
     Args:
         logits: ``[..., V]`` in float32, bfloat16, float16 or float64.
         ids: int64 ``[..., K]``. An id may repeat; -1 is padding: 0, and no gradient.
-        temperature, logit_scale: > 0.
+        temperature: > 0; a number, or one for each token, what broadcasts to ``[...]``, without a gradient. logit_scale: > 0.
         group: as in :func:`token_stats`; ids are classes of the whole vocabulary, the same on each process.
 
     Returns:
@@ -73,8 +73,10 @@ def selected_logprobs(
     shards, vocab = shards_of_logits(logits, group, ids, -1)
     lead = logits.shape[:-1]
     check_ids("ids", ids, lead, logits.device)
-    options = positive_options(temperature, logit_scale, softcap)
-    call = resolve_call("selected_logprobs", backend, logits, ids, has_operators=shards is None)
+    options = positive_options(temperature, logit_scale, softcap, lead, logits)
+    call = resolve_call(
+        "selected_logprobs", backend, logits, ids, options.row_scale, has_operators=shards is None
+    )
     acc, count = ACC_DTYPES[logits.dtype], lead.numel()
     call.announce(
         selected="PyTorch's operations on [rows, K] beside the row kernels",
@@ -84,7 +86,7 @@ def selected_logprobs(
     rows, flat = logits.reshape(count, logits.shape[-1]), checks.as_rows(ids)
     if call.by_definition:
         rows = whole_columns(rows, shards)
-        out = reference.selected_logprobs(rows, flat, scale=options.scale, softcap=options.softcap or None)
+        out = reference.selected_logprobs(rows, flat, scale=options.factor, softcap=options.softcap or None)
         return out.reshape(ids.shape)
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
@@ -122,7 +124,7 @@ def linear_selected_logprobs(
     ids: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     chunk_size: int | None = None,
@@ -154,10 +156,17 @@ def linear_selected_logprobs(
     if vocab < 1:
         raise ShapeError("linear_weight: expected at least one class, got 0")
     check_ids("ids", ids, input.shape[:-1], input.device)
-    options = positive_options(temperature, logit_scale, softcap)
-    dtype = heads.compute_dtype(input)
+    options = positive_options(temperature, logit_scale, softcap, input.shape[:-1], input)
+    dtype = heads.compute_dtype(input, linear_weight)
     call = resolve_call(
-        "linear_selected_logprobs", backend, input, linear_weight, linear_bias, ids, dtype=dtype
+        "linear_selected_logprobs",
+        backend,
+        input,
+        linear_weight,
+        linear_bias,
+        ids,
+        options.row_scale,
+        dtype=dtype,
     )
     flat = checks.as_rows(ids).contiguous()
     if call.by_definition:
@@ -166,7 +175,7 @@ def linear_selected_logprobs(
         weight, bias = (whole(x, limits.shards) for x in (linear_weight, linear_bias))
         assert weight is not None
         logits = heads.defined_logits(rows, weight, bias, dtype, limits.float_logits)
-        out = reference.selected_logprobs(logits, flat, scale=options.scale, softcap=options.softcap or None)
+        out = reference.selected_logprobs(logits, flat, scale=options.factor, softcap=options.softcap or None)
         return out.reshape(ids.shape)
     if call.traced:
         out = compile_topk.linear_selected_logprobs(
@@ -204,18 +213,21 @@ def reject_bad_ids(name: str, ids: Tensor, vocab: int) -> None:
     check_targets(ids, vocab, -1)
 
 
-def positive_options(temperature: float, logit_scale: float, softcap: float | None) -> RowOptions:
+def positive_options(
+    temperature: Number, logit_scale: float, softcap: float | None, lead: torch.Size, like: Tensor
+) -> RowOptions:
+    """``lead``: the shape of the tokens, which may have a temperature each; ``like``: the logits or hidden states."""
     checks.number("logit_scale", logit_scale, low=0.0, open_low=True)
-    return row_options(temperature, logit_scale, softcap, LEFT_OUT)
+    return row_options(temperature, logit_scale, softcap, LEFT_OUT, lead, like)
 
 
 def _again(ctx: Any) -> Any:
     logits, ids, *_ = ctx.saved_tensors
     heads.again_only_whole(ctx.call[2])
     options: RowOptions = ctx.call[1]
-    return [reference.selected_logprobs(logits, ids, scale=options.scale, softcap=options.softcap or None)], [
-        logits
-    ]
+    return [
+        reference.selected_logprobs(logits, ids, scale=options.factor, softcap=options.softcap or None)
+    ], [logits]
 
 
 class SelectedLogprobs(torch.autograd.Function):
@@ -235,7 +247,7 @@ class SelectedLogprobs(torch.autograd.Function):
         if shards is not None:
             taken = taken_of_columns(shards, backend, logits.detach(), mark, ids, options)
             ctx.save_for_backward(logits, ids, *taken)
-            own = Chosen(mark, ids, None)
+            own = Chosen(mark, ids, None, options.row_scale)
             return logprobs_of_columns(shards, backend, logits.detach(), taken, own, options)
         out, parts = logprobs_of_logits(backend, logits.detach(), ids, mark, options)
         ctx.save_for_backward(logits, ids, parts)
@@ -247,7 +259,7 @@ class SelectedLogprobs(torch.autograd.Function):
         backend, options, shards = ctx.call
         logits, ids, *saved = ctx.saved_tensors
         out = new_gradient(logits.shape, logits.dtype, logits.device)
-        own = Chosen(ctx.mark, ids, upstream.to(saved[0].dtype).contiguous())
+        own = Chosen(ctx.mark, ids, upstream.to(saved[0].dtype).contiguous(), options.row_scale)
         if shards is None:
             logprobs_gradient(backend, logits, own, saved[0], options, out)
         else:
@@ -276,7 +288,7 @@ def _linear_again(ctx: Any) -> Any:
         ACC_DTYPES[run.dtype]
     )
     o = run.options
-    return [reference.selected_logprobs(logits, ids, scale=o.scale, softcap=o.softcap or None)], [
+    return [reference.selected_logprobs(logits, ids, scale=o.factor, softcap=o.softcap or None)], [
         hidden,
         weight,
         bias,
@@ -292,14 +304,16 @@ class LinearSelectedLogprobs(torch.autograd.Function):
     ) -> Tensor:
         ctx.run = run
         ctx.save_for_backward(hidden, weight, bias, ids)
-        return _pass(hidden, weight, bias, Chosen(run.mark, ids, None), NOTHING, run)[0]
+        own = Chosen(run.mark, ids, None, run.options.row_scale)
+        return _pass(hidden, weight, bias, own, NOTHING, run)[0]
 
     @staticmethod
     @differentiable_again(_linear_again)
     def backward(ctx: Any, upstream: Tensor) -> Any:
         run: _Run = ctx.run
         hidden, weight, bias, ids = ctx.saved_tensors
-        own = Chosen(run.mark, ids, upstream.to(ACC_DTYPES[run.dtype]).contiguous())
+        c = upstream.to(ACC_DTYPES[run.dtype]).contiguous()
+        own = Chosen(run.mark, ids, c, run.options.row_scale)
         _, grads = _pass(hidden, weight, bias, own, run.needs, run)
         return (*heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), run.backend), None, None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from fastloss.losses.distillation import (
     at_the_end,
     gradients_ahead,
     means,
+    squared,
     tokens_of,
 )
 from fastloss.losses.linear_cross_entropy import linear_cross_entropy
@@ -55,6 +56,7 @@ from fastloss.tables import (
     LATE_DTYPES,
     TAILS,
     TOPK_SUMS,
+    Number,
     TopKOptions,
 )
 
@@ -74,7 +76,7 @@ def topk_distillation_loss(
     tail: str = "bin",
     divergence: str = "forward_kl",
     interpolation: float = 0.5,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     temperature_squared: bool = False,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -99,7 +101,8 @@ def topk_distillation_loss(
         tail: "bin" (all other classes are one more outcome, of probability 1 - Σ), "renormalize" (p and q over the named classes alone)
             or "none" (Σ over the named classes alone, of probabilities over the whole vocabulary: what verl computes).
         divergence, interpolation: as in :func:`distillation_loss`.
-        temperature: T, the student's. temperature_squared: multiplies the divergence by T².
+        temperature: T, the student's: a number, or one for each token, what broadcasts to ``[...]``, without a gradient.
+        temperature_squared: multiplies the divergence by T².
         logit_scale, softcap: z is ``logit_scale · softcap · tanh(logits / softcap) / T``.
         hard_loss_coef: coefficient of the cross-entropy against ``target`` at temperature 1. With another T it is a second call.
         token_weight, normalizer, reduction: as in :func:`distillation_loss`.
@@ -122,14 +125,14 @@ def topk_distillation_loss(
     shards, vocab = shards_of_logits(logits, group, target, ignore_index)
     lead = logits.shape[:-1]
     _check_teacher(teacher_ids, teacher_logprobs, lead, vocab, logits.device)
-    options = _options(
-        tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
+    later, options = _options(
+        tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index,
+        lead, logits,
     )  # fmt: skip
     ids, logprobs = checks.as_rows(teacher_ids), checks.as_rows(teacher_logprobs.detach())
     tokens = _tokens(logits, ids, target, ignore_index, token_weight, normalizer, reduction)
-    later, options = _second_call(options, temperature)
     call = resolve_call(
-        "topk_distillation_loss", backend, logits, ids, logprobs, tokens.target, token_weight,
+        "topk_distillation_loss", backend, logits, ids, logprobs, tokens.target, token_weight, options.row_scale,
         has_operators=shards is None,
     )  # fmt: skip
     width = ids.shape[1] + (options.hard_loss_coef > 0)
@@ -161,7 +164,7 @@ def topk_distillation_loss(
             "ignore_index": ignore_index, "logit_scale": logit_scale, "softcap": softcap, "backend": backend,
         }  # fmt: skip
         if shards is None:
-            hard = cross_entropy(rows, tokens.target, reduction="none", **how).to(loss.dtype)
+            hard = cross_entropy(rows, tokens.target, reduction="none", loss_dtype=loss.dtype, **how)
         else:
             logp = token_stats(rows, tokens.target, group=shards, detach=(), **how).logprobs
             assert logp is not None
@@ -185,7 +188,7 @@ def linear_topk_distillation_loss(
     tail: str = "bin",
     divergence: str = "forward_kl",
     interpolation: float = 0.5,
-    temperature: float = 1.0,
+    temperature: Number = 1.0,
     temperature_squared: bool = False,
     logit_scale: float = 1.0,
     softcap: float | None = None,
@@ -227,16 +230,16 @@ def linear_topk_distillation_loss(
     if vocab < 1:
         raise ShapeError("linear_weight: expected at least one class, got 0")
     _check_teacher(teacher_ids, teacher_logprobs, lead, vocab, input.device)
-    options = _options(
-        tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index
+    later, options = _options(
+        tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index,
+        lead, input,
     )  # fmt: skip
-    dtype = heads.compute_dtype(input)
+    dtype = heads.compute_dtype(input, linear_weight)
     ids, logprobs = checks.as_rows(teacher_ids), checks.as_rows(teacher_logprobs.detach())
     tokens = _tokens(input, ids, target, ignore_index, token_weight, normalizer, reduction, ACC_DTYPES[dtype])
-    later, options = _second_call(options, temperature)
     call = resolve_call(
         "linear_topk_distillation_loss", backend, input, linear_weight, linear_bias, ids, logprobs,
-        tokens.target, token_weight, dtype=dtype,
+        tokens.target, token_weight, options.row_scale, dtype=dtype,
     )  # fmt: skip
     needs, per_row = heads.needs_of(input, linear_weight, linear_bias), reduction == "none"
     factors = None if per_row else tokens.weights if dtype in LATE_DTYPES else tokens.weights * tokens.scale
@@ -282,9 +285,8 @@ def linear_topk_distillation_loss(
             linear_weight=linear_weight, target=tokens.target, **heads.as_given(rows, linear_weight, linear_bias),
             ignore_index=ignore_index, reduction="none" if per_row else "sum", token_weight=None if per_row else tokens.weights,
             logit_scale=logit_scale, softcap=softcap, chunk_size=chunk_size, memory=memory, group=shards, logits_dtype=logits_dtype,
-            return_stats=True, backend=backend,
+            return_stats=True, loss_dtype=value.dtype, backend=backend,
         )  # fmt: skip
-        hard = hard.to(value.dtype)
         more = (hard * tokens.weights).reshape(lead) * later if per_row else hard * (tokens.scale * later)
         value = value + more
         statistics[-1] = -stats.logprobs
@@ -307,33 +309,32 @@ def _options(
     tail: str,
     divergence: str,
     interpolation: float,
-    temperature: float,
+    temperature: Number,
     temperature_squared: bool,
     logit_scale: float,
     softcap: float | None,
     hard_loss_coef: float,
     target: Tensor | None,
     ignore_index: int,
-) -> TopKOptions:
+    lead: torch.Size,
+    like: Tensor,
+) -> tuple[float, TopKOptions]:
+    """(the coefficient of a hard loss that has logits of its own, 0: none; the options of the rest)."""
     checks.is_one_of("tail", tail, TAILS)
     checks.is_one_of("divergence", divergence, DISTILLATION_DIVERGENCES)
     w = checks.number("interpolation", interpolation, low=0.0, high=1.0)
-    row = positive_options(temperature, logit_scale, softcap)
+    row = positive_options(temperature, logit_scale, softcap, lead, like)
     coef = checks.number("hard_loss_coef", hard_loss_coef, low=0.0)
     if coef and target is None:
         raise ValueError("hard_loss_coef: expected 0 where target is None")
     name = at_the_end(divergence, w)
-    factor = temperature * temperature if temperature_squared else 1.0
-    return TopKOptions(
-        DISTILLATION_DIVERGENCES.index(name), w, TAILS.index(tail), row.scale, row.softcap, factor, coef, int(ignore_index)
+    factor, row_factor = squared(temperature, row.row_scale) if temperature_squared else (1.0, None)
+    apart = isinstance(temperature, Tensor) or temperature != 1.0
+    options = TopKOptions(
+        DISTILLATION_DIVERGENCES.index(name), w, TAILS.index(tail), row.scale, row.softcap, factor, 0.0 if apart else coef,
+        int(ignore_index), row.row_scale, row_factor,
     )  # fmt: skip
-
-
-def _second_call(options: TopKOptions, temperature: float) -> tuple[float, TopKOptions]:
-    """The coefficient of a hard loss that has logits of its own (0: none), and the options of the rest."""
-    if temperature == 1.0 or not options.hard_loss_coef:
-        return 0.0, options
-    return options.hard_loss_coef, replace(options, hard_loss_coef=0.0)
+    return (coef if apart else 0.0), options
 
 
 def _tokens(

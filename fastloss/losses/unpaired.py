@@ -61,6 +61,7 @@ def kto_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    token_weight: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> UnpairedOutput:
@@ -80,6 +81,8 @@ def kto_loss(
         loss_type: "kto", or "apo_zero_unpaired" (arXiv:2408.06266), which has no ``kl``.
         desirable_weight, undesirable_weight: λ_D, λ_U.
         weights: a constant factor of each response's loss, ``[B]``.
+        token_weight: a constant factor of each token's log-prob, of the token log-probs' shape, in both models' sums (a ``ref_logps [B]`` is
+            taken as sums that have it); that of a masked token may be anything.
 
     Returns:
         :class:`UnpairedOutput`, in float32 (float64 for float64 log-probs). No responses: loss 0.
@@ -92,7 +95,7 @@ def kto_loss(
     >>> fastloss.kto_loss(logps, ref, torch.tensor([True, False]), kl=0.0).loss
     tensor(0.5000)
     """
-    if weights is None and mask is None and cu_seqlens is None:
+    if weights is None and mask is None and cu_seqlens is None and token_weight is None:
         shift = (kl_logps, ref_kl_logps) if kl is None and kl_logps is not None else kl
         given = (kl_logps is None) == (ref_kl_logps is None) and (kl is None or kl_logps is None)
         needs = loss_type == "kto"
@@ -115,6 +118,7 @@ def kto_loss(
         weights,
         mask,
         cu_seqlens,
+        token_weight,
         backend,
     )
 
@@ -133,6 +137,7 @@ def bco_loss(
     weights: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    token_weight: Tensor | None = None,
     reduction: str = "mean",
     backend: str = "auto",
 ) -> UnpairedOutput:
@@ -153,7 +158,7 @@ def bco_loss(
     >>> round(fastloss.bco_loss(logps, logps, torch.tensor([True, False])).loss.item(), 4)
     0.6931
     """
-    plain = weights is None and mask is None and cu_seqlens is None
+    plain = weights is None and mask is None and cu_seqlens is None and token_weight is None
     numbers = beta, desirable_weight, undesirable_weight
     if plain and _is_direct(logps, ref_logps, desirable, delta, numbers, backend):
         return _direct("bco", numbers, reduction, logps, ref_logps, desirable, delta)
@@ -168,6 +173,7 @@ def bco_loss(
         weights,
         mask,
         cu_seqlens,
+        token_weight,
         backend,
     )
 
@@ -316,6 +322,7 @@ def _unpaired(
     weights: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    token_weight: Tensor | None,
     backend: str,
 ) -> UnpairedOutput:
     checks.is_floating("logps", logps)
@@ -324,22 +331,39 @@ def _unpaired(
     tokens = None
     if logps.dim() != 1 or cu_seqlens is not None:
         tokens = tokens_of("", x, mask, cu_seqlens, acc)
-    elif mask is not None:
-        raise ShapeError(f"mask: expected token log-probs [B, T], got logps of shape {list(logps.shape)}")
+    for name, given in (("mask", mask), ("token_weight", token_weight)):
+        if tokens is None and given is not None:
+            raise ShapeError(
+                f"{name}: expected token log-probs [B, T], got logps of shape {list(logps.shape)}"
+            )
+    own = None
+    if tokens is not None and token_weight is not None:
+        checks.token_weight("token_weight", token_weight, tuple(logps.shape), x.device)
+        own = tokens.weighted(token_weight.detach().reshape(-1))
     count = x.shape[0] if tokens is None else tokens.layout.count
     good = _labels(desirable, count, x.device)
     weight = constant("weights", weights, count, acc, x.device)
     kl = shift(acc, x.device)
     call = resolve_call(
-        function, backend, x, ref_logps, desirable, weights, mask, cu_seqlens, kl, has_operators=False
+        function,
+        backend,
+        x,
+        ref_logps,
+        desirable,
+        weights,
+        mask,
+        cu_seqlens,
+        kl,
+        token_weight,
+        has_operators=False,
     )
     call.announce()
     if tokens is not None:
-        x = groups.sum_tokens(call.backend, tokens, x)
+        x = groups.sum_tokens(call.backend, tokens, x, own)
     if ref_logps is None or tokens is None or ref_logps.shape != logps.shape:
         ref = constant("ref_logps", ref_logps, count, acc, x.device)
     else:
-        ref = groups.sum_tokens(call.backend, tokens, ref_logps.detach().to(acc))
+        ref = groups.sum_tokens(call.backend, tokens, ref_logps.detach().to(acc), own)
     if kl is None and o.name == "bco":
         ratio = x.detach() if ref is None else x.detach() - ref
         kl = (o.beta * ratio.sum() / max(count, 1)).reshape(1)

@@ -49,14 +49,16 @@ def distillation_rows(
     y = y if teacher_bias is None else y + teacher_bias
     # An ignored row may hold anything, NaN too: it is replaced before anything is computed from it.
     z, y = torch.where(keep, z, 0.0), torch.where(keep, y, 0.0)
-    log_q = (z * o.scale).log_softmax(-1)
-    log_p = (y * o.teacher_scale).log_softmax(-1)
+    log_q = _scaled(z, o.scale, o.row_scale).log_softmax(-1)
+    log_p = _scaled(y, o.teacher_scale, o.teacher_row_scale).log_softmax(-1)
     if o.divergence not in range(len(DISTILLATION_DIVERGENCES)):
         raise ValueError(
             f"divergence: expected a code of {', '.join(DISTILLATION_DIVERGENCES)}, got {o.divergence}"
         )
     name = DISTILLATION_DIVERGENCES[o.divergence]
     loss = divergence(name, log_p, log_q, o.interpolation).sum(-1) * o.factor
+    if o.row_factor is not None:
+        loss = loss * o.row_factor
     hard = torch.zeros_like(loss)
     if o.hard_loss_coef and target is not None:
         label = torch.where(valid & ~bad, target, 0).unsqueeze(-1)
@@ -76,6 +78,10 @@ def distillation_rows(
         )
     made = (torch.where(valid, torch.where(bad, math.nan, row), 0.0) for row in (loss, *rows))
     return DistillationRows(*made)
+
+
+def _scaled(z: Tensor, scale: float, row_scale: Tensor | None) -> Tensor:
+    return z * scale if row_scale is None else z * (row_scale * scale).unsqueeze(-1)
 
 
 def _plogp(log_p: Tensor) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastloss.reference.distillation import divergence
 from fastloss.reference.logits import effective_logits
-from fastloss.tables import ACC_DTYPES, DISTILLATION_DIVERGENCES, TAILS, TopKOptions
+from fastloss.tables import ACC_DTYPES, DISTILLATION_DIVERGENCES, TAILS, Number, TopKOptions
 
 
 def selected_logprobs(
-    logits: Tensor, ids: Tensor, *, scale: float = 1.0, softcap: float | None = None
+    logits: Tensor, ids: Tensor, *, scale: Number = 1.0, softcap: float | None = None
 ) -> Tensor:
-    """Of ``logits [N, V]`` at ``ids [N, K]``: 0 at -1, NaN in a row that has an id of no class."""
+    """Of ``logits [N, V]`` at ``ids [N, K]``: 0 at -1, NaN in a row that has an id of no class. ``scale``: a number, or ``[N]``."""
     bad = ((ids < -1) | (ids >= logits.shape[1])).any(1, keepdim=True)
     # A row without ids may hold anything: it is replaced before anything is computed from it.
     logits = torch.where((ids != -1).any(1, keepdim=True), logits, 0.0)
@@ -48,7 +48,9 @@ def topk_distillation_rows(
     if target is not None:
         bad = valid & (bad | (target < 0) | (target >= vocab))
     z = effective_logits(
-        torch.where(valid[:, None], logits.to(acc), 0.0), scale=o.scale, softcap=o.softcap or None
+        torch.where(valid[:, None], logits.to(acc), 0.0),
+        scale=o.row_options().factor,
+        softcap=o.softcap or None,
     )
     log_q = z.log_softmax(-1)
     place = torch.where(named & ~bad[:, None], ids, 0)
@@ -86,6 +88,8 @@ def topk_distillation_rows(
         return f.sum(1)
 
     loss = terms(DISTILLATION_DIVERGENCES[o.divergence]) * o.factor
+    if o.row_factor is not None:
+        loss = loss * o.row_factor
     hard = torch.zeros_like(loss)
     if o.hard_loss_coef and target is not None:
         hard = -log_q.gather(1, torch.where(valid & ~bad, target, 0)[:, None]).squeeze(1)

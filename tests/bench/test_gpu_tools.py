@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import sys
@@ -150,7 +151,14 @@ def test_the_benchmark_takes_the_stages_options() -> None:
 def test_smoke_says_a_line_each(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     smoke = load("smoke")
     options = ["--device", "cpu", "--small", "--only"]
-    for only, lines in (("rows 503", 4), ("head 1000", 2), ("losses", 3), ("flop", 1), ("autocast", 1)):
+    for only, lines in (
+        ("rows 503", 4),
+        ("head 1000", 2),
+        ("scaled exponentials 503", 1),
+        ("losses", 3),
+        ("flop", 1),
+        ("autocast", 1),
+    ):
         assert smoke.main([*options, only]) == 0
         said = capsys.readouterr().out.splitlines()
         assert len(said) == lines and all(line.startswith("ok ") for line in said)
@@ -168,6 +176,7 @@ def test_smoke_knows_what_a_gpu_is_used_for() -> None:
         for dtype in ("float32", "bfloat16"):
             assert {f"rows {vocab} {dtype} {x}" for x in ("aligned", "odd strides")} <= set(names)
             assert f"head {vocab} {dtype}" in names
+        assert f"scaled exponentials {vocab}" in names
     assert {"graph", "side stream", "flop counter", "autocast", "compile"} <= set(names)
 
 
@@ -189,6 +198,8 @@ def test_ceilings_and_sweeps_write_what_they_found(tmp_path: Path, capsys: pytes
         "cpu, chunks of 16",
     }
     assert all(one["median"] > 0 for one in found)
+    first = [one["candidate"] for one in itertools.islice(sweeps.exponentials("cpu", True), 2)]
+    assert first == ["cpu, two passes", "cpu, scaled exponentials"]
 
 
 def test_a_candidate_that_fails_says_why() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastloss.engine.gate import address, of_dense, of_made
+from fastloss.engine.gate import address, addresses, of_dense, of_made, to_write
 
 
 def resized(elements: int, transposed: bool = False) -> Tensor:
@@ -89,3 +89,17 @@ def test_storage_that_came_back_passes() -> None:
     x.untyped_storage().resize_(0)
     x.untyped_storage().resize_(96)
     assert address(x) == x.data_ptr() != 0
+
+
+@pytest.mark.skipif(
+    not hasattr(Tensor, "const_data_ptr"), reason="this torch has no address that is only read"
+)
+def test_a_copy_on_write_tensor_is_copied_where_it_is_written() -> None:
+    x = torch.arange(4.0)
+    lazy = torch._lazy_clone(x)
+    assert address(lazy) == of_dense(lazy) == address(x) != 0
+    assert torch._C._is_cow_tensor(lazy)
+    # Read and written in one call: one memory for both, not the shared one.
+    places = addresses({"logits": lazy, "of": x}, {}, grad=lazy)
+    assert places["logits"] == places["grad"] == to_write(lazy) != places["of"]
+    assert not torch._C._is_cow_tensor(lazy)

@@ -42,6 +42,7 @@ SAME: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": _strided,
     "expanded": _dual_free,
     "parameter": lambda x: torch.nn.Parameter(x),
+    "copy-on-write": torch._lazy_clone,
     "transposed": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
 }
 
@@ -306,6 +307,51 @@ def _as(kind: str, x: Tensor) -> Tensor:
     if kind == "negative view":
         return torch._neg_view(-x) if x.is_floating_point() else x
     return x.clone().as_subclass(Wrapped) if kind == "subclass" else SAME[kind](x)
+
+
+_READS_ALONE = pytest.mark.skipif(
+    not hasattr(Tensor, "const_data_ptr"), reason="this torch has no address that is only read"
+)
+
+
+@_READS_ALONE
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_what_is_read_is_not_copied(name: str) -> None:
+    """Copy-on-write inputs and upstream gradients stay so, forward and backward."""
+    function, shapes = FUNCTIONS[name]
+    leaves = [x.requires_grad_() for x in _numbers(shapes)]
+    lazy = [torch._lazy_clone(x) for x in leaves]
+    value = function(*lazy)
+    assert all(map(torch._C._is_cow_tensor, lazy))
+    if value.requires_grad:
+        upstream = torch._lazy_clone(torch.full_like(value, 2.0))
+        torch.autograd.grad(value, leaves, upstream, allow_unused=True)
+        assert all(map(torch._C._is_cow_tensor, [*lazy, upstream]))
+
+
+@_READS_ALONE
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_no_constant_is_copied(name: str) -> None:
+    function, constants, rest = CONSTANTS[name]
+    given = {
+        n: torch._lazy_clone(x) if isinstance(x, Tensor) else x for n, x in {**rest, **constants}.items()
+    }
+    getattr(fastloss, function)(**given)
+    assert [n for n, x in given.items() if isinstance(x, Tensor) and not torch._C._is_cow_tensor(x)] == []
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_gradient_in_the_place_of_copy_on_write_logits(reduction: str) -> None:
+    """The tensor that shares its memory keeps its numbers."""
+    x = _seeded(5, 6)
+    leaf, kept = x.clone().requires_grad_(), x.clone()
+    whole = x.clone().requires_grad_()
+    fastloss.cross_entropy(whole, TARGET, reduction=reduction).sum().backward()
+    shared = leaf * 1
+    other = torch._lazy_clone(shared.detach())
+    fastloss.cross_entropy(shared, TARGET, reduction=reduction, inplace=True).sum().backward()
+    assert torch.equal(other, kept)
+    assert torch.equal(leaf.grad, whole.grad)
 
 
 def _first(out: Any) -> Tensor:

@@ -328,6 +328,13 @@ def k_dimensional(d: Draw) -> Case:
     return Case("linear_cross_entropy", tensors, options, HEAD, head=HEAD)
 
 
+def own_temperature(d: Draw, tensors: Tensors, options: Options, lead: tuple[int, ...]) -> None:
+    """A temperature for each token, in place of a number."""
+    if d.chance(0.15):
+        options.pop("temperature", None)
+        tensors["temperature"] = d.uniform(lead, 0.4, 2.5)
+
+
 def distillation_options(d: Draw, tensors: Tensors, lead: tuple[int, ...], vocab: int) -> Options:
     options = some(
         d,
@@ -343,6 +350,7 @@ def distillation_options(d: Draw, tensors: Tensors, lead: tuple[int, ...], vocab
         options |= some(d, hard_loss_coef=lambda: 0.3)
     if d.chance(0.2):
         tensors["token_weight"] = d.uniform(lead, 0.0, 2.0)
+    own_temperature(d, tensors, options, lead)
     return options
 
 
@@ -360,6 +368,7 @@ def selected_logprobs(d: Draw) -> Case:
     lead, vocab = d.lead(), d.vocab()
     tensors = {"logits": d.logits((*lead, vocab), infinite=False), "ids": some_ids(d, lead, vocab)}
     options = some(d, temperature=lambda: d.pick(0.5, 2.0), softcap=lambda: d.pick(5.0, 30.0))
+    own_temperature(d, tensors, options, lead)
     return Case("selected_logprobs", tensors, options, ("logits",))
 
 
@@ -367,6 +376,7 @@ def linear_selected_logprobs(d: Draw) -> Case:
     lead, vocab = d.lead(), d.vocab()
     tensors = hidden_and_weight(d, lead, vocab) | {"ids": some_ids(d, lead, vocab)}
     options = some(d, temperature=lambda: d.pick(0.5, 2.0), softcap=lambda: d.pick(5.0, 30.0))
+    own_temperature(d, tensors, options, lead)
     return Case("linear_selected_logprobs", tensors, options | head_options(d), HEAD, head=HEAD)
 
 
@@ -449,7 +459,10 @@ def pairs(d: Draw, *, reference: bool = True, lengths: bool = True) -> tuple[Ten
         shapes = [(d.pick(1, 6, 15),) for _ in range(2)]
         for side, shape in zip(("chosen", "rejected"), shapes):
             tensors[f"{side}_cu_seqlens"] = d.borders(count, shape[0])
+    weighted = how != "whole" and d.chance(0.15)
     for side, shape in zip(("chosen", "rejected"), shapes):
+        if weighted:
+            tensors[f"{side}_token_weight"] = d.uniform(shape, 0.0, 2.0)
         tensors[f"{side}_logps"] = d.hide(logprobs(d, shape), tensors.get(f"{side}_mask"))
         if reference:
             of = (count,) if d.chance(0.5) else shape
@@ -637,6 +650,8 @@ def unpaired(function: str) -> Any:
             tensors["ref_logps"] = d.hide(logprobs(d, of), tensors.get("mask"))
         else:
             options["ref_logps"] = None
+        if how != "whole" and d.chance(0.15):
+            tensors["token_weight"] = d.uniform(shape, 0.0, 2.0)
         tensors["desirable"] = d.mask((count,)).bool()
         if function == "kto_loss":
             options |= kto_options(d, tensors, count)

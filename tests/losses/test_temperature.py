@@ -101,7 +101,53 @@ def supervised_none(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
     return (out.loss * out.loss.detach()).sum()
 
 
-HEADS = (cross_entropy, per_row, smoothed, statistics, frozen, dpo, kto, policy, supervised, supervised_none)
+def _ids() -> Tensor:
+    """A repeated class, and padding; the row without a class is left out."""
+    ids = torch.arange(ROWS * 4, device=DEVICE).view(ROWS, 4) % VOCAB
+    ids[:, 3], ids[1, 2:], ids[3] = ids[:, 0], -1, -1
+    return ids
+
+
+def selected(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    logp = fastloss.linear_selected_logprobs(hidden, weight, _ids(), temperature=t, **o)
+    return (logp * logp.detach()).mean()
+
+
+def _topk(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    logp = torch.linspace(-3, -1.5, ROWS * 4, device=DEVICE).view(ROWS, 4)
+    out = fastloss.linear_topk_distillation_loss(hidden, weight, _ids(), logp, target(), temperature=t, **o)
+    return (out.loss * out.loss.detach()).sum()
+
+
+def topk(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    return _topk(hidden, weight, t, divergence="jsd", **o)
+
+
+def topk_none(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    return _topk(hidden, weight, t, tail="renormalize", reduction="none", **o)
+
+
+def _two_heads(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    """The teacher's logits are divided by the same temperature through its hidden states, or by the function."""
+    theirs, head = made(ROWS, 6).to(hidden.dtype), made(VOCAB, 6).to(hidden.dtype)
+    if not isinstance(t, Tensor):
+        theirs = theirs / temperature(hidden.dtype)[:, None]
+    out = fastloss.linear_distillation_loss(hidden, weight, theirs, head, target(), temperature=t, **o)
+    return (out.loss * out.loss.detach()).sum()
+
+
+def two_heads(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    return _two_heads(hidden, weight, t, divergence="skewed_reverse_kl", interpolation=0.3, **o)
+
+
+def two_heads_none(hidden: Tensor, weight: Tensor, t: Any, **o: Any) -> Tensor:
+    return _two_heads(hidden, weight, t, reduction="none", **o)
+
+
+HEADS = (
+    cross_entropy, per_row, smoothed, statistics, frozen, dpo, kto, policy, supervised, supervised_none, selected, topk, topk_none,
+    two_heads, two_heads_none,
+)  # fmt: skip
 
 
 def _gradients(
@@ -368,3 +414,125 @@ def test_a_supervised_loss_of_a_head_compiled() -> None:
     step = torch.compile(supervised, fullgraph=True, backend="aot_eager")
     for a, b in zip(_gradients(step, temperature(), torch.float32), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+TEACHER = made(ROWS, VOCAB).flip(1).to(torch.bfloat16)
+
+
+def _taught(x: Tensor, t: Any, name: str, **o: Any) -> Tensor:
+    """Losses of logits, whose hard loss is at temperature 1 and whose divergence is multiplied by T²."""
+    how: dict[str, Any] = {"temperature": t, **o}
+    if name == "selected_logprobs":
+        return (fastloss.selected_logprobs(x, _ids(), softcap=3.0, logit_scale=1.5, **how) ** 2).sum()
+    how |= {"hard_loss_coef": 0.3, "temperature_squared": True, "token_weight": temperature(torch.float32)}
+    if name == "distillation_loss":
+        teacher = TEACHER.to(x.dtype)
+        how["teacher_temperature"] = how["temperature"] * 2
+        return fastloss.distillation_loss(x, teacher, target(), divergence="jsd", **how).loss
+    logp = torch.linspace(-3, -1.5, ROWS * 4, device=DEVICE).view(ROWS, 4)
+    return fastloss.topk_distillation_loss(
+        x, _ids(), logp, target(), divergence="alpha", softcap=3.0, **how
+    ).loss
+
+
+TAUGHT = ("selected_logprobs", "distillation_loss", "topk_distillation_loss")
+
+
+def _one_by_one(x: Tensor, name: str) -> Tensor:
+    """Each token by a call of its own, with its temperature as a number."""
+
+    def alone(n: int, t: float) -> Tensor:
+        mine = torch.arange(ROWS, device=DEVICE) == n
+        kept = target().where(mine, -100)
+        if name == "selected_logprobs":
+            logp = fastloss.selected_logprobs(
+                x[n : n + 1],
+                _ids()[n : n + 1],
+                softcap=3.0,
+                logit_scale=1.5,
+                temperature=t,
+                backend="reference",
+            )
+            return (logp**2).sum()
+        how: dict[str, Any] = {
+            "hard_loss_coef": 0.3, "temperature_squared": True, "token_weight": temperature(torch.float32), "temperature": t,
+            "reduction": "sum", "backend": "reference",
+        }  # fmt: skip
+        if name == "distillation_loss":
+            teacher = TEACHER.to(x.dtype)
+            return fastloss.distillation_loss(
+                x, teacher, kept, divergence="jsd", teacher_temperature=2 * t, **how
+            ).loss
+        logp = torch.linspace(-3, -1.5, ROWS * 4, device=DEVICE).view(ROWS, 4)
+        return fastloss.topk_distillation_loss(
+            x, _ids(), logp, kept, divergence="alpha", softcap=3.0, **how
+        ).loss
+
+    total = torch.stack([alone(n, t) for n, t in enumerate(temperature().tolist())]).sum()
+    return total if name == "selected_logprobs" else total / (target() >= 0).sum()
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("name", TAUGHT)
+def test_losses_of_logits_that_learn_from_a_teacher(name: str, backend: str) -> None:
+    need(backend)
+    y = made(ROWS, VOCAB).double().requires_grad_()
+    expected = _one_by_one(y, name)
+    right = torch.autograd.grad(expected, y)[0]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        x = made(ROWS, VOCAB).to(dtype).requires_grad_()
+        if dtype == torch.bfloat16:
+            y = x.detach().double().requires_grad_()
+            expected = _one_by_one(y, name)
+            right = torch.autograd.grad(expected, y)[0]
+        got = _taught(x, temperature(), name, backend=backend)
+        torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
+        grad = torch.autograd.grad(got, x)[0]
+        torch.testing.assert_close(grad.double(), right, rtol=tolerance, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_losses_of_logits_compiled_once_for_every_temperature(name: str) -> None:
+    torch.compiler.reset()
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return _taught(x, t, name)
+
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    for factor in (1.0, 2.0):
+        x, t = made(ROWS, VOCAB).requires_grad_(), temperature(torch.float32) * factor
+        expected, got = loss(x, t), compiled(x, t)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(v, x)[0] for v in (got, expected)))
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_teachers_temperature_that_does_not_fit(name: str) -> None:
+    for wrong, message in (
+        (temperature()[:3], r"temperature: expected a number, or shape \[8\], got \[3\]"),
+        (temperature() - 0.4, "temperature: expected finite numbers > 0"),
+        (temperature().clone().requires_grad_(), "requires no gradient"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _taught(made(ROWS, VOCAB), wrong, name)
+    if name == "distillation_loss":
+        x = made(ROWS, VOCAB)
+        with pytest.raises(ValueError, match="teacher_temperature: expected finite numbers > 0"):
+            fastloss.distillation_loss(x, x, teacher_temperature=temperature() - 0.4)
+
+
+def test_second_derivatives_of_losses_with_a_teacher() -> None:
+    x = made(ROWS, VOCAB)[:2, :5].double().requires_grad_()
+    t, ids = temperature()[:2], _ids()[:2] % 5
+    torch.autograd.gradgradcheck(lambda a: fastloss.selected_logprobs(a, ids, temperature=t), (x,))
+    teacher = TEACHER[:2, :5].double()
+    torch.autograd.gradgradcheck(
+        lambda a: fastloss.distillation_loss(a, teacher, temperature=t, temperature_squared=True).loss, (x,)
+    )

@@ -280,3 +280,120 @@ def test_of_log_probs_what_it_leaves_alone_and_refuses():
     ):
         with pytest.raises(error, match=says):
             fastloss.linear_preference_loss(*given, token_weight=wrong, reference_free=True)
+
+
+def _responses(packed, dtype):
+    """(chosen or rejected log-probs, mask or borders, reference, weight) of 3 responses; a masked token's weight is NaN."""
+    generator = torch.Generator().manual_seed(7)
+    out = []
+    for length in (6, 4):
+        logps, ref = (-torch.rand(3, length, generator=generator) * 3 for _ in range(2))
+        weight = torch.rand(3, length, generator=generator) * 2
+        mask = torch.ones(3, length, dtype=torch.bool)
+        mask[0, 2:], weight[1, 0] = False, 0.0
+        where = mask
+        if packed:
+            logps, ref, weight = (x[mask] for x in (logps, ref, weight))
+            where = torch.cat([torch.zeros(1, dtype=torch.int32), mask.sum(1).cumsum(0).int()])
+        else:
+            logps[~mask] = ref[~mask] = weight[~mask] = float("nan")
+        out.append(
+            [
+                x.to(DEVICE, dtype) if x.is_floating_point() else x.to(DEVICE)
+                for x in (logps, where, ref, weight)
+            ]
+        )
+    return out
+
+
+def _gradients_of(out, leaves):
+    out.loss.sum().backward()
+    return [out.loss.detach(), *(x.grad.nan_to_num() for x in leaves)]
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", ["sigmoid", "sft"]])
+def test_pairs_of_log_probs(loss_type, packed, backend):
+    """As weights times log-probs would have it, whose likelihood term stays without them."""
+    need(backend)
+    dtype = torch.float32
+    where = "cu_seqlens" if packed else "mask"
+    (c, c_where, rc, c_weight), (r, r_where, rr, r_weight) = _responses(packed, dtype)
+    places = {f"chosen_{where}": c_where, f"rejected_{where}": r_where}
+    leaves = [x.clone().requires_grad_() for x in (c, r)]
+    weights = {"chosen_token_weight": c_weight, "rejected_token_weight": r_weight}
+    got = _gradients_of(
+        fastloss.preference_loss(*leaves, rc, rr, loss_type=loss_type, backend=backend, **places, **weights),
+        leaves,
+    )
+    own = [x.double().requires_grad_() for x in (c, r)]
+    zero = [torch.nan_to_num(x.double()) for x in (c_weight, r_weight)]
+    nll = {}
+    if isinstance(loss_type, list):
+        kept = own[0].nan_to_num() if not packed else own[0]
+        sizes = c_where.diff() if packed else c_where.sum(1)
+        sums = torch.stack([x.sum() for x in kept.split(sizes.tolist())]) if packed else kept.sum(1)
+        nll = {"chosen_nll_logps": sums, "chosen_nll_lengths": sizes}
+    weighted = [
+        x.nan_to_num() * w for x, w in zip((*own, rc.double(), rr.double()), (*zero, *zero), strict=True)
+    ]
+    want = _gradients_of(
+        fastloss.preference_loss(*weighted, loss_type=loss_type, backend="reference", **places, **nll), own
+    )
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+    # Sums of the reference that have the weights already.
+    sums = [
+        x.sum(1) if not packed else torch.stack([y.sum() for y in x.split(p.diff().tolist())])
+        for x, p in zip(weighted[2:], (c_where, r_where), strict=True)
+    ]
+    given = fastloss.preference_loss(
+        c, r, *(x.to(dtype) for x in sums), loss_type=loss_type, backend=backend, **places, **weights
+    )
+    torch.testing.assert_close(given.loss, got[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("function", [fastloss.kto_loss, fastloss.bco_loss])
+def test_single_responses_of_log_probs(function, packed, backend):
+    need(backend)
+    logps, where, ref, weight = _responses(packed, torch.float32)[0]
+    options = {"cu_seqlens" if packed else "mask": where} | (
+        {"kl": 0.1} if function is fastloss.kto_loss else {}
+    )
+    good = torch.tensor([True, False, True], device=DEVICE)
+    x, y = logps.clone().requires_grad_(), logps.double().requires_grad_()
+    got = _gradients_of(function(x, ref, good, token_weight=weight, backend=backend, **options), [x])
+    zero = weight.double().nan_to_num()
+    want = function(
+        y.nan_to_num() * zero, ref.double().nan_to_num() * zero, good, backend="reference", **options
+    )
+    for one, other in zip(got, _gradients_of(want, [y]), strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_log_probs_that_do_not_fit():
+    (c, mask, *_, weight), (r, other, *_) = _responses(False, torch.float32)
+    places = {"chosen_mask": mask, "rejected_mask": other, "reference_free": True}
+    good = torch.tensor([True, False, True], device=DEVICE)
+    for wrong, kind, text in (
+        (weight[:, :3], ValueError, r"token_weight: expected shape \[3, 6\]"),
+        (mask, TypeError, "token_weight: expected float32"),
+        (
+            weight.clone().requires_grad_(),
+            ValueError,
+            "token_weight: expected a tensor that requires no gradient",
+        ),
+    ):
+        with pytest.raises(kind, match="chosen_" + text):
+            fastloss.preference_loss(c, r, chosen_token_weight=wrong, **places)
+        with pytest.raises(kind, match=text):
+            fastloss.kto_loss(c, None, good, kl=0.0, mask=mask, token_weight=wrong)
+    sums = torch.zeros(3, device=DEVICE)
+    with pytest.raises(ValueError, match=r"rejected_token_weight: expected token log-probs \[B, T\]"):
+        fastloss.dpo_loss(sums, sums, sums, sums, rejected_token_weight=sums)
+    for function, options in ((fastloss.kto_loss, {"kl": 0.0}), (fastloss.bco_loss, {})):
+        with pytest.raises(ValueError, match=r"token_weight: expected token log-probs \[B, T\]"):
+            function(sums, sums, good, token_weight=sums, **options)

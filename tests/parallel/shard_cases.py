@@ -194,11 +194,16 @@ def supervised(**options: Any) -> Case:
     return run
 
 
+def _named(options: dict[str, Any], x: dict[str, Tensor]) -> dict[str, Any]:
+    """A temperature that is a name is one for each token."""
+    return {k: x[v] if k == "temperature" and isinstance(v, str) else v for k, v in options.items()}
+
+
 def distillation(**options: Any) -> Case:
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         out = fastloss.linear_distillation_loss(
             x["hidden"], x["weight"], x["teacher_hidden"], x["teacher_weight"], x["target"], linear_bias=x["bias"],
-            teacher_bias=x["teacher_bias"], token_weight=x["token_weight"], **options, **how,
+            teacher_bias=x["teacher_bias"], token_weight=x["token_weight"], **_named(options, x), **how,
         )  # fmt: skip
         return [out.loss, *out.metrics.values()]
 
@@ -209,7 +214,7 @@ def topk_distillation(**options: Any) -> Case:
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         out = fastloss.linear_topk_distillation_loss(
             x["hidden"], x["weight"], x["ids"], x["teacher_logprobs"], x["target"], linear_bias=x["bias"],
-            token_weight=x["token_weight"], **options, **how,
+            token_weight=x["token_weight"], **_named(options, x), **how,
         )  # fmt: skip
         return [out.loss, *out.metrics.values()]
 
@@ -220,7 +225,7 @@ def selected(**options: Any) -> Case:
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         return [
             fastloss.linear_selected_logprobs(
-                x["hidden"], x["weight"], x["ids"], linear_bias=x["bias"], **options, **how
+                x["hidden"], x["weight"], x["ids"], linear_bias=x["bias"], **_named(options, x), **how
             )
         ]
 
@@ -281,7 +286,7 @@ def of_cut_logits(function: Case) -> Case:
 def distillation_of_logits(**options: Any) -> Case:
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         teacher = torch.nn.functional.linear(x["teacher_hidden"], x["teacher_weight"], x["teacher_bias"])
-        out = fastloss.distillation_loss(logits_of(x), teacher, x["target"], **options, **how)
+        out = fastloss.distillation_loss(logits_of(x), teacher, x["target"], **_named(options, x), **how)
         return [out.loss, *out.metrics.values()]
 
     return of_cut_logits(run)
@@ -290,7 +295,7 @@ def distillation_of_logits(**options: Any) -> Case:
 def topk_of_logits(**options: Any) -> Case:
     def run(x: dict[str, Tensor], how: dict[str, Any]) -> list[Tensor]:
         out = fastloss.topk_distillation_loss(
-            logits_of(x), x["ids"], x["teacher_logprobs"], x["target"], **options, **how
+            logits_of(x), x["ids"], x["teacher_logprobs"], x["target"], **_named(options, x), **how
         )
         return [out.loss, *out.metrics.values()]
 
@@ -396,6 +401,17 @@ CASES: dict[str, Case] = {
         tail="renormalize", divergence="reverse_kl", hard_loss_coef=0.5, reduction="none"
     ),
     "log-probs of given classes": selected(temperature=0.7, softcap=4.0),
+    "distillation: a temperature for each token, hard loss": distillation(
+        divergence="jsd", temperature="temperature", temperature_squared=True, hard_loss_coef=0.5
+    ),
+    "top-k distillation: a temperature for each token, hard loss": topk_distillation(
+        temperature="temperature", temperature_squared=True, softcap=4.0, hard_loss_coef=0.5
+    ),
+    "log-probs of given classes: a temperature for each token": selected(
+        temperature="temperature", softcap=4.0
+    ),
+    "logits: distillation: a temperature for each token": distillation_of_logits(temperature="temperature"),
+    "logits: top-k distillation: a temperature for each token": topk_of_logits(temperature="temperature"),
     "kept classes: statistics": over_support(*KEPT, temperature=0.7, softcap=4.0),
     "kept classes: GRPO with entropy": policy_over_support(loss_type="grpo", entropy_coef=0.01),
     "kept classes: GSPO, sequence ratios": policy_over_support(loss_type="gspo"),

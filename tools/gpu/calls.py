@@ -97,6 +97,16 @@ def calls(backend: str, device: str, rows: int, vocab: int) -> Iterator[tuple[st
         "linear_cross_entropy",
         lambda: backward(fastloss.linear_cross_entropy(hidden.view(-1, dim), weight, target, **o)),
     )
+    if backend != "cpu":
+        from fastloss.bench import internals
+
+        low = [x.detach().to(torch.bfloat16).requires_grad_() for x in (hidden.view(-1, dim), weight)]
+
+        def scaled() -> Tensor:
+            with internals.scaled_exponentials():
+                return backward(fastloss.linear_cross_entropy(*low, target, z_loss=1e-3, **o))
+
+        yield "linear_cross_entropy, scaled exponentials", scaled
     yield (
         "linear_preference_loss",
         lambda: backward(

@@ -107,7 +107,7 @@ STAGES = {
         lambda out, seconds: _bench(out, seconds, "--cases", "linear-*", "--cases", "row-*", "--skip", "torch.compile"),
     ),
     "sweeps": Stage(
-        "chunks, launch shapes, variants of the CUDA module",
+        "chunks, scaled exponentials, launch shapes, variants of the CUDA module",
         400,
         lambda out, seconds: _script("sweeps", "--out", str(out / "sweeps.json"), "--seconds", str(seconds - 60)),
     ),

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
+from fastloss.bench import internals
 
 Check = Callable[[], str]  # raises, or says what was measured
 # Of the largest entry of a gradient: what its dtype rounds away, and float32's sums over a vocabulary.
@@ -52,6 +53,31 @@ def head(device: str, vocab: int, dtype: torch.dtype, count: int, dim: int) -> C
             lambda h, w: F.cross_entropy(h @ w.t(), target),
             4 * TOLERANCE[dtype],  # logits are rounded too
         )
+
+    return check
+
+
+def scaled(device: str, vocab: int, count: int, dim: int) -> Check:
+    """The head with FASTLOSS_SCALED_EXPONENTIALS=1, one row of which must be redone."""
+
+    def check() -> str:
+        hidden = torch.randn(count, dim, device=device).to(torch.bfloat16)
+        weight = (torch.randn(vocab, dim, device=device) / dim**0.5).to(torch.bfloat16)
+        target = torch.randint(0, vocab, (count,), device=device)
+        target[:: max(2, count // 4)] = -100
+        hidden[1] *= 40.0
+        target[1] = (hidden[1] @ weight.t()).argmin()
+        with internals.scaled_exponentials():
+            told = fastloss.explain(
+                fastloss.linear_cross_entropy, hidden.requires_grad_(), weight.requires_grad_(), target
+            )
+            assert ("row_pass" in told) == (device != "cpu"), told
+            return _compare(
+                [hidden.detach(), weight.detach()],
+                lambda h, w: fastloss.linear_cross_entropy(h, w, target),
+                lambda h, w: F.cross_entropy(h @ w.t(), target),
+                4 * TOLERANCE[torch.bfloat16],
+            )
 
     return check
 
@@ -207,6 +233,7 @@ def checks(device: str, small: bool) -> Iterator[tuple[str, Check]]:
                 layout = "odd strides" if odd else "aligned"
                 yield f"rows {vocab} {kind} {layout}", rows(device, vocab, dtype, odd, count)
             yield f"head {vocab} {kind}", head(device, vocab, dtype, count, dim)
+        yield f"scaled exponentials {vocab}", scaled(device, vocab, count, dim)
     vocab = vocabularies[0]
     for name in ("preference", "policy", "gae"):
         yield f"losses {name}", losses(device, name)

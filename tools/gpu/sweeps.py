@@ -1,4 +1,4 @@
-"""Which chunk, which launch shape, which build of the CUDA module is fastest here? Candidates take turns.
+"""Which chunk, which launch shape, which way to the gradient, which build of the CUDA module is fastest here? Candidates take turns.
 
     python tools/gpu/sweeps.py [--out FILE] [--seconds 300] [--variants FOLDER] [--device cpu --small]
 
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 import fastloss
-from fastloss.bench import gpu
+from fastloss.bench import gpu, internals
 from fastloss.bench.case import Case
 from fastloss.bench.cases import data
 from fastloss.bench.clock import round_robin, summary
@@ -117,6 +117,24 @@ def launch_shapes(device: str, small: bool) -> Iterator[Found]:
             table.update(before)
 
 
+def exponentials(device: str, small: bool) -> Iterator[Found]:
+    """Cross-entropy from the head: two passes over a row of logits, or scaled exponentials in one."""
+    for case in gpu.cases(small):
+        if case.kind != "linear" or case.nograd:
+            continue
+
+        def candidate(backend: str, on: bool) -> Callable[..., Tensor]:
+            def loss(*tensors: Tensor) -> Tensor:
+                with internals.scaled_exponentials(on):
+                    return fastloss.linear_cross_entropy(*tensors, backend=backend)
+
+            return loss
+
+        ways = {"two passes": False, "scaled exponentials": True}
+        losses = {f"{b}, {way}": candidate(b, on) for b in available(device) for way, on in ways.items()}
+        yield from timed(case, losses, device)
+
+
 def rows(device: str, small: bool) -> Iterator[Found]:
     """Every backend over rows: what a variant of the module is seen by."""
     for case in gpu.cases(small):
@@ -151,7 +169,7 @@ def line(found: Found) -> str:
     return f"{name}: {found['reason']}" if "reason" in found else f"{name}: {found['median'] * 1e3:.3f} ms"
 
 
-PARTS = {"chunks": chunks, "shapes": launch_shapes, "rows": rows}
+PARTS = {"chunks": chunks, "exponentials": exponentials, "shapes": launch_shapes, "rows": rows}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,6 +6,7 @@
 
 #include "args.h"
 #include "cuda_emulation.h"
+#include "exponentials.h"
 #include "reduce.h"
 #include "tsan_pairs.h"
 #include "tsan_policy.h"
@@ -52,6 +53,23 @@ int main(int argc, char** argv) {
         ce.grad = x.data();
         if (!error) error = row_cross_entropy(in, ce, stats, nullptr);
         if (!error) error = row_grad(in, k, nullptr);
+        std::vector<uint4> logits(bytes / 16 + 1, uint4{0x3c013c02, 0x3c033c04, 0x3c053c06, 0x3c073c08});
+        const Logits own = {logits.data(), dtype,
+                            rows,          vocab,
+                            vocab,         target.data(),
+                            -100,          general ? ones.data() : nullptr,
+                            1.0f,          general ? 30.0f : 0.0f};
+        const Exponentials scaled = {logits.data(),
+                                     general ? ones.data() : nullptr,
+                                     {1.0f, 0.0f, 1e-4f},
+                                     1.0f,
+                                     nullptr,
+                                     &out[0],
+                                     &out[rows],
+                                     &out[3 * rows],
+                                     &out[4 * rows],
+                                     top.data()};
+        if (!error && dtype == kBFloat16) error = row_exponentials(own, scaled, nullptr);
         const float half = 0.5f;
         if (!error) error = scale_in_place({x.data(), dtype, rows, vocab, vocab, &half}, nullptr);
         float reduced[2];
