@@ -84,6 +84,24 @@ def multiply_wide(out: Tensor, a: Tensor, b: Tensor) -> None:
         torch.mm(a, b[:, start : start + CONVERT_BLOCK].float(), out=out[:, start : start + CONVERT_BLOCK])
 
 
+def multiply_thin(a: Tensor, b: Tensor) -> Tensor:
+    """a b in float32 ``[rows, r]``, of low-precision ``a [rows, V]`` and a thin float32 ``b [V, r]``, which is not rounded."""
+    if multiplies_wide(a.device, a.dtype):
+        high, low = split(b, a.dtype)
+        return torch.mm(a, high, out_dtype=torch.float32) + torch.mm(a, low, out_dtype=torch.float32)
+    out = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
+    for start in range(0, a.shape[1], CONVERT_BLOCK):
+        columns = a[:, start : start + CONVERT_BLOCK].to(out.dtype)
+        torch.addmm(out, columns, b[start : start + CONVERT_BLOCK], out=out)
+    return out
+
+
+def split(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two tensors of ``dtype`` whose sum is ``x`` to twice the digits of ``dtype``."""
+    high = x.to(dtype)
+    return high, (x - high.to(x.dtype)).to(dtype)
+
+
 def add_wide(out: Tensor, a: Tensor, b: Tensor) -> None:
     """``out`` (float32) += a b, not rounded to the dtype of ``a`` and ``b`` on the way; ``b`` [r, V] is thin."""
     if accumulates(out.device, a.dtype, out.dtype):

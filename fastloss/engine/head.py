@@ -474,7 +474,7 @@ def float_operands(
     float_logits: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """The operands of a definition that multiplies them itself; in float32 and without autocast where its logits must be."""
-    if not float_logits or compute_dtype(hidden).itemsize >= torch.float32.itemsize:
+    if not float_logits or compute_dtype(hidden, weight).itemsize >= torch.float32.itemsize:
         yield hidden, weight, bias
         return
     with _without_autocast(hidden.device.type):
@@ -492,19 +492,23 @@ def defined_logits(
     """The whole logits in the GEMMs' dtype, or in float32, for the definition, which autograd differentiates."""
     if float_logits:
         dtype = torch.promote_types(dtype, torch.float32)
-    bias = None if bias is None else bias.to(dtype)
+    if bias is not None and bias.dim() == 1:
+        bias = bias.to(dtype)
     with _without_autocast(hidden.device.type):
-        return products(hidden.to(dtype), weight.to(dtype), bias)
+        return products(hidden, weight.to(dtype), bias)
 
 
 def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The whole logits of a head's operands (:class:`Head`), by PyTorch."""
+    """The whole logits of a head's operands (:class:`Head`), by PyTorch, in the weight's dtype; a LoRA's product in its own."""
     dim = weight.shape[1]
     low_rank, bias = split_bias(bias, hidden.shape[-1] - dim)
     if low_rank is None:
-        return torch.nn.functional.linear(hidden, weight, bias)
-    z = torch.nn.functional.linear(hidden[..., :dim], weight, bias)
-    return z + torch.nn.functional.linear(hidden[..., dim:], low_rank)
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+    bias = None if bias is None else bias.to(weight.dtype)
+    z = torch.nn.functional.linear(hidden[..., :dim].to(weight.dtype), weight, bias)
+    u = hidden[..., dim:]
+    wide = torch.promote_types(u.dtype, low_rank.dtype)
+    return (z + torch.nn.functional.linear(u.to(wide), low_rank.to(wide))).to(z.dtype)
 
 
 class Saved(NamedTuple):
@@ -574,12 +578,12 @@ def needs_of(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -
     return Needs(input.requires_grad, linear_weight.requires_grad, bias)
 
 
-def compute_dtype(input: Tensor) -> torch.dtype:
-    """The dtype of the head's GEMMs."""
+def compute_dtype(input: Tensor, linear_weight: Tensor) -> torch.dtype:
+    """The dtype of the head's GEMMs. ``input`` may be wider than the weight where a LoRA is (:func:`with_lora`)."""
     device = input.device.type
     if checks.autocasts(device) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
-    return input.dtype
+    return linear_weight.dtype
 
 
 def check_linear(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
@@ -644,7 +648,8 @@ def with_lora(
     """The operands of a checked head with a LoRA, as :class:`Head` has them: hidden states and u side by side ``[..., D + r]``, and in
     the bias's place B ``[V, r]``, the bias its last column. ``lora``: ``(A [r, D], B [V, r], scale)`` or ``(u [..., r], B)``.
 
-    u is made here, by autograd: from d u come d A, and A's share of d hidden."""
+    u is made here, by autograd: from d u come d A, and A's share of d hidden. Where it is wider than the input, as PEFT's is beside a model
+    in bfloat16, so is what comes back; the input's numbers are the same there."""
     if lora is None:
         return input, linear_bias
     if not isinstance(lora, (tuple, list)) or len(lora) not in (2, 3):
@@ -673,7 +678,8 @@ def with_lora(
         wide = torch.promote_types(low_rank.dtype, linear_bias.dtype)
         low_rank, linear_bias = low_rank.to(wide), linear_bias.to(wide)
     with _without_autocast(input.device.type):  # whose cat takes no float16 beside bfloat16
-        return torch.cat([input, u.to(input.dtype)], -1), join_bias(low_rank, linear_bias)
+        wide = torch.promote_types(input.dtype, u.dtype)
+        return torch.cat([input.to(wide), u.to(wide)], -1), join_bias(low_rank, linear_bias)
 
 
 def as_given(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> dict[str, Any]:
@@ -682,4 +688,9 @@ def as_given(hidden: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) 
     low_rank, bias = split_bias(linear_bias, hidden.shape[-1] - dim)
     if low_rank is None:
         return {"input": hidden, "linear_bias": bias}
-    return {"input": hidden[..., :dim], "linear_bias": bias, "lora": (hidden[..., dim:], low_rank)}
+    own = (
+        hidden[..., :dim]
+        if checks.autocasts(hidden.device.type)
+        else hidden[..., :dim].to(linear_weight.dtype)
+    )
+    return {"input": own, "linear_bias": bias, "lora": (hidden[..., dim:], low_rank)}

@@ -216,7 +216,7 @@ def reference_sums(
                 hidden, all_weight, rows.target, linear_bias=whole(ref_bias, shards), **_transform(options)
             )["logprobs"]
         else:
-            dtype = heads.compute_dtype(hidden)
+            dtype = heads.compute_dtype(hidden, ref_weight)
             head = heads.make_head(call.backend, hidden, ref_weight, ref_bias, dtype, shards)
             schedule = heads.schedule_of(head, hidden.shape[0], NOTHING, x.limits)
             logprobs = heads.stats(head, rows.target, options, ("logprobs",), schedule, None)[0]["logprobs"]
@@ -263,7 +263,7 @@ def plan_groups(
     """Chooses backend and chunks, and announces them. ``constants``: the loss's other tensors. ``coupled``: a group's coefficients depend on other groups.
     ``per_group``: a loss of each group is returned, whose upstream gradient is not known yet."""
     needs = heads.needs_of(x.input, x.weight, x.bias)
-    dtype = heads.compute_dtype(x.input)
+    dtype = heads.compute_dtype(x.input, x.weight)
     operands = x.input, x.weight, x.bias, x.rows.target
     call = resolve_call(function, backend, *operands, *constants, has_operators=False, dtype=dtype)
     head = Head(call.backend, x.input, x.weight, None, dtype, x.limits.shards)

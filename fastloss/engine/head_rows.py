@@ -125,13 +125,18 @@ class _Gemms:
         rows = head.hidden.shape[0]
         device = head.hidden.device
         self.keep = keep
-        self.hidden = head.hidden.to(head.dtype)
+        self.hidden, self.wide = head.hidden.to(head.dtype), head.wide
+        if self.wide:  # u to twice the digits of the GEMMs' dtype: [rows, D + 2 r]
+            rest = head.hidden[:, self.dim :]
+            lost = (rest - self.hidden[:, self.dim :].to(rest.dtype)).to(head.dtype)
+            self.hidden = torch.cat([self.hidden, lost], 1)
         self.weight = head.weight.to(head.dtype)
         self.acc = ACC_DTYPES[head.dtype]
         self.buffer = new_logits(min(chunk, rows), vocab, buffer_dtype(head), device)
         new = torch.empty if keep is None else torch.zeros
         shape = head.hidden.shape
-        self.d_hidden = new(shape, dtype=head.dtype, device=device) if needs.hidden else None
+        made = head.hidden.dtype if self.wide else head.dtype
+        self.d_hidden = new(shape, dtype=made, device=device) if needs.hidden else None
         # Its first chunk writes it: no zeros to make and read.
         made = weight_dtype(head, chunks)
         self.d_weight = new_gradient((vocab, self.dim), made, device) if needs.weight else None
@@ -146,10 +151,19 @@ class _Gemms:
         self.d_bias: Tensor | None = None
         self.d_low_rank: Tensor | None = None
         self.low_rank = None if head.low_rank is None else head.low_rank.to(head.dtype)
+        self.whole_rank = self.low_rank
+        if head.wide:
+            assert head.low_rank is not None
+            self.whole_rank = head.low_rank.float()
+            high, low = devices.split(self.whole_rank, head.dtype)
+            self.low_rank = torch.cat(
+                [high, high, low], 1
+            )  # beside u's two parts, and the first of them again
         if needs.bias and (head.bias is not None or self.low_rank is None):
             self.d_bias = torch.zeros(vocab, dtype=self.acc, device=device)
         if needs.bias and self.low_rank is not None:
-            self.d_low_rank = torch.zeros(self.low_rank.shape, dtype=self.acc, device=device)
+            columns = head.rank * (1 + head.wide)
+            self.d_low_rank = torch.zeros((vocab, columns), dtype=self.acc, device=device)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """The chunk's hidden states, in the GEMMs' dtype."""
@@ -172,8 +186,12 @@ class _Gemms:
         else:
             torch.mm(hidden, self.weight.t(), out=z)
         if self.low_rank is not None:
-            torch.addmm(z, u, self.low_rank.t(), out=z)
+            torch.addmm(z, self.factors(u), self.low_rank.t(), out=z)
         return z
+
+    def factors(self, u: Tensor) -> Tensor:
+        """What B's columns are multiplied by."""
+        return torch.cat([u, u[:, : u.shape[1] // 2]], 1) if self.wide else u
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:
         """Adds a chunk's part to d hidden, d weight and d bias, from its d logits."""
@@ -184,9 +202,14 @@ class _Gemms:
                 if there
                 else self.d_hidden.new_empty(stop - start, self.d_hidden.shape[1])
             )
-            torch.mm(z, self.weight, out=out[:, : self.dim])
-            if self.low_rank is not None:
-                torch.mm(z, self.low_rank, out=out[:, self.dim :])
+            if self.wide:
+                assert self.whole_rank is not None
+                out[:, : self.dim] = torch.mm(z, self.weight)
+                out[:, self.dim :] = devices.multiply_thin(z, self.whole_rank)
+            else:
+                torch.mm(z, self.weight, out=out[:, : self.dim])
+                if self.low_rank is not None:
+                    torch.mm(z, self.low_rank, out=out[:, self.dim :])
             if self.keep is not None:
                 self.d_hidden.index_copy_(0, self.keep[start:stop], out)
         self._add_columns(z, start, stop)
@@ -218,6 +241,9 @@ class _Gemms:
     def finish(self) -> Grads:
         if self.d_weight is not None and not self.weight_begun:  # no rows
             self.d_weight.zero_()
+        if self.wide and self.d_low_rank is not None:
+            high, low = self.d_low_rank.chunk(2, 1)
+            self.d_low_rank = high + low
         return Grads(self.d_hidden, self.d_weight, join_bias(self.d_low_rank, self.d_bias))
 
 
@@ -293,7 +319,7 @@ class _FloatLogitsGemms(_Gemms):
         else:
             devices.multiply_wide(z, hidden, self.weight.t())
         if self.low_rank is not None:
-            devices.add_wide(z, u, self.low_rank.t())
+            devices.add_wide(z, self.factors(u), self.low_rank.t())
         return z
 
     def gradients(self, z: Tensor, start: int, stop: int) -> None:

@@ -47,6 +47,7 @@ class Head(NamedTuple):
 
     With a LoRA the hidden states are ``[rows, D + r]``: the last r columns, u, are multiplied by B. Autograd's functions and the
     operators of torch.compile have B in the bias's place, ``[V, r]``, the bias its last column: ``[V, r + 1]`` (:func:`split_bias`).
+    Hidden states and B may be wider than ``dtype``: u and B then keep their digits, and so does d u.
     """
 
     backend: Backend
@@ -56,6 +57,13 @@ class Head(NamedTuple):
     dtype: torch.dtype
     shards: Shards | None = None  # this weight is one of them
     low_rank: Tensor | None = None  # B [V, r]
+
+    @property
+    def wide(self) -> bool:
+        """Whether a LoRA is wider than the GEMMs."""
+        if self.low_rank is None:
+            return False
+        return max(self.hidden.dtype.itemsize, self.low_rank.dtype.itemsize) > self.dtype.itemsize
 
     @property
     def rank(self) -> int:

@@ -210,7 +210,8 @@ def linear_distillation_loss(
     limits = heads.limits_of(
         chunk_size, memory, group, input, linear_weight, target, ignore_index, logits_dtype
     )
-    dtype, teacher_dtype = heads.compute_dtype(input), heads.compute_dtype(teacher_input)
+    dtype = heads.compute_dtype(input, linear_weight)
+    teacher_dtype = heads.compute_dtype(teacher_input, teacher_weight)
     both, lead = torch.promote_types(dtype, teacher_dtype), input.shape[:-1]
     options = _options(
         divergence, interpolation, temperature, teacher_temperature, temperature_squared, hard_loss_coef, target, ignore_index, lead,

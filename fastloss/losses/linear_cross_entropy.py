@@ -124,9 +124,11 @@ def linear_cross_entropy(
     heads.check_linear(rows, linear_weight, linear_bias)
     places = linear_weight.shape[1:-1]
     vocab = linear_weight.shape[0]
+    given = input
     if lora is not None:
         input, linear_bias = heads.with_lora(input, linear_weight, linear_bias, lora)
         rows = checks.as_rows(input) if rows.dim() < input.dim() else input
+        loss_dtype = loss_dtype or checks.loss_dtype(given, target, weight)  # the adapter may be wider
     probabilities = target.shape == (*rows.shape[:-1], vocab, *places)
     if group is not None:  # a shard may have as many classes as there are tokens, or none
         probabilities = probabilities and target.is_floating_point()
@@ -150,7 +152,7 @@ def linear_cross_entropy(
         classes = limits.shards.vocab
         if not probabilities:
             vocab = classes
-    _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, input, classes)
+    _check_target((*rows.shape[:-1], vocab, *places), target, weight, probabilities, given, classes)
     token_weight = flat_token_weight(token_weight, (*lead, *places), input.device)
     if loss_dtype is not None:
         checks.float_dtype("loss_dtype", loss_dtype)
@@ -210,7 +212,7 @@ def _of_rows(
     extra: _Extra,
 ) -> Any:
     """The loss of ``input [N, D]``, or ``(loss, TokenStats)``."""
-    dtype = heads.compute_dtype(input)
+    dtype = heads.compute_dtype(input, linear_weight)
     loss_dtype = extra.loss_dtype or checks.loss_dtype(input, target, weight)
     call = resolve_call(
         "linear_cross_entropy",

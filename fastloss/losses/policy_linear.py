@@ -176,7 +176,7 @@ def linear_policy_loss(
     of_batch_options = resolved
     resolved, corrected, cut = _correction_ahead(resolved, inputs)
     selects = spec.top_entropy_quantile < 1 or VARIANTS[spec.loss_type].selects
-    dtype = heads.compute_dtype(input)
+    dtype = heads.compute_dtype(input, linear_weight)
     call = resolve_call(
         "linear_policy_loss",
         backend,

@@ -157,7 +157,7 @@ def linear_selected_logprobs(
         raise ShapeError("linear_weight: expected at least one class, got 0")
     check_ids("ids", ids, input.shape[:-1], input.device)
     options = positive_options(temperature, logit_scale, softcap, input.shape[:-1], input)
-    dtype = heads.compute_dtype(input)
+    dtype = heads.compute_dtype(input, linear_weight)
     call = resolve_call(
         "linear_selected_logprobs",
         backend,

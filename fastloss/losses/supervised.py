@@ -225,7 +225,7 @@ def linear_supervised_loss(
         loss_type, eaft_alpha, eaft_scale, focal_gamma, power, trim_threshold, trim_width, temperature, logit_scale,
         softcap, ignore_index, input,
     )  # fmt: skip
-    dtype = heads.compute_dtype(input)
+    dtype = heads.compute_dtype(input, linear_weight)
     tokens = _tokens(
         input, ACC_DTYPES[dtype], target, unlikely, ignore_index, token_weight, aggregation, cu_seqlens, normalizer,
         reduction,

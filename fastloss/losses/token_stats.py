@@ -247,7 +247,7 @@ def linear_token_stats(
         raise ShapeError("linear_weight: expected at least one class, got 0")
     options = row_options(temperature, logit_scale, softcap, ignore_index, lead, input)
     flat = None if target is None else target.reshape(-1).contiguous()
-    dtype = heads.compute_dtype(input)
+    dtype = heads.compute_dtype(input, linear_weight)
     if support is not None:
         raw = {"temperature": temperature, "logit_scale": logit_scale, "softcap": softcap}
         given = Given(target, options, raw, want, detach, backend, shards)

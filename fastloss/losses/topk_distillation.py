@@ -234,7 +234,7 @@ def linear_topk_distillation_loss(
         tail, divergence, interpolation, temperature, temperature_squared, logit_scale, softcap, hard_loss_coef, target, ignore_index,
         lead, input,
     )  # fmt: skip
-    dtype = heads.compute_dtype(input)
+    dtype = heads.compute_dtype(input, linear_weight)
     ids, logprobs = checks.as_rows(teacher_ids), checks.as_rows(teacher_logprobs.detach())
     tokens = _tokens(input, ids, target, ignore_index, token_weight, normalizer, reduction, ACC_DTYPES[dtype])
     call = resolve_call(

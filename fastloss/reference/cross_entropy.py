@@ -34,7 +34,7 @@ def cross_entropy(
         z = effective_logits(logits, bias=bias, scale=scale, softcap=softcap)
         w = torch.ones(vocab, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
         smoothed = target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / vocab
-        loss = -(w * smoothed * z.log_softmax(-1)).sum(-1)
+        loss = -(w * smoothed * _log_softmax(z)).sum(-1)
         count = scalar(loss, rows)
         kept = None
     else:
@@ -47,7 +47,7 @@ def cross_entropy(
         w = torch.ones(vocab, dtype=z.dtype, device=z.device) if weight is None else weight.to(z.dtype)
         bad = kept & ((target < 0) | (target >= vocab))
         safe = torch.where(kept & ~bad, target, torch.zeros_like(target))
-        logp = z.log_softmax(-1)
+        logp = _log_softmax(z)
         w_target = w[safe] * kept
         loss = -w_target * logp.gather(-1, safe.unsqueeze(-1)).squeeze(-1) * (1 - label_smoothing)
         if label_smoothing:
@@ -69,6 +69,12 @@ def cross_entropy(
     if normalizer is not None:
         return loss.sum() / divisor(loss, normalizer)
     return loss.sum() / count if reduction == "mean" else loss.sum()
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    """Step by step: the backward of PyTorch's own takes exp of a rounded log-probability, and its sums over many classes are less exact."""
+    u = z - z.detach().amax(-1, keepdim=True)
+    return u - u.exp().sum(-1, keepdim=True).log()
 
 
 def divisor(loss: Tensor, normalizer: float | Tensor) -> Tensor:

@@ -31,9 +31,11 @@ def linear_logits(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | No
         return torch.nn.functional.linear(input, linear_weight, linear_bias)
     dim = linear_weight.shape[1]
     rank = input.shape[-1] - dim
-    bias = linear_bias[:, rank] if linear_bias.shape[1] > rank else None
-    z = torch.nn.functional.linear(input[..., :dim], linear_weight, bias)
-    return z + torch.nn.functional.linear(input[..., dim:], linear_bias[:, :rank])
+    bias = linear_bias[:, rank].to(linear_weight.dtype) if linear_bias.shape[1] > rank else None
+    low_rank, u = linear_bias[:, :rank], input[..., dim:]
+    z = torch.nn.functional.linear(input[..., :dim].to(linear_weight.dtype), linear_weight, bias)
+    wide = torch.promote_types(u.dtype, low_rank.dtype)
+    return (z + torch.nn.functional.linear(u.to(wide), low_rank.to(wide))).to(z.dtype)
 
 
 def row_gradient(

@@ -10,7 +10,8 @@ times hidden states of up to 10 lands on them) and 64 roundings of float64 of th
 changed by one rounding step, of its own dtype or of autocast's, and every other float by one of the accumulation dtype, logits
 relative to their row's maximum (an offset must cost no digits). The last two are only computed where the first do not suffice.
 NaN and infinities must stand in the same places. Under autocast the definition's error is the larger of its own under autocast and in
-float32 on operands that autocast rounded. ``is_top1`` may be either where the target's logit is the largest within rounding.
+float32 on operands that autocast rounded; a bias that a kernel keeps in float32 there is as right as one that it rounds. Where tokens
+are chosen by their rank or a threshold, the response is taken of more changes, which meet both sides of a near tie. ``is_top1`` may be either where the target's logit is the largest within rounding.
 """
 
 from __future__ import annotations
@@ -359,7 +360,13 @@ def judge(case: Case, how: How) -> Verdict:
     for name, x in case.tensors.items():
         if error_of(given[name].detach().as_subclass(Tensor).resolve_neg(), x):
             return Verdict("wrong", f"argument {name} was changed")
-    return compare(case, how, exact, got)
+    verdict = compare(case, how, exact, got)
+    if verdict.state == "wrong" and how.autocast and "linear_bias" in case.head:
+        kept = replace(case, head=tuple(name for name in case.head if name != "linear_bias"))
+        exact = run(exact_case(kept), exact_tensors(kept, how), exact_how, "reference")
+        if compare(kept, how, exact, got, rounds=False).state == "right":
+            return Verdict("right")
+    return verdict
 
 
 def in_circumstances(case: Case, tensors: Numbers, how: How, backend: str) -> Numbers:
@@ -374,10 +381,11 @@ def in_circumstances(case: Case, tensors: Numbers, how: How, backend: str) -> Nu
     return {name: x.as_subclass(Tensor) if type(x) is not Tensor else x for name, x in found.items()}
 
 
-def compare(case: Case, how: How, exact: Numbers, got: Numbers) -> Verdict:
+def compare(case: Case, how: How, exact: Numbers, got: Numbers, rounds: bool = True) -> Verdict:
+    """``rounds``: the definition under autocast rounds what ``case.head`` names, and no more, so that its error is one to allow."""
     as_written = replace(how, mode="grad") if how.mode in ("compile", "func") else how
     eager = in_circumstances(case, plain(case.tensors), as_written, "reference")
-    definitions = [eager]
+    definitions = [eager] if rounds else []
     if how.autocast:  # whose rounding to float16 hides what its accumulation dtype makes of a limit (1 - p of at least 1e-7)
         single = {n: x.float() if x.is_floating_point() else x for n, x in exact_tensors(case, how).items()}
         definitions.append(run(case, single, as_written, "reference"))
@@ -415,7 +423,8 @@ def compare(case: Case, how: How, exact: Numbers, got: Numbers) -> Verdict:
                 expanded_upstream=how.expanded_upstream,
             )
             responses = [
-                run(exact_case(case), moved(case, how, precise, k), exact_how, "reference") for k in range(3)
+                run(exact_case(case), moved(case, how, precise, k), exact_how, "reference")
+                for k in range(32 if chooses_tokens(case) else 3)
             ]
         if name.endswith("is_top1") and tied(case, exact_tensors(case, how), x != target):
             continue
@@ -438,6 +447,12 @@ def compare(case: Case, how: How, exact: Numbers, got: Numbers) -> Verdict:
             f"{error:.3g}, allowed {allowed:.3g}, the definition's own {own:.3g}",
         )
     return Verdict("right")
+
+
+def chooses_tokens(case: Case) -> bool:
+    """By their rank or by a threshold: a jump, which few changes by one rounding step may miss."""
+    by_type = case.options.get("loss_type") in ("clip_cov", "kl_cov", "dppo_tv", "dppo_kl")
+    return by_type or "top_entropy_quantile" in case.options
 
 
 def tied(case: Case, precise: Numbers, at: Tensor) -> bool:

@@ -192,6 +192,49 @@ def test_limit_of_a_probability_is_that_of_float32(autocast: torch.dtype | None)
     assert judge(case, How(autocast=autocast, asking=head)) == Verdict("right")
 
 
+@pytest.mark.parametrize(("gap", "state"), [(2.0**-22, "right"), (0.25, "wrong")])
+def test_either_token_of_a_near_tie_is_right(monkeypatch: pytest.MonkeyPatch, gap: float, state: str) -> None:
+    """A kernel that takes the other one of two tokens at the quantile of their entropies."""
+    tensors = {
+        "logprobs": torch.tensor([[-1.0, -2.0]]),
+        "old_logprobs": torch.tensor([[-1.5, -2.5]]),
+        "advantages": torch.tensor([[1.0, -3.0]]),
+        "entropy": torch.tensor([[1.0, 1.0 + gap]]),
+    }
+    case = Case("policy_loss", tensors, {"mask": None, "top_entropy_quantile": 0.5}, ("logprobs",))
+    right = fastloss.policy_loss
+
+    def other(*args, entropy, backend="auto", **options):
+        entropy = entropy if backend == "reference" else entropy.flip(-1)
+        return right(*args, entropy=entropy, backend=backend, **options)
+
+    assert judge(case, How(asking=case.leaves)).state == "right"
+    monkeypatch.setattr(fastloss, "policy_loss", other)
+    assert judge(case, How(asking=case.leaves)).state == state
+
+
+@pytest.mark.parametrize(("shift", "state"), [(0.0, "right"), (0.01, "wrong")])
+def test_a_bias_that_autocast_does_not_round_is_right(
+    monkeypatch: pytest.MonkeyPatch, shift: float, state: str
+) -> None:
+    """bfloat16 has steps of 4 at 1000: of two classes that are 0.2 apart it makes 4, and of the ratio a tenth."""
+    d = Draw(5, 0, [torch.float32])
+    head = ("input", "linear_weight", "linear_bias")
+    tensors = {"input": d.normal((1, 1, 3), 0.01), "linear_weight": d.normal((22, 3), 0.01)}
+    tensors["linear_bias"] = torch.full((22,), 1002.1).index_fill(0, torch.tensor(0), 1001.9)
+    tensors |= {"target": torch.zeros(1, 1, dtype=torch.int64), "old_logprobs": torch.full((1, 1), -0.25)}
+    tensors["advantages"] = torch.ones(1)
+    case = Case("linear_policy_loss", tensors, {"mask": None}, head, head=head)
+    right = fastloss.linear_policy_loss
+
+    def shifted(*args, old_logprobs, backend="auto", **options):
+        old_logprobs = old_logprobs if backend == "reference" else old_logprobs - shift
+        return right(*args, old_logprobs=old_logprobs, backend=backend, **options)
+
+    monkeypatch.setattr(fastloss, "linear_policy_loss", shifted)
+    assert judge(case, How(autocast=torch.bfloat16, asking=head)).state == state
+
+
 @pytest.mark.parametrize(("second", "state"), [(4.34375, "right"), (1.0, "wrong")])
 def test_tie_within_rounding_is_no_fault(second: float, state: str) -> None:
     """tanh makes 1 of 47.75 / 0.5 and, within rounding, of 4.34375 / 0.5; not of 1 / 0.5."""

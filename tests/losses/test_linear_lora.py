@@ -12,6 +12,7 @@ from backends_under_test import ALL, DEVICE, need
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
+from fastloss.engine import head_rows
 
 B, T, DIM, VOCAB, RANK, SCALE = 4, 9, 16, 77, 3, 0.5
 NAMES = ("hidden", "weight", "bias", "a", "b")
@@ -216,6 +217,68 @@ def test_adapters_of_another_dtype():
     loss.backward()
     got = loss.detach(), {"hidden": hidden.grad, "weight": None, "bias": None, "a": a.grad, "b": b.grad}
     assert_same(got, want, 2e-2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_adapters_of_float32_in_every_loss(name, backend):
+    """Beside a model in bfloat16, whose losses are as without an adapter."""
+    want = merged(LOSSES[name], True, ("weight", "bias"))
+    x = leaves(torch.bfloat16, ("weight", "bias"))
+    x |= {n: numbers()[n].float().to(DEVICE).requires_grad_() for n in ("a", "b")}
+    options = {"linear_bias": x["bias"], "backend": need(backend)}
+    loss = LOSSES[name](x["hidden"], x["weight"], lora=(x["a"], x["b"], SCALE), **options)
+    assert loss.dtype == LOSSES[name](x["hidden"], x["weight"], **options).dtype
+    loss.backward()
+    assert_same((loss.detach(), {n: x[n].grad for n in NAMES}), want, 4e-2)
+    assert (x["hidden"].grad.dtype, x["a"].grad.dtype) == (torch.bfloat16, torch.float32)
+
+
+def in_two_steps(hidden, weight, a, b):
+    """PEFT's forward: what it computes in the adapter's dtype is rounded once."""
+    z = torch.nn.functional.linear(hidden, weight)
+    u = torch.nn.functional.linear(hidden.to(a.dtype), a)
+    return (z + torch.nn.functional.linear(u, b) * SCALE).to(z.dtype)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
+@pytest.mark.parametrize("of_adapter", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("upcast", [False, True])
+def test_is_as_exact_as_two_steps(of_adapter, backend, upcast, monkeypatch):
+    """In bfloat16, of every gradient the error against float64 is that of PEFT's own steps or less, whether A and B have the model's
+    dtype or, as PEFT leaves them, float32."""
+    if upcast and backend != "cpu":
+        pytest.skip("only the CPU's kernels convert to float32")
+    need(backend)
+    monkeypatch.setattr(head_rows, "upcasts", lambda device, dtype: upcast and dtype == torch.bfloat16)
+    rows, dim, vocab, rank = 96, 64, 300, 8
+    errors = {}
+    for seed in range(2):
+        x = {
+            "hidden": randn(rows, dim, seed=seed).bfloat16(),
+            "a": (randn(rank, dim, seed=seed + 10) / dim**0.5).to(of_adapter),
+            "b": (randn(vocab, rank, seed=seed + 20) / 10).to(of_adapter),
+        }
+        weight = (randn(vocab, dim, seed=seed + 30) / dim**0.5).bfloat16().to(DEVICE)
+        t = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+        def gradients(dtype, loss, x=x, weight=weight):
+            own = {n: v.to(DEVICE, dtype or v.dtype).clone().requires_grad_() for n, v in x.items()}
+            loss(own["hidden"], weight.to(dtype or weight.dtype), own["a"], own["b"]).backward()
+            return {n: v.grad.double() for n, v in own.items()}
+
+        def eager(h, w, a, b, t=t):
+            return torch.nn.functional.cross_entropy(in_two_steps(h, w, a, b), t)
+
+        def ours(h, w, a, b, t=t):
+            return fastloss.linear_cross_entropy(h, w, t, lora=(a, b, SCALE), chunk_size=40, backend=backend)
+
+        exact = gradients(torch.float64, eager)
+        for name, loss in (("eager", eager), ("ours", ours)):
+            for n, grad in gradients(None, loss).items():
+                errors[name, n] = errors.get((name, n), 0.0) + float((grad - exact[n]).square().sum())
+    for n in ("hidden", "a", "b"):
+        assert errors["ours", n] <= errors["eager", n], (n, errors)
 
 
 def test_two_gemms_with_a_frozen_weight():
