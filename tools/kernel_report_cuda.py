@@ -1,4 +1,4 @@
-"""Registers, spills, stack and local-memory instructions of every CUDA kernel, read from the machine code.
+"""Registers, spills, stack, local-memory instructions and 16-byte loads of every CUDA kernel, read from the machine code.
 
 python tools/kernel_report_cuda.py [sm_90 ...]      exits 1 if any kernel touches local memory
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-ARCHES = ("sm_80", "sm_90", "sm_100", "sm_120")
+ARCHES = ("sm_80", "sm_90", "sm_100", "sm_103", "sm_120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 FAULTS = ("stack", "spill_stores", "spill_loads", "ldl", "stl")
 
@@ -110,6 +110,7 @@ def _collect_source(arch: str, source: Path) -> list[dict[str, Any]]:
             "spill_loads": _number(r"(\d+) bytes spill loads", spills[symbol]),
             "ldl": len(re.findall(r"\bLDL\b", code[symbol])),
             "stl": len(re.findall(r"\bSTL\b", code[symbol])),
+            "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128\b", code[symbol])),
             "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code[symbol], re.MULTILINE)),
         }
         for symbol, text in usage.items()
