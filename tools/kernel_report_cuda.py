@@ -1,4 +1,4 @@
-"""Registers, spills, stack and local-memory instructions of every CUDA kernel, read from the machine code.
+"""Registers, spills, stack, local-memory instructions and 16-byte loads of every CUDA kernel, read from the machine code.
 
 python tools/kernel_report_cuda.py [sm_90 ...]                     compiles csrc/cuda, exits 1 if any kernel touches local memory
 python tools/kernel_report_cuda.py --module MODULE.so [sm_90 ...]  reads a built module: seconds in place of minutes, but
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
-ARCHES = ("sm_80", "sm_90", "sm_100", "sm_120")
+ARCHES = ("sm_80", "sm_90", "sm_100", "sm_103", "sm_120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 FAULTS = ("stack", "spill_stores", "spill_loads", "ldl", "stl")
 
@@ -122,6 +122,7 @@ def _read(program: str, arch: str) -> dict[str, dict[str, Any]]:
             "shared": _number(r"SHARED:(\d+)", text),
             "ldl": len(re.findall(r"\bLDL\b", code[symbol])),
             "stl": len(re.findall(r"\bSTL\b", code[symbol])),
+            "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128\b", code[symbol])),
             "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code[symbol], re.MULTILINE)),
         }
         for symbol, text in usage.items()

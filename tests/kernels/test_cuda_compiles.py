@@ -55,3 +55,7 @@ def test_no_kernel_touches_local_memory(arch: str) -> None:
         sum(name.startswith("row_") for name in names) == 36
     )  # dtypes × (forward: general, extra, grad; gradient: general, weights)
     assert report.faults(kernels) == []
+    # Logits are read 16 bytes at a time, by at least four such loads: unrolled, so that they are in flight together.
+    over_logits = ("row_", "exponentials_", "scale_")
+    narrow = [k["kernel"] for k in kernels if k["kernel"].startswith(over_logits) and k["wide_loads"] < 4]
+    assert narrow == []
