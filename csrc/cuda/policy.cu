@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) policy_loss_kernel(policy::Call call
   if (threadIdx.x == 0) {
     __threadfence();  // the sums, which this thread wrote, before the count
     is_last = atomicAdd(call.ticket, 1u) == gridDim.x - 1;
-    if (is_last) *call.ticket = 0;
+    if (is_last) atomicExch(call.ticket, 0u);
     __threadfence();
   }
   __syncthreads();

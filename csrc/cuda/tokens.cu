@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) value_loss_kernel(ValueLoss call, in
   if (threadIdx.x == 0) {
     __threadfence();  // the parts, which this thread wrote, before the count
     is_last = atomicAdd(call.ticket, 1u) == gridDim.x - 1;
-    if (is_last) *call.ticket = 0;
+    if (is_last) atomicExch(call.ticket, 0u);
     __threadfence();
   }
   __syncthreads();

@@ -10,7 +10,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from cuda_emulation.build import build_emulated, build_limits_check, build_race_check, compiler
+from cuda_emulation.build import (
+    build_emulated,
+    build_limits_check,
+    build_race_check,
+    build_tickets_check,
+    compiler,
+)
 from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
@@ -405,3 +411,13 @@ def test_race_check_notices_a_missing_barrier(barrier: int) -> None:
     done = subprocess.run([build_race_check(), str(barrier)], capture_output=True, text=True)
     assert done.returncode != 0
     assert "data race" in done.stderr
+
+
+@pytest.mark.slow
+def test_blocks_that_run_at_once_do_not_race() -> None:
+    """Kernels whose last block finishes: tickets and fences order what the blocks wrote before what the last one reads."""
+    done = subprocess.run([build_tickets_check()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+    without_fences = subprocess.run([build_tickets_check(), "no fences"], capture_output=True, text=True)
+    assert without_fences.returncode != 0
+    assert "data race" in without_fences.stderr

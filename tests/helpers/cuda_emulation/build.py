@@ -32,6 +32,7 @@ FLAGS = [
     f"-I{SOURCES}",
     f"-I{SOURCES.parent}",
 ]
+WARPS_OF_32 = "-DFASTLOSS_EMULATED_WARP=32"  # as on a GPU
 
 
 def compiler() -> str | None:
@@ -88,17 +89,23 @@ def build_emulated() -> ModuleType:
     return module
 
 
-def _under_thread_sanitizer(main: str, sources: Sequence[Path]) -> Path:
-    """A program over the kernels with warps of 32 as on a GPU."""
-    flags = ["-fsanitize=thread", "-g", "-DFASTLOSS_EMULATED_WARP=32", "-x", "c++"]
+def _under_thread_sanitizer(main: str, sources: Sequence[Path], *more: str) -> Path:
+    flags = [*more, "-fsanitize=thread", "-g", "-x", "c++"]
     return _compile(BUILD / main, [*flags, *map(str, sources), str(HERE / f"{main}.cpp")])
 
 
 def build_race_check() -> Path:
     """Every kernel: does a block's threads race?"""
-    return _under_thread_sanitizer("tsan_main", sorted(SOURCES.glob("*.cu")))
+    return _under_thread_sanitizer("tsan_main", sorted(SOURCES.glob("*.cu")), WARPS_OF_32)
+
+
+def build_tickets_check() -> Path:
+    """The kernels whose last block finishes: do blocks that run at once race?"""
+    sources = [SOURCES / "policy.cu", SOURCES / "tokens.cu"]
+    return _under_thread_sanitizer("tickets_main", sources, "-DFASTLOSS_CONCURRENT_BLOCKS")
 
 
 def build_limits_check() -> Path:
     """Launches on several devices: what is asked of the driver?"""
-    return _under_thread_sanitizer("limits_main", [SOURCES / "rows.cu", SOURCES / "scale.cu"])
+    sources = [SOURCES / "rows.cu", SOURCES / "scale.cu"]
+    return _under_thread_sanitizer("limits_main", sources, WARPS_OF_32)

@@ -1,6 +1,7 @@
 // Enough of CUDA for g++ to compile csrc/cuda/rows.cu unchanged and run it on the CPU.
 // The blocks of a launch run one after another. A block's CUDA threads are contexts of one thread that take
-// turns at barriers (fibers.h); for the race detector they are threads of their own (threads.h).
+// turns at barriers (fibers.h). The race detector has two builds of it: one where they are threads of their
+// own (threads.h), and, with FASTLOSS_CONCURRENT_BLOCKS, one where every block has a thread, all at once.
 // Warps, blocks, the grid and shared memory are small here, so that every loop and every boundary is taken by
 // short rows.
 #pragma once
@@ -11,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #ifndef FASTLOSS_EMULATED_WARP
@@ -20,7 +22,12 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after another
+#ifdef FASTLOSS_CONCURRENT_BLOCKS
+#define FASTLOSS_OF_BLOCK thread_local
+#else
+#define FASTLOSS_OF_BLOCK  // blocks run one after another
+#endif
+#define __shared__ static FASTLOSS_OF_BLOCK
 
 struct dim3 {
   unsigned x, y, z;
@@ -35,7 +42,7 @@ struct alignas(16) float4 {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-#if defined(__SANITIZE_THREAD__)
+#if defined(__SANITIZE_THREAD__) && !defined(FASTLOSS_CONCURRENT_BLOCKS)
 #include "threads.h"
 #else
 #include "fibers.h"
@@ -48,27 +55,44 @@ struct Warp {
   double lanes[FASTLOSS_EMULATED_WARP];  // holds a float too
 };
 
-inline std::unique_ptr<Barrier> block;
-inline std::vector<std::unique_ptr<Warp>> warps;
-inline std::vector<uint4> shared;
+inline FASTLOSS_OF_BLOCK std::unique_ptr<Barrier> block;
+inline FASTLOSS_OF_BLOCK std::vector<std::unique_ptr<Warp>> warps;
+inline FASTLOSS_OF_BLOCK std::vector<uint4> shared;
 inline int skipped_barrier =
     -1;  // the n-th __syncthreads of every launch is left out: the race detector must notice
 
+inline void prepare_block(unsigned size, int shared_bytes) {
+  block = std::make_unique<Barrier>(size);
+  warps.clear();
+  for (unsigned i = 0; i < size; i += FASTLOSS_EMULATED_WARP) warps.push_back(std::make_unique<Warp>());
+  shared.assign(shared_bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
+}
+
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, int shared_bytes, Arguments... arguments) {
-  block = std::make_unique<Barrier>(size.x);
-  warps.clear();
-  for (unsigned i = 0; i < size.x; i += FASTLOSS_EMULATED_WARP) warps.push_back(std::make_unique<Warp>());
-  shared.assign(shared_bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
+  const auto one_thread = [&](unsigned t, unsigned b) {
+    threadIdx = dim3(t, 0, 0), blockDim = size, gridDim = grid, blockIdx = dim3(b % grid.x, b / grid.x, 0);
+    kernel(arguments...);
+  };
+#ifdef FASTLOSS_CONCURRENT_BLOCKS
+  std::vector<std::thread> blocks;
+  for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+    blocks.emplace_back([&, b] {
+      prepare_block(size.x, shared_bytes);
+      run_threads(size.x, [&](unsigned t) { one_thread(t, b); });
+    });
+  }
+  for (std::thread& thread : blocks) thread.join();
+#else
+  prepare_block(size.x, shared_bytes);
   Barrier between_blocks(size.x);
   run_threads(size.x, [&](unsigned t) {
-    threadIdx = dim3(t, 0, 0), blockDim = size, gridDim = grid;
     for (unsigned b = 0; b < grid.x * grid.y; ++b) {
-      blockIdx = dim3(b % grid.x, b / grid.x, 0);
-      kernel(arguments...);
+      one_thread(t, b);
       between_blocks.wait();
     }
   });
+#endif
 }
 
 }  // namespace emulated
@@ -104,10 +128,21 @@ T __shfl_up_sync(unsigned, T value, int distance) {
   return value;
 }
 
+// As on a GPU, an atomic orders no other access: fences do. They are one variable here, which the race
+// detector understands: what came before a fence comes before all that follows a later fence.
 inline unsigned atomicAdd(unsigned* p, unsigned value) {
-  return __atomic_fetch_add(p, value, __ATOMIC_SEQ_CST);
+  return __atomic_fetch_add(p, value, __ATOMIC_RELAXED);
 }
-inline void __threadfence() {}
+inline unsigned atomicExch(unsigned* p, unsigned value) {
+  return __atomic_exchange_n(p, value, __ATOMIC_RELAXED);
+}
+namespace emulated {
+inline bool no_fences = false;  // the race detector must notice
+inline unsigned fence;
+}  // namespace emulated
+inline void __threadfence() {
+  if (!emulated::no_fences) __atomic_fetch_add(&emulated::fence, 1u, __ATOMIC_SEQ_CST);
+}
 
 template <class T>
 T __ldg(const T* p) {
@@ -177,7 +212,11 @@ using std::min;
 
 constexpr int kWarp = FASTLOSS_EMULATED_WARP;
 constexpr int kMaxThreads = 2 * kWarp;
+#ifdef FASTLOSS_CONCURRENT_BLOCKS
+constexpr int64_t kMaxBlocks = 4;
+#else
 constexpr int64_t kMaxBlocks = 2;
+#endif
 constexpr int kSharedUnasked = 256;
 
 inline float half_to_float(uint16_t bits) {

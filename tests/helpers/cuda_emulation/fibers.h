@@ -10,15 +10,21 @@
 #include <functional>
 #include <memory>
 #include <vector>
+#ifdef __SANITIZE_THREAD__
+#include <sanitizer/tsan_interface.h>
+#endif
 
 namespace emulated {
 
 inline thread_local int barriers;  // how many __syncthreads this CUDA thread has passed
 
-struct Fiber {
+struct Context {
+  ucontext_t saved;
+  void* known = nullptr;  // to the race detector, which takes every turn as synchronisation
+};
+struct Fiber : Context {
   static constexpr size_t kStack = 256 << 10;
   std::unique_ptr<char[]> stack{new char[kStack]};
-  ucontext_t context;
   bool is_over;
 };
 
@@ -27,10 +33,21 @@ struct Fibers {
   std::vector<Fiber> all;
   unsigned count = 0, running = 0;
   unsigned turns = 0;  // since a barrier opened or a fiber ended
-  ucontext_t launcher;
+  Context launcher;
   std::function<void(unsigned)> body;
+#ifdef __SANITIZE_THREAD__
+  ~Fibers() {
+    for (const Fiber& fiber : all) __tsan_destroy_fiber(fiber.known);
+  }
+#endif
 };
 inline thread_local Fibers fibers;
+
+inline void announce([[maybe_unused]] const Context& next) {
+#ifdef __SANITIZE_THREAD__
+  __tsan_switch_to_fiber(next.known, 0);
+#endif
+}
 
 // Goes on with the next fiber that is not over, and comes back when it is this one's turn again.
 inline void take_turns() {
@@ -44,7 +61,10 @@ inline void take_turns() {
   const int passed = barriers;
   do f.running = (f.running + 1) % f.count;
   while (f.all[f.running].is_over);
-  if (f.running != mine) swapcontext(&f.all[mine].context, &f.all[f.running].context);
+  if (f.running != mine) {
+    announce(f.all[f.running]);
+    swapcontext(&f.all[mine].saved, &f.all[f.running].saved);
+  }
   threadIdx = thread, blockIdx = of_grid, barriers = passed;
 }
 
@@ -74,9 +94,11 @@ inline void run_fiber() {
   for (unsigned i = 0; i < f.count; ++i) {
     if (f.all[i].is_over) continue;
     f.running = i;
-    setcontext(&f.all[i].context);
+    announce(f.all[i]);
+    setcontext(&f.all[i].saved);
   }
-  setcontext(&f.launcher);
+  announce(f.launcher);
+  setcontext(&f.launcher.saved);
 }
 
 // f(t) of n fibers.
@@ -88,12 +110,19 @@ void run_threads(unsigned n, const F& body) {
   for (unsigned t = 0; t < n; ++t) {
     Fiber& fiber = f.all[t];
     fiber.is_over = false;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = Fiber::kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, run_fiber, 0);
+#ifdef __SANITIZE_THREAD__
+    if (!fiber.known) fiber.known = __tsan_create_fiber(0);
+#endif
+    getcontext(&fiber.saved);
+    fiber.saved.uc_stack.ss_sp = fiber.stack.get(), fiber.saved.uc_stack.ss_size = Fiber::kStack;
+    fiber.saved.uc_link = nullptr;
+    makecontext(&fiber.saved, run_fiber, 0);
   }
-  swapcontext(&f.launcher, &f.all[0].context);
+#ifdef __SANITIZE_THREAD__
+  f.launcher.known = __tsan_get_current_fiber();
+#endif
+  announce(f.all[0]);
+  swapcontext(&f.launcher.saved, &f.all[0].saved);
 }
 
 }  // namespace emulated
