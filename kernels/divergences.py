@@ -1,12 +1,11 @@
 """A divergence of each row of the student's logits from the same row of the teacher's: its sums, and the gradient by the student's.
 
-Bytes per row: both rows are read for the sums, and once more, from L2 where they are still there, for the gradient, which is
-written once, over the student's logits if asked. One program per row, a loop over vocabulary blocks in which a thread keeps
+Bytes per row: both rows are read for the sums, and both once more for the gradient, which is written once, over the student's
+logits if asked. The second reading comes from L2 only where all rows in flight, two each, fit there: not at V = 128k. One program per row, a loop over vocabulary blocks in which a thread keeps
 the sums of its own entries; they meet once, after the loop. Not tuned on a GPU. docs/distillation.md has the formulas.
 """
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -16,7 +15,8 @@ from torch import Tensor
 from fastloss.tables import DISTILLATION_DIVERGENCES, DISTILLATION_SUMS, DistillationOptions
 
 from .arguments import code, expect, expect_float32, on_device_of, options_of
-from .rows import WARP, _row_of, exp, load, read_target, store_rounded
+from .rows import _row_of, exp, load, read_target, store_rounded
+from .shapes import SHAPES
 
 INF = tl.constexpr(float("inf"))
 SUMS = tl.constexpr(len(DISTILLATION_SUMS))
@@ -251,10 +251,6 @@ def divergence_kernel(
                 store_rounded(out_row + v, g, mask)
 
 
-# Two entries a thread, seven sums of each: with four sm_90 spills in float32. Not tuned on a GPU.
-DIVERGENCE_SHAPE: dict[str, Any] = {"BLOCK": 1024, "num_warps": 1024 // 2 // WARP, "enable_fp_fusion": True}
-
-
 def limits(kind: str, w: float) -> tuple[float, float, float]:
     """(value where p is 0, per q; slope there; value where q is 0, per p): the terms' limits at a logit of -inf."""
     rest, inf = 1.0 - w, math.inf
@@ -341,5 +337,5 @@ def _launch(
             float(o.scale), float(o.teacher_scale), float(o.factor), float(o.hard_loss_coef), float(o.interpolation),
             1.0 - o.interpolation, *limits(DISTILLATION_DIVERGENCES[kind], o.interpolation), *parts, factors, slopes, *per_row, sums,
             grad, 0 if grad is None else grad.stride(0), KIND=kind, SAME=o.scale == 1.0 and o.row_scale is None,
-            **options_of(DIVERGENCE_SHAPE, logits.device),
+            **options_of(SHAPES["divergence"], logits.device),
         )  # fmt: skip

@@ -14,15 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import expect, on_device_of
-from .rows import DTYPES, INTERPRETED, WARP
+from .rows import DTYPES, INTERPRETED
+from .shapes import TILES, WARP
 
-# By the operands' bytes. Two stages of AMD's, whose shared memory is 64 KB.
-TILES: dict[int, dict[str, Any]] = {
-    2: {"M": 128, "N": 128, "K": 32, "num_warps": 8, "num_stages": 4},
-    4: {"M": 64, "N": 64, "K": 16, "num_warps": 4, "num_stages": 4},
-}
 FARTHEST = 1 << 23  # elements from row to row: 128 of them are 32-bit offsets
-TOGETHER = 8  # tiles of rows that go through the weight together, which is then read from L2
+TOGETHER = 8  # tiles of rows that go through the weight together: each tile of it, 1 MB at D = 4096 in bfloat16, is read for all of them at about one time
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -61,7 +57,7 @@ def logits_kernel(
 
 
 def tile_of(itemsize: int, warp: int = WARP) -> dict[str, Any]:
-    """The constants of a launch over operands of ``itemsize`` bytes. ``warp``: 64 on AMD."""
+    """The constants of a launch over operands of ``itemsize`` bytes. ``warp``: 64 on AMD, whose shared memory of 64 KB has two stages."""
     tile = TILES[itemsize]
     return {**tile, "TOGETHER": TOGETHER, "num_stages": 2 if warp == 64 else tile["num_stages"]}
 

@@ -30,6 +30,7 @@ from fastloss.tables import (
 
 from .arguments import as_bytes, code, expect, expect_float32, floats, on_device_of
 from .exact import at_most, exp, expm1, log, log1p, logistic
+from .shapes import SHAPES
 
 LARGEST_EXPONENT = tl.constexpr(80.0)
 LARGEST_MARGIN = tl.constexpr(1e16)  # its square, summed over a batch, is finite
@@ -408,11 +409,6 @@ def unpaired_loss_kernel(
     tl.store(sums_ptr + UNUSED_SUM, 0.0)
 
 
-# 128 threads, one pair or eight tokens each; sums in float64 take two registers a number. Not tuned on a GPU.
-PAIR_SHAPE = {"BLOCK": 128, "num_warps": 4, "enable_fp_fusion": True}
-SUM_SHAPE = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
-
-
 def segment_sum(values: Tensor, weights: Tensor | None, layout: Sequences) -> Tensor:
     """Σ w·v over each sequence, float32 ``[count]``. A position of weight 0 adds nothing, NaN or not."""
     expect_float32(values=values, weights=weights)
@@ -421,7 +417,7 @@ def segment_sum(values: Tensor, weights: Tensor | None, layout: Sequences) -> Te
     if layout.count:
         with on_device_of(values):
             segment_sum_kernel[(layout.count,)](
-                values, weights, layout.offsets, layout.length, out, **SUM_SHAPE
+                values, weights, layout.offsets, layout.length, out, **SHAPES["segment"]
             )
     return out
 
@@ -434,10 +430,10 @@ def segment_expand(upstream: Tensor, weights: Tensor | None, layout: Sequences) 
     out = floats(n, upstream.device)
     if n:
         # A long sequence is cut, each program doing about four blocks of it.
-        chunks = min(max(n // (count + 1) // (4 * SUM_SHAPE["BLOCK"]), 1), 64)
+        chunks = min(max(n // (count + 1) // (4 * SHAPES["segment"]["BLOCK"]), 1), 64)
         with on_device_of(out):
             segment_expand_kernel[(count + 1, chunks)](
-                upstream, weights, layout.offsets, layout.length, count, n, out, chunks, **SUM_SHAPE
+                upstream, weights, layout.offsets, layout.length, count, n, out, chunks, **SHAPES["segment"]
             )
     return out
 
@@ -474,7 +470,7 @@ def pair_loss(
             result.loss, result.d_chosen, result.d_rejected, result.d_nll, result.chosen_reward, result.rejected_reward,
             result.sums,
             TERMS=codes, NEEDS_TOKENS=SFT.value in codes and k.chosen_lengths is not None,
-            DIVERGENCE=code("divergence", o.divergence, DIVERGENCES), AVERAGE_REWARDS=bool(o.average_rewards), **PAIR_SHAPE,
+            DIVERGENCE=code("divergence", o.divergence, DIVERGENCES), AVERAGE_REWARDS=bool(o.average_rewards), **SHAPES["pair"],
         )  # fmt: skip
     return result
 
@@ -494,7 +490,7 @@ def unpaired_loss(logps: Tensor, constants: UnpairedConstants, options: Unpaired
         unpaired_loss_kernel[(1,)](
             logps, logps.numel(), k.ref, as_bytes("desirable", k.desirable), k.weight, k.kl, float(o.beta),
             float(o.desirable_weight), float(o.undesirable_weight), result.loss, result.d_logps, result.reward, result.sums,
-            CODE=code("term", o.term, UNPAIRED_TERMS), **PAIR_SHAPE,
+            CODE=code("term", o.term, UNPAIRED_TERMS), **SHAPES["pair"],
         )  # fmt: skip
     return result
 

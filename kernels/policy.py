@@ -30,6 +30,7 @@ from fastloss.tables import (
 from .arguments import as_bytes, code, expect, expect_float32, floats, on_device_of, options_of
 from .exact import at_most, exp, exp_parts
 from .pairs import bounds
+from .shapes import SHAPES
 
 LIMIT = tl.constexpr(MAX_LOG_RATIO)
 LOG_TINY = tl.constexpr(-18.420680743952367)  # log 1e-8
@@ -511,11 +512,6 @@ def policy_total_kernel(
     tl.store(loss_ptr + k * 0, out, mask=k == LOSS)
 
 
-# 128 threads with four tokens each: one 16-byte load per input, and the sums stay in registers (two each spilled 8 bytes
-# on sm_100, tools/kernel_report_triton.py). Not tuned on a GPU.
-# Without maxnreg the assemblers of Triton 3.6 and 3.7 spill up to 16 bytes rather than lose a program per multiprocessor.
-POLICY_SHAPE = {"BLOCK": 512, "num_warps": 4, "maxnreg": 255, "enable_fp_fusion": True}
-TOTAL_SHAPE = {"ROWS": 32, "num_warps": 4, "enable_fp_fusion": True}
 RUN = 4096  # tokens in a run, where sequences mean nothing
 
 
@@ -561,12 +557,12 @@ def policy_loss(
                 logprobs, x.old, x.advantages, as_bytes("mask", x.mask), x.ref, entropy, x.sampler, x.token_weight,
                 as_bytes("select", x.select), x.share, runs.offsets, n, runs.length, *numbers_of(o), grad, grad_entropy,
                 sums, OF_SEQUENCE=runs.advantage_of_sequence, **constants,
-                **options_of(POLICY_SHAPE, device),
+                **options_of(SHAPES["policy"], device),
             )  # fmt: skip
         policy_total_kernel[(1,)](
             sums, runs.number if n else 0, normalizer if isinstance(normalizer, Tensor) else None, number, factor,
             max(runs.number, 1) * factor, out, loss, HAS_NORMALIZER=normalizer is not None, HAS_SHARES=x.share is not None,
-            AGGREGATION=constants["AGGREGATION"], **TOTAL_SHAPE,
+            AGGREGATION=constants["AGGREGATION"], **SHAPES["policy_total"],
         )  # fmt: skip
     return PolicyResult(loss, out, grad, grad_entropy)
 

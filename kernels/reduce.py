@@ -13,9 +13,7 @@ from torch import Tensor
 from fastloss.engine.contract import Factor
 
 from .arguments import expect, expect_float32, floats, on_device_of
-
-# Not tuned on a GPU.
-REDUCE_SHAPE = {"BLOCK": 4096, "num_warps": 16, "enable_fp_fusion": True}
+from .shapes import SHAPES
 
 
 @triton.jit
@@ -43,7 +41,9 @@ def sum_rows(values: Tensor, factor: Factor) -> Tensor:
     expect_float32(values=values, factor=factor.tensor)
     out = floats(1, values.device).view(())
     with on_device_of(values):
-        sum_rows_kernel[(1,)](values, values.numel(), float(factor.value), factor.tensor, out, **REDUCE_SHAPE)
+        sum_rows_kernel[(1,)](
+            values, values.numel(), float(factor.value), factor.tensor, out, **SHAPES["reduce"]
+        )
     return out
 
 
@@ -52,5 +52,5 @@ def reciprocal_count(target: Tensor, ignore_index: int) -> Tensor:
     expect(torch.int64, target=target)
     out = floats(1, target.device).view(())
     with on_device_of(target):
-        reciprocal_count_kernel[(1,)](target, target.numel(), ignore_index, out, **REDUCE_SHAPE)
+        reciprocal_count_kernel[(1,)](target, target.numel(), ignore_index, out, **SHAPES["reduce"])
     return out

@@ -2,7 +2,8 @@
 
 Bytes per row: row_stats reads V·size; row_grad reads and writes V·size; row_cross_entropy with a gradient reads V·size twice
 and writes it once. The second reading comes from L2 where the rows in flight fit there (two on each multiprocessor: in
-bfloat16 up to V of about 64k on an H100), else from memory: few programs of many threads, so that few rows are in flight.
+bfloat16 up to V of about 64k on an H100, so not at V = 128k), else from memory: few programs of many threads, so that few rows
+are in flight.
 One program per row, a loop over vocabulary blocks in which a thread keeps the maximum and the sums of its own entries; they
 meet once, after the loop. A row's numbers depend on that row alone, nothing is atomic.
 
@@ -24,8 +25,8 @@ from fastloss.engine.contract import WHOLE, Factor
 from fastloss.tables import LSE_PARTS, STATS, CrossEntropyOptions, RowOptions
 
 from .arguments import expect, expect_float32, on_device_of, options_of
+from .shapes import ROWS, WARP
 
-WARP = 64 if torch.version.hip else 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_VOCAB = 1 << 30  # indices within a row are 32-bit, with room for one block more
 
@@ -437,11 +438,6 @@ def row_cross_entropy_kernel(
         )  # fmt: skip
 
 
-# A program's threads, and the bytes of logits that each has of a block. As many as spilled nowhere with everything that a row
-# can be asked for (tools/kernel_report_triton.py); a soft-cap's slope lives beside its z, and a vocabulary that 16 does not
-# divide is read entry by entry, through more registers. What is asked for does not choose: a logsumexp has the same bits
-# from every function. Not tuned on a GPU: a sweep may overwrite the table.
-SHAPES = {"plain": (1024, 16), "odd": (512, 16), "softcap": (512, 8)}
 VECTOR = 16  # bytes of one load
 REGISTERS = 65536  # of a multiprocessor
 
@@ -451,7 +447,7 @@ def launch_shape(vocab: int, softcap: bool, size: int, warp: int = WARP) -> dict
     aligned = (
         vocab % 16 == 0
     )  # by the vocabulary, so that the order of a row's sums does not depend on where the row lies
-    threads, bytes_each = SHAPES["softcap" if softcap else "plain" if aligned else "odd"]
+    threads, bytes_each = ROWS["softcap" if softcap else "plain" if aligned else "odd"]
     each = bytes_each // size
     block = min(max(triton.next_power_of_2(vocab), 128), threads * each)
     shape: dict[str, Any] = {

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .arguments import expect, expect_float32, on_device_of
 from .rows import DTYPES, store_rounded
+from .shapes import SHAPES
 
-# Enough programs for any GPU, few enough to cost little where the scale is 1; 16 elements per thread. Not tuned on a GPU.
+# Enough programs for any GPU, few enough to cost little where the scale is 1. Not tuned on a GPU.
 SCALE_PROGRAMS = 2048
-SCALE_SHAPE = {"BLOCK": 4096, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def scale_in_place(x: Tensor, scale: Tensor) -> None:
     expect_float32(scale=scale)
     rows, width = x.shape
     at_once = min(rows, SCALE_PROGRAMS)
-    along = min(triton.cdiv(width, SCALE_SHAPE["BLOCK"]), max(SCALE_PROGRAMS // max(at_once, 1), 1))
+    along = min(triton.cdiv(width, SHAPES["scale"]["BLOCK"]), max(SCALE_PROGRAMS // max(at_once, 1), 1))
     if rows and width:
         with on_device_of(x):
-            scale_kernel[(at_once, along)](x, x.stride(0), rows, width, scale, **SCALE_SHAPE)
+            scale_kernel[(at_once, along)](x, x.stride(0), rows, width, scale, **SHAPES["scale"])

@@ -18,9 +18,7 @@ from fastloss.engine.sequences import Sequences
 from .arguments import as_bytes, expect, expect_float32, on_device_of
 from .pairs import bounds
 from .policy import zeros_or_empty
-
-# 128 threads with eight tokens each. Not tuned on a GPU.
-SCAN_SHAPE = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": True}
+from .shapes import SHAPES
 
 
 @triton.jit
@@ -99,7 +97,7 @@ def _scan(
         with on_device_of(rewards):
             scan_kernel[(layout.count,)](
                 rewards, values, as_bytes("mask", mask), offsets, layout.length, *_halves(gamma), *_halves(decay),
-                advantages, returns, **SCAN_SHAPE,
+                advantages, returns, **SHAPES["scan"],
             )  # fmt: skip
     return advantages, returns
 

@@ -16,6 +16,7 @@ from fastloss.tables import KL_KINDS, VALUE_OUT
 
 from .arguments import as_bytes, code, expect_float32, floats, on_device_of
 from .policy import clamped, kl_and_slope
+from .shapes import SHAPES
 
 LOSS = tl.constexpr(VALUE_OUT.index("loss"))
 SCALE = tl.constexpr(VALUE_OUT.index("scale"))
@@ -164,26 +165,20 @@ def kl_estimate_kernel(
     tl.store(out_ptr + i, kl, mask=there)
 
 
-# Eight tokens per thread: two 16-byte loads per input. Not tuned on a GPU.
-VALUE_SHAPE = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}
-TOTAL_SHAPE = {"ROWS": 64, "num_warps": 4, "enable_fp_fusion": True}
-KL_SHAPE = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}
-
-
 def value_loss(values: Tensor, inputs: ValueInputs) -> ValueResult:
     """The loss of flat float32 values ``[N]``, N > 0, its gradient (not yet times the scale) and its metrics."""
     x = inputs
     expect_float32(values=values, returns=x.returns, old=x.old, share=x.share, scale=x.scale)
     n, device = values.numel(), values.device
-    parts = math.ceil(n / VALUE_SHAPE["BLOCK"])
+    parts = math.ceil(n / SHAPES["value"]["BLOCK"])
     grad, out = floats(n, device), floats(len(VALUE_OUT), device)
     loss = torch.empty((), dtype=torch.float32, device=device)
     sums = torch.empty(parts * SUMS.value, dtype=torch.float64, device=device)
     with on_device_of(values):
         value_loss_kernel[(parts,)](
-            values, x.returns, x.old, x.share, as_bytes("mask", x.mask), n, float(x.clip_range), grad, sums, **VALUE_SHAPE
+            values, x.returns, x.old, x.share, as_bytes("mask", x.mask), n, float(x.clip_range), grad, sums, **SHAPES["value"]
         )  # fmt: skip
-        value_total_kernel[(1,)](sums, parts, x.scale, out, loss, **TOTAL_SHAPE)
+        value_total_kernel[(1,)](sums, parts, x.scale, out, loss, **SHAPES["value_total"])
     return ValueResult(loss, out, grad)
 
 
@@ -193,7 +188,7 @@ def kl_estimate(logprobs: Tensor, ref: Tensor, kind: int, upstream: Tensor | Non
     out = floats(logprobs.numel(), logprobs.device)
     if out.numel():
         with on_device_of(logprobs):
-            kl_estimate_kernel[(math.ceil(out.numel() / KL_SHAPE["BLOCK"]),)](
-                logprobs, ref, upstream, out.numel(), out, KIND=code("kind", kind, KL_KINDS), **KL_SHAPE
+            kl_estimate_kernel[(math.ceil(out.numel() / SHAPES["kl"]["BLOCK"]),)](
+                logprobs, ref, upstream, out.numel(), out, KIND=code("kind", kind, KL_KINDS), **SHAPES["kl"]
             )  # fmt: skip
     return out

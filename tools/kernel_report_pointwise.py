@@ -262,17 +262,15 @@ CASES[("exponentials", "exponentials_kernel")] = {
     )
     for vocab in (32768, 50257, 1000)
 }
-SHAPES = {
-    "sum_rows_kernel": "REDUCE_SHAPE", "reciprocal_count_kernel": "REDUCE_SHAPE",
-    "segment_sum_kernel": "SUM_SHAPE", "segment_expand_kernel": "SUM_SHAPE", "pair_loss_kernel": "PAIR_SHAPE",
-    "unpaired_loss_kernel": "PAIR_SHAPE", "policy_loss_kernel": "POLICY_SHAPE", "policy_total_kernel": "TOTAL_SHAPE",
-    "scan_kernel": "SCAN_SHAPE", "value_loss_kernel": "VALUE_SHAPE", "value_total_kernel": "TOTAL_SHAPE",
-    "kl_estimate_kernel": "KL_SHAPE", "scale_kernel": "SCALE_SHAPE",
-    "divergence_kernel": "DIVERGENCE_SHAPE",
+SHAPES = {  # keys of kernels/shapes.py
+    "sum_rows_kernel": "reduce", "reciprocal_count_kernel": "reduce", "segment_sum_kernel": "segment",
+    "segment_expand_kernel": "segment", "pair_loss_kernel": "pair", "unpaired_loss_kernel": "pair", "policy_loss_kernel": "policy",
+    "policy_total_kernel": "policy_total", "scan_kernel": "scan", "value_loss_kernel": "value", "value_total_kernel": "value_total",
+    "kl_estimate_kernel": "kl", "scale_kernel": "scale", "divergence_kernel": "divergence",
 }  # fmt: skip
 
 
-def _shape(module: str, kernel: str, options: str, target: str) -> dict[str, Any]:
+def _shape(kernel: str, options: str, target: str) -> dict[str, Any]:
     if kernel == "logits_kernel":
         logits = importlib.import_module("kernels.logits")
         tile: dict[str, Any] = logits.tile_of(
@@ -286,7 +284,8 @@ def _shape(module: str, kernel: str, options: str, target: str) -> dict[str, Any
             int(vocab), kind == "full", 2, 64 if target.startswith("gfx") else 32
         )
         return shape
-    return getattr(importlib.import_module(f"kernels.{module}"), SHAPES[kernel])
+    of_all: dict[str, dict[str, Any]] = importlib.import_module("kernels.shapes").SHAPES
+    return of_all[SHAPES[kernel]]
 
 
 def cases(targets: Sequence[str]) -> Iterator[tuple[str, str, str, str]]:
@@ -301,7 +300,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
     target, module, name, options = case
     kernel = getattr(importlib.import_module(f"kernels.{module}"), name)
     given, constants = CASES[module, name][options]
-    launch = _shape(module, name, options, target)
+    launch = _shape(name, options, target)
     constants = {**constants, **{key: value for key, value in launch.items() if key.isupper()}}
     shape = {key: value for key, value in launch.items() if not key.isupper()}
     signature: dict[str, str] = {}

@@ -14,21 +14,9 @@
 namespace fastloss::cuda {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kMost = 1208925819614629174706176.0f;  // 2^80: of a sum of exponentials, a loss of 55
 constexpr int kPacksPerThread = 4;
 constexpr int64_t kMaxVocab = int64_t(1) << 30;  // indices within a row are 32-bit
-
-// One instruction; what is below 2^-126 is 0. Its 2^-22 are nothing beside the rounding to bfloat16.
-__device__ inline float approximate_exp2(float x) {
-#ifdef FASTLOSS_EMULATE
-  return exp2f(x);
-#else
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-  return r;
-#endif
-}
 
 template <class T>
 __device__ inline void store_anywhere(T* p, const float (&x)[Pack<T>::N], bool aligned) {

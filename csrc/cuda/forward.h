@@ -15,16 +15,16 @@ __device__ inline void put(float* out, int64_t row, float value) {
 
 // Elements are dealt to threads by their index alone, never by the row's alignment: a row's bits are its own.
 template <class T, bool General, bool Extra, bool Grad>
-__device__ inline Running<Extra> read_row(const T* x, int vocab, const float* bias, const float* w,
-                                          const Transform<General>& transform, unsigned char* keep,
-                                          int keep_packs) {
+__device__ inline Running<T, Extra> read_row(const T* x, int vocab, const float* bias, const float* w,
+                                             const Transform<General>& transform, unsigned char* keep,
+                                             int keep_packs) {
   constexpr int N = Pack<T>::N,
                 U = Extra || (General && N == 8) ? 2 : 4;  // loads in flight; more would spill
   if (!General) bias = nullptr;
   if (!Extra) w = nullptr;
   const int packs = vocab / N, step = blockDim.x;
   const bool aligned = is_aligned(x), bias_aligned = is_aligned(bias), w_aligned = is_aligned(w);
-  Running<Extra> sums;
+  Running<T, Extra> sums;
   float slope;
   for (int i = threadIdx.x; i < packs; i += U * step) {
     Pack<T> pack[U];
@@ -99,8 +99,8 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
     const int offset = misalignment(x);
     const bool congruent = Grad && offset == misalignment(grad);
     const int kept = congruent ? keep_packs : 0;
-    Running<Extra> sums = read_row<T, General, Extra, Grad>(x, vocab, in.bias, weighs_all ? w_row : nullptr,
-                                                            transform, shared + offset, kept);
+    Running<T, Extra> sums = read_row<T, General, Extra, Grad>(
+        x, vocab, in.bias, weighs_all ? w_row : nullptr, transform, shared + offset, kept);
     // Read here: after the long loop, which needs the registers, and before the barriers that let the
     // gradient begin.
     const float w_t = has_target && w_row ? w_row[t] : 1.0f;

@@ -41,7 +41,7 @@ struct Split {
 };
 
 // `x[k]` is the logit in float32: of a pack, or of an array of one.
-template <bool General, bool Entropy, int N, class X>
+template <class T, bool General, bool Entropy, int N, class X>
 __device__ inline void gradient_of(const X& x, const float (&bias)[N], const float (&w)[N],
                                    const Transform<General>& transform, const RowGradient& g, int target_at,
                                    float (&dx)[N]) {
@@ -50,7 +50,7 @@ __device__ inline void gradient_of(const X& x, const float (&bias)[N], const flo
   for (int k = 0; k < N; ++k) {
     const float log_p = transform(x[k], bias[k], &slope[k]) - g.shift;
     const float coefficient = Entropy ? fmaf(g.c, fmaxf(log_p, -200.0f), g.b) : g.b;  // 0 * -inf = 0
-    dx[k] = fmaf(expf(log_p), coefficient, g.d * w[k]);
+    dx[k] = fmaf(exp_of_logit<T>(log_p), coefficient, g.d * w[k]);
   }
   if (unsigned(target_at) < unsigned(N)) {
 #pragma unroll
@@ -77,7 +77,7 @@ __device__ inline void write_gradient(const T* x, T* out, int vocab, const float
     float b[1], weight[1], result[1];
     load_floats(bias, v, false, 0.0f, b);
     load_floats(w, v, false, 1.0f, weight);
-    gradient_of<General, Entropy>(logit, b, weight, transform, g, target - v, result);
+    gradient_of<T, General, Entropy>(logit, b, weight, transform, g, target - v, result);
     out[v] = from_float<T>(result[0]);
   }
 
@@ -102,7 +102,7 @@ __device__ inline void write_gradient(const T* x, T* out, int vocab, const float
       float b[N], weight[N], result[N];
       load_floats(bias, v, bias_aligned, 0.0f, b);
       load_floats(w, v, w_aligned, 1.0f, weight);
-      gradient_of<General, Entropy>(pack[u], b, weight, transform, g, target - v, result);
+      gradient_of<T, General, Entropy>(pack[u], b, weight, transform, g, target - v, result);
       store_pack(out + v, result);
     }
   }

@@ -4,13 +4,13 @@
 // bits.
 #pragma once
 
-#include "platform.h"
+#include "dtype.h"
 
 namespace fastloss::cuda {
 
-// Sums are relative to base(), the maximum so far, or 0 while that is infinite: differences of large logits
-// stay exact.
-template <bool Extra>
+// Of logits of type T. Sums are relative to base(), the maximum so far, or 0 while that is infinite:
+// differences of large logits stay exact.
+template <class T, bool Extra>
 struct Running {
   float max = -INFINITY;
   float exps = 0;                         // sum of e^(z - base)
@@ -23,7 +23,7 @@ struct Running {
   // A first maximum of -inf gives factor 0 to sums that are 0; a maximum of +inf is made NaN by finish().
   __device__ void rebase(float new_max) {
     const float new_base = base_of(new_max);
-    const float factor = expf(max - new_base);
+    const float factor = exp_of_logit<T>(max - new_base);
     if constexpr (Extra) {
       const float shift = base() - new_base;
       exps_z = factor * fmaf(shift, exps, exps_z);
@@ -47,7 +47,7 @@ struct Running {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
       const float d = values[k] - new_base;
-      const float e = expf(d);
+      const float e = exp_of_logit<T>(d);
       sum += e;
       if constexpr (Extra) {
         exps_z = fmaf(e, fmaxf(d, -200.0f), exps_z);  // 0 * -inf = 0

@@ -304,7 +304,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
 
     Returns:
         a dict with ``function``, ``backend``, ``reason`` and, for the linear head, ``gemms``, ``chunk_rows``,
-        ``logits_dtype``, ``buffer_bytes`` and, in chunks of rows, ``accumulator_bytes`` (of a float32 gradient of the weight beside its own).
+        ``logits_dtype``, ``buffer_bytes`` and, in chunks of rows, ``accumulator_bytes`` (of a float32 gradient of the weight beside its own);
+        where cross-entropy takes scaled exponentials also ``row_pass`` and ``scratch_bytes``.
 
     >>> import torch, fastloss
     >>> plan = fastloss.explain(fastloss.cross_entropy, torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Columns of a product's first operand that are converted to the accumulator's dtype at a time, where the library cannot.
 CONVERT_BLOCK = 2048
+THIN_BLOCK = 512  # where the second has few columns: what is converted stays in a core's cache
 # FASTLOSS_SKIP_IGNORED=0: on a GPU rows without a target are computed too, and no call waits for it.
 SKIP_IGNORED = os.environ.get("FASTLOSS_SKIP_IGNORED", "1") != "0"
 
@@ -90,9 +91,9 @@ def multiply_thin(a: Tensor, b: Tensor) -> Tensor:
         high, low = split(b, a.dtype)
         return torch.mm(a, high, out_dtype=torch.float32) + torch.mm(a, low, out_dtype=torch.float32)
     out = torch.zeros((a.shape[0], b.shape[1]), dtype=torch.float32, device=a.device)
-    for start in range(0, a.shape[1], CONVERT_BLOCK):
-        columns = a[:, start : start + CONVERT_BLOCK].to(out.dtype)
-        torch.addmm(out, columns, b[start : start + CONVERT_BLOCK], out=out)
+    for start in range(0, a.shape[1], THIN_BLOCK):
+        columns = a[:, start : start + THIN_BLOCK].to(out.dtype)
+        torch.addmm(out, columns, b[start : start + THIN_BLOCK], out=out)
     return out
 
 

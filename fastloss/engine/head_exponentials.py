@@ -58,6 +58,8 @@ def why_not(head: Head, needs: Needs, smooth: bool, float_logits: bool, want: Se
         return "no gradient is made with the statistics"
     if head.dtype != torch.bfloat16 or float_logits:
         return "logits of another dtype are as large as their gradient and no larger, or have not the range"
+    if head.wide:
+        return "a LoRA has more digits than the GEMMs"
     if smooth:
         return "a probability would be rounded before a class's share of the target is taken off it"
     if want:

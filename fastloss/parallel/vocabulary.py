@@ -68,6 +68,7 @@ def vocab_parallel_cross_entropy(
     normalizer: int | float | Tensor | None = None,
     inplace: bool = False,
     return_stats: bool = False,
+    loss_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Any:
     """:func:`fastloss.cross_entropy` of logits whose vocabulary is cut over a group (tensor parallelism), which no process makes whole.
@@ -84,12 +85,13 @@ def vocab_parallel_cross_entropy(
         ignore_index, reduction, label_smoothing, z_loss, logit_scale, softcap, temperature, normalizer, return_stats, backend: as in
             :func:`fastloss.cross_entropy`.
         inplace: the gradient overwrites ``logits``.
+        loss_dtype: a float dtype of the returned loss, float32 beside bfloat16 logits; None is the logits'.
 
     Returns:
-        The loss, the same bits on each process, in the logits' dtype; or ``(loss, TokenStats)``.
+        The loss, the same bits on each process, in the logits' dtype or ``loss_dtype``; or ``(loss, TokenStats)``.
 
     Raises:
-        ShapeError, IndexError: as in :func:`fastloss.cross_entropy`. TypeError: group is no group. NotImplementedError: the
+        ShapeError, IndexError: as in :func:`fastloss.cross_entropy`. TypeError: group is no group, loss_dtype no float dtype. NotImplementedError: the
         gradient is differentiated again.
 
     >>> import torch, fastloss.parallel
@@ -123,6 +125,9 @@ def vocab_parallel_cross_entropy(
         checks.is_floating("weight", weight)
         checks.has_shape("weight", weight, (shards.vocab,))
         checks.same_device("weight", weight, logits.device)
+    if loss_dtype is not None:
+        checks.float_dtype("loss_dtype", loss_dtype)
+    made = loss_dtype or logits.dtype
     rows = logits.reshape(tokens, logits.shape[-1])
     flat = target.reshape(rows.shape) if probabilities else target.reshape(-1)
     call = resolve_call(
@@ -143,7 +148,7 @@ def vocab_parallel_cross_entropy(
             every = whole(flat.t(), shards)
             assert every is not None
             flat = every.t()
-        return loss.shaped(by_definition(columns.t(), flat, weight, loss, rows.dtype, None), torch.Size(lead))
+        return loss.shaped(by_definition(columns.t(), flat, weight, loss, made, None), torch.Size(lead))
     acc = ACC_DTYPES[rows.dtype]
     if rows.stride(1) != 1 and rows.shape[1] > 1:
         rows = rows.contiguous()
@@ -151,7 +156,7 @@ def vocab_parallel_cross_entropy(
         refuse_inplace(rows)
     classes, w = weights_of(flat, weight, loss, acc, shards)
     factor, loss = loss_factor(call, classes, w, loss, rows.shape[0], shards.vocab, acc)
-    out = _VocabParallel.apply(rows, classes, w, _Run(call.backend, loss, factor, shards, inplace))
+    out = _VocabParallel.apply(rows, classes, w, _Run(call.backend, loss, factor, shards, inplace, made))
     value = loss.with_stats(out[0], out[1:], loss.want) if loss.want else out
     return loss.shaped(value, torch.Size(lead))
 
@@ -172,6 +177,7 @@ class _Run:
     factor: Factor
     shards: Shards
     inplace: bool
+    loss_dtype: torch.dtype
 
 
 def _again(ctx: Any) -> Any:
@@ -189,7 +195,7 @@ class _VocabParallel(torch.autograd.Function):
         ctx.save_for_backward(logits, classes, w, out[LSE_PARTS], out.get("mass"))
         per_row = run.loss.reduction == "none"
         loss = out["loss"] if per_row else run.backend.sum_rows(out["loss"], run.factor)
-        loss = loss.to(logits.dtype)
+        loss = loss.to(run.loss_dtype)
         if not run.loss.want:
             return loss
         stats = [out[name] for name in run.loss.want]

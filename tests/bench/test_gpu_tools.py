@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -216,22 +217,30 @@ def test_a_candidate_that_fails_says_why() -> None:
 
 def test_launch_shapes_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     sweeps = load("sweeps")
-    table = {"plain": (1024, 16), "odd": (512, 16)}
-    stand_in = ModuleType("rows")
-    stand_in.SHAPES = table  # type: ignore[attr-defined]
-    seen = []
+    pytest.importorskip("triton")
+    from fastloss.kernels import shapes
+
+    rows, others = dict(shapes.ROWS), {name: dict(shape) for name, shape in shapes.SHAPES.items()}
+    seen: list[tuple[dict[str, object], dict[str, object]]] = []
+
+    def timed(case, losses, device, budget=3.0):  # type: ignore[no-untyped-def]
+        for name, loss in losses.items():
+            loss()
+            seen.append((dict(shapes.ROWS), dict(shapes.SHAPES)))
+            yield {"case": case.name, "candidate": name}
+
     monkeypatch.setattr(sweeps, "available", lambda device: ["triton"])
-    monkeypatch.setattr(sweeps.importlib, "import_module", lambda name: stand_in)
-    right = sweeps.fastloss.cross_entropy
-    monkeypatch.setattr(
-        sweeps.fastloss,
-        "cross_entropy",
-        lambda z, t, inplace, backend: seen.append(dict(table)) or right(z, t, inplace=inplace),
-    )
-    found = list(sweeps.launch_shapes("cpu", True))
-    assert {one["candidate"] for one in found} == {f"threads {n}, bytes {b}" for n, b in sweeps.SHAPES}
-    assert table == {"plain": (1024, 16), "odd": (512, 16)}
-    assert {shape for each in seen for shape in each.values()} == set(sweeps.SHAPES)
+    monkeypatch.setattr(sweeps, "timed", timed)
+    for kind in {"row", *sweeps.KERNELS.values()}:
+        silent = replace(sweeps.KINDS[kind], ours=lambda case, backend: lambda *tensors: None)
+        monkeypatch.setitem(sweeps.KINDS, kind, silent)
+    found = [one["candidate"] for one in sweeps.launch_shapes("cpu", True)]
+    assert {f"threads {n}, bytes {b}" for n, b in sweeps.SHAPES} <= set(found)
+    assert rows == shapes.ROWS and others == shapes.SHAPES
+    assert {shape for each, _ in seen for shape in each.values()} >= set(sweeps.SHAPES)
+    for name in sweeps.KERNELS:
+        tried = {(each[name]["BLOCK"], each[name]["num_warps"]) for _, each in seen}  # type: ignore[index]
+        assert len(tried) == 9 and (others[name]["BLOCK"], others[name]["num_warps"]) in tried
 
 
 @needs_cpu

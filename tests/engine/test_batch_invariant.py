@@ -21,6 +21,8 @@ from fastloss.kernels import logits
 from fastloss.kernels.logits import TILES, invariant_logits
 
 GPU_KERNELS = [name for name in KERNELS if name != "cpu"]
+# Under torch.compile: seconds each.
+COMPILED = ["cuda", pytest.param("triton", marks=pytest.mark.slow)]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 ROWS, DIM, VOCAB = (
     (45, 35, 50) if DEVICE == "cpu" else (141, 70, 150)
@@ -205,3 +207,52 @@ def test_on_a_cpu(asked: None) -> None:
     assert torch.equal(logprobs(hidden[2:3], weight, target[2:3]), logprobs(hidden, weight, target)[2:3])
     with pytest.raises(RuntimeError, match="chunks of rows on a CPU"):
         logprobs(hidden.double(), weight.double(), target)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_under_torch_compile(as_gpu: None, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """A compiled call has the bits of an eager one and of a token alone; asked for after it was compiled, it is compiled again."""
+    need(backend)
+    torch._dynamo.reset()
+    hidden, weight, target = operands(BF16, 20)
+    products: list[int] = []
+    plain = invariance.multiply
+
+    def spy(out: Tensor, rows: Tensor, matrix: Tensor) -> None:
+        products.append(rows.shape[0])
+        plain(out, rows, matrix)
+
+    monkeypatch.setattr(invariance, "multiply", spy)
+    function = torch.compile(
+        lambda h, t: logprobs(h, weight, t, backend=backend), fullgraph=True, backend="aot_eager", dynamic=False
+    )  # fmt: skip
+    with torch.no_grad():
+        function(hidden, target)
+        assert products == []
+        with fastloss.batch_invariant():
+            together = function(hidden, target)
+            assert products == [20]
+            assert torch.equal(together, logprobs(hidden, weight, target, backend=backend))
+            for row in (0, 7):
+                alone = function(hidden[row : row + 1], target[row : row + 1])
+                assert torch.equal(alone, together[row : row + 1])
+    assert products == [20, 20, 1, 1]
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_gradients_under_torch_compile(as_gpu: None, asked: None, backend: str) -> None:
+    """Of a loss, in one graph, against float64: float32 logits and the library's products behind them."""
+    need(backend)
+    torch._dynamo.reset()
+    hidden, weight, target = operands(F32, 20)
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    function = torch.compile(
+        lambda h, w: fastloss.linear_cross_entropy(h, w, target, backend=backend), fullgraph=True, backend="aot_eager"
+    )  # fmt: skip
+    loss = function(*leaves)
+    ours = torch.autograd.grad(loss, leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    right = torch.nn.functional.cross_entropy(exact[0] @ exact[1].t(), target)
+    for grad, want in zip(ours, torch.autograd.grad(right, exact), strict=True):
+        assert float((grad.double() - want).abs().max()) <= 1e-5 * float(want.abs().max())
+    assert abs(float(loss.detach()) - float(right.detach())) <= 1e-5 * float(right.detach())

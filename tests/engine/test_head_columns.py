@@ -18,6 +18,8 @@ from fastloss.engine.head_types import Head, Limits, Needs
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 GPU_KERNELS = [name for name in KERNELS if name != "cpu"]
+# Under torch.compile: seconds each.
+COMPILED = ["cuda", pytest.param("triton", marks=pytest.mark.slow)]
 EPS = {F32: 1e-5, BF16: 2**-7, F16: 2**-10}
 DIM, VOCAB = 24, 150
 LOW: dict[str, Any] = {"memory": "low"}
@@ -246,3 +248,40 @@ def test_who_takes_chunks_of_rows() -> None:
     assert schedule(hidden, weight.detach(), **LOW) == "chunks of rows"
     with fastloss.batch_invariant():
         assert schedule(*leaves, **LOW) == "chunks of rows"
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+def test_under_torch_compile(monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """The operators take the same blocks for the gradients, in one graph; for cross-entropy all bits are those of an eager call."""
+    need(backend)
+    torch._dynamo.reset()
+    hidden, weight, target = operands(30, BF16)
+    made: list[int] = []
+    plain = head_columns.ColumnPart.gradients
+
+    def spy(self: Any, *given: Any, **options: Any) -> None:
+        made.append(self.run.rows)
+        plain(self, *given, **options)
+
+    monkeypatch.setattr(head_columns.ColumnPart, "gradients", spy)
+
+    def cross_entropy(h: Tensor, w: Tensor) -> Tensor:
+        return fastloss.linear_cross_entropy(h, w, target, z_loss=1e-3, backend=backend, **LOW)
+
+    def stats(h: Tensor, w: Tensor) -> Tensor:
+        found = fastloss.linear_token_stats(h, w, target, backend=backend, **LOW).logprobs
+        assert found is not None
+        return found.square().sum()
+
+    for function in (cross_entropy, stats):
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        loss = function(*leaves)
+        eager = (loss.detach(), *grads(loss, *leaves))
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves)
+        found = (compiled.detach(), *grads(compiled, *leaves))
+        for ours, theirs in zip(found, eager, strict=True):
+            if function is cross_entropy:
+                assert torch.equal(ours, theirs)
+            else:  # statistics of whole rows: no gradient is made beside them
+                torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2**-7 * float(theirs.abs().max()))
+    assert made == [30] * 4

@@ -17,7 +17,7 @@ from backends_under_test import DEVICE, KERNELS, need
 from torch import Tensor
 
 import fastloss
-from fastloss.engine import devices
+from fastloss.engine import devices, head_exponentials
 
 on_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="FASTLOSS_TEST_DEVICE=cuda")
 gpu = lambda test: pytest.mark.gpu(on_gpu(test))
@@ -146,6 +146,17 @@ def test_heads_of_one_and_of_three_chunks(backend: str, vocab: int, dtype: torch
     )
     three = check_head(backend, vocab, dtype, DEVICE, 768, 512, chunk_size=256)
     assert -(-three["rows"] // three["chunk_rows"]) == 3
+
+
+@gpu
+@pytest.mark.parametrize("chunk_size", [None, 256])
+@pytest.mark.parametrize("vocab", [50257, 128256, 256000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_from_scaled_exponentials(backend: str, vocab: int, chunk_size: int | None) -> None:
+    need(backend)
+    with head_exponentials.enabled():
+        plan = check_head(backend, vocab, torch.bfloat16, DEVICE, 768, 512, chunk_size=chunk_size)
+    assert plan["row_pass"] == "scaled exponentials" and plan["chunk_rows"] == (chunk_size or 672)
 
 
 @gpu

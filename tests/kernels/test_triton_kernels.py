@@ -615,7 +615,7 @@ def test_a_sweep_overwrites_the_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, target = make(2, 3000, torch.bfloat16)
     o = options("plain", 3000)
     before = row_stats(logits, target, **o, want=STATS)
-    monkeypatch.setitem(kernels.SHAPES, "odd", (64, 8))
+    monkeypatch.setitem(kernels.ROWS, "odd", (64, 8))
     shape = kernels.launch_shape(3000, False, 2)
     assert (shape["BLOCK"], shape["WIDTH"]) == (256, 4)
     for name, value in row_stats(logits, target, **o, want=STATS).items():

@@ -12,7 +12,10 @@ from backends_under_test import ALL, DEVICE, need
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss.engine import head_rows
+from fastloss.engine import devices, head_exponentials, head_rows
+from fastloss.engine.backend import get_backend
+from fastloss.engine.head import make_head
+from fastloss.engine.head_types import Needs
 
 B, T, DIM, VOCAB, RANK, SCALE = 4, 9, 16, 77, 3, 0.5
 NAMES = ("hidden", "weight", "bias", "a", "b")
@@ -279,6 +282,19 @@ def test_is_as_exact_as_two_steps(of_adapter, backend, upcast, monkeypatch):
                 errors[name, n] = errors.get((name, n), 0.0) + float((grad - exact[n]).square().sum())
     for n in ("hidden", "a", "b"):
         assert errors["ours", n] <= errors["eager", n], (n, errors)
+
+
+def test_scaled_exponentials_leave_wide_adapters_alone(monkeypatch):
+    """A GPU's cross-entropy from scaled exponentials multiplies B as the GEMMs' dtype has it."""
+    monkeypatch.setattr(devices, "is_gpu", lambda device: True)
+    x, needs, backend = numbers(), Needs(True, False, True), get_backend(need("cpu"))
+    hidden, weight = (x[name].flatten(0, -2).bfloat16() for name in ("hidden", "weight"))
+    for dtype, refused in ((torch.bfloat16, False), (torch.float32, True)):
+        both = torch.cat([hidden.to(dtype), torch.ones(B * T, RANK, dtype=dtype)], 1)
+        head = make_head(backend, both, weight, x["b"].to(dtype), torch.bfloat16)
+        with head_exponentials.enabled():
+            says = head_exponentials.why_not(head, needs, False, False, ())
+        assert says.startswith("a LoRA has more digits") if refused else not says
 
 
 def test_two_gemms_with_a_frozen_weight():

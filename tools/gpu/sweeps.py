@@ -34,12 +34,17 @@ from fastloss.bench import gpu, internals
 from fastloss.bench.case import Case
 from fastloss.bench.cases import data
 from fastloss.bench.clock import round_robin, summary
+from fastloss.bench.kinds import KINDS
 from fastloss.bench.steps import Step, step
 
 REPEATS = 7
 CHUNKS = (512, 1024, 2048, 4096, 8192)
-# Block and warps of the Triton row kernels; `kernels.rows.SHAPES` has (threads, bytes that each holds) by the kind of row.
+# Of the Triton row kernels: threads, and the bytes of logits that each holds.
 SHAPES = ((256, 16), (512, 16), (1024, 16), (512, 32), (1024, 32), (512, 8), (1024, 8))
+# The others whose block is swept: the key in kernels/shapes.py, and the kind of a case that is mostly its.
+KERNELS = {
+    "divergence": "distillation-linear", "policy": "policy", "value": "value", "kl": "kl", "scan": "gae", "pair": "preference",
+}  # fmt: skip
 
 Found = dict[str, Any]
 
@@ -93,28 +98,47 @@ def chunks(device: str, small: bool) -> Iterator[Found]:
 
 
 def launch_shapes(device: str, small: bool) -> Iterator[Found]:
-    """Overwrites the table of the Triton row kernels, shape by shape."""
-    rows = importlib.import_module("fastloss.kernels.rows") if "triton" in available(device) else None
-    table = getattr(rows, "SHAPES", None)
-    if table is None:
-        yield {"case": "launch shapes", "reason": "no Triton backend with a table of launch shapes is here"}
+    """Overwrites the table of the Triton kernels (kernels/shapes.py), shape by shape."""
+    if "triton" not in available(device):
+        yield {"case": "launch shapes", "reason": "no Triton backend is here"}
         return
+    shapes = importlib.import_module("fastloss.kernels.shapes")
     for case in gpu.cases(small):
-        if case.kind != "row" or case.calls > 1 or not case.name.endswith("-inplace-warm"):
-            continue
+        if case.kind == "row" and case.calls == 1 and case.name.endswith("-inplace-warm"):
+            yield from _sweep(
+                case, shapes.ROWS, {f"threads {n}, bytes {b}": (n, b) for n, b in SHAPES}, device
+            )
+    for name, kind in KERNELS.items():
+        found = next((case for case in gpu.cases(small) if case.kind == kind), None)
+        if found is not None:
+            plain = shapes.SHAPES[name]
+            others = {
+                f"{name}: block {block}, warps {warps}": {**plain, "BLOCK": block, "num_warps": warps}
+                for block in (plain["BLOCK"] // 2, plain["BLOCK"], plain["BLOCK"] * 2)
+                for warps in (plain["num_warps"] // 2, plain["num_warps"], plain["num_warps"] * 2)
+                if warps
+            }
+            yield from _sweep(found, shapes.SHAPES, others, device, name)
 
-        def candidate(shape: tuple[int, int]) -> Callable[..., Tensor]:
-            def loss(logits: Tensor, target: Tensor) -> Tensor:
-                table.update(dict.fromkeys(table, shape))
-                return fastloss.cross_entropy(logits, target, inplace=True, backend="triton")
 
-            return loss
+def _sweep(
+    case: Case, table: dict[str, Any], candidates: dict[str, Any], device: str, name: str = ""
+) -> Iterator[Found]:
+    """Times each candidate in the place ``name`` of the table (empty: in all), and puts back what was there."""
+    usual = KINDS[case.kind].ours(case, "triton")
 
-        before = dict(table)
-        try:
-            yield from timed(case, {f"threads {n}, bytes {b}": candidate((n, b)) for n, b in SHAPES}, device)
-        finally:
-            table.update(before)
+    def candidate(shape: Any) -> Callable[..., Tensor]:
+        def loss(*tensors: Tensor) -> Tensor:
+            table.update(dict.fromkeys([name] if name else table, shape))
+            return usual(*tensors)
+
+        return loss
+
+    before = dict(table)
+    try:
+        yield from timed(case, {what: candidate(shape) for what, shape in candidates.items()}, device)
+    finally:
+        table.update(before)
 
 
 def exponentials(device: str, small: bool) -> Iterator[Found]:
