@@ -36,8 +36,10 @@ demo: native
 demo-chain: native
 	$(BIN)/fastloss demo --chain
 
+# A worker that has nothing left takes tests of the other one. A test that hangs says where, and fails.
 test: native
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS) tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -o faulthandler_timeout=1200 \
+	  -o faulthandler_exit_on_timeout=true $(PYTEST_ARGS) tests
 
 # Every trainer of docs/integrations with and without fastloss, and the compatibility table of what ran. The trainers that
 # do not install beside fastloss are taken without their dependencies: their loss modules are imported, no more.

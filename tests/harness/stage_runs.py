@@ -217,7 +217,7 @@ def killed_while_saving(command: list[str], out: Path, processes: int) -> None:
         assert launched.poll() is None and time.monotonic() < until
         time.sleep(0.1)
     os.kill(int(saving[0].read_text()), signal.SIGKILL)
-    assert launched.wait(timeout=60) != 0
+    assert launched.wait(timeout=600) != 0
     assert sorted(os.listdir(out / "checkpoint")) == ["step-1", "step-2.tmp"]
     assert list((out / "checkpoint" / "step-2.tmp").glob("*.distcp"))
 

@@ -32,7 +32,7 @@ QUICK = {"fsdp": ("pretrain", "pretrain-tied", "sft", "dpo", "grpo"), "replicate
 modes = pytest.mark.parametrize("mode", ["fsdp", pytest.param("replicate", marks=pytest.mark.slow)])
 
 
-def torchrun(*arguments: str, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def torchrun(*arguments: str, processes: int = 2, timeout: float = 1000) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments, processes=processes), env=environment(), capture_output=True, text=True, timeout=timeout)  # fmt: skip
 
 
@@ -49,7 +49,7 @@ def command(*arguments: str, processes: int = 2) -> list[str]:
 
 
 def outcomes(
-    folder: Path, cases: list[dict[str, Any]], processes: int = 2, timeout: float = 300
+    folder: Path, cases: list[dict[str, Any]], processes: int = 2, timeout: float = 1000
 ) -> dict[str, list[Outcome]]:
     """By case, what came of it in each process."""
     done = torchrun(str(WORKER), written(folder, cases), processes=processes, timeout=timeout)

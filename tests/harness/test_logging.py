@@ -95,7 +95,7 @@ def test_a_missing_package_is_one_line_before_any_work(missing: str, extra: str,
     code = f"import sys; sys.modules[{missing!r}] = None; from fastloss.cli import main; main()"
     arguments = ["train", "sft", "--out", str(tmp_path / "run"), "--wandb", "project"]
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 2
     assert done.stderr == f"error: {missing} is not installed: pip install 'fastloss[{extra}]'\n"

@@ -47,7 +47,7 @@ def test_two_machines_are_one_process(stages: dict[str, dict[str, Any]], tmp_pat
         for machine in range(2)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=300)[0] for process in started]
+        said = [process.communicate(timeout=1000)[0] for process in started]
     finally:
         for process in started:
             process.kill()

@@ -343,6 +343,7 @@ def test_ms_swift(scaled):
 # -- Megatron, DeepSpeed, nanochat -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.own_process
 def test_megatron(tmp_path):
     import torch.distributed as dist
 

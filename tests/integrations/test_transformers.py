@@ -383,6 +383,7 @@ def test_compiled_with_an_adapter_on_the_head(llama):
     torch._dynamo.reset()
 
 
+@pytest.mark.own_process
 def test_sharded_by_fsdp2(llama, tmp_path):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -408,22 +409,24 @@ def test_sharded_by_fsdp2(llama, tmp_path):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"static_graph": True}])
-def test_distributed_data_parallel(llama, tmp_path, options):
+@pytest.mark.own_process
+def test_distributed_data_parallel(tmp_path):
     import torch.distributed as dist
 
-    stock = step(llama)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(llama, **options)
-        with apply(wrapped):
-            for _ in range(2):
-                llama.zero_grad()
-                out = wrapped(**batch())
-                assert out.logits.is_lazy
-                out.loss.backward()
-        grads = {n: p.grad.clone() for n, p in llama.named_parameters()}
-        assert max(differences(stock, (None, out.loss.detach(), grads))) < 2e-5
+        for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+            model = tiny_model("LlamaForCausalLM")
+            stock = step(model)
+            wrapped = torch.nn.parallel.DistributedDataParallel(model, **options)
+            with apply(wrapped):
+                for _ in range(2):
+                    model.zero_grad()
+                    out = wrapped(**batch())
+                    assert out.logits.is_lazy
+                    out.loss.backward()
+            grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+            assert max(differences(stock, (None, out.loss.detach(), grads))) < 2e-5, options
     finally:
         dist.destroy_process_group()
 

@@ -20,7 +20,13 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+SLOW = ("sm_80", "sm_100")  # half a minute each
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["sm_90", "gfx942", *(pytest.param(target, marks=pytest.mark.slow) for target in SLOW)],
+)
 def test_no_spills(target: str) -> None:
     pytest.importorskip("triton")
     import kernel_report_triton

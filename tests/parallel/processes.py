@@ -10,7 +10,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def run(script: str, world: int, store: Path, *arguments: str, timeout: float = 400) -> list[tuple[int, str]]:
+def run(
+    script: str, world: int, store: Path, *arguments: str, timeout: float = 1000
+) -> list[tuple[int, str]]:
     """(exit status, what it printed) of each process. ``{rank}`` in an argument is its number."""
     environment = {
         **os.environ,

@@ -55,7 +55,7 @@ def test_a_pipeline_has_the_loss_of_the_whole_batch(found: list[dict[str, Any]],
     ],
 )
 def test_no_process_waits_for_one_that_failed(tmp_path: Path, how: str, word: str) -> None:
-    done = processes.run("failing_cases.py", 3, tmp_path / "store", how, timeout=120)
+    done = processes.run("failing_cases.py", 3, tmp_path / "store", how, timeout=600)
     for rank, (status, text) in enumerate(done):
         assert status != 0, (rank, text)
         assert "as if nothing were wrong" not in text

@@ -1,5 +1,6 @@
 // Enough of CUDA for g++ to compile csrc/cuda/rows.cu unchanged and run it on the CPU.
-// One std::thread per CUDA thread; the blocks of a launch one after another, on the same threads.
+// The blocks of a launch run one after another. A block's CUDA threads are contexts of one thread that take
+// turns at barriers (fibers.h); for the race detector they are threads of their own (threads.h).
 // Warps, blocks, the grid and shared memory are small here, so that every loop and every boundary is taken by
 // short rows.
 #pragma once
@@ -10,7 +11,6 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
 
 #ifndef FASTLOSS_EMULATED_WARP
@@ -35,26 +35,13 @@ struct alignas(16) float4 {
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
+#if defined(__SANITIZE_THREAD__)
+#include "threads.h"
+#else
+#include "fibers.h"
+#endif
+
 namespace emulated {
-
-class Barrier {
- public:
-  explicit Barrier(int n) : n_(n) {}
-  void wait() {
-    const int generation = generation_.load();
-    if (arrived_.fetch_add(1) + 1 == n_) {
-      arrived_.store(0);
-      generation_.fetch_add(1);
-      generation_.notify_all();
-    } else {
-      while (generation_.load() == generation) generation_.wait(generation);
-    }
-  }
-
- private:
-  const int n_;
-  std::atomic<int> arrived_{0}, generation_{0};
-};
 
 struct Warp {
   Barrier barrier{FASTLOSS_EMULATED_WARP};
@@ -66,7 +53,6 @@ inline std::vector<std::unique_ptr<Warp>> warps;
 inline std::vector<uint4> shared;
 inline int skipped_barrier =
     -1;  // the n-th __syncthreads of every launch is left out: the race detector must notice
-inline thread_local int barriers;
 
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, int shared_bytes, Arguments... arguments) {
@@ -75,18 +61,14 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 size, int shared_byte
   for (unsigned i = 0; i < size.x; i += FASTLOSS_EMULATED_WARP) warps.push_back(std::make_unique<Warp>());
   shared.assign(shared_bytes / 16 + 1, uint4{~0u, ~0u, ~0u, ~0u});
   Barrier between_blocks(size.x);
-  std::vector<std::thread> threads;
-  for (unsigned t = 0; t < size.x; ++t) {
-    threads.emplace_back([=, &between_blocks] {
-      threadIdx = dim3(t, 0, 0), blockDim = size, gridDim = grid;
-      for (unsigned b = 0; b < grid.x * grid.y; ++b) {
-        blockIdx = dim3(b % grid.x, b / grid.x, 0);
-        kernel(arguments...);
-        between_blocks.wait();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
+  run_threads(size.x, [&](unsigned t) {
+    threadIdx = dim3(t, 0, 0), blockDim = size, gridDim = grid;
+    for (unsigned b = 0; b < grid.x * grid.y; ++b) {
+      blockIdx = dim3(b % grid.x, b / grid.x, 0);
+      kernel(arguments...);
+      between_blocks.wait();
+    }
+  });
 }
 
 }  // namespace emulated
