@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastloss.engine import checks
 from fastloss.engine.backend import announce_pointwise, resolves_views
+from fastloss.engine.changing import scalar_like
 from fastloss.engine.checks import ShapeError
 from fastloss.losses.reward_model import RewardOutput
 from fastloss.tables import ACC_DTYPES
@@ -343,7 +344,7 @@ def reward_regression_loss(
     if loss_type == "mse":
         loss = (r - y).square()
     elif loss_type == "huber":
-        loss = F.huber_loss(r, y, reduction="none", delta=delta)
+        loss = _huber(r - y, scalar_like(r, delta))
     else:
         loss = F.softplus(r) - r * y
     if of_heads is not None:
@@ -358,6 +359,14 @@ def reward_regression_loss(
     if reduction == "none":
         return RewardOutput(loss, metrics)
     return RewardOutput(loss.sum() / count if reduction == "mean" else loss.sum(), metrics)
+
+
+def _huber(error: Tensor, delta: Tensor) -> Tensor:
+    """``F.huber_loss``, whose schema has a number: under torch.compile one that changes is compiled again at each value."""
+    far = error.abs()
+    near = ~(far > delta)  # NaN too
+    # What is not taken is not squared, or an infinite error would have a derivative of NaN.
+    return torch.where(near, torch.where(near, error, 0.0).square() / 2, delta * (far - delta / 2))
 
 
 def _constant(name: str, value: Any, shape: tuple[int, ...], acc: torch.dtype, device: torch.device) -> Any:

@@ -131,6 +131,8 @@ def add_lora(d: Draw, case: Case, how: How) -> None:
     x["lora_a"] = d.normal((rank, dim), max(dim, 1) ** -0.5)
     x["lora_b"] = d.normal((vocab, rank), d.pick(0.1, 1.0))
     case.options["lora_scale"] = d.pick(1.0, 0.5, -2.0)
+    if x["lora_a"].dtype.itemsize == 2 and d.chance(0.5):  # PEFT leaves its matrices in float32
+        x["lora_a"], x["lora_b"] = x["lora_a"].float(), x["lora_b"].float()
     case.head = (*case.head, "lora_a", "lora_b")
     if how.asking:
         how.asking = (*how.asking, *(name for name in ("lora_a", "lora_b") if d.chance(0.7)))

@@ -168,6 +168,19 @@ def test_regression(name: str) -> None:
     torch.testing.assert_close(alone.loss, same.loss.sum())
 
 
+def test_huber_is_pytorchs_at_its_corners() -> None:
+    """The bound itself, 0, what is infinite and what is NaN, which a label of NaN leaves out but a reward does not."""
+    values = [1.0, -1.0, 0.0, 3.0, math.inf, -math.inf, math.nan]
+    ours, theirs = (torch.tensor(values, device=DEVICE).requires_grad_() for _ in range(2))
+    labels = torch.zeros(len(values), device=DEVICE)
+    loss = fastloss.reward_regression_loss(ours, labels, loss_type="huber", reduction="none").loss
+    want = F.huber_loss(theirs, labels, reduction="none")
+    torch.testing.assert_close(loss, want, rtol=0, atol=0, equal_nan=True)
+    loss.sum().backward()
+    want.sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0, equal_nan=True)
+
+
 def soft(p: Tensor) -> Tensor:
     return torch.stack([1 - p, p], -1)
 
