@@ -129,9 +129,10 @@ def _sum(backend: str, loss: Tensor, reduction: str, factor: Factor) -> Tensor:
 
 
 def _late(dtype: torch.dtype, factor: float, factor_tensor: Tensor | None) -> Tensor | float:
+    """What unscaled gradients are multiplied by: 0 where that is one over no row, for 0 · inf is NaN."""
     if dtype not in LATE_DTYPES:
         return 1.0
-    return factor if factor_tensor is None else factor_tensor * factor
+    return Factor(factor, factor_tensor, of_count=True).of_gradient()
 
 
 def _times_factor(g: Tensor, factor: float, factor_tensor: Tensor | None, rows: int) -> Tensor:

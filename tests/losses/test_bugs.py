@@ -361,6 +361,30 @@ def test_old_logprobs_give_a_ratio_of_exactly_1(backend: str) -> None:
     assert torch.equal((new - old).exp(), torch.ones_like(old))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "name", ["linear_cross_entropy", "linear_supervised_loss", "linear_distillation_loss", "cross_entropy"]
+)
+def test_compiled_gradients_are_0_where_every_label_is_ignored(name: str, dtype: torch.dtype) -> None:
+    """A mean over no row: float16's gradients, kept unscaled, were 0 times one over 0."""
+    hidden, weight = (torch.randn(rows, 16, device=DEVICE).to(dtype) for rows in (6, 40))
+    target = torch.full((6,), -100, device=DEVICE)
+    calls = {
+        "linear_cross_entropy": lambda h, w: fastloss.linear_cross_entropy(h, w, target),
+        "linear_supervised_loss": lambda h, w: fastloss.linear_supervised_loss(h, w, target)[0],
+        "linear_distillation_loss": lambda h, w: fastloss.linear_distillation_loss(
+            h, w, h.detach(), w.detach() * 2, target=target
+        )[0],
+        "cross_entropy": lambda h, w: fastloss.cross_entropy(h @ w.T, target),
+    }
+    torch._dynamo.reset()
+    compiled = torch.compile(calls[name], fullgraph=True, backend="aot_eager")
+    for call in (calls[name], compiled):
+        leaves = [x.detach().clone().requires_grad_() for x in (hidden, weight)]
+        (call(*leaves) * 3).backward()
+        assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in leaves)
+
+
 def test_empty_batch(backend: str) -> None:
     x = torch.zeros(0, 5, device=DEVICE, requires_grad=True)
     t = torch.zeros(0, dtype=torch.int64, device=DEVICE)
