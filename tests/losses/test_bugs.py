@@ -111,7 +111,7 @@ def test_mean_counts_what_is_not_ignored(backend: str) -> None:
     x, t = _logits()
     t[1:] = -100
     torch.testing.assert_close(fastloss.cross_entropy(x, t, backend=backend), F.cross_entropy(x, t))
-    x, t = _logits(3000, 2, torch.float16)  # a count that float16 holds only roughly
+    x, t = _logits(2051, 2, torch.float16)  # a count that float16 holds only roughly
     torch.testing.assert_close(
         fastloss.cross_entropy(x, t, backend=backend).double(),
         F.cross_entropy(x.double(), t),

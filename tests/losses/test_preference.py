@@ -392,4 +392,6 @@ def test_linear_options_are_those_of_preference_loss() -> None:
         "rejected_cu_seqlens",
         "chosen_nll_logps",
         "chosen_nll_lengths",
+        "chosen_token_weight",  # the head has pairs in one tensor, and one `token_weight`
+        "rejected_token_weight",
     }
