@@ -392,6 +392,14 @@ class Worker {
     float* const sum = mine<float>(a_.d_weight);
     Unit* const packed = mine<Unit>(a_.stripe);
     const int64_t n = end - begin;
+    const auto give = [&](const float* from, int64_t j) {  // the block's row j
+      if (!c_.d_weight_sum) return from_float(from, n, out + j * dim_);
+      float* const to = c_.d_weight_sum + (start_ + j) * dim_ + begin;
+      if (!c_.adds_to_sum) return from_float(from, n, to);
+      write_block(to, n, [=](int64_t i, int64_t count) {
+        return load_upto(to + i, count) + load_upto(from + i, count);
+      });
+    };
     for (int64_t row = 0; row < rows_; row += chunk) {
       const int64_t count = least(chunk, rows_ - row), units = units_of<Op>(count);
       with_hidden([&](auto* x) {
@@ -409,7 +417,7 @@ class Worker {
           multiply_tiles(
               tiles_, m, n, units / Op::kStep, a, packed, units * P,
               [&](int64_t i) { return mine + i * stride; }, true, row > 0);
-          for (int64_t i = 0; last && i < m; ++i) from_float(mine + i * stride, n, out + (j + i) * dim_);
+          for (int64_t i = 0; last && i < m; ++i) give(mine + i * stride, j + i);
         }
       } else {
         const Unit* a = nullptr;
@@ -432,7 +440,7 @@ class Worker {
       }
     }
     if constexpr (!kFloats && !kTiles) {
-      for (int64_t i = 0; i < width_; ++i) from_float(sum + i * stride, n, out + i * dim_);
+      for (int64_t i = 0; i < width_; ++i) give(sum + i * stride, i);
     }
   }
 

@@ -31,8 +31,10 @@ struct HeadCall {
   int64_t weight_stride;
   void* d_weight;  // [vocab, dim] of the weight's dtype, or null. Until a block of it is written, that memory
                    // holds the block's logits of the first `stored` rows
-  int64_t stored;  // at most dim; with `given`: those that an earlier call left there
-  void* more_logits;  // [vocab, more] of the weight's dtype, for those of the next `more` rows
+  float* d_weight_sum;  // [vocab, dim] or null: d weight goes there instead, unrounded; d_weight keeps logits
+  bool adds_to_sum;     // to what it holds; else that is not read
+  int64_t stored;       // at most dim; with `given`: those that an earlier call left there
+  void* more_logits;    // [vocab, more] of the weight's dtype, for those of the next `more` rows
   int64_t more;
   float* origins;   // [segments of the vocabulary, stored + more]: what kept bfloat16 logits are relative to
   bool stats_only;  // no gradients: d_weight only keeps logits, for a later call

@@ -133,6 +133,8 @@ void check(const HeadCall& c) {
   expect(c.stored >= 0 && c.stored <= c.dim && c.stored <= c.logits.rows,
          "stored: expected at most dim rows");
   expect(!c.stored || c.d_weight, "stored: expected with d_weight");
+  expect(!c.d_weight_sum || (c.d_weight && c.weight_dtype == kBFloat16),
+         "d_weight_sum: expected with d_weight in bfloat16");
   expect(c.more >= 0 && c.stored + c.more <= c.logits.rows, "more: expected at most the other rows");
   expect(!c.more || c.more_logits, "more: expected with more_logits");
   expect(!(c.stored + c.more) || c.weight_dtype == kFloat32 || c.origins,
@@ -232,6 +234,8 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("weight_dtype", weight_dtype);
   FASTLOSS_FIELD("weight_stride", weight_stride);
   FASTLOSS_FIELD("d_weight", d_weight);
+  FASTLOSS_FIELD("d_weight_sum", d_weight_sum);
+  FASTLOSS_FIELD("adds_to_sum", adds_to_sum);
   FASTLOSS_FIELD("stored", stored);
   FASTLOSS_FIELD("d_hidden", d_hidden);
   FASTLOSS_FIELD("d_hidden_rest", d_hidden_rest);

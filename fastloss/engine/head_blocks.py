@@ -143,7 +143,7 @@ def origins_bytes(backend: NativeBackend, weight: Tensor, kept: int) -> int:
 
 class VocabularyBlocks:
     """One pass (the interface of engine/head.py): all rows in one part, or, with ``bounds``, several, whose d weight is added up
-    in float32."""
+    in float32, and rounded once."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class VocabularyBlocks:
                 total.hidden[part.start : part.stop] = d_hidden
             else:
                 total.hidden.index_copy_(0, self.keep[part.start : part.stop], d_hidden)
-        if total.weight is not None:
+        if total.weight is not None and not part.is_summed:
             assert own.weight is not None
             if part.start == 0:
                 total.weight.copy_(own.weight)
@@ -230,6 +230,7 @@ class BlockPart:
         self.all_rows, self.rows = head.hidden.shape[0], stop - start
         self.more, self.logprobs_only = run.more, run.logprobs_only
         self.made = Grads(None, None, None)
+        self.is_summed = False  # d weight went to the pass's sum already
         self._ahead = False  # d hidden was made with the statistics
         self._kept: _NativeCall | None = None  # of the statistics, where the gradients will go on from it
 
@@ -243,7 +244,7 @@ class BlockPart:
     def gradients_or_zeros(self) -> Grads:
         """The gradients; 0 where a loss asked for none (a part without rows)."""
         made, needs, weight = self.made, self.needs, self.head.weight
-        if not needs or any(x is not None for x in made):
+        if not needs or self.is_summed or any(x is not None for x in made):
             return made
         hidden, device = self.head.hidden, weight.device
         return Grads(
@@ -281,7 +282,7 @@ class BlockPart:
         call.record.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
         call.keep_logits(self.more)
         call.execute()
-        self.made = call.gradients()
+        self.made, self.is_summed = call.gradients(), call.is_summed
         return out
 
     def stats(self, target: Tensor | None, options: RowOptions, want: Sequence[str]) -> dict[str, Tensor]:
@@ -369,7 +370,7 @@ class BlockPart:
             call.record.selected_count = ids.shape[1]
             call.point_to(selected=ids, selected_gradient=given)
         call.execute()
-        self.made = call.gradients()
+        self.made, self.is_summed = call.gradients(), call.is_summed
 
 
 class _NativeCall:
@@ -413,6 +414,11 @@ class _NativeCall:
         self.point_to_made(
             d_weight=self.d_weight, d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias
         )
+        total = run.run.made.weight if self.d_weight is not None else None
+        self.is_summed = total is not None and h.weight.dtype == torch.bfloat16 and self.rows > 0
+        if self.is_summed:
+            self.point_to_made(d_weight_sum=total)
+            c.adds_to_sum = run.start > 0
         if kept is not None:
             c.stored, c.more = kept.record.stored, kept.record.more
             self.point_to_made(more_logits=kept.more_logits, origins=kept.origins)
@@ -495,4 +501,4 @@ class _NativeCall:
             else:  # of the kept rows, which lie where hidden's do; the others are 0
                 factor = row_factor.new_zeros(self.all_rows).index_copy_(0, self.keep, row_factor)
                 self.d_hidden.mul_(factor[:, None])
-        return Grads(self.d_hidden, self.d_weight, self.d_bias)
+        return Grads(self.d_hidden, None if self.is_summed else self.d_weight, self.d_bias)

@@ -357,3 +357,23 @@ def test_forward_alone_gives_the_numbers_of_the_call_with_gradient(dtype):
     )
     per_row = fastloss.linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction="none")
     torch.testing.assert_close(per_row.float().mean(), alone.float(), rtol=1e-2, atol=1e-3)
+
+
+def test_parts_of_rows_are_rounded_once():
+    """d weight in bfloat16 of several parts of rows: each part's was rounded before they were added."""
+    hidden = torch.randn(16, 32, 32).bfloat16()
+    weight = (torch.randn(320, 32) * 0.05).bfloat16()
+    target = torch.randint(0, 320, (16, 32))
+    desirable = torch.arange(16) % 2 == 0
+
+    def d_weight(memory, dtype=torch.bfloat16):
+        w = weight.to(dtype).clone().requires_grad_()
+        loss = fastloss.linear_kto_loss(
+            hidden.to(dtype), w, target, desirable, ref_logps=torch.full((16,), -185.0), kl=0.0, memory=memory
+        )[0]
+        loss.backward()
+        return w.grad.double()
+
+    exact = d_weight("auto", torch.float64)
+    parts, one = ((d_weight(memory) - exact).norm() for memory in ("fast", "low"))
+    assert parts < 1.05 * one

@@ -89,6 +89,8 @@ def call(
         "hidden": hidden, "weight": weight, "target": target, "keep": keep, "bias": bias, "w": w,
         "state": state, **given, **options.get("selected", {}), **out,
     }  # fmt: skip
+    if "sum" in options:
+        tensors["d_weight_sum"], c.adds_to_sum = options["sum"]
     c.selected_count = options["selected"]["selected"].shape[1] if "selected" in options else 0
     for name, tensor in tensors.items():
         setattr(c, name, 0 if tensor is None else tensor.data_ptr())
@@ -329,6 +331,25 @@ def test_other_threads_and_blocks_give_the_same_gradients(kind):
         assert torch.equal(other[name], one[name]), name
 
 
+@pytest.mark.parametrize("kind", [kind for kind in OPERANDS if OPERANDS[kind][1] == BF16])
+@pytest.mark.parametrize("rows", [7, 300])
+def test_d_weight_goes_to_a_float32_sum(kind, rows):
+    """Of parts of rows: the first writes it, the others add to it, and none is rounded."""
+    kinds = OPERANDS[kind]
+    hidden, weight, target = operands(rows, 40, 330, kinds)
+    rounded = call(hidden, weight, target, width=128, pairs=kinds[2])
+    total = torch.full((330, 40), float("nan"))
+    got = call(hidden, weight, target, width=128, pairs=kinds[2], sum=(total, False))
+    assert torch.equal(total.bfloat16(), rounded["d_weight"])
+    assert not torch.equal(total, rounded["d_weight"].float())
+    for name in ("d_hidden", "d_bias", "loss"):
+        assert torch.equal(got[name], rounded[name]), name
+    before = torch.randn(330, 40)
+    more = before.clone()
+    call(hidden, weight, target, width=128, pairs=kinds[2], sum=(more, True))
+    assert torch.equal(more, before + total)
+
+
 @pytest.mark.parametrize("kind", OPERANDS)
 @pytest.mark.parametrize("stored, more", [(30, 0), (30, 60), (7, 100), (0, 130), (0, 0)])
 def test_gradients_from_logits_that_the_statistics_left(kind, stored, more):
@@ -528,7 +549,7 @@ def test_kept_logits_are_relative_to_the_largest_with_its_bias(kind):
         ({"rows": 0}, "rows"), ({"hidden_dtype": 3}, "dtype"), ({"pairs": True}, "pairs"),
         ({"d_weight": 0}, "weight"), ({"d_weight": 0, "stored": 0}, "index targets"), ({"tiles": True}, "tiles"),
         ({"more": 1}, "more"), ({"more_logits": 64, "more": 1}, "more"), ({"stats_only": True, "given_lse_parts": 64}, "stats_only"),
-        ({"weight_dtype": 1}, "origins"),
+        ({"weight_dtype": 1}, "origins"), ({"d_weight_sum": 64}, "d_weight_sum"),
     ],
 )  # fmt: skip
 def test_bad_calls(change, what):
