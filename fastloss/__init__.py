@@ -15,6 +15,7 @@ from fastloss import nn
 from fastloss._version import __version__
 from fastloss.engine.backend import backends, explain, use_backend, validate_targets
 from fastloss.engine.invariance import batch_invariant
+from fastloss.engine.skipping import skipped_share
 from fastloss.losses.advantages import (
     discounted_returns,
     gae,
@@ -149,6 +150,7 @@ __all__ = [
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "simpo_loss",
+    "skipped_share",
     "supervised_loss",
     "support_from_mask",
     "tied_reward_loss",

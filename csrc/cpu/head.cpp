@@ -72,6 +72,8 @@ class Worker {
   char *const shared_, *const mine_;
   int64_t phase_ = 0;
   int64_t start_ = 0, width_ = 0;  // the block's columns
+  const int32_t* list_ = nullptr;  // its rows, or null: all
+  int64_t count_;                  // how many
   typename TilesOf<Op>::type tiles_;
 
  public:
@@ -84,6 +86,7 @@ class Worker {
         dim_(c.dim),
         vocab_(c.logits.vocab),
         stripes_(stripes_of(c.logits.rows, kRows)),
+        count_(c.logits.rows),
         units_of_dim_(units_of<Op>(c.dim)),
         shared_(scratch),
         mine_(scratch + a_.threads + thread * a_.thread_bytes) {}
@@ -98,6 +101,9 @@ class Worker {
       share_rows([&](int64_t begin, int64_t end) {
         for (int64_t k = 0; k < chapters; ++k) vocab_kernels.merge(c_, sums_of(k), k == 0, begin, end);
         vocab_kernels.finish(c_, begin, end);
+        if (!c_.mass) return;
+        vocab_kernels.leave_out(c_, begin, end);
+        for (int64_t i = begin; c_.d_hidden && i < end; ++i) memset(d_hidden(i), 0, dim_ * sizeof(float));
       });
     }
     if (wants_gradients(c_)) make_gradients();
@@ -166,10 +172,13 @@ class Worker {
   }
   ChapterSums sums_of(int64_t chapter) const { return vocab_kernels.sums_of(c_, shared_ + a_.sums, chapter); }
   const T* weight(int64_t column) const {
-    return static_cast<const T*>(c_.weight) + column * c_.weight_stride;
+    return static_cast<const T*>(c_.weight) + in_weight(column) * c_.weight_stride;
   }
-  int64_t place(int64_t row) const { return c_.keep ? c_.keep[row] : row; }
-  int64_t stripe_end(int64_t stripe) const { return least(rows_, (stripe + 1) * kRows); }
+  int64_t in_weight(int64_t column) const { return c_.order ? c_.order[column] : column; }
+  // Of the block's row i: which one it is, and where it lies.
+  int64_t row_of(int64_t i) const { return list_ ? list_[i] : i; }
+  int64_t place(int64_t i) const { return c_.keep ? c_.keep[row_of(i)] : row_of(i); }
+  int64_t stripe_end(int64_t stripe) const { return least(count_, (stripe + 1) * kRows); }
 
   template <class F>
   void with_hidden(F&& f) const {
@@ -184,7 +193,7 @@ class Worker {
 
   // The row as dH has it.
   float* d_hidden(int64_t row) const {
-    if (c_.spread) return c_.d_hidden + place(row) * dim_;
+    if (c_.spread) return c_.d_hidden + (c_.keep ? c_.keep[row] : row) * dim_;
     return row < c_.split ? c_.d_hidden + row * dim_ : c_.d_hidden_rest + (row - c_.split) * dim_;
   }
 
@@ -196,7 +205,7 @@ class Worker {
       const int64_t bytes = units_of_dim_ * 4;
       const char* a = static_cast<const char*>(c_.hidden);
       TileRows from{a + row * c_.hidden_stride * 2, c_.hidden_stride * 2, 64};
-      if (c_.keep || dim_ * 2 != bytes || (end - row) % 32 != 0) {
+      if (c_.keep || list_ || dim_ * 2 != bytes || (end - row) % 32 != 0) {
         char* const dense = mine<char>(a_.stripe);
         for (int64_t i = row; i < end; ++i) {
           char* const to = dense + (i - row) * bytes;
@@ -234,7 +243,8 @@ class Worker {
 
   void pack_for_logits(int64_t column, int64_t n, Unit* out) const {
     for (int64_t j = 0; j < n; j += P, out += units_of_dim_ * P) {
-      pack_transposed<Op>(weight(column + j), c_.weight_stride, least(P, n - j), dim_, out);
+      const auto row = [&](int64_t i) { return weight(least(column + j + i, vocab_ - 1)); };
+      pack_transposed<Op, T>(row, least(P, n - j), dim_, out);
     }
   }
 
@@ -276,39 +286,103 @@ class Worker {
   bool needs_logits() const { return c_.stored + c_.more < rows_; }
 
   void make_gradients() {
-    const bool split = is_split(c_, stripes_, threads_);
     const int64_t task = columns_of_task<Op, T>(c_, threads_);
     const int64_t d_weight_tasks = c_.d_weight ? stripes_of(dim_, task) : 0;
     const int64_t column_tasks = sums_rows(c_) ? d_weight_tasks + (c_.d_bias != nullptr) : 0;
     start_ = 0, width_ = least(c_.width, vocab_);
-    share(pack_tasks(), [&](int64_t i) { pack(start_, width_, i); });
+    prepare(start_, width_);
     while (start_ < vocab_) {
-      if (split) {
+      take_rows();
+      const int64_t stripes = stripes_of(count_, kRows);
+      if (is_split(c_, stripes, threads_)) {
         const int64_t parts = stripes_of(width_, kTaskColumns), dims = stripes_of(dim_, kTaskColumns);
-        share(stripes_ * parts, [&](int64_t i) {
+        share(stripes * parts, [&](int64_t i) {
           const int64_t begin = i % parts * kTaskColumns;
           make_dz(i / parts, begin, least(width_, begin + kTaskColumns), i / parts);
         });
         if (c_.d_hidden) {
-          share(stripes_ * dims, [&](int64_t i) {
+          share(stripes * dims, [&](int64_t i) {
             const int64_t begin = i % dims * kTaskColumns;
-            add_d_hidden(i / dims, begin, least(dim_, begin + kTaskColumns), i / dims, start_ > 0);
+            add_d_hidden(i / dims, begin, least(dim_, begin + kTaskColumns), i / dims, adds_d_hidden());
           });
         }
       } else {
-        share(stripes_, [&](int64_t i) {
+        share(stripes, [&](int64_t i) {
           make_dz(i, 0, width_, thread_);
-          if (c_.d_hidden) add_d_hidden(i, 0, dim_, thread_, start_ > 0);
+          if (c_.d_hidden) add_d_hidden(i, 0, dim_, thread_, adds_d_hidden());
         });
       }
       const int64_t next = start_ + width_, next_width = least(c_.width, vocab_ - next);
-      share(column_tasks + (next_width > 0 ? pack_tasks() : 0), [&](int64_t i) {
-        if (i >= column_tasks) return pack(next, next_width, i - column_tasks);
+      share(column_tasks + (next_width > 0 ? prepare_tasks() : 0), [&](int64_t i) {
+        if (i >= column_tasks) return prepare(next, next_width, i - column_tasks);
         if (i == d_weight_tasks) return add_bias();
         make_d_weight(i * task, least(dim_, (i + 1) * task));
       });
       start_ = next, width_ = next_width;
     }
+    if (is_put_in_order()) put_in_order();
+  }
+
+  // What a block needs before its rows are taken.
+  int64_t prepare_tasks() const { return pack_tasks() + (c_.mass != nullptr); }
+  void prepare(int64_t start, int64_t n, int64_t i) {
+    if (i == pack_tasks()) return list_rows(start);
+    pack(start, n, i);
+  }
+  void prepare(int64_t start, int64_t n) {
+    share(prepare_tasks(), [&](int64_t i) { prepare(start, n, i); });
+  }
+
+  // The rows whose gradients do not leave out the block at `start`: their number, and they.
+  int64_t* listed(int64_t start) const {
+    return shared<int64_t>(a_.lists + start / kSegment % 2 * a_.list_bytes);
+  }
+  void list_rows(int64_t start) const {
+    int64_t* const number = listed(start);
+    int32_t* const out = reinterpret_cast<int32_t*>(number + 1);
+    const float* const mass = c_.mass + start / kSegment * rows_;
+    int64_t n = 0;
+    for (int64_t row = 0; row < rows_; ++row) out[n] = int32_t(row), n += mass[row] != kLeftOut;
+    *number = n;
+  }
+  void take_rows() {
+    if (!c_.mass) return;
+    count_ = *listed(start_), list_ = reinterpret_cast<const int32_t*>(listed(start_) + 1);
+  }
+  // Where blocks leave rows out, no block begins the sum for all of them.
+  bool adds_d_hidden() const { return start_ > 0 || c_.mass; }
+
+  // Logits that wait in d weight lie where the blocks are that read them, so that d weight does, too: its
+  // rows go to their places when all are done. Without any, each goes there at once.
+  bool is_put_in_order() const { return c_.order && c_.d_weight && !c_.d_weight_sum && c_.stored > 0; }
+  T* d_weight(int64_t column) const {
+    return static_cast<T*>(c_.d_weight) + (is_put_in_order() ? column : in_weight(column)) * dim_;
+  }
+  // Some columns of it along the cycles of the order: row `from` belongs to place order[from].
+  void put_in_order() {
+    constexpr int64_t most = 4096 / sizeof(T), line = 64 / sizeof(T);
+    const int64_t columns = least(most, round_up(stripes_of(dim_, threads_), line));
+    share(stripes_of(dim_, columns), [&](int64_t task) {
+      const int64_t begin = task * columns, n = least(dim_, begin + columns) - begin;
+      char* const done = mine<char>(a_.done);
+      memset(done, 0, vocab_);
+      T buffers[2][most];
+      for (int64_t start = 0; start < vocab_; ++start) {
+        if (done[start]) continue;
+        T *carried = buffers[0], *found = buffers[1];
+        memcpy(carried, d_weight(start) + begin, n * sizeof(T));
+        for (int64_t from = start; !done[from];) {
+          done[from] = 1;
+          const int64_t to = c_.order[from];
+          const T* const later = d_weight(c_.order[c_.order[to]]) + begin;
+          for (int64_t i = 0; i < n; i += line) __builtin_prefetch(later + i, 1);
+          T* const place = d_weight(to) + begin;
+          memcpy(found, place, n * sizeof(T)), memcpy(place, carried, n * sizeof(T));
+          T* const freed = carried;
+          carried = found, found = freed, from = to;
+        }
+      }
+    });
   }
 
   // Parts of the block of n columns from `start` on, for both products: their weights are read once.
@@ -334,8 +408,8 @@ class Worker {
     float* z = mine<float>(a_.columns);
     int64_t stride = block_stride<float>(width_of(c_));
     if constexpr (kFloats) z = rows;
-    const StripeOfLogits l{z, stride, start_ + begin, end - begin, stripe * kRows, stripe_end(stripe)};
-    const bool kept = l.end <= c_.stored + c_.more;
+    const StripeOfLogits l{z, stride, start_ + begin, end - begin, stripe * kRows, stripe_end(stripe), list_};
+    const bool kept = row_of(l.end - 1) < c_.stored + c_.more;
     if (!kept) {
       make_logits(l.begin, l.end, shared<Unit>(a_.packed) + begin * units_of_dim_, l.width, z, stride);
     }
@@ -372,10 +446,10 @@ class Worker {
     const int64_t panel = units_of<Op>(width_of(c_)) * P;
     const Unit* const packed = shared<Unit>(a_.packed_other) + begin / P * panel;
     const ZRow* const z = z_rows(stripe, slot);
-    const auto c = [&](int64_t i) { return d_hidden(row + i) + begin; };
+    const auto c = [&](int64_t i) { return d_hidden(row_of(row + i)) + begin; };
     if constexpr (kTiles) {
       const TileRows a{reinterpret_cast<const char*>(z), z_stride() * 2, 64};
-      const bool even = !(c_.spread && c_.keep) && (row >= c_.split || row + count <= c_.split);
+      const bool even = !list_ && !(c_.spread && c_.keep) && (row >= c_.split || row + count <= c_.split);
       multiply_tiles(tiles_, count, end - begin, (width_ + 31) / 32, a, packed, panel, c, even, accumulate);
     } else {
       const int64_t stride = z_stride() / Op::kElements, units = units_of<Op>(width_);
@@ -388,20 +462,31 @@ class Worker {
   void make_d_weight(int64_t begin, int64_t end) {
     constexpr int64_t chunk = rows_of_sum<Op>();
     const int64_t stride = columns_of_task<Op, T>(c_, threads_);
-    T* const out = static_cast<T*>(c_.d_weight) + start_ * dim_ + begin;
+    const auto out = [&](int64_t j) { return d_weight(start_ + j) + begin; };
     float* const sum = mine<float>(a_.d_weight);
     Unit* const packed = mine<Unit>(a_.stripe);
     const int64_t n = end - begin;
     const auto give = [&](const float* from, int64_t j) {  // the block's row j
-      if (!c_.d_weight_sum) return from_float(from, n, out + j * dim_);
-      float* const to = c_.d_weight_sum + (start_ + j) * dim_ + begin;
+      if (!c_.d_weight_sum) return from_float(from, n, out(j));
+      float* const to = c_.d_weight_sum + in_weight(start_ + j) * dim_ + begin;
       if (!c_.adds_to_sum) return from_float(from, n, to);
       write_block(to, n, [=](int64_t i, int64_t count) {
         return load_upto(to + i, count) + load_upto(from + i, count);
       });
     };
-    for (int64_t row = 0; row < rows_; row += chunk) {
-      const int64_t count = least(chunk, rows_ - row), units = units_of<Op>(count);
+    if (count_ == 0) {  // all rows leave the block out
+      for (int64_t j = 0; j < width_; ++j) {
+        if constexpr (kFloats) {
+          memset(out(j), 0, n * sizeof(float));
+        } else {
+          memset(sum, 0, n * sizeof(float));
+          give(sum, j);
+        }
+      }
+      return;
+    }
+    for (int64_t row = 0; row < count_; row += chunk) {
+      const int64_t count = least(chunk, count_ - row), units = units_of<Op>(count);
       with_hidden([&](auto* x) {
         typedef typename Element<decltype(x)>::type E;
         pack_matrix<Op, E>([&](int64_t i) { return x + place(row + i) * c_.hidden_stride + begin; }, n, count,
@@ -409,7 +494,7 @@ class Worker {
       });
       if constexpr (kTiles) {
         // A block of columns at a time. Its sums wait only where there are more rows.
-        const bool once = rows_ <= chunk, last = row + chunk >= rows_;
+        const bool once = count_ <= chunk, last = row + chunk >= count_;
         for (int64_t j = 0; j < width_; j += 32) {
           float* const mine = sum + (once ? 0 : j * stride);
           const int64_t m = least(32, width_ - j);
@@ -432,7 +517,7 @@ class Worker {
           a_step = pairs_stride(), a = pairs(row / kRows);
         }
         const auto c = [&](int64_t i) -> float* {
-          if constexpr (kFloats) return out + i * dim_;
+          if constexpr (kFloats) return out(i);
           return sum + i * stride;
         };
         multiply<Op, true>(
@@ -449,7 +534,7 @@ class Worker {
     if constexpr (kTiles) {
       for (int64_t j = 0; j < width_; ++j) {
         double sum = 0;
-        for (int64_t row = 0; row < rows_; row += 32) {
+        for (int64_t row = 0; row < count_; row += 32) {
           const BF16* const line = reinterpret_cast<const BF16*>(lines(row) + j * 32);
           F32V part{};
           for (int64_t i = 0; i < 32; i += W) part += load(line + i);
@@ -466,7 +551,7 @@ class Worker {
         store(sum + j, load(sum + j) + widen(z));
         store(sum + j + W / 2, load(sum + j + W / 2) + widen(z + W / 2));
       };
-      for (int64_t i = 0; i < rows_; i += Op::kElements) {
+      for (int64_t i = 0; i < count_; i += Op::kElements) {
         for (int64_t j = 0; j < width_; j += W) {
           const int64_t left = width_ - j;
           if constexpr (kNarrow) {

@@ -38,7 +38,12 @@ struct HeadCall {
   int64_t more;
   float* origins;   // [segments of the vocabulary, stored + more]: what kept bfloat16 logits are relative to
   bool stats_only;  // no gradients: d_weight only keeps logits, for a later call
-  float* d_hidden;  // float32 sums, or null
+  double skip;      // with mass: the most probability of a row whose segments the gradients may leave out
+  float* mass;      // [segments of the vocabulary, rows] or null: their share of the row's probability, then
+                    // kLeftOut where they are left out; a segment is a block then
+  const int64_t* order;  // [vocab] or null: column j, wherever one is spoken of here, is row order[j] of the
+                         // weight and of its gradient
+  float* d_hidden;       // float32 sums, or null
   float* d_hidden_rest;  // where rows from `split` on have theirs
   int64_t split;
   bool spread;           // d_hidden's rows lie as hidden's, undivided; else densely
@@ -72,6 +77,9 @@ T* kept_logits(const HeadCall& c, int64_t row, int64_t column) {
   if (row < c.stored) return static_cast<T*>(c.d_weight) + column * c.dim + row * width;
   return static_cast<T*>(c.more_logits) + column * c.more + (row - c.stored) * width;
 }
+
+// What `mass` has for a row's segments that the gradients leave out.
+constexpr float kLeftOut = -1;
 
 inline float* kept_origin(const HeadCall& c, int64_t row, int64_t column) {
   return c.origins + column / kSegment * (c.stored + c.more) + row;

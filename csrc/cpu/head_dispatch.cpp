@@ -149,6 +149,12 @@ void check(const HeadCall& c) {
          "selected: expected with what is told of it");
   expect(!c.selected_logprobs || c.selected_logits, "selected_logprobs: expected with selected_logits");
   expect(!c.selected_gradient || is_backward(c), "selected_gradient: expected with given_lse_parts");
+  expect(!c.mass || (c.skip > 0 && c.skip < 1 && c.width == kSegment),
+         "mass: expected with a skip between 0 and 1 and blocks of one segment");
+  expect(!c.mass || (c.logits.target && !c.selected && c.ce.terms.smooth == 0 && !c.stats_only &&
+                     !is_backward(c) && c.d_weight),
+         "mass: expected with index targets, no label smoothing, and d_weight made with the statistics");
+  expect(!c.order || c.mass, "order: expected with mass");
   for (const int dtype : {c.hidden_dtype, c.weight_dtype}) {
     expect(dtype == kFloat32 || dtype == kBFloat16, "dtype: expected float32 or bfloat16");
   }
@@ -253,6 +259,9 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("more_logits", more_logits);
   FASTLOSS_FIELD("more", more);
   FASTLOSS_FIELD("stats_only", stats_only);
+  FASTLOSS_FIELD("skip", skip);
+  FASTLOSS_FIELD("mass", mass);
+  FASTLOSS_FIELD("order", order);
   type.def("workspace_bytes", [](HeadCall& c, int64_t threads) {  // of a run on that many threads
     check(c);
     c.emulate = !supports_tiles();
@@ -279,6 +288,7 @@ void bind_head(py::module_& m) {
   m.attr("ROW_STATE_DOUBLES") = int(sizeof(RowState) / sizeof(double));
   m.attr("HEAD_STRIPE") = kStripe;
   m.attr("HEAD_SEGMENT") = kSegment;
+  m.attr("HEAD_LEFT_OUT") = kLeftOut;
   m.def("head_panel", [] { return kKept; });
   m.def("supports_tiles", &supports_tiles);
   m.def("advise_huge_pages", &advise_huge_pages);

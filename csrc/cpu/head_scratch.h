@@ -61,11 +61,13 @@ struct Areas {
   int64_t packed, packed_other;  // a packed block of it, for logits and for d hidden
   int64_t z_columns;             // dZ of the block and all rows, as d weight reads it
   int64_t z_rows, z_rows_bytes;  // of a stripe, as d hidden reads it: for each thread, or for each stripe
+  int64_t lists, list_bytes;     // two lists of rows, their number first
   int64_t threads, thread_bytes, bytes;
   int64_t columns;   // a thread's: logits of a stripe, or dZ converted to floats
   int64_t stripe;    // hidden states of some rows, converted or packed
   int64_t d_weight;  // a task of d weight in float32
   int64_t factors, kernel;
+  int64_t done;  // rows of d weight that are in their places
 };
 
 template <class Op, class T>
@@ -98,8 +100,12 @@ Areas areas_of(const HeadCall& c, int64_t threads) {
   a.z_rows_bytes = (floats && columns) || !gradients ? 0
                    : Op::kElements == 1              ? Op::kStripe * block_stride<float>(width) * 4
                                                      : Op::kStripe * block_stride<T>(width) * 2;
-  a.z_rows = take(a.z_rows_bytes * (is_split(c, stripes, threads) ? stripes : threads) + 128);
+  int64_t slots = is_split(c, stripes, threads) ? stripes : threads;
+  if (c.mass) slots = least(stripes, 4 * threads) > threads ? least(stripes, 4 * threads) : threads;
+  a.z_rows = take(a.z_rows_bytes * slots + 128);
   at = at > end ? at : end;
+  a.list_bytes = c.mass ? round_up(8 + c.logits.rows * 4 + 4, 64) : 0;
+  a.lists = take(2 * a.list_bytes);
   a.threads = at;
   at = 0;
   const int64_t widest = width > kSegment || !gradients ? (gradients ? width : kSegment) : kSegment;
@@ -114,6 +120,7 @@ Areas areas_of(const HeadCall& c, int64_t threads) {
   // d bias sums a block's columns in double there, a vector at a time.
   const int64_t sums = (width + W) * 8;
   a.kernel = take(vocab_kernels.scratch_bytes > sums ? vocab_kernels.scratch_bytes : sums);
+  a.done = take(c.order && c.stored ? c.logits.vocab : 0);
   a.thread_bytes = round_up(at, 4096) + 4096 + 64;  // apart, so that the sets of the cache differ
   a.bytes = a.threads + threads * a.thread_bytes;
   return a;

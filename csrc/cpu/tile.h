@@ -336,27 +336,25 @@ FASTLOSS_INLINE void transpose(F32V (&r)[4]) {
 }
 #endif
 
-// One panel of B = Xᵀ: `width` rows of X, `row` elements apart, become columns; K is k elements (a multiple
-// of Op::kElements).
-template <class Op, class T>
-void pack_transposed(const T* x, int64_t row, int64_t width, int64_t k, typename Op::Unit* out) {
+// One panel of B = Xᵀ: `width` rows x(0), x(1) … become columns; K is k elements (a multiple of
+// Op::kElements). Asks for rows beyond `width`, and does not read them.
+template <class Op, class T, class X>
+void pack_transposed(X&& x, int64_t width, int64_t k, typename Op::Unit* out) {
   typedef typename Op::Unit Unit;
   constexpr int64_t P = Op::kPanel;
   const int64_t units = k / Op::kElements;
   int64_t packed = 0;  // columns that are done
 #if (defined(__AVX512F__) && FASTLOSS_VECTOR_BYTES == 64) || FASTLOSS_VECTOR_BYTES == 16
   for (; packed + W <= width; packed += W) {
-    const T* const from = x + packed * row;
+    const T *from[W], *next[W];
+    for (int i = 0; i < W; ++i) from[i] = x(packed + i), next[i] = x(packed + W + i);
     int64_t q = 0;
     for (; q + W <= units; q += W) {
       F32V r[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
-        const T* const at = from + i * row + q * Op::kElements;
-        r[i] = load_units<Op>(at);
-        if (W == 16 || q % 16 == 0) {
-          __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(at) + W * row * sizeof(T)), 0, 2);
-        }
+        r[i] = load_units<Op>(from[i] + q * Op::kElements);
+        if (W == 16 || q % 16 == 0) __builtin_prefetch(next[i] + q * Op::kElements, 0, 2);
       }
       transpose(r);
 #pragma GCC unroll 16
@@ -364,7 +362,7 @@ void pack_transposed(const T* x, int64_t row, int64_t width, int64_t k, typename
     }
     for (; q < units; ++q) {
       for (int i = 0; i < W; ++i) {
-        out[q * P + packed + i] = load_unit<Op>(from + i * row + q * Op::kElements);
+        out[q * P + packed + i] = load_unit<Op>(from[i] + q * Op::kElements);
       }
     }
   }
@@ -374,7 +372,7 @@ void pack_transposed(const T* x, int64_t row, int64_t width, int64_t k, typename
     const int64_t end = units - p < kChunk ? units : p + kChunk;
     int64_t column = packed;
     for (; column < width; ++column) {
-      const T* const from = x + column * row;
+      const T* const from = x(column);
       Unit* const to = out + column;
       int64_t q = p;
       for (; q + W <= end; q += W) {

@@ -374,6 +374,10 @@ void add(const HeadCall& c, const ChapterSums& sums, const StripeOfLogits& strip
       }
     }
     add_group(want, sums, begin, count, group);
+    if (c.mass) {
+      float* const mass = c.mass + start / kSegment * l.rows + begin;
+      for (int64_t g = 0; g < count; ++g) mass[g] = float(group.max[g] + __builtin_log(group.sum[g]));
+    }
   }
 }
 
@@ -447,6 +451,47 @@ void finish(const HeadCall& c, int64_t begin, int64_t end) {
     const double k = c.ce.grad_scale * scale_of<float>(c.logits, row) * weight_of(c, row);
     s.log_sum = r.log_sum;
     s.a = (g.a + (g.d != 0 ? g.d * g.w_t : 0.0)) * k, s.b = g.b * k, s.d = g.d * k;
+  }
+}
+
+// Probabilities sorted as far as `leave_out` needs it: four bins from one power of 2 to the next, the first
+// for all below 2^-64.
+constexpr int64_t kBins = 4 * 64 + 2;
+inline int64_t bin_of(float p) {
+  const int64_t bin = int64_t(bit_cast<uint32_t>(p) >> 21) - 4 * (127 - 64);
+  return bin < 0 ? 0 : bin < kBins ? bin : kBins - 1;
+}
+
+void leave_out(const HeadCall& c, int64_t begin, int64_t end) {
+  const Logits& l = c.logits;
+  const int64_t segments = (l.vocab + kSegment - 1) / kSegment;
+  for (int64_t row = begin; row < end; ++row) {
+    const RowState& s = c.state[row];
+    float* const mass = c.mass + row;
+    if (s.kind != 0) {  // an ignored row has no gradient, a bad one NaN everywhere
+      for (int64_t k = 0; k < segments; ++k) mass[k * l.rows] = s.kind == double(RowKind::bad) ? 1 : kLeftOut;
+      continue;
+    }
+    const int64_t own = l.target[row] / kSegment;
+    double bins[kBins] = {};
+    for (int64_t k = 0; k < segments; ++k) {
+      float& p = mass[k * l.rows];
+      p = float(__builtin_exp((double(p) - s.max) - s.log_sum));
+      if (k != own && p >= 0) bins[bin_of(p)] += p;  // a NaN stays
+    }
+    double sum = 0;
+    int64_t bin = 0;  // the first that has no room as a whole
+    for (; bin < kBins && sum + bins[bin] <= c.skip; ++bin) sum += bins[bin];
+    for (int64_t k = 0; k < segments; ++k) {
+      float& p = mass[k * l.rows];
+      if (k == own || !(p >= 0)) continue;
+      const int64_t mine = bin_of(p);
+      if (mine == bin && sum + p <= c.skip) {
+        sum += p, p = kLeftOut;
+      } else if (mine < bin) {
+        p = kLeftOut;
+      }
+    }
   }
 }
 
@@ -526,15 +571,16 @@ void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* 
   const Logits& l = c.logits;
   const Transform<float> plain(l);
   const int64_t start = stripe.start, n = stripe.width;
-  for (int64_t row = stripe.begin; row < stripe.end; ++row) {
+  for (int64_t i = stripe.begin; i < stripe.end; ++i) {
+    const int64_t row = stripe.row(i);
     const RowState& s = c.state[row];
-    T* const out = static_cast<T*>(out_memory) + (row - stripe.begin) * out_stride;
+    T* const out = static_cast<T*>(out_memory) + (i - stripe.begin) * out_stride;
     if (s.kind != 0) {
       fill_row<T>(out, n, s.kind == double(RowKind::bad) ? __builtin_nanf("") : 0.0f);
       zero_to_32(out, n);
       continue;
     }
-    float* const x = stripe.z + (row - stripe.begin) * stripe.stride;
+    float* const x = stripe.z + (i - stripe.begin) * stripe.stride;
     const Transform<float> f = plain.of_row(c.logits, row);
     const int64_t t = l.target ? l.target[row] - start : -1;
     const bool here = t >= 0 && t < n;
@@ -662,8 +708,8 @@ void exponentials_of(const HeadCall& c, const ChapterSums* sums, const StripeOfL
 }  // namespace
 
 extern const VocabKernels vocab_kernels;
-const VocabKernels vocab_kernels = {kScratch, sums_bytes,       sums_of,     add_of,         merge,
-                                    finish,   set_coefficients, gradient_of, exponentials_of};
+const VocabKernels vocab_kernels = {kScratch, sums_bytes, sums_of,          add_of,      merge,
+                                    finish,   leave_out,  set_coefficients, gradient_of, exponentials_of};
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

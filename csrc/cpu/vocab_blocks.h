@@ -30,9 +30,13 @@ struct ChapterSums {
 
 // Logits of rows [begin, end): of columns [start, start + width), the rows `stride` apart. They may be
 // overwritten up to a vector beyond their end.
+// With `rows` those are places in it, and rows[i] is the row.
 struct StripeOfLogits {
   float* z;
   int64_t stride, start, width, begin, end;
+  const int32_t* rows = nullptr;
+
+  int64_t row(int64_t i) const { return rows ? rows[i] : i; }
 };
 
 struct VocabKernels {
@@ -44,6 +48,9 @@ struct VocabKernels {
   // A chapter's, added to the rows'.
   void (*merge)(const HeadCall&, const ChapterSums&, bool first, int64_t begin, int64_t end);
   void (*finish)(const HeadCall&, int64_t begin, int64_t end);
+  // Of each finished row the segments with the least probability, as many as the call's `skip` allows and
+  // never the target's: marked in `mass`, in which `add` left the logarithms of their sums.
+  void (*leave_out)(const HeadCall&, int64_t begin, int64_t end);
   // In place of all of these: what row_grad is given. The vector w is CrossEntropy's.
   void (*set_coefficients)(const HeadCall&, int64_t begin, int64_t end);
   // out has the weight's dtype; zeros follow up to the next 32 columns. `kept`: the logits are read where the

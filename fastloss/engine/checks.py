@@ -217,6 +217,15 @@ def logits_dtype_value(logits_dtype: Any) -> None:
         raise ValueError(f"logits_dtype: expected None or torch.float32, got {logits_dtype!r}")
 
 
+def skip_value(skip: Any) -> float:
+    if skip == 0 and not isinstance(skip, (bool, Tensor)):
+        return 0.0
+    value = number("skip", skip, low=0.0, high=1.0)
+    if value >= 1:
+        raise ValueError(f"skip: expected a number from 0 to less than 1, got {skip}")
+    return value
+
+
 def reject_bad_targets(target: Tensor, vocab: int, ignore_index: int) -> None:
     """IndexError that names the first target outside [0, vocab) which is not ignore_index."""
     bad = ((target < 0) | (target >= vocab)) & (target != ignore_index)

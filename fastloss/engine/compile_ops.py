@@ -364,8 +364,8 @@ _HEAD = "Tensor hidden, Tensor weight, Tensor? bias"
 _HOW = "bool[] needs, ScalarType dtype, int chunk, str backend, str memory='auto', bool float_logits=False"
 
 
-def _limits(chunk: int, memory: str = "auto", float_logits: bool = False) -> Limits:
-    return Limits(chunk or None, memory, None, float_logits)
+def _limits(chunk: int, memory: str = "auto", float_logits: bool = False, skip: float = 0.0) -> Limits:
+    return Limits(chunk or None, memory, None, float_logits, skip)
 
 
 def _given_limits(given: dict[str, Any]) -> Limits:
@@ -469,12 +469,12 @@ def linear_row_grad(
     "linear_cross_entropy",
     f"{_HEAD}, Tensor? target, Tensor? w, Tensor? factor_tensor, Tensor? token_weight=None, {_ROW_SCALE}",
     CrossEntropyOptions,
-    f"{_LOSS}, {_HOW}",
+    f"{_LOSS}, {_HOW}, float skip=0.0",
     "Tensor[]",
 )
 def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     hidden, weight, bias, target, w, factor_tensor, token_weight=None, row_scale=None, numbers=None, *,
-    factor, reduction, want, needs, dtype, chunk, backend, memory="auto", float_logits=False, **fields,
+    factor, reduction, want, needs, dtype, chunk, backend, memory="auto", float_logits=False, skip=0.0, **fields,
 ):  # fmt: skip
     options = _record(CrossEntropyOptions, fields, row_scale, numbers)
     needed, names = Needs(*needs), _names(want)
@@ -485,7 +485,7 @@ def _linear_cross_entropy(  # type: ignore[no-untyped-def]
     rows = heads.count_kept(hidden.shape[0], keep)
     smooth = target is None or options.label_smoothing > 0
     schedule = heads.schedule_of_cross_entropy(
-        head, rows, needed, _limits(chunk, memory, float_logits), per_row, smooth
+        head, rows, needed, _limits(chunk, memory, float_logits, skip), per_row, smooth
     )
     f = Factor(factor, factor_tensor)
     out, grads = heads.cross_entropy(
@@ -622,6 +622,7 @@ def linear_cross_entropy(
         memory=limits.memory,
         float_logits=limits.float_logits,
         backend=backend,
+        skip=limits.skip,
     )
 
 

@@ -96,7 +96,8 @@ class Schedule(NamedTuple):
     vocabulary, in parts of ``part`` rows (0: all), each of which keeps the logits of its first D rows and of ``more`` others.
     ``float_logits``: a chunk's are float32; those of a block always are. ``columns``: blocks of so many classes with the library's
     GEMMs, all rows (``chunk``) in one part. ``exponentials``: cross-entropy's gradients from scaled exponentials
-    (engine/head_exponentials.py), in chunks of rows."""
+    (engine/head_exponentials.py), in chunks of rows. ``skip``: the most of a row's probability whose gradients are left out;
+    ``exact``: why it is none though that was asked for."""
 
     chunk: int
     part: int = 0
@@ -104,6 +105,8 @@ class Schedule(NamedTuple):
     float_logits: bool = False
     columns: int = 0
     exponentials: bool = False
+    skip: float = 0.0
+    exact: str = ""
 
     @property
     def by_vocabulary(self) -> bool:
@@ -123,6 +126,10 @@ class Schedule(NamedTuple):
         sent: dict[str, Any] = {"lora_rank": head.rank} if head.rank else {}
         if invariance.wanted():
             sent["batch_invariant"] = True
+        if self.skip or self.exact:
+            sent["skip"] = (
+                f"not used, exact: {self.exact}" if self.exact else head_blocks.what_is_skipped(self.skip)
+            )
         if head.shards is not None:
             sent |= head.shards.details(
                 rows, want, ACC_DTYPES[head.dtype], head.hidden if needs.hidden else None
@@ -159,7 +166,7 @@ class Schedule(NamedTuple):
                 "accumulator_bytes": accumulator_bytes(head, -(-rows // max(1, chunk))) * needs.weight,
             }
         assert isinstance(head.backend, NativeBackend)
-        width = head_blocks.block_width(head.backend, vocab, dim)
+        width = head_blocks.block_width(head.backend, vocab, dim, self.skip)
         part = min(self.part or rows, rows)
         if not recompute:
             gemms = head_blocks.gemms(needs, part, dim, self.more)
@@ -169,6 +176,7 @@ class Schedule(NamedTuple):
             extra = more * vocab * head.weight.dtype.itemsize
             extra += head_blocks.origins_bytes(head.backend, head.weight, min(part, dim) + more)
             extra += vocab * dim * torch.float32.itemsize if part < rows else 0
+            extra += head_blocks.mass_bytes(head.backend, vocab, part) if self.skip else 0
         return {
             **sent,
             "schedule": "blocks of the vocabulary",
@@ -177,7 +185,8 @@ class Schedule(NamedTuple):
             "chunk_rows": part,
             "chunk_columns": min(width, vocab),
             "logits_dtype": str(torch.float32),
-            "buffer_bytes": extra + head_blocks.buffer_bytes(head.backend, part, head.weight, needs),
+            "buffer_bytes": extra
+            + head_blocks.buffer_bytes(head.backend, part, head.weight, needs, self.skip),
         }
 
 
@@ -198,19 +207,21 @@ def limits_of(
     target: Tensor | None,
     ignore_index: int,
     logits_dtype: torch.dtype | None = None,
+    skip: Any = 0.0,
 ) -> Limits:
     """The checked keywords of a public function."""
     checks.chunk_size_value(chunk_size)
     checks.memory_value(memory)
     checks.logits_dtype_value(logits_dtype)
     float_logits = logits_dtype is not None or invariance.wanted()
+    skip = checks.skip_value(skip)
     if group is None:
-        return Limits(chunk_size, memory, None, float_logits)
+        return Limits(chunk_size, memory, None, float_logits, skip)
     invariance.refuse("the vocabulary is cut over processes")
     dim = input.shape[-1]
     call = SharedCall(math.prod(input.shape[:-1]), dim, input.dtype, target, ignore_index)
     shards = of_group(group, linear_weight.shape[0], linear_weight.device, call)
-    return Limits(chunk_size, memory, shards, float_logits)
+    return Limits(chunk_size, memory, shards, float_logits, skip)
 
 
 def vocab_of(linear_weight: Tensor, limits: Limits) -> int:
@@ -276,6 +287,18 @@ def schedule_of_cross_entropy(
     head: Head, rows: int, needs: Needs, limits: Limits, per_row: bool, smooth: bool
 ) -> Schedule:
     """The schedule of cross-entropy. ``per_row``: the loss of each row is returned; ``smooth``: every token is a target."""
+    schedule = _schedule_of_cross_entropy(head, rows, needs, limits, per_row, smooth)
+    if not limits.skip:
+        return schedule
+    why_not = "chunks of rows" if schedule.chunk else head_blocks.why_not_skip(head, needs, per_row, smooth)
+    if schedule.columns:
+        why_not = "the library's GEMMs"
+    return schedule._replace(skip=0.0 if why_not else limits.skip, exact=why_not)
+
+
+def _schedule_of_cross_entropy(
+    head: Head, rows: int, needs: Needs, limits: Limits, per_row: bool, smooth: bool
+) -> Schedule:
     why_not = head_blocks.why_not_cross_entropy(needs, per_row, smooth)
     if head.shards is not None and smooth:
         why_not = "label smoothing over a vocabulary that is cut"
@@ -398,7 +421,9 @@ def begin(
         rows = head.hidden.shape[0] if keep is None else keep.numel()
         if bounds is None and schedule.part:
             bounds = equal_chunks(rows, schedule.part)
-        blocks = VocabularyBlocks(head, needs, keep, list(bounds or ()), schedule.more, logprobs_only)
+        blocks = VocabularyBlocks(
+            head, needs, keep, list(bounds or ()), schedule.more, logprobs_only, schedule.skip
+        )
         return _Pass(blocks, by_rows=False)
     with _disable_current_modes():
         if schedule.columns:

@@ -9,6 +9,9 @@ memory is a few blocks, and d hidden in float32 where it has another dtype; the 
 With a frozen weight one pass is enough, in 2 GEMMs and whatever the rows: exp(logits) times the weight is summed relative to
 the largest logit so far, as in flash attention (Dao et al. 2022, arXiv:2205.14135). Where a row's coefficients are known only
 after the forward (a loss per row, log-probs and entropy with gradients) the backward makes the logits again: 4 GEMMs.
+
+With ``skip`` cross-entropy's pass 2 leaves out of each row the blocks that have the least of its probability, up to that much in all
+(docs/skip.md). The classes then go by in the order of their mean logits, so that most rows leave out the same blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastloss.engine import calibration
+from fastloss.engine import calibration, skipping
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import Backend, Factor
@@ -75,6 +78,41 @@ def why_not_cross_entropy(needs: Needs, per_row: bool, smooth: bool) -> str:
     return ""
 
 
+def why_not_skip(head: Head, needs: Needs, per_row: bool, smooth: bool) -> str:
+    """Why cross-entropy's gradients over blocks of the vocabulary leave nothing out; empty if they may."""
+    if head.shards is not None:
+        return "a vocabulary that is cut"
+    if not needs:
+        return "no gradient is wanted"
+    if per_row or not needs.weight:
+        return "a loss per row" if per_row else "a frozen weight"
+    if smooth:
+        return "label smoothing or class probabilities"
+    assert isinstance(head.backend, NativeBackend)
+    segment = head.backend.module.HEAD_SEGMENT
+    return f"at most {segment} classes" if head.weight.shape[0] <= segment else ""
+
+
+def what_is_skipped(skip: float) -> str:
+    return f"gradients of up to {skip:g} of each token's probability, by blocks of classes"
+
+
+# Rows whose mean says in which order the classes go by.
+ORDERING_ROWS = 256
+
+
+def order_of(head: Head, keep: Tensor | None) -> Tensor:
+    """The classes by the mean of their logits, the largest first: without the soft-cap and the temperature, which keep most of the order."""
+    rows = head.hidden.shape[0] if keep is None else keep.numel()
+    step = -(-rows // ORDERING_ROWS)
+    some = head.hidden[::step] if keep is None else head.hidden.index_select(0, keep[::step])
+    mean = some.float().mean(0)
+    z = torch.mv(head.weight, mean.to(head.weight.dtype))
+    if head.bias is not None:
+        z = z + head.bias
+    return z.argsort(descending=True, stable=True)
+
+
 def multiplies_floats(weight: Tensor, dtype: torch.dtype) -> bool:
     """Whether operands become float32: that is what they are, or what this CPU multiplies faster."""
     return dtype == torch.float32 or upcasts(weight.device, dtype)
@@ -112,17 +150,19 @@ def parts_of(head: Head, rows: int, needs: Needs, memory: str, logprobs_only: bo
     return Parts(rows, rows - dim) if rows <= dim + further else Parts(dim)
 
 
-def block_width(backend: NativeBackend, vocab: int, dim: int) -> int:
+def block_width(backend: NativeBackend, vocab: int, dim: int, skip: float = 0.0) -> int:
     """Columns of a block, which the threads share: at most 2% of the logits, and weights of it, packed twice, that stay in a
-    core's cache, where that is not too narrow."""
+    core's cache, where that is not too narrow. With ``skip`` that of the sums which are known of each row."""
+    if skip:
+        return int(backend.module.HEAD_SEGMENT)
     panel: int = backend.module.head_panel()
     width = max(64, min(WIDTH, vocab // 64, max(128, CACHED // dim)))
     return -(-min(width, vocab) // panel) * panel
 
 
-def buffer_bytes(backend: NativeBackend, rows: int, weight: Tensor, needs: Needs) -> int:
+def buffer_bytes(backend: NativeBackend, rows: int, weight: Tensor, needs: Needs, skip: float = 0.0) -> int:
     """Of a block of logits."""
-    width = block_width(backend, *weight.shape)
+    width = block_width(backend, weight.shape[0], weight.shape[1], skip)
     if needs.weight or needs.bias:
         return rows * width * weight.dtype.itemsize
     stripe = min(rows, backend.module.HEAD_STRIPE)
@@ -132,6 +172,11 @@ def buffer_bytes(backend: NativeBackend, rows: int, weight: Tensor, needs: Needs
 def origins_shape(backend: NativeBackend, vocab: int, kept: int) -> tuple[int, int]:
     """Of the numbers that the ``kept`` rows' bfloat16 logits are relative to: one for each segment of the vocabulary."""
     return -(-vocab // backend.module.HEAD_SEGMENT), kept
+
+
+def mass_bytes(backend: NativeBackend, vocab: int, rows: int) -> int:
+    segments, rows = origins_shape(backend, vocab, rows)
+    return segments * rows * torch.float32.itemsize
 
 
 def origins_bytes(backend: NativeBackend, weight: Tensor, kept: int) -> int:
@@ -153,15 +198,16 @@ class VocabularyBlocks:
         bounds: Sequence[tuple[int, int]] = (),
         more: int = 0,
         logprobs_only: bool = False,
+        skip: float = 0.0,
     ):
         """``more``: rows of a part, past those that fit into d weight's memory, whose logits are kept in memory of their own.
-        ``logprobs_only``: the coefficients will be those of log-probs, ``a = -b``."""
+        ``logprobs_only``: the coefficients will be those of log-probs, ``a = -b``. ``skip``: :func:`why_not_skip` is empty."""
         assert isinstance(head.backend, NativeBackend)
         self.head, self.needs, self.keep = head, needs, keep
         self.all_rows = head.hidden.shape[0]
         self.rows = self.all_rows if keep is None else keep.numel()
         self.bounds = bounds if len(bounds) > 1 else [(0, self.rows)]
-        self.more, self.logprobs_only = more, logprobs_only
+        self.more, self.logprobs_only, self.skip = more, logprobs_only, skip
         self.made = Grads(None, None, None)
         self.multiplied = 0.0  # rows times GEMMs, so far
         self.weight_memory: Tensor | None = None  # d weight of one part after the other
@@ -275,12 +321,15 @@ class BlockPart:
         self.run.multiplied += self.rows * gemms(self.needs, self.rows, dim, self.more)
         if w is not None and w.dim() == 2:
             w = w[self.start : self.stop]
-        call = _NativeCall(self, target, w, self.own(options))
+        order = order_of(self.head, self.keep) if self.run.skip and self.rows else None
+        call = _NativeCall(self, target, w, self.own(options), order=order)
         out = self._outputs(call, (*want, "loss"))
         call.record.set_loss(options)
         call.point_to(token_weight=row_factors)
         call.record.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
         call.keep_logits(self.more)
+        if order is not None:
+            call.skip(self.run.skip)
         call.execute()
         self.made, self.is_summed = call.gradients(), call.is_summed
         return out
@@ -384,9 +433,17 @@ class _NativeCall:
         options: RowOptions,
         needs: Needs | None = None,
         kept: _NativeCall | None = None,
+        order: Tensor | None = None,
     ):
-        """``needs``: None is the pass's. ``kept``: the call of the statistics, whose d weight holds logits."""
-        h, self.keep = run.head, run.keep
+        """``needs``: None is the pass's. ``kept``: the call of the statistics, whose d weight holds logits. ``order``: in which the
+        classes go by; what belongs to a class is handed over in it, but for the weight."""
+        h, self.keep, self.order = run.head, run.keep, order
+        bias = h.bias
+        if order is not None:
+            place = torch.empty_like(order)
+            place[order] = torch.arange(len(order), device=order.device)
+            target = None if target is None else place[target]
+            bias, w = (None if x is None else x[order] for x in (bias, w))
         self.needs = run.needs if needs is None else needs
         self.native, self.rows, self.all_rows = run.native, run.rows, run.all_rows
         self.vocab, self.dim = h.weight.shape
@@ -409,7 +466,8 @@ class _NativeCall:
         c.grad_scale, c.spread, c.split, c.pairs = 1.0, self.rest is None, self.split, pairs
         c.tiles = pairs and self.native.module.supports_tiles()
         self.point_to(
-            target=target, bias=h.bias, row_scale=options.row_scale, w=w, keep=self.keep, hidden=hidden, weight=h.weight,
+            target=target, bias=bias, row_scale=options.row_scale, w=w, keep=self.keep, hidden=hidden, weight=h.weight,
+            order=order,
         )  # fmt: skip
         self.point_to_made(
             d_weight=self.d_weight, d_hidden=self.d_hidden, d_hidden_rest=self.rest, d_bias=self.d_bias
@@ -468,6 +526,13 @@ class _NativeCall:
             self.origins = torch.empty(shape, dtype=torch.float32, device=weight.device)
             self.point_to_made(origins=self.origins)
 
+    def skip(self, skip: float) -> None:
+        shape = origins_shape(self.native, self.vocab, self.rows)
+        self.mass = torch.empty(shape, dtype=torch.float32, device=self.operands[0].device)
+        self.record.width = block_width(self.native, self.vocab, self.dim, skip)
+        self.record.skip = skip
+        self.point_to_made(mass=self.mass)
+
     def execute(self) -> None:
         if not self.rows:
             for grad in (self.d_hidden, self.d_weight, self.d_bias):
@@ -480,6 +545,12 @@ class _NativeCall:
         self.point_to_made(state=torch.empty(shape, dtype=torch.float64, device=device))
         scratch = torch.empty(c.workspace_bytes(threads) + 64, dtype=torch.uint8, device=device)
         c.run(-(-of_made(scratch) // 64) * 64, threads)
+        if self.order is None:
+            return
+        rows_of_blocks = (self.mass == module.HEAD_LEFT_OUT).sum(1)
+        skipping.count(rows_of_blocks, module.HEAD_SEGMENT, self.vocab, self.rows)
+        if self.d_bias is not None:
+            self.d_bias = torch.empty_like(self.d_bias).index_copy_(0, self.order, self.d_bias)
 
     def gradients(self, row_factor: Tensor | None = None) -> Grads:
         """Those of an executed call; d hidden of each row times ``row_factor``."""

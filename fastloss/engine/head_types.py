@@ -34,12 +34,14 @@ class Grads(NamedTuple):
 
 class Limits(NamedTuple):
     """What the caller says about a head: rows of logits at once (None: the engine's choice), "auto", "low" or "fast", over which
-    processes its vocabulary is cut, and whether low-precision operands must give float32 logits."""
+    processes its vocabulary is cut, whether low-precision operands must give float32 logits, and how much of a row's probability
+    the gradients may leave out."""
 
     chunk_size: int | None = None
     memory: str = "auto"
     shards: Shards | None = None
     float_logits: bool = False
+    skip: float = 0.0
 
 
 class Head(NamedTuple):

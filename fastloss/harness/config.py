@@ -186,9 +186,20 @@ class PretrainConfig(TrainConfig):
     model: str = option("", "folder with a transformers config.json; none: a Llama of the sizes below")
     keep_weights: bool = option(False, "start from the weights of --model too: continued pretraining")
     loss: str = option("fastloss", "fastloss, torch (whole logits) or torch-linear (torch's own fused head)")
+    skip: float = option(
+        0.0,
+        "fastloss: share of a token's probability whose gradients may be left out, less than 1; 0: none",
+        least=0,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.skip < 1:
+            raise ValueError(f"skip: expected less than 1, got {self.skip}")
+        if self.skip and self.loss != "fastloss":
+            raise ValueError(
+                f"skip: expected --loss fastloss, which alone leaves gradients out, got {self.loss}"
+            )
         if self.keep_weights and not self.model:
             raise ValueError("keep_weights: expected --model, whose weights they are, got none")
         if self.lora_rank and not self.keep_weights:

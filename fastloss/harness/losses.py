@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +17,13 @@ T = TypeVar("T")
 Loss = Callable[[Tensor, Head, Tensor, int], Tensor]
 
 
-def fastloss_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: int) -> Tensor:
+def fastloss_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: int, skip: float = 0.0) -> Tensor:
     """Never holds the logits of the batch.  hidden [N, D], target [N] -> scalar"""
     import fastloss
 
     return fastloss.linear_cross_entropy(
         hidden, head.weight, target, linear_bias=head.bias, ignore_index=IGNORE,
-        logit_scale=head.scale, softcap=head.softcap, normalizer=normalizer, group=head.group,
+        logit_scale=head.scale, softcap=head.softcap, normalizer=normalizer, group=head.group, skip=skip,
     )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ def torch_linear_loss(hidden: Tensor, head: Head, target: Tensor, normalizer: in
     return total / normalizer
 
 
-def describe(name: str, head: Head, rows: int, dtype: torch.dtype) -> str:
+def describe(name: str, head: Head, rows: int, dtype: torch.dtype, skip: float = 0.0) -> str:
     """Who computes the cross-entropy of ``rows`` tokens here: for fastloss its backend and the reason for it."""
     import fastloss
 
@@ -53,7 +54,7 @@ def describe(name: str, head: Head, rows: int, dtype: torch.dtype) -> str:
     target = torch.zeros(rows, device=weight.device, dtype=torch.long)
     return explained(
         name, fastloss.linear_cross_entropy, hidden, weight, target, linear_bias=head.bias, ignore_index=IGNORE,
-        logit_scale=head.scale, softcap=head.softcap, normalizer=rows, group=head.group,
+        logit_scale=head.scale, softcap=head.softcap, normalizer=rows, group=head.group, skip=skip,
     )  # fmt: skip
 
 
@@ -74,14 +75,18 @@ def explained(name: str, function: Callable[..., Any], *args: Any, **options: An
     text = f"fastloss {fastloss.__version__}, backend {plan['backend']} ({plan['reason']})"
     if "gemms" in plan and plan["backend"] != "reference":
         text += f", {plan['gemms']} GEMMs, {plan['chunk_rows']} rows a chunk"
+    if "skip" in plan:
+        text += f", skip: {plan['skip']}"
     return text
 
 
 LOSSES: dict[str, Loss] = {"fastloss": fastloss_loss, "torch": torch_loss, "torch-linear": torch_linear_loss}
 
 
-def loss_named(name: str) -> Loss:
-    return named(LOSSES, name)
+def loss_named(name: str, skip: float = 0.0) -> Loss:
+    """``skip`` is fastloss's alone: the others it is compared with are exact."""
+    loss = named(LOSSES, name)
+    return partial(fastloss_loss, skip=skip) if skip and loss is fastloss_loss else loss
 
 
 def named(losses: Mapping[str, T], name: str) -> T:

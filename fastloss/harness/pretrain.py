@@ -13,6 +13,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fastloss.engine.skipping import skipped_share
+
 from . import chat, corpus, layers, lora, measure, parallel, sources, tokenizer
 from .config import PretrainConfig, TrainConfig
 from .context import cut_rows, own_piece
@@ -84,6 +86,7 @@ def prepare(config: TrainConfig, folder: Path, console: Console) -> Data:
 def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: PretrainConfig) -> StepFn:
     """Forward and backward of one optimizer step."""
     device, routers = head.weight.device, routers_of(model, config)
+    skipped_share()  # that of this run from here on
 
     def step_fn(step: int) -> Metrics:
         batches = [
@@ -99,7 +102,11 @@ def make_step(model: Any, head: Head, loss_fn: Loss, rows: Rows, config: Pretrai
             )
             loss_s += seconds
             total += loss
-        return {"loss": parallel.summed(total)[0], "tokens": tokens, "loss_s": loss_s}
+        made: Metrics = {"loss": parallel.summed(total)[0], "tokens": tokens, "loss_s": loss_s}
+        share = skipped_share()
+        if share is not None:
+            made["skipped_share"] = share
+        return made
 
     return step_fn
 
@@ -163,7 +170,7 @@ def run(
     config: PretrainConfig, *, resume: bool, overwrite: bool, console: Console,
     data: Data | None = None, title: str = "pretrain",
 ) -> Result:  # fmt: skip
-    loss_fn = loss_named(config.loss)
+    loss_fn = loss_named(config.loss, config.skip)
     folder = open_folder(config, resume, overwrite, console)
 
     def read() -> Data:  # the others find the tokenizer
@@ -190,9 +197,9 @@ def run(
         model=model,
         source=data.source,
         fingerprint=rows.fingerprint(),
-        step=lambda name, _: make_step(model, head, loss_named(name), rows, config),
-        loss_alone=lambda name: loss_alone(model, head, loss_named(name), rows, config),
-        loss_by=lambda name: describe(name, head, config.batch_size * config.seq_len, dtype),
+        step=lambda name, _: make_step(model, head, loss_named(name, config.skip), rows, config),
+        loss_alone=lambda name: loss_alone(model, head, loss_named(name, config.skip), rows, config),
+        loss_by=lambda name: describe(name, head, config.batch_size * config.seq_len, dtype, config.skip),
         model_flops=partial(model_flops, model, head, rows, config),
         same_shape=True,
         examples=lambda step: begins(

@@ -68,6 +68,7 @@ def linear_cross_entropy(
     group: Any = None,
     logits_dtype: torch.dtype | None = None,
     lora: Any = None,
+    skip: float = 0.0,
     return_stats: bool = False,
     backend: str = "auto",
 ) -> Any:
@@ -103,9 +104,14 @@ def linear_cross_entropy(
             number, adds ``scale · (input @ A.T) @ B.T`` to the logits; ``(u, B)`` adds ``u @ B.T``, u ``[…, r]`` made by the caller (a
             dropout). Gradients reach A, B or u, and the rest. Any float dtypes; u is rounded to the input's. With ``group`` B is that of the
             own classes. Not with a K-dimensional loss.
+        skip: a number from 0 to less than 1. The gradients may leave out, of each token, blocks of classes which together have no more
+            than this of its probability, and never its target's; so a token's gradient of its logits errs by at most ``skip`` times what its
+            loss is multiplied by, in the sum of absolute values (docs/skip.md). Loss and statistics stay whole. Only the CPU's blocks of the
+            vocabulary leave any out, with a trained weight, a reduced loss, and no label smoothing or probabilities: all else is exact, as 0 is, and
+            ``fastloss.explain`` says which. ``fastloss.skipped_share()`` tells how much it was.
 
     Raises:
-        ValueError, IndexError: as :func:`cross_entropy`.
+        ValueError, IndexError: as :func:`cross_entropy`; a ``skip`` outside of [0, 1).
         ShapeError, TypeError: a token weight of another shape or not of floats; a loss_dtype that is no float dtype.
 
     >>> import torch, fastloss
@@ -139,7 +145,7 @@ def linear_cross_entropy(
     limits = heads.limits_of(
         chunk_size, memory, group, rows, linear_weight,
         target if target.dtype == torch.int64 else None, -100 if ignore_index is None else ignore_index,
-        logits_dtype,
+        logits_dtype, skip,
     )  # fmt: skip
     loss = loss_options(
         reduction, -100 if ignore_index is None else ignore_index, label_smoothing, z_loss, logit_scale, softcap,

@@ -31,6 +31,7 @@ RANGES = tuple(
 NO_NUMBERS = (
     "ignore_index",
     "chunk_size",
+    "skip",
     "group_size",
     "top_k",
     "top",

@@ -205,6 +205,8 @@ def linear_cross_entropy(d: Draw) -> Case:
         leaves = (*leaves, "token_weight") if d.chance(0.2) else leaves
     if d.chance(0.1):
         options["loss_dtype"] = torch.float32
+    if d.chance(0.2):
+        options["skip"] = 1e-9  # far below the tolerances
     return Case("linear_cross_entropy", tensors, options, leaves, head=HEAD)
 
 
@@ -993,6 +995,7 @@ FUNCTIONS |= {name: draw for name, draw in ADDED_LATER.items() if name in fastlo
 NOT_DRAWN = {
     "backends": "says what is there",
     "explain": "says what a call would do",
+    "skipped_share": "says what calls did",
     "sampler_metrics": "metrics of numbers that are drawn elsewhere",
     "sampler_support": "returns classes",
     "support_from_mask": "returns classes",

@@ -91,6 +91,10 @@ def call(
     }  # fmt: skip
     if "sum" in options:
         tensors["d_weight_sum"], c.adds_to_sum = options["sum"]
+    if "skip" in options:
+        out["mass"] = torch.full((-(-vocab // cpu.HEAD_SEGMENT), rows), 77.0)
+        c.skip, c.width = options["skip"], cpu.HEAD_SEGMENT
+        tensors |= {"mass": out["mass"], "order": options.get("order")}
     c.selected_count = options["selected"]["selected"].shape[1] if "selected" in options else 0
     for name, tensor in tensors.items():
         setattr(c, name, 0 if tensor is None else tensor.data_ptr())
@@ -542,6 +546,94 @@ def test_kept_logits_are_relative_to_the_largest_with_its_bias(kind):
     assert not got["d_bias"][490:].any()
 
 
+def check_left_out(mass, p, target, skip):
+    """That the segments marked in ``mass`` are what the rule leaves out of the probabilities ``p``; which columns of which rows."""
+    segment = cpu.HEAD_SEGMENT
+    rows, vocab = p.shape
+    left_out = (mass == cpu.HEAD_LEFT_OUT).t()  # [rows, segments]
+    padded = torch.nn.functional.pad(p, (0, -vocab % segment)).view(rows, -1, segment)
+    share, own = padded.sum(-1), target[:, None] // segment
+    assert not left_out.gather(1, own).any()
+    total = (share * left_out).sum(1)
+    assert (total <= skip * (1 + 1e-6)).all()
+    # Nothing more had room, and nothing that stayed is less than what went, but for those of one quarter of an octave.
+    rest = share.masked_fill(left_out, 1.0).scatter(1, own, 1.0)
+    assert (total + rest.min(1).values > skip * (1 - 1e-6)).all()
+    most = (share * left_out).max(1).values
+    assert (rest.min(1).values >= most / 2**0.5).all()
+    return left_out.repeat_interleave(segment, 1)[:, :vocab]
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+@pytest.mark.parametrize(
+    "rows, dim, vocab, skip", [(70, 34, 1000, 1e-2), (250, 64, 1025, 0.3), (9, 10, 700, 1e-6)]
+)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_blocks_are_left_out(kind, rows, dim, vocab, skip, ordered):
+    kinds = OPERANDS[kind]
+    hidden, weight, target = operands(rows, dim, vocab, kinds, seed=rows)
+    generator = torch.Generator().manual_seed(7)
+    # As a model's: much of the probability on few classes, most of it on the same ones for all rows.
+    bias = -3 * torch.log1p(torch.arange(vocab) / 20.0)
+    order = torch.arange(vocab)
+    if ordered:
+        bias = bias[torch.randperm(vocab, generator=generator)]
+        order = bias.argsort(descending=True)
+    form = {"scale": 0.7, "softcap": 30.0, "zeta": 1e-2}
+    z, want = weight[order], bias[order]
+    place = order.argsort()[target]
+    loss, dz = expect_ce(
+        hidden.double() @ z.double().t(), place, bias=want, gs=0.3, **{**form, "w": None, "eps": 0.0}
+    )
+    stats = expect_stats(hidden.double() @ z.double().t(), place, bias=want, scale=0.7, softcap=30.0)
+    logits = 0.7 * 30 * torch.tanh((hidden.double() @ z.double().t() + want) / 30)
+    for stored, more in ((min(rows, dim), 0), (0, 0), (min(rows, dim), min(30, max(0, rows - dim)))):
+        memory = None
+        if more:
+            memory = (
+                torch.full((vocab, dim), 77.0, dtype=kinds[1]),
+                torch.full((vocab, more), 77.0, dtype=kinds[1]),
+            )
+            memory = (*memory, torch.full((-(-vocab // cpu.HEAD_SEGMENT), stored + more), 77.0))
+        results = [
+            call(
+                hidden, weight, place, bias=want, stored=stored, memory=memory, pairs=kinds[2], gs=0.3, skip=skip,
+                order=order if ordered else None, threads=threads, **form,
+            )
+            for threads in (1, 3)
+        ]  # fmt: skip
+        for name in results[0]:
+            assert torch.equal(results[0][name], results[1][name]), name
+        got = results[0]
+        left_out = check_left_out(got.pop("mass"), logits.softmax(-1), place, skip)
+        assert 0.05 < left_out.float().mean() < 1 or skip == 1e-6
+        kept = dz.masked_fill(left_out, 0.0).to(kinds[1]).double()
+        d_weight = torch.empty(vocab, dim, dtype=torch.float64)
+        d_weight[order] = kept.t() @ hidden.double()
+        expected_grads = {"d_hidden": kept @ z.double(), "d_weight": d_weight, "d_bias": kept.sum(0)}
+        compare(got, {"loss": loss, **stats, **expected_grads}, kinds)
+        # The bound: of a row, what is left out is at most `skip` of its coefficient of the probabilities.
+        error = (dz * left_out).abs().sum(1)
+        lse = stats["logsumexp"]
+        assert (error <= skip * 0.3 * 0.7 * (1 + 2e-2 * lse).abs() * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("kind", OPERANDS)
+def test_blocks_left_out_of_ignored_and_bad_rows_and_of_a_nan(kind):
+    kinds = OPERANDS[kind]
+    hidden, weight, target = operands(40, 16, 600, kinds)
+    weight[256:] *= 0.1
+    hidden[:, 0], weight[:256, 0] = 8.0, 4.0
+    target[3], target[5] = -100, 600
+    hidden[7] = float("nan")
+    got = call(hidden, weight, target, pairs=kinds[2], skip=0.5, gradients=("d_hidden", "d_weight"))
+    assert not got["d_hidden"][3].any() and (got["mass"][:, 3] == cpu.HEAD_LEFT_OUT).all()
+    for bad in (5, 7):
+        assert got["d_hidden"][bad].isnan().all() and (got["mass"][:, bad] != cpu.HEAD_LEFT_OUT).all()
+    others = [i for i in range(40) if i not in (3, 5, 7)]
+    assert got["d_hidden"][others].isfinite().all() and (got["mass"][:, others] == cpu.HEAD_LEFT_OUT).any()
+
+
 @pytest.mark.parametrize(
     "change, what",
     [
@@ -549,7 +641,8 @@ def test_kept_logits_are_relative_to_the_largest_with_its_bias(kind):
         ({"rows": 0}, "rows"), ({"hidden_dtype": 3}, "dtype"), ({"pairs": True}, "pairs"),
         ({"d_weight": 0}, "weight"), ({"d_weight": 0, "stored": 0}, "index targets"), ({"tiles": True}, "tiles"),
         ({"more": 1}, "more"), ({"more_logits": 64, "more": 1}, "more"), ({"stats_only": True, "given_lse_parts": 64}, "stats_only"),
-        ({"weight_dtype": 1}, "origins"), ({"d_weight_sum": 64}, "d_weight_sum"),
+        ({"weight_dtype": 1}, "origins"), ({"d_weight_sum": 64}, "d_weight_sum"), ({"order": 64}, "order"),
+        ({"mass": 64, "width": 256}, "skip"), ({"mass": 64, "skip": 0.1}, "blocks"), ({"mass": 64, "skip": 0.1, "width": 256}, "targets"),
     ],
 )  # fmt: skip
 def test_bad_calls(change, what):
