@@ -196,10 +196,6 @@ class PretrainConfig(TrainConfig):
         super().__post_init__()
         if not self.skip < 1:
             raise ValueError(f"skip: expected less than 1, got {self.skip}")
-        if self.skip and self.loss != "fastloss":
-            raise ValueError(
-                f"skip: expected --loss fastloss, which alone leaves gradients out, got {self.loss}"
-            )
         if self.keep_weights and not self.model:
             raise ValueError("keep_weights: expected --model, whose weights they are, got none")
         if self.lora_rank and not self.keep_weights:

@@ -171,6 +171,10 @@ def run(
     data: Data | None = None, title: str = "pretrain",
 ) -> Result:  # fmt: skip
     loss_fn = loss_named(config.loss, config.skip)
+    if config.skip and config.loss != "fastloss":
+        raise ValueError(
+            f"skip: expected --loss fastloss, which alone leaves gradients out, got {config.loss}"
+        )
     folder = open_folder(config, resume, overwrite, console)
 
     def read() -> Data:  # the others find the tokenizer

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from fastloss.cli.train import app
+from fastloss.engine import head_blocks
 from fastloss.harness import chat, logging, measure, pretrain
 from fastloss.harness import config as configs
 from fastloss.harness.config import PretrainConfig
@@ -114,6 +115,16 @@ def test_losses_give_one_curve(tiny: PretrainConfig, quiet: Console, tmp_path: P
     torch.testing.assert_close(curves["fastloss"], curves["torch"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(curves["torch-linear"], curves["torch"], rtol=1e-5, atol=1e-5)
     assert curves["torch"][-1] < curves["torch"][0]
+
+
+def test_gradients_left_out_are_logged(
+    tiny: PretrainConfig, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_blocks, "why_not", lambda *_: "")  # not calibration's choice
+    done = pretrain.run(replace(tiny, loss="fastloss", skip=0.6, steps=2), console=quiet)
+    assert all(0 < row["skipped_share"] < 1 for row in done.rows)
+    with pytest.raises(ValueError, match="skip: expected --loss fastloss"):
+        pretrain.run(replace(tiny, skip=0.6, loss="torch"), console=quiet)
 
 
 def test_flops_are_those_of_the_formula() -> None:
