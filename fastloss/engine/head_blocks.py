@@ -441,7 +441,7 @@ class _NativeCall:
         bias = h.bias
         if order is not None:
             place = torch.empty_like(order)
-            place[order] = torch.arange(len(order), device=order.device)
+            place[order] = torch.arange(len(order), dtype=order.dtype, device=order.device)
             target = None if target is None else place[target]
             bias, w = (None if x is None else x[order] for x in (bias, w))
         self.needs = run.needs if needs is None else needs
