@@ -320,7 +320,7 @@ class Worker {
       });
       start_ = next, width_ = next_width;
     }
-    if (is_put_in_order()) put_in_order();
+    if (is_in_blocks() && !c_.keeps_order && c_.d_weight && !c_.d_weight_sum) put_in_order();
   }
 
   // What a block needs before its rows are taken.
@@ -354,9 +354,9 @@ class Worker {
 
   // Logits that wait in d weight lie where the blocks are that read them, so that d weight does, too: its
   // rows go to their places when all are done. Without any, each goes there at once.
-  bool is_put_in_order() const { return c_.order && c_.d_weight && !c_.d_weight_sum && c_.stored > 0; }
+  bool is_in_blocks() const { return c_.order && (c_.stored > 0 || c_.keeps_order); }
   T* d_weight(int64_t column) const {
-    return static_cast<T*>(c_.d_weight) + (is_put_in_order() ? column : in_weight(column)) * dim_;
+    return static_cast<T*>(c_.d_weight) + (is_in_blocks() ? column : in_weight(column)) * dim_;
   }
   // Some columns of it along the cycles of the order: row `from` belongs to place order[from].
   void put_in_order() {

@@ -38,9 +38,10 @@ struct HeadCall {
   int64_t more;
   float* origins;   // [segments of the vocabulary, stored + more]: what kept bfloat16 logits are relative to
   bool stats_only;  // no gradients: d_weight only keeps logits, for a later call
-  double skip;      // with mass: the most probability of a row whose segments the gradients may leave out
-  float* mass;      // [segments of the vocabulary, rows] or null: their share of the row's probability, then
-                    // kLeftOut where they are left out; a segment is a block then
+  double skip;      // with mass: by how much a row's gradients may err, of their coefficient b
+  float* mass;  // [segments of the vocabulary, rows] or null: what their gradients are multiplied by; where
+                // that is kLeftOut they are not made. A segment is a block then
+  bool keeps_order;      // d_weight's rows stay in the order of the blocks, for who adds up several
   const int64_t* order;  // [vocab] or null: column j, wherever one is spoken of here, is row order[j] of the
                          // weight and of its gradient
   float* d_hidden;       // float32 sums, or null
@@ -78,8 +79,10 @@ T* kept_logits(const HeadCall& c, int64_t row, int64_t column) {
   return static_cast<T*>(c.more_logits) + column * c.more + (row - c.stored) * width;
 }
 
-// What `mass` has for a row's segments that the gradients leave out.
-constexpr float kLeftOut = -1;
+// Of a row's segments with the least probability one in kOneIn counts kOneIn times, at random, and the others
+// are left out: what is expected of the gradient is all of it.
+constexpr float kLeftOut = 0;
+constexpr int kOneIn = 4;
 
 inline float* kept_origin(const HeadCall& c, int64_t row, int64_t column) {
   return c.origins + column / kSegment * (c.stored + c.more) + row;

@@ -262,6 +262,7 @@ void bind_head(py::module_& m) {
   FASTLOSS_FIELD("skip", skip);
   FASTLOSS_FIELD("mass", mass);
   FASTLOSS_FIELD("order", order);
+  FASTLOSS_FIELD("keeps_order", keeps_order);
   type.def("workspace_bytes", [](HeadCall& c, int64_t threads) {  // of a run on that many threads
     check(c);
     c.emulate = !supports_tiles();
@@ -289,6 +290,7 @@ void bind_head(py::module_& m) {
   m.attr("HEAD_STRIPE") = kStripe;
   m.attr("HEAD_SEGMENT") = kSegment;
   m.attr("HEAD_LEFT_OUT") = kLeftOut;
+  m.attr("HEAD_ONE_IN") = kOneIn;
   m.def("head_panel", [] { return kKept; });
   m.def("supports_tiles", &supports_tiles);
   m.def("advise_huge_pages", &advise_huge_pages);

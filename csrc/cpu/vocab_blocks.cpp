@@ -462,9 +462,21 @@ inline int64_t bin_of(float p) {
   return bin < 0 ? 0 : bin < kBins ? bin : kBins - 1;
 }
 
+// Whether a segment that may be left out is kept: random bits of what the row's sum is, so that they are
+// others in every step and the same for the same input.
+inline bool is_kept(const RowState& s, int64_t row, int64_t segment) {
+  uint64_t x = bit_cast<uint64_t>(s.log_sum) ^ (bit_cast<uint64_t>(s.max) << 17);
+  x += uint64_t(row) * 0x9e3779b97f4a7c15u + uint64_t(segment) * 0xd1b54a32d192ed03u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return (x ^ (x >> 31)) % kOneIn == 0;
+}
+
 void leave_out(const HeadCall& c, int64_t begin, int64_t end) {
   const Logits& l = c.logits;
   const int64_t segments = (l.vocab + kSegment - 1) / kSegment;
+  // One that is kept errs by kOneIn - 1 times its probability, one that is left out by once.
+  const double most = c.skip / (kOneIn - 1);
   for (int64_t row = begin; row < end; ++row) {
     const RowState& s = c.state[row];
     float* const mass = c.mass + row;
@@ -481,16 +493,16 @@ void leave_out(const HeadCall& c, int64_t begin, int64_t end) {
     }
     double sum = 0;
     int64_t bin = 0;  // the first that has no room as a whole
-    for (; bin < kBins && sum + bins[bin] <= c.skip; ++bin) sum += bins[bin];
+    for (; bin < kBins && sum + bins[bin] <= most; ++bin) sum += bins[bin];
     for (int64_t k = 0; k < segments; ++k) {
-      float& p = mass[k * l.rows];
-      if (k == own || !(p >= 0)) continue;
-      const int64_t mine = bin_of(p);
-      if (mine == bin && sum + p <= c.skip) {
-        sum += p, p = kLeftOut;
-      } else if (mine < bin) {
-        p = kLeftOut;
+      const float p = mass[k * l.rows];
+      bool is_least = false;
+      if (k != own && p >= 0) {
+        const int64_t mine = bin_of(p);
+        is_least = mine < bin || (mine == bin && sum + p <= most);
+        if (mine == bin && is_least) sum += p;
       }
+      mass[k * l.rows] = !is_least ? 1 : is_kept(s, row, k) ? float(kOneIn) : kLeftOut;
     }
   }
 }
@@ -585,7 +597,8 @@ void gradient(const HeadCall& c, const StripeOfLogits& stripe, bool kept, void* 
     const int64_t t = l.target ? l.target[row] - start : -1;
     const bool here = t >= 0 && t < n;
     double z_target, slope_target = 1;
-    const float ref = float(s.max), log_sum = float(s.log_sum), b = float(s.b), with_log = float(s.c);
+    const float ref = float(s.max), log_sum = float(s.log_sum), with_log = float(s.c);
+    const float b = float(s.b) * (c.mass ? c.mass[start / kSegment * l.rows + row] : 1.0f);
     if (sizeof(T) == 2 && f.plain && s.c == 0 && s.d == 0 && n % (2 * W) == 0) {
       const auto write = [&](const auto* from, int64_t at, int64_t count,
                              float origin) __attribute__((always_inline)) {

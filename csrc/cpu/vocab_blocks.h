@@ -49,7 +49,8 @@ struct VocabKernels {
   void (*merge)(const HeadCall&, const ChapterSums&, bool first, int64_t begin, int64_t end);
   void (*finish)(const HeadCall&, int64_t begin, int64_t end);
   // Of each finished row the segments with the least probability, as many as the call's `skip` allows and
-  // never the target's: marked in `mass`, in which `add` left the logarithms of their sums.
+  // never the target's: most of them are left out (head.h). Reads from `mass` the logarithms of their sums,
+  // which `add` left there, and writes what its gradients are multiplied by.
   void (*leave_out)(const HeadCall&, int64_t begin, int64_t end);
   // In place of all of these: what row_grad is given. The vector w is CrossEntropy's.
   void (*set_coefficients)(const HeadCall&, int64_t begin, int64_t end);

@@ -31,6 +31,7 @@ class Case:
     inplace: bool = False  # row: the gradient may overwrite the logits
     cold: bool = False  # caches flushed before each call
     peaked: bool = False  # most of the probability on the target, as late in training
+    trained: bool = False  # linear: most of the probability on the same few classes, and peaks, as in a model
     ignored: float = 0.125  # fraction of tokens without a loss
     frozen: bool = False  # the weight needs no gradient
     nograd: bool = False  # the forward alone
@@ -54,7 +55,7 @@ class Case:
     def inputs(self) -> tuple[object, ...]:
         """Cases with equal ``inputs`` have equal numbers in their tensors, and the same loss."""
         shape = (self.rows, self.dim, self.vocab, self.length)
-        return self.kind, shape, self.dtype, self.peaked, self.ignored, self.options
+        return self.kind, shape, self.dtype, self.peaked, self.trained, self.ignored, self.options
 
     def emulated(self, device: str) -> bool:
         """True where GEMMs in the case's dtype are so slow on this device that a call takes minutes."""

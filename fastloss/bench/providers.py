@@ -49,6 +49,22 @@ def _head(memory: str) -> Provider:
     return Provider(f"fastloss[cpu], memory={memory}", available, loss)
 
 
+SKIP = 0.2
+
+
+def _skip() -> Provider:
+    """The CPU's cross-entropy from the head with gradients left out, where there is what may be."""
+    ours = _fastloss("cpu")
+
+    def available(case: Case, device: str) -> str | None:
+        return ours.available(case, device) if case.trained else ""
+
+    def loss(case: Case) -> Loss:
+        return functools.partial(fastloss.linear_cross_entropy, skip=SKIP, backend="cpu")
+
+    return Provider(f"fastloss[cpu], skip={SKIP}", available, loss)
+
+
 def _exponentials(backend: str) -> Provider:
     """A GPU's cross-entropy from the head with FASTLOSS_SCALED_EXPONENTIALS=1."""
     ours = _fastloss(backend)
@@ -138,6 +154,7 @@ def registry() -> list[Provider]:
         _fastloss("triton"),
         _head("fast"),
         _head("low"),
+        _skip(),
         _exponentials("cuda"),
         _exponentials("triton"),
         Provider("torch eager", emulated, _eager),

@@ -96,8 +96,8 @@ class Schedule(NamedTuple):
     vocabulary, in parts of ``part`` rows (0: all), each of which keeps the logits of its first D rows and of ``more`` others.
     ``float_logits``: a chunk's are float32; those of a block always are. ``columns``: blocks of so many classes with the library's
     GEMMs, all rows (``chunk``) in one part. ``exponentials``: cross-entropy's gradients from scaled exponentials
-    (engine/head_exponentials.py), in chunks of rows. ``skip``: the most of a row's probability whose gradients are left out;
-    ``exact``: why it is none though that was asked for."""
+    (engine/head_exponentials.py), in chunks of rows. ``skip``: by how much of its coefficient
+    a row's gradients may err (docs/skip.md); ``exact``: why it is none though that was asked for."""
 
     chunk: int
     part: int = 0

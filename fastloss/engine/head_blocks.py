@@ -10,8 +10,7 @@ With a frozen weight one pass is enough, in 2 GEMMs and whatever the rows: exp(l
 the largest logit so far, as in flash attention (Dao et al. 2022, arXiv:2205.14135). Where a row's coefficients are known only
 after the forward (a loss per row, log-probs and entropy with gradients) the backward makes the logits again: 4 GEMMs.
 
-With ``skip`` cross-entropy's pass 2 leaves out of each row the blocks that have the least of its probability, up to that much in all
-(docs/skip.md). The classes then go by in the order of their mean logits, so that most rows leave out the same blocks.
+With ``skip`` cross-entropy's pass 2 leaves out most of the blocks that have the least of a row's probability (docs/skip.md). The classes then go by in the order of their mean logits, so that most rows leave out the same blocks.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ def why_not_skip(head: Head, needs: Needs, per_row: bool, smooth: bool) -> str:
 
 
 def what_is_skipped(skip: float) -> str:
-    return f"gradients of up to {skip:g} of each token's probability, by blocks of classes"
+    return f"gradients err by up to {skip:g} of each token's coefficient"
 
 
 # Rows whose mean says in which order the classes go by.
@@ -111,6 +110,13 @@ def order_of(head: Head, keep: Tensor | None) -> Tensor:
     if head.bias is not None:
         z = z + head.bias
     return z.argsort(descending=True, stable=True)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Where each class is in ``order``."""
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    return place
 
 
 def multiplies_floats(weight: Tensor, dtype: torch.dtype) -> bool:
@@ -208,6 +214,7 @@ class VocabularyBlocks:
         self.rows = self.all_rows if keep is None else keep.numel()
         self.bounds = bounds if len(bounds) > 1 else [(0, self.rows)]
         self.more, self.logprobs_only, self.skip = more, logprobs_only, skip
+        self.order = order_of(head, keep) if skip and self.rows else None
         self.made = Grads(None, None, None)
         self.multiplied = 0.0  # rows times GEMMs, so far
         self.weight_memory: Tensor | None = None  # d weight of one part after the other
@@ -243,8 +250,13 @@ class VocabularyBlocks:
     def _end_sums(self) -> None:
         """d weight in its own dtype, in the memory that the parts had theirs in."""
         total = self.made.weight
-        if total is not None and self.weight_memory is not None and total.dtype != self.weight_memory.dtype:
+        if total is None or self.weight_memory is None:
+            return
+        if total.dtype != self.weight_memory.dtype:
             self.made = self.made._replace(weight=self.weight_memory.copy_(total))
+        elif self.order is not None:  # the parts' rows were added up as their blocks lie
+            place = inverse(self.order)
+            self.made = self.made._replace(weight=torch.index_select(total, 0, place, out=self.weight_memory))
 
     def _add(self, part: BlockPart) -> None:
         total, own = self.made, part.gradients_or_zeros()
@@ -321,7 +333,7 @@ class BlockPart:
         self.run.multiplied += self.rows * gemms(self.needs, self.rows, dim, self.more)
         if w is not None and w.dim() == 2:
             w = w[self.start : self.stop]
-        order = order_of(self.head, self.keep) if self.run.skip and self.rows else None
+        order = self.run.order if self.rows else None
         call = _NativeCall(self, target, w, self.own(options), order=order)
         out = self._outputs(call, (*want, "loss"))
         call.record.set_loss(options)
@@ -329,7 +341,7 @@ class BlockPart:
         call.record.grad_scale = factor.value * (1.0 if factor.tensor is None else float(factor.tensor))
         call.keep_logits(self.more)
         if order is not None:
-            call.skip(self.run.skip)
+            call.skip(self.run.skip, keeps_order=len(self.run.bounds) > 1)
         call.execute()
         self.made, self.is_summed = call.gradients(), call.is_summed
         return out
@@ -440,8 +452,7 @@ class _NativeCall:
         h, self.keep, self.order = run.head, run.keep, order
         bias = h.bias
         if order is not None:
-            place = torch.empty_like(order)
-            place[order] = torch.arange(len(order), dtype=order.dtype, device=order.device)
+            place = inverse(order)
             target = None if target is None else place[target]
             bias, w = (None if x is None else x[order] for x in (bias, w))
         self.needs = run.needs if needs is None else needs
@@ -526,11 +537,11 @@ class _NativeCall:
             self.origins = torch.empty(shape, dtype=torch.float32, device=weight.device)
             self.point_to_made(origins=self.origins)
 
-    def skip(self, skip: float) -> None:
+    def skip(self, skip: float, keeps_order: bool) -> None:
         shape = origins_shape(self.native, self.vocab, self.rows)
         self.mass = torch.empty(shape, dtype=torch.float32, device=self.operands[0].device)
         self.record.width = block_width(self.native, self.vocab, self.dim, skip)
-        self.record.skip = skip
+        self.record.skip, self.record.keeps_order = skip, keeps_order
         self.point_to_made(mass=self.mass)
 
     def execute(self) -> None:

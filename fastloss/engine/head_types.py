@@ -34,8 +34,8 @@ class Grads(NamedTuple):
 
 class Limits(NamedTuple):
     """What the caller says about a head: rows of logits at once (None: the engine's choice), "auto", "low" or "fast", over which
-    processes its vocabulary is cut, whether low-precision operands must give float32 logits, and how much of a row's probability
-    the gradients may leave out."""
+    processes its vocabulary is cut, whether low-precision operands must give float32 logits, and by how much
+    of its coefficient a row's gradients may err."""
 
     chunk_size: int | None = None
     memory: str = "auto"

@@ -188,7 +188,7 @@ class PretrainConfig(TrainConfig):
     loss: str = option("fastloss", "fastloss, torch (whole logits) or torch-linear (torch's own fused head)")
     skip: float = option(
         0.0,
-        "fastloss: share of a token's probability whose gradients may be left out, less than 1; 0: none",
+        "fastloss: by how much of its coefficient a token's gradient may err, less than 1, for fewer products; 0: not at all",
         least=0,
     )
 

@@ -104,11 +104,11 @@ def linear_cross_entropy(
             number, adds ``scale · (input @ A.T) @ B.T`` to the logits; ``(u, B)`` adds ``u @ B.T``, u ``[…, r]`` made by the caller (a
             dropout). Gradients reach A, B or u, and the rest. Any float dtypes; u is rounded to the input's. With ``group`` B is that of the
             own classes. Not with a K-dimensional loss.
-        skip: a number from 0 to less than 1. The gradients may leave out, of each token, blocks of classes which together have no more
-            than this of its probability, and never its target's; so a token's gradient of its logits errs by at most ``skip`` times what its
-            loss is multiplied by, in the sum of absolute values (docs/skip.md). Loss and statistics stay whole. Only the CPU's blocks of the
-            vocabulary leave any out, with a trained weight, a reduced loss, and no label smoothing or probabilities: all else is exact, as 0 is, and
-            ``fastloss.explain`` says which. ``fastloss.skipped_share()`` tells how much it was.
+        skip: a number from 0 to less than 1: by how much of its coefficient a token's gradient of its logits may err, in the sum of absolute values. Of
+            the blocks of classes with the least probability, together at most ``skip``/3 of a token's, never its target's, three in four are left out of
+            the backward at random, and the fourth counts four times: the expected gradient is the exact one (docs/skip.md). Loss and statistics stay
+            whole. Only the CPU's blocks of the vocabulary leave any out, with a trained weight, a reduced loss, and no label smoothing or
+            probabilities: all else is exact, as 0 is, and ``fastloss.explain`` says which. ``fastloss.skipped_share()`` tells how much it was.
 
     Raises:
         ValueError, IndexError: as :func:`cross_entropy`; a ``skip`` outside of [0, 1).

@@ -41,6 +41,8 @@ def test_every_provider_agrees_with_float64(name: str) -> None:
         assert p["errors"]["loss"] < tolerance, p["name"]
         gradients = {k: v for k, v in p["errors"].items() if k != "loss"}
         assert set(gradients) == set(data(case, "cpu").leaves)
+        if "skip=" in p["name"]:  # whose bound tests/losses/test_skip.py checks
+            continue
         for key, error in gradients.items():
             assert error < tolerance * result["gradient_scale"][key], (p["name"], key)
     assert not [p for p in result["providers"] if "rror:" in p.get("reason", "")], "a provider failed"

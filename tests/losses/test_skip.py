@@ -49,7 +49,7 @@ def gradients(x: Tensor, matrix: Tensor, target: Tensor, **options: Any) -> Resu
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("skip", [1e-4, 1e-2, 0.4])
+@pytest.mark.parametrize("skip", [1e-3, 0.05, 0.9])
 def test_each_row_errs_by_less_than_the_bound(dtype: torch.dtype, skip: float) -> None:
     rows = 70
     x, target = logits(rows, dtype), targets(rows)
@@ -60,7 +60,7 @@ def test_each_row_errs_by_less_than_the_bound(dtype: torch.dtype, skip: float) -
     rounding = 2**-8 if dtype == BF16 else 1e-6
     error = (dz.double() - want).abs().sum(1)
     assert (error <= skip + 2 * rounding).all()
-    assert (error > 2 * rounding).any() or skip == 1e-4
+    assert (error > 2 * rounding).any() or skip == 1e-3
     torch.testing.assert_close(loss.double(), exact.detach(), rtol=rounding, atol=0)
     # d weight is that of the same gradient, and a target's is never left out.
     torch.testing.assert_close(
@@ -150,7 +150,7 @@ def test_explain_says_what_is_left_out() -> None:
     x, weight = torch.zeros(30, 16, requires_grad=True), torch.zeros(VOCAB, 16, requires_grad=True)
     plain = fastloss.explain(fastloss.linear_cross_entropy, x, weight, targets(30))
     plan = fastloss.explain(fastloss.linear_cross_entropy, x, weight, targets(30), skip=1e-3)
-    assert plan["skip"] == "gradients of up to 0.001 of each token's probability, by blocks of classes"
+    assert plan["skip"] == "gradients err by up to 0.001 of each token's coefficient"
     assert plan["chunk_columns"] == 256 and plan["buffer_bytes"] > plain["buffer_bytes"]
 
 
@@ -171,12 +171,12 @@ def test_under_torch_compile() -> None:
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def loss_of(hidden: Tensor, matrix: Tensor) -> Tensor:
-        return fastloss.linear_cross_entropy(hidden, matrix, target, skip=0.2)  # type: ignore[no-any-return]
+        return fastloss.linear_cross_entropy(hidden, matrix, target, skip=0.6)  # type: ignore[no-any-return]
 
     leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
     loss = loss_of(*leaves)
     loss.backward()
     assert (fastloss.skipped_share() or 0) > 0.01
-    eager = gradients(x, weight, target, skip=0.2)
+    eager = gradients(x, weight, target, skip=0.6)
     for one, other in zip((loss.detach(), *(leaf.grad for leaf in leaves)), eager, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-9)

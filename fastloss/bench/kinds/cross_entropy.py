@@ -48,6 +48,7 @@ def linear_cases(quick: bool) -> Iterator[Case]:
             yield Case(base, "linear", *shape, dtype)
             yield Case(f"{base}-frozen", "linear", *shape, dtype, frozen=True)
             yield Case(f"{base}-nograd", "linear", *shape, dtype, nograd=True)
+            yield Case(f"{base}-trained", "linear", *shape, dtype, ignored=0.0, trained=True)
         name = f"linear-f32-{rows}x{dim}x{vocab}"
         yield Case(f"{name}-peaked", "linear", *shape, torch.float32, peaked=True)
         yield Case(f"{name}-half-ignored", "linear", *shape, torch.float32, ignored=0.5)
@@ -66,7 +67,20 @@ def row_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     return {"logits": logits, "target": ignore_some(case, target, generator)}
 
 
+def trained_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    """Classes of the frequencies rank^-1.5, in no order, and in each row others above them; a target that is drawn from the row's own."""
+    hidden = 2 * normal(case.rows, case.dim, generator=generator)
+    weight = normal(case.vocab, case.dim, generator=generator) / case.dim**0.5
+    device = torch.get_default_device()
+    rank = torch.randperm(case.vocab, generator=generator, dtype=torch.int64, device=device) + 1
+    hidden[:, 0], weight[:, 0] = 4.0, -1.5 / 4 * rank.float().log()
+    target = torch.multinomial((hidden @ weight.t()).softmax(-1), 1, generator=generator).view(-1)
+    return {"hidden": hidden, "weight": weight, "target": ignore_some(case, target, generator)}
+
+
 def linear_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    if case.trained:
+        return trained_tensors(case, generator)
     tensors = head_tensors(case, generator, random_targets(case, generator))
     return {**tensors, "target": ignore_some(case, tensors["target"], generator)}
 
