@@ -55,11 +55,12 @@ constexpr int64_t rows_of_sum() {
 
 // In bytes from the beginning, and of a thread from the beginning of its own.
 struct Areas {
-  int64_t counters, sums;
-  int64_t segment,
-      segment_bytes;  // the forward: a packed segment of the weight for each thread. In the same place:
-  int64_t packed, packed_other;  // a packed block of it, for logits and for d hidden
-  int64_t z_columns;             // dZ of the block and all rows, as d weight reads it
+  int64_t counters;
+  int64_t sums, segment,
+      segment_bytes;  // the forward: of chapters; a packed segment of the weight for each thread
+  int64_t packed,
+      packed_other;   // a packed block of it, for logits and for d hidden: where the forward's were
+  int64_t z_columns;  // dZ of the block and all rows, as d weight reads it
   int64_t z_rows, z_rows_bytes;  // of a stripe, as d hidden reads it: for each thread, or for each stripe
   int64_t lists, list_bytes;     // two lists of rows, their number first
   int64_t threads, thread_bytes, bytes;
@@ -83,9 +84,11 @@ Areas areas_of(const HeadCall& c, int64_t threads) {
   };
   Areas a;
   a.counters = take((3 * threads + 1) * 64);
-  a.sums = take(
-      is_backward(c) ? 0 : vocab_kernels.sums_bytes(c, alone ? 1 : stripes_of(c.logits.vocab, kChapter)));
+  // d hidden alone has its sums beside the packed block.
+  if (alone) a.sums = take(vocab_kernels.sums_bytes(c, 1));
   const int64_t begin = at;
+  if (!alone)
+    a.sums = take(is_backward(c) ? 0 : vocab_kernels.sums_bytes(c, stripes_of(c.logits.vocab, kChapter)));
   a.segment_bytes = alone || is_backward(c) ? 0 : round_up(kSegment * units_of<Op>(c.dim) * unit, 64);
   a.segment = take(threads * a.segment_bytes);
   const int64_t end = at;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ IGNORE = -100
 EMULATED_WORK = 1 << 35
 
 Loss = Callable[..., Tensor]  # of a case's tensors, in their order
+Call = Mapping[str, Any]  # keyword arguments of fastloss's function: its backend, the memory of a head
 
 
 @dataclass(frozen=True)

@@ -31,20 +31,22 @@ def _fastloss(backend: str) -> Provider:
             return f"fastloss has no {name}"
         return None
 
-    return Provider(f"fastloss[{backend}]", available, lambda case: KINDS[case.kind].ours(case, backend))
+    return Provider(
+        f"fastloss[{backend}]", available, lambda case: KINDS[case.kind].ours(case, {"backend": backend})
+    )
 
 
 def _head(memory: str) -> Provider:
-    """The CPU's cross-entropy from the head, told what to spend."""
+    """The CPU's head, told what to spend."""
     ours = _fastloss("cpu")
 
     def available(case: Case, device: str) -> str | None:
-        if case.kind != "linear" or case.frozen or case.nograd:
+        if not KINDS[case.kind].is_head or case.nograd:
             return ""
         return ours.available(case, device)
 
     def loss(case: Case) -> Loss:
-        return functools.partial(fastloss.linear_cross_entropy, memory=memory, backend="cpu")
+        return KINDS[case.kind].ours(case, {"backend": "cpu", "memory": memory})
 
     return Provider(f"fastloss[cpu], memory={memory}", available, loss)
 

@@ -102,9 +102,15 @@ def markdown(results: dict[str, Any]) -> str:
     for case in results["cases"]:
         out += ["", f"## {title(case)}", "", *([f"Run {case['run'] + 1}.", ""] if many else [])]
         out += _table(COLUMNS, rows(case))
-    if costs := goals.per_token(results):
-        lines: Lines = [(str(n), f"{seconds * 1e6:.2f}") for n, seconds in costs.items()]
-        out += ["", "## fastloss: cost per token", "", *_table(("tokens", "µs per token"), lines)]
+    for dtype in goals.LENGTHS:
+        if costs := goals.per_token(results, dtype):
+            lines: Lines = [(str(n), f"{seconds * 1e6:.2f}") for n, seconds in costs.items()]
+            out += [
+                "",
+                f"## fastloss: cost per token, {dtype}",
+                "",
+                *_table(("tokens", "µs per token"), lines),
+            ]
     if why := reasons(results):
         lines = [(name, reason, str(len(names))) for (name, reason), names in why.items()]
         out += ["", "## Not measured", "", *_table(("provider", "why", "cases"), lines)]

@@ -42,6 +42,10 @@ CACHED = 1 << 18
 RECOMPUTE_UP_TO = 2
 # Rows of a part whose logits are kept with a frozen weight, where statistics other than log-probs are differentiated.
 KEPT_FROZEN = 256
+# One of how many rows has its logits kept, beside D of them, where parts of the rows are added up.
+KEPT_SHARE = 25
+# Rows whose logits could be made again in the time that one more part takes (by a Zen 4's bfloat16; a float32 part costs less).
+ROWS_OF_A_SUM = 256
 
 
 def why_not(backend: Backend, dtype: torch.dtype, weight: Tensor) -> str:
@@ -144,8 +148,8 @@ def further_rows(weight: Tensor) -> int:
 
 def parts_of(head: Head, rows: int, needs: Needs, memory: str, logprobs_only: bool) -> Parts:
     """The parts of a pass whose gradients follow on its statistics. "low": all rows in one, the logits past the first D rows
-    made again. "fast": 3 GEMMs, for memory of a float32 gradient of the weight at most: further logits are kept, or parts of D
-    rows are added up. "auto" makes up to D rows of logits again, and takes "fast" from there."""
+    made again. "fast": 3 GEMMs, for memory of a float32 gradient of the weight and 5% of the logits at most: further logits are
+    kept, some are made again, or parts of D rows and some are added up. "auto" makes up to D rows of logits again, and takes "fast" from there."""
     if not needs.weight:
         keeps = bool(needs) and not (logprobs_only and needs == Needs(True, False, False))
         return Parts(min(rows, KEPT_FROZEN), KEPT_FROZEN) if keeps and memory != "low" else Parts(rows)
@@ -153,7 +157,14 @@ def parts_of(head: Head, rows: int, needs: Needs, memory: str, logprobs_only: bo
     further = further_rows(head.weight)
     if memory == "low" or rows <= dim or (memory == "auto" and rows <= RECOMPUTE_UP_TO * dim):
         return Parts(rows)
-    return Parts(rows, rows - dim) if rows <= dim + further else Parts(dim)
+    share = rows // KEPT_SHARE
+    most = dim + further + share
+    # Few parts: each adds to all of d weight, and packs all of the weight again.
+    count = -(-rows // (dim + share))
+    if rows - most <= (count - 1) * ROWS_OF_A_SUM:
+        return Parts(rows, min(rows, most) - dim)
+    part = -(-rows // count)
+    return Parts(part, max(0, part - dim))
 
 
 def block_width(backend: NativeBackend, vocab: int, dim: int, skip: float = 0.0) -> int:

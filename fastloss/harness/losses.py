@@ -80,11 +80,17 @@ def explained(name: str, function: Callable[..., Any], *args: Any, **options: An
     return text
 
 
-LOSSES: dict[str, Loss] = {"fastloss": fastloss_loss, "torch": torch_loss, "torch-linear": torch_linear_loss}
+LOSSES: dict[str, Loss] = {"fastloss": fastloss_loss, "torch": torch_loss}
+if hasattr(F, "linear_cross_entropy"):
+    LOSSES["torch-linear"] = torch_linear_loss
 
 
 def loss_named(name: str, skip: float = 0.0) -> Loss:
     """``skip`` is fastloss's alone: the others it is compared with are exact."""
+    if name == "torch-linear" and name not in LOSSES:
+        raise ValueError(
+            f"loss: torch-linear needs torch 2.13 or later, this is {torch.__version__}; use fastloss or torch"
+        )
     loss = named(LOSSES, name)
     return partial(fastloss_loss, skip=skip) if skip and loss is fastloss_loss else loss
 

@@ -103,7 +103,7 @@ def unwrap(model: Any) -> Any:
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         elif hasattr(model, "get_base_model"):
             model = model.get_base_model()
@@ -120,7 +120,7 @@ def _heads(model: Any, names: Any) -> list[Any]:
         head = model.get_output_embeddings()
     except (NotImplementedError, AttributeError):
         return []
-    found = list(head) if isinstance(head, list | tuple | nn.ModuleList) else [head]
+    found = list(head) if isinstance(head, (list, tuple, nn.ModuleList)) else [head]
     return [h for h in found if isinstance(h, nn.Module)]
 
 

@@ -92,8 +92,8 @@ def linear_cross_entropy(
             gradient, the definition computes the call.
         loss_dtype: a float dtype of the returned loss; None is PyTorch's rule, that of :func:`cross_entropy`.
         chunk_size: rows of logits in memory at once; None chooses. ``fastloss.explain`` shows the choice.
-        memory: "fast" takes the fewest GEMMs, for memory of a float32 gradient of the weight at most; "low" the least memory, up
-            to 4 GEMMs; "auto" "low" up to 2 D rows and "fast" beyond.
+        memory: "fast" takes the fewest GEMMs, for memory of a float32 gradient of the weight and 5% of the logits at most;
+            "low" the least memory, up to 4 GEMMs; "auto" "low" up to 2 D rows and "fast" beyond.
         logits_dtype: torch.float32 never rounds the logits of low-precision operands to their dtype. In the CPU's blocks of the
             vocabulary they never are (``explain`` tells their dtype); a GPU then holds a chunk's logits in float32, and their gradient in the operands' dtype beside them.
         group: a ProcessGroup, or a DeviceMesh of one dimension, whose processes each have some rows of ``linear_weight`` and

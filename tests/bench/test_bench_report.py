@@ -210,7 +210,7 @@ def test_goals() -> None:
     assert not outcome["linear head: over three GEMMs", "linear-bf16-1024x512x32000"]
     assert not outcome["linear head: faster than every peer", "linear-bf16-1024x512x32000"]
     assert outcome["linear head: extra memory, of the logits", "linear-bf16-1024x512x32000"]
-    assert outcome["cost per token: spread over lengths", "tokens 1024 … 4096"]
+    assert outcome["cost per token: spread over lengths", "tokens-f32 1024 … 4096"]
 
 
 def test_a_head_that_is_told_its_memory_has_goals_of_its_own() -> None:
@@ -231,9 +231,15 @@ def test_a_head_that_is_told_its_memory_has_goals_of_its_own() -> None:
     assert providers[0]["fastloss_speedup"] == 2.0 and "fastloss_speedup" not in providers[3]
     outcome = {o.what: o for o in goals.met({"cases": [case]})}
     assert outcome["linear head: over three GEMMs"].measured == 2.0
-    assert outcome["linear head, fast: over three GEMMs"].measured == 1.05
-    assert outcome["linear head, fast: over three GEMMs"].reached
-    assert "linear head, low: over three GEMMs" not in outcome
+    assert outcome["any head, fast: over its GEMMs"].measured == 1.05
+    assert outcome["any head, fast: over its GEMMs"].reached
+    assert "any head, low: over its GEMMs" not in outcome
+    # A float32 gradient of the weight, and 4 or 6 of the 100 bytes of logits.
+    for more, reached in ((4, True), (6, False)):
+        providers[3]["extra_bytes"] = 512 * 32000 * 4 + more
+        outcome = {o.what: o for o in goals.met({"cases": [case]})}
+        found = outcome["any head, fast: extra memory, less d weight in float32"]
+        assert found.measured == more / 100 and found.reached == reached
 
 
 def _tiny_of(**marks: bool) -> dict:

@@ -7,8 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss.engine import head
+from fastloss.engine import head, head_blocks
 from fastloss.engine.backend import get_backend
+from fastloss.engine.head_types import Head, Needs
 from fastloss.tables import STATS, RowOptions
 
 IGNORE = -100
@@ -357,6 +358,33 @@ def test_forward_alone_gives_the_numbers_of_the_call_with_gradient(dtype):
     )
     per_row = fastloss.linear_cross_entropy(hidden, weight, target, linear_bias=bias, reduction="none")
     torch.testing.assert_close(per_row.float().mean(), alone.float(), rtol=1e-2, atol=1e-3)
+
+
+@needs_blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [64, 200, 1000, 3000, 20_000, 80_000])
+def test_fast_keeps_no_more_than_a_float32_gradient_and_a_share_of_the_logits(rows, dtype):
+    dim, vocab = 64, 512
+    head = Head(
+        get_backend("cpu"),
+        torch.empty(0, dim, dtype=dtype),
+        torch.zeros(vocab, dim, dtype=dtype),
+        None,
+        dtype,
+    )
+    parts = head_blocks.parts_of(head, rows, Needs(True, True, False), "fast", False)
+    size = vocab * dtype.itemsize
+    gradient, kept = vocab * dim * 4, max(0, parts.more) * size
+    is_summed = parts.rows < rows
+    assert kept + gradient * is_summed <= gradient + 0.04 * rows * size
+    assert 0 <= parts.more <= max(0, parts.rows - dim)
+    again = max(0, parts.rows - dim - parts.more)
+    sums = -(-rows // parts.rows) - 1
+    # What is chosen costs no more than the other way: parts that keep all of their rows, or one that makes the rest again.
+    most = dim + head_blocks.further_rows(head.weight) + rows // head_blocks.KEPT_SHARE
+    other = -(-rows // (dim + rows // head_blocks.KEPT_SHARE)) - 1
+    cost = again + sums * head_blocks.ROWS_OF_A_SUM
+    assert cost <= max(0, rows - most) and cost <= other * head_blocks.ROWS_OF_A_SUM
 
 
 def test_parts_of_rows_are_rounded_once():

@@ -162,6 +162,12 @@ def test_model_folder(tmp_path: Path) -> None:
         model_config(PretrainConfig(model=str(tmp_path / "nowhere")))
 
 
+def test_a_loss_that_this_torch_lacks_is_told_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(LOSSES, "torch-linear", raising=False)  # as before torch 2.13
+    with pytest.raises(ValueError, match=r"torch-linear needs torch 2\.13 or later, this is"):
+        loss_named("torch-linear")
+
+
 def test_unknown_loss_and_uneven_heads() -> None:
     with pytest.raises(ValueError, match="expected one of 'fastloss', 'torch'"):
         loss_named("flash")

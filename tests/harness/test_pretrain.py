@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -112,8 +113,9 @@ def test_losses_give_one_curve(tiny: PretrainConfig, quiet: Console, tmp_path: P
         assert result.cost.counted_flops == pytest.approx(result.summary["model_flops"], rel=0.03), loss
         assert result.cost.loss_peak is not None and result.cost.loss_peak.bytes >= 0
         assert 0 < result.summary["loss_share"] < 1
-    torch.testing.assert_close(curves["fastloss"], curves["torch"], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(curves["torch-linear"], curves["torch"], rtol=1e-5, atol=1e-5)
+    assert len(curves) == (3 if hasattr(F, "linear_cross_entropy") else 2)
+    for curve in curves.values():
+        torch.testing.assert_close(curve, curves["torch"], rtol=1e-5, atol=1e-5)
     assert curves["torch"][-1] < curves["torch"][0]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss
+from fastloss.bench.case import Call, Case, Data, Loss
 from fastloss.bench.exact import Exact, over_numbers
 from fastloss.bench.kinds.base import Kind, integers, normal, ones_mask, read_all_write_one, uniform
 from fastloss.bench.kinds.policy import GAMMA, padding
@@ -198,9 +198,9 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     return {name: made[name] for name in _advantage(case).tensors}
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     advantage = _advantage(case)
-    return lambda *tensors: advantage.ours(*tensors, **({"backend": backend} if advantage.backend else {}))
+    return lambda *tensors: advantage.ours(*tensors, **(call if advantage.backend else {}))
 
 
 def _eager(case: Case) -> Loss:

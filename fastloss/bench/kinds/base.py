@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastloss.bench.case import IGNORE, Case, Data, Loss
+from fastloss.bench.case import IGNORE, Call, Case, Data, Loss
 from fastloss.bench.exact import Truth
 
 
@@ -19,13 +19,14 @@ class Kind:
     cases: Callable[[bool], Iterable[Case]]  # of quick
     tensors: Callable[[Case, torch.Generator], dict[str, Tensor]]  # the loss's arguments, in order
     leaves: Callable[[Case], tuple[str, ...]]  # that get a gradient
-    ours: Callable[[Case, str], Loss]  # with a backend
+    ours: Callable[[Case, Call], Loss]
     eager: Callable[[Case], Loss]  # what one writes in PyTorch
     truth: Truth
     limit: tuple[str, Callable[[Case, Data], Callable[[], object]]] | None = None  # None: the GEMMs
     eager_metrics: Callable[[Case], Loss] | None = None  # eager, with what a trainer logs of each step
     kept: Callable[[dict[str, Tensor]], int] = lambda tensors: int((tensors["target"] != IGNORE).sum())
     needs: str = ""  # a function that not every fastloss has
+    is_head: bool = False  # its function takes memory=
 
 
 def normal(*shape: Any, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss
+from fastloss.bench.case import Call, Case, Data, Loss
 from fastloss.bench.exact import Exact, over_numbers
 from fastloss.bench.kinds.base import Kind, integers, normal, read_all_write_one, uniform
 from fastloss.bench.kinds.policy import log_ratios, padding
@@ -93,20 +93,17 @@ def _eager(case: Case) -> Loss:
     return EAGER[_name(case)]
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     if _name(case) == "policy-weights":
-        return lambda logprobs, old, advantages, mask, weights: (
-            fastloss.policy_loss(
-                logprobs, old, advantages, mask, loss_type="ppo", weights=weights, backend=backend
-            ).loss
-        )
+        options: dict[str, Any] = {"loss_type": "ppo", **call}
+        return lambda *tensors: fastloss.policy_loss(*tensors[:4], weights=tensors[4], **options).loss
     if _name(case) == "policy-dppo":
-        options: dict[str, Any] = {"loss_type": "dppo_tv", "clip_low": DIVERGENCE, "clip_high": DIVERGENCE}
-        return lambda *tensors: fastloss.policy_loss(*tensors, **options, backend=backend).loss
+        options = {"loss_type": "dppo_tv", "clip_low": DIVERGENCE, "clip_high": DIVERGENCE, **call}
+        return lambda *tensors: fastloss.policy_loss(*tensors, **options).loss
 
     def trust(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, sampler: Tensor) -> Tensor:
         kept = fastloss.trust_region_mask(old, sampler, mask, low=LOW, high=HIGH)
-        return fastloss.policy_loss(logprobs, old, advantages, kept, loss_type="ppo", backend=backend).loss
+        return fastloss.policy_loss(logprobs, old, advantages, kept, loss_type="ppo", **call).loss
 
     return trust
 
@@ -134,8 +131,8 @@ def _eager_value(case: Case) -> Loss:
     return loss
 
 
-def _ours_value(case: Case, backend: str) -> Loss:
-    return lambda *tensors: fastloss.value_loss(*tensors, clip_range=CLIP, backend=backend).loss
+def _ours_value(case: Case, call: Call) -> Loss:
+    return lambda *tensors: fastloss.value_loss(*tensors, clip_range=CLIP, **call).loss
 
 
 def _kl_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -151,8 +148,8 @@ def _eager_kl(case: Case) -> Loss:
     return loss
 
 
-def _ours_kl(case: Case, backend: str) -> Loss:
-    return lambda logprobs, ref: fastloss.kl_estimate(logprobs, ref, kind="k3", backend=backend).mean()
+def _ours_kl(case: Case, call: Call) -> Loss:
+    return lambda logprobs, ref: fastloss.kl_estimate(logprobs, ref, kind="k3", **call).mean()
 
 
 def _truth(case: Case, data: Data) -> Exact:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss, short
+from fastloss.bench.case import Call, Case, Data, Loss, short
 from fastloss.bench.exact import Exact, cross_entropy_tail, over_vocabulary
 from fastloss.bench.kinds.base import (
     Kind,
@@ -22,6 +22,7 @@ from fastloss.bench.kinds.base import (
     random_targets,
 )
 
+EAGER_FITS = 1 << 30  # logits of which eager holds several copies
 OURS_AND_EAGER = ("fastloss*", "torch eager")
 
 
@@ -54,9 +55,12 @@ def linear_cases(quick: bool) -> Iterator[Case]:
         yield Case(f"{name}-half-ignored", "linear", *shape, torch.float32, ignored=0.5)
     # Cost per token over the length of the batch.
     dim, vocab = (16, 500) if quick else (256, 16384)
-    for rows in (32, 64) if quick else (1024, 4096, 16384, 32768):
-        name = f"tokens-f32-{rows}x{dim}x{vocab}"
-        yield Case(name, "linear", rows, dim, vocab, torch.float32, only=OURS_AND_EAGER)
+    for dtype in (torch.float32, torch.bfloat16):
+        for rows in (32, 64) if quick else (256, 1024, 4096, 16384, 65536):
+            only = OURS_AND_EAGER if rows * vocab < EAGER_FITS else ("fastloss*",)
+            yield Case(
+                f"tokens-{short(dtype)}-{rows}x{dim}x{vocab}", "linear", rows, dim, vocab, dtype, only=only
+            )
 
 
 def row_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -96,12 +100,12 @@ def truth(case: Case, data: Data) -> Exact:
     return over_vocabulary(data, data["target"], cross_entropy_tail(data["target"]))
 
 
-def _ours_rows(case: Case, backend: str) -> Loss:
-    return functools.partial(fastloss.cross_entropy, inplace=case.inplace, backend=backend)
+def _ours_rows(case: Case, call: Call) -> Loss:
+    return functools.partial(fastloss.cross_entropy, inplace=case.inplace, **call)
 
 
-def _ours_linear(case: Case, backend: str) -> Loss:
-    return functools.partial(fastloss.linear_cross_entropy, backend=backend)
+def _ours_linear(case: Case, call: Call) -> Loss:
+    return functools.partial(fastloss.linear_cross_entropy, **call)
 
 
 def eager_linear(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -118,5 +122,13 @@ KINDS = {
         truth,
         ("copy", copy),
     ),
-    "linear": Kind(linear_cases, linear_tensors, head_leaves, _ours_linear, lambda case: eager_linear, truth),
+    "linear": Kind(
+        linear_cases,
+        linear_tensors,
+        head_leaves,
+        _ours_linear,
+        lambda case: eager_linear,
+        truth,
+        is_head=True,
+    ),
 }

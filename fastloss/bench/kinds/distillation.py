@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import IGNORE, Case, Data, Loss, short
+from fastloss.bench.case import IGNORE, Call, Case, Data, Loss, short
 from fastloss.bench.exact import BLOCK, Exact
 from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, ignore_some, normal, random_targets
 from fastloss.bench.kinds.cross_entropy import copy
@@ -31,9 +31,9 @@ def _row_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     return {"logits": logits, "ref_logits": logits + teacher, "target": target}
 
 
-def _ours_rows(case: Case, backend: str) -> Loss:
+def _ours_rows(case: Case, call: Call) -> Loss:
     function: Any = fastloss.distillation_loss
-    return lambda *tensors: function(*tensors, divergence="forward_kl", backend=backend).loss
+    return lambda *tensors: function(*tensors, divergence="forward_kl", **call).loss
 
 
 def _eager_rows(case: Case) -> Loss:
@@ -77,9 +77,9 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     function: Any = getattr(fastloss, FUNCTION)
-    return lambda *tensors: function(*tensors, divergence="forward_kl", backend=backend).loss
+    return lambda *tensors: function(*tensors, divergence="forward_kl", **call).loss
 
 
 def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
@@ -121,5 +121,7 @@ KINDS = {
     "distillation": Kind(
         row_cases, _row_tensors, lambda case: ("logits",), _ours_rows, _eager_rows, _row_truth, ("copy", copy)
     ),
-    "distillation-linear": Kind(cases, _tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION),
+    "distillation-linear": Kind(
+        cases, _tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION, is_head=True
+    ),
 }

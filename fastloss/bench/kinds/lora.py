@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss, short
+from fastloss.bench.case import Call, Case, Data, Loss, short
 from fastloss.bench.exact import Exact, cross_entropy_tail, over_vocabulary
 from fastloss.bench.kinds.base import Kind, head_tensors, ignore_some, normal, random_targets
 
@@ -31,9 +31,9 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     return {**tensors, "target": ignore_some(case, tensors["target"], generator), "a": a, "b": b}
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        out = fastloss.linear_cross_entropy(hidden, weight, target, lora=(a, b, SCALE), backend=backend)
+        out = fastloss.linear_cross_entropy(hidden, weight, target, lora=(a, b, SCALE), **call)
         assert isinstance(out, Tensor)
         return out
 
@@ -78,4 +78,4 @@ def leaves(case: Case) -> tuple[str, ...]:
     return "hidden", "a", "b"
 
 
-KINDS = {"lora-linear": Kind(cases, _tensors, leaves, _ours, _two_steps, _truth)}
+KINDS = {"lora-linear": Kind(cases, _tensors, leaves, _ours, _two_steps, _truth, is_head=True)}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import IGNORE, Case, Data, Loss, short
+from fastloss.bench.case import IGNORE, Call, Case, Data, Loss, short
 from fastloss.bench.exact import Exact, over_vocabulary
 from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, integers
 
@@ -34,10 +34,10 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     return {**tensors, "target": made.target, "token_weight": made.token_weight}
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor) -> Tensor:
         out = fastloss.linear_cross_entropy(
-            hidden, weight, target, token_weight=token_weight, reduction="sum", backend=backend
+            hidden, weight, target, token_weight=token_weight, reduction="sum", **call
         )
         assert isinstance(out, Tensor)
         return out
@@ -63,4 +63,8 @@ def _truth(case: Case, data: Data) -> Exact:
     return over_vocabulary(data, data["target"], lambda logprobs: -(weight * logprobs).sum())
 
 
-KINDS = {"multi-token-linear": Kind(cases, _tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION)}
+KINDS = {
+    "multi-token-linear": Kind(
+        cases, _tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION, is_head=True
+    )
+}

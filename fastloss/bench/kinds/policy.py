@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import IGNORE, Case, Data, Loss, short
+from fastloss.bench.case import IGNORE, Call, Case, Data, Loss, short
 from fastloss.bench.exact import Exact, no_gradient_tokens, over_numbers, over_vocabulary
 from fastloss.bench.kinds.base import (
     Kind,
@@ -179,9 +179,9 @@ def _trl_metrics(
     }
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     name = dict(case.options)["loss_type"]
-    options = {"loss_type": name, "backend": backend, **OPTIONS[name]}
+    options = {"loss_type": name, **call, **OPTIONS[name]}
 
     def loss(logprobs: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, ref: Tensor) -> Tensor:
         reference = ref if OPTIONS[name]["beta"] else None
@@ -190,9 +190,9 @@ def _ours(case: Case, backend: str) -> Loss:
     return loss
 
 
-def _ours_linear(case: Case, backend: str) -> Loss:
+def _ours_linear(case: Case, call: Call) -> Loss:
     name = dict(case.options)["loss_type"]
-    options = {"loss_type": name, "backend": backend, **OPTIONS[name]}
+    options = {"loss_type": name, **call, **OPTIONS[name]}
     return lambda *tensors: fastloss.linear_policy_loss(*tensors, **options).loss
 
 
@@ -202,12 +202,12 @@ def rloo(logps: Tensor, old: Tensor, advantages: Tensor, count: int) -> Tensor:
     return -torch.min(ratio * advantages, torch.clamp(ratio, 0.8, 1.2) * advantages).sum() / count
 
 
-def _ours_sequence(case: Case, backend: str) -> Loss:
+def _ours_sequence(case: Case, call: Call) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, old: Tensor, advantages: Tensor) -> Tensor:
         def of_part(part: fastloss.SequencePart) -> Tensor:
             return rloo(part.logps, old[part.indices], advantages[part.indices], len(old))
 
-        out: Tensor = fastloss.linear_sequence_loss(hidden, weight, target, of_part, backend=backend)
+        out: Tensor = fastloss.linear_sequence_loss(hidden, weight, target, of_part, **call)
         return out
 
     return loss
@@ -226,10 +226,10 @@ def _sequence_truth(case: Case, data: Data) -> Exact:
     )
 
 
-def _ours_gae(case: Case, backend: str) -> Loss:
-    return lambda rewards, values, mask: fastloss.gae(
-        rewards, values, mask, gamma=GAMMA, lam=LAMBDA, backend=backend
-    )[0]
+def _ours_gae(case: Case, call: Call) -> Loss:
+    return lambda rewards, values, mask: fastloss.gae(rewards, values, mask, gamma=GAMMA, lam=LAMBDA, **call)[
+        0
+    ]
 
 
 def _eager_metrics(case: Case) -> Loss:
@@ -284,10 +284,23 @@ TRAFFIC = ("read all, write one", read_all_write_one)
 KINDS = {
     "policy": Kind(cases, _tensors, _leaves, _ours, surrogate, _truth, TRAFFIC, _eager_metrics, _kept),
     "policy-linear": Kind(
-        linear_cases, _linear_tensors, head_leaves, _ours_linear, _eager_linear, _linear_truth, kept=_kept
+        linear_cases,
+        _linear_tensors,
+        head_leaves,
+        _ours_linear,
+        _eager_linear,
+        _linear_truth,
+        kept=_kept,
+        is_head=True,
     ),
     "sequence-linear": Kind(
-        sequence_cases, _sequence_tensors, head_leaves, _ours_sequence, _eager_sequence, _sequence_truth
+        sequence_cases,
+        _sequence_tensors,
+        head_leaves,
+        _ours_sequence,
+        _eager_sequence,
+        _sequence_truth,
+        is_head=True,
     ),
     "gae": Kind(
         gae_cases,

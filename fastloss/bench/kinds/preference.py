@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss, short
+from fastloss.bench.case import Call, Case, Data, Loss, short
 from fastloss.bench.exact import Exact, no_gradient_tokens, over_numbers, over_vocabulary
 from fastloss.bench.kinds.base import (
     Kind,
@@ -108,9 +108,9 @@ def of_answers(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return contrast(*logprobs.sum(-1).chunk(2), *ref_logprobs.sum(-1).chunk(2))
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     terms = dict(dict(case.options)["terms"])
-    options: dict[str, Any] = {"loss_type": next(iter(terms)), "beta": BETA, "backend": backend}
+    options: dict[str, Any] = {"loss_type": next(iter(terms)), "beta": BETA, **call}
     if len(terms) > 1:
         options.update(loss_type=list(terms), loss_weights=list(terms.values()))
     if dict(case.options)["weighted"]:
@@ -118,12 +118,12 @@ def _ours(case: Case, backend: str) -> Loss:
     return lambda *logps: fastloss.preference_loss(*logps, **options).loss
 
 
-def _ours_linear(case: Case, backend: str) -> Loss:
+def _ours_linear(case: Case, call: Call) -> Loss:
     def loss(
         hidden: Tensor, weight: Tensor, target: Tensor, ref_hidden: Tensor, ref_weight: Tensor
     ) -> Tensor:
         return fastloss.linear_preference_loss(
-            hidden, weight, target, ref_input=ref_hidden, ref_weight=ref_weight, beta=BETA, backend=backend
+            hidden, weight, target, ref_input=ref_hidden, ref_weight=ref_weight, beta=BETA, **call
         ).loss
 
     return loss
@@ -171,6 +171,6 @@ KINDS = {
         kept=lambda tensors: len(tensors["chosen"]),
     ),
     "preference-linear": Kind(
-        linear_cases, _linear_tensors, head_leaves, _ours_linear, _eager_linear, _linear_truth
+        linear_cases, _linear_tensors, head_leaves, _ours_linear, _eager_linear, _linear_truth, is_head=True
     ),
 }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import IGNORE, Case, Data, Loss
+from fastloss.bench.case import IGNORE, Call, Case, Data, Loss
 from fastloss.bench.exact import Exact, over_numbers
 from fastloss.bench.kinds.base import Kind, integers, normal, places, read_all_write_one
 
@@ -40,9 +40,9 @@ def _process_tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor
     return {"scores": normal(*shape, 2, generator=generator), "labels": labels}
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     return lambda chosen, rejected: (
-        fastloss.reward_model_loss(chosen, rejected, center_coefficient=CENTER, backend=backend).loss
+        fastloss.reward_model_loss(chosen, rejected, center_coefficient=CENTER, **call).loss
     )
 
 
@@ -55,8 +55,8 @@ def _eager(case: Case) -> Loss:
     return loss
 
 
-def _ours_process(case: Case, backend: str) -> Loss:
-    return lambda scores, labels: fastloss.process_reward_loss(scores, labels, backend=backend).loss
+def _ours_process(case: Case, call: Call) -> Loss:
+    return lambda scores, labels: fastloss.process_reward_loss(scores, labels, **call).loss
 
 
 def _eager_process(case: Case) -> Loss:

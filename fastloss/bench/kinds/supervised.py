@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import IGNORE, Case, Data, Loss, short
+from fastloss.bench.case import IGNORE, Call, Case, Data, Loss, short
 from fastloss.bench.exact import BLOCK, Exact, token
 from fastloss.bench.kinds.base import Kind, head_leaves
 from fastloss.bench.kinds.cross_entropy import linear_tensors
@@ -26,9 +26,9 @@ def cases(quick: bool) -> Iterator[Case]:
         yield Case(name, "supervised-linear", *shape, dtype, options=(("loss_type", loss_type),))
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     function: Any = getattr(fastloss, FUNCTION)
-    return lambda *tensors: function(*tensors, **dict(case.options), backend=backend).loss
+    return lambda *tensors: function(*tensors, **dict(case.options), **call).loss
 
 
 def _losses(case: Case, logits: Tensor, target: Tensor) -> Tensor:
@@ -61,4 +61,8 @@ def _truth(case: Case, data: Data) -> Exact:
     return Exact(total, {"hidden": torch.cat(d_hidden), "weight": d_weight})
 
 
-KINDS = {"supervised-linear": Kind(cases, linear_tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION)}
+KINDS = {
+    "supervised-linear": Kind(
+        cases, linear_tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION, is_head=True
+    )
+}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss, short
+from fastloss.bench.case import Call, Case, Data, Loss, short
 from fastloss.bench.exact import Exact
 from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, random_targets
 from fastloss.bench.kinds.token_stats import mean
@@ -34,9 +34,9 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     return {**tensors, "ids": ((target[:, None] + steps) % case.vocab).sort(1).values}  # no class twice
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-        given: dict[str, Any] = {"outputs": ("logprobs", "entropy"), "backend": backend, "support": ids}
+        given: dict[str, Any] = {"outputs": ("logprobs", "entropy"), **call, "support": ids}
         out = fastloss.linear_token_stats(hidden, weight, target, **given)
         assert out.logprobs is not None and out.entropy is not None
         return mean(out.logprobs, out.entropy)

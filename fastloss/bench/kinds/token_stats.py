@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss, short
+from fastloss.bench.case import Call, Case, Data, Loss, short
 from fastloss.bench.exact import Exact, over_vocabulary, token
 from fastloss.bench.kinds.base import Kind, head_leaves
 from fastloss.bench.kinds.cross_entropy import linear_tensors, row_tensors
@@ -36,11 +36,11 @@ def mean(logprobs: Tensor, entropy: Tensor) -> Tensor:
     return -(logprobs.mean() + ENTROPY * entropy.mean())
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     function = fastloss.token_stats if case.kind == "stats" else fastloss.linear_token_stats
 
     def loss(*tensors: Tensor) -> Tensor:
-        out = function(*tensors, outputs=("logprobs", "entropy"), backend=backend)
+        out = function(*tensors, outputs=("logprobs", "entropy"), **call)
         assert out.logprobs is not None and out.entropy is not None
         return mean(out.logprobs, out.entropy)
 
@@ -88,5 +88,7 @@ KINDS = {
         _truth,
         limit=("read + copy", _read_and_copy),
     ),
-    "stats-linear": Kind(linear_cases, linear_tensors, head_leaves, _ours, _eager_linear, _truth),
+    "stats-linear": Kind(
+        linear_cases, linear_tensors, head_leaves, _ours, _eager_linear, _truth, is_head=True
+    ),
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import IGNORE, Case, Data, Loss, short
+from fastloss.bench.case import IGNORE, Call, Case, Data, Loss, short
 from fastloss.bench.exact import BLOCK, Exact
 from fastloss.bench.kinds.base import Kind, head_leaves, head_tensors, ignore_some, normal, random_targets
 
@@ -39,9 +39,9 @@ def _tensors(case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     function: Any = getattr(fastloss, FUNCTION)
-    return lambda *tensors: function(*tensors, tail="bin", backend=backend).loss
+    return lambda *tensors: function(*tensors, tail="bin", **call).loss
 
 
 def _divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
@@ -74,5 +74,7 @@ def _truth(case: Case, data: Data) -> Exact:
 
 
 KINDS = {
-    "distillation-topk-linear": Kind(cases, _tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION)
+    "distillation-topk-linear": Kind(
+        cases, _tensors, head_leaves, _ours, _eager, _truth, needs=FUNCTION, is_head=True
+    )
 }

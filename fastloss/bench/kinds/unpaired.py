@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
-from fastloss.bench.case import Case, Data, Loss, short
+from fastloss.bench.case import Call, Case, Data, Loss, short
 from fastloss.bench.exact import Exact, no_gradient_tokens, over_numbers, over_vocabulary
 from fastloss.bench.kinds.base import (
     Kind,
@@ -75,21 +75,21 @@ def _eager(case: Case) -> Loss:
     return loss
 
 
-def _ours(case: Case, backend: str) -> Loss:
+def _ours(case: Case, call: Call) -> Loss:
     if dict(case.options)["loss"] == "bco":
         return lambda logps, ref, desirable, *_: (
-            fastloss.bco_loss(logps, ref, desirable, beta=BETA, backend=backend).loss
+            fastloss.bco_loss(logps, ref, desirable, beta=BETA, **call).loss
         )
 
     def loss(logps: Tensor, ref: Tensor, desirable: Tensor, kl_logps: Tensor, ref_kl: Tensor) -> Tensor:
         return fastloss.kto_loss(
-            logps, ref, desirable, kl_logps=kl_logps, ref_kl_logps=ref_kl, beta=BETA, backend=backend
+            logps, ref, desirable, kl_logps=kl_logps, ref_kl_logps=ref_kl, beta=BETA, **call
         ).loss
 
     return loss
 
 
-def _ours_linear(case: Case, backend: str) -> Loss:
+def _ours_linear(case: Case, call: Call) -> Loss:
     def loss(
         hidden: Tensor,
         weight: Tensor,
@@ -107,7 +107,7 @@ def _ours_linear(case: Case, backend: str) -> Loss:
             ref_weight=ref_weight,
             kl=0.0,
             beta=BETA,
-            backend=backend,
+            **call,
         ).loss
 
     return loss
@@ -153,6 +153,6 @@ KINDS = {
         kept=lambda tensors: len(tensors["logps"]),
     ),
     "kto-linear": Kind(
-        linear_cases, _linear_tensors, head_leaves, _ours_linear, _eager_linear, _linear_truth
+        linear_cases, _linear_tensors, head_leaves, _ours_linear, _eager_linear, _linear_truth, is_head=True
     ),
 }
