@@ -241,7 +241,7 @@ def _of_rows(
             raise ShapeError("linear_weight: expected at least one class for return_stats, got 0")
         call = call.without_kernels("there is no class")
     if call.by_definition:
-        call.announce()
+        call.announce(**({"skip": "not used, exact: the definition"} if limits.skip else {}))
         own = _Extra(extra.token_weight, loss_dtype)
         all_weight, all_bias = whole(linear_weight, limits.shards), whole(linear_bias, limits.shards)
         assert all_weight is not None
@@ -457,6 +457,7 @@ def _k_dimensional(
         logits_bytes <= WHOLE_LOGITS
         and extra == (None, None)
         and not limits.float_logits
+        and not limits.skip
         and loss.row.row_scale is None
     ):
         bias = None if linear_bias is None else linear_bias.reshape(-1)

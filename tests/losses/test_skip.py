@@ -146,6 +146,22 @@ def test_what_is_exact_says_so(options: dict[str, Any], why: str, monkeypatch: p
     assert fastloss.skipped_share() is None
 
 
+def test_the_definition_and_places_say_so() -> None:
+    x, weight, target = (
+        torch.zeros(4, 16, requires_grad=True),
+        torch.zeros(VOCAB, 16, requires_grad=True),
+        targets(4),
+    )
+    plan = fastloss.explain(fastloss.linear_cross_entropy, x, weight, target, skip=0.3, backend="reference")
+    assert plan["skip"] == "not used, exact: the definition"
+    places = weight.detach().view(VOCAB // 2, 2, 16).requires_grad_()
+    places_of = target[:, None].expand(4, 2) % 300
+    plan = fastloss.explain(fastloss.linear_cross_entropy, x, places, places_of, skip=0.3)
+    assert "skip" in plan and "skip" not in fastloss.explain(
+        fastloss.linear_cross_entropy, x, places, places_of
+    )
+
+
 def test_explain_says_what_is_left_out() -> None:
     x, weight = torch.zeros(30, 16, requires_grad=True), torch.zeros(VOCAB, 16, requires_grad=True)
     plain = fastloss.explain(fastloss.linear_cross_entropy, x, weight, targets(30))
