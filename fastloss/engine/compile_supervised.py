@@ -93,7 +93,7 @@ def linear_supervised(
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 3])."""
     numbers, fields = _given(options, _FIELDS)
     total, sums, *_ = _linear(
-        *operands, *labels[:2], options.row_scale, labels.factors, numbers, **fields, needs=list(needs), dtype=dtype,
+        *operands, labels.target, labels.unlikely, options.row_scale, labels.factors, numbers, **fields, needs=list(needs), dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
     )  # fmt: skip
     return total, sums.detach()

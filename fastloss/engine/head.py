@@ -254,7 +254,11 @@ def chunked(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:
 
 def goes_by_vocabulary(head: Head) -> bool:
     """Whether blocks of the vocabulary can take the calls of this head: not with a LoRA, whose product they do not know."""
-    return not head.rank and head_blocks.why_not(head.backend, head.dtype, head.weight) == ""
+    if (
+        head.hidden.shape[1] != head.weight.shape[1]
+    ):  # not by head.rank: torch 2.8 does not trace a NamedTuple's property
+        return False
+    return head_blocks.why_not(head.backend, head.dtype, head.weight) == ""
 
 
 def schedule_of(head: Head, rows: int, needs: Needs, limits: Limits) -> Schedule:

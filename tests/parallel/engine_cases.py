@@ -151,7 +151,7 @@ def main(store: str, rank: int, world: int, out: str) -> None:
             for mixed in (False, True):
                 name = f"{'tied' if tied else 'own weight'}, {'head alone' if own_group else 'one group'}, {'mixed' if mixed else 'float64'}"
                 found[name] = sharded(tied, own_group, mixed)
-    for micro_batches in (1, 3, 4):
+    for micro_batches in (2, 3, 4):
         found[f"pipeline of {micro_batches}"] = pipeline(micro_batches)
     with open(out, "w", encoding="utf-8") as file:
         json.dump(found, file)

@@ -37,7 +37,7 @@ def test_fsdp_has_the_gradients_of_one_process(
         assert (numbers["gathers"], numbers["scatters"]) == (groups, groups)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3, 4])
+@pytest.mark.parametrize("micro_batches", [2, 3, 4])
 def test_a_pipeline_has_the_loss_of_the_whole_batch(found: list[dict[str, Any]], micro_batches: int) -> None:
     for each in found:
         numbers = each[f"pipeline of {micro_batches}"]
