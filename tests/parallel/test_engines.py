@@ -26,6 +26,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_fsdp_has_the_gradients_of_one_process(
     found: list[dict[str, Any]], weights: str, precision: str
 ) -> None:
+    if precision == "mixed" and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("torch 2.8's FSDP2 adds up float32 gradients over gloo instead of averaging them")
     tolerance = 1e-12 if precision == "float64" else 2e-2  # bfloat16 has 8 bits
     for each in found:
         numbers = each[f"{weights}, {precision}"]
