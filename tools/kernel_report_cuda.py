@@ -123,6 +123,7 @@ def _read(program: str, arch: str) -> dict[str, dict[str, Any]]:
             "ldl": len(re.findall(r"\bLDL\b", code[symbol])),
             "stl": len(re.findall(r"\bSTL\b", code[symbol])),
             "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128\b", code[symbol])),
+            "bulk_copies": len(re.findall(r"\bUBLKCP\b", code[symbol])),
             "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code[symbol], re.MULTILINE)),
         }
         for symbol, text in usage.items()

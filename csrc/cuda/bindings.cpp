@@ -2,6 +2,9 @@
 // file too. Reads and writes nothing itself.
 // No PyTorch header: builds in seconds, once for every torch version.
 #include "args.h"
+#ifdef FASTLOSS_EMULATE
+#include "cluster.h"
+#endif
 #include "common/row_bindings.h"
 #include "launch_from_python.h"
 #include "reduce.h"
@@ -84,4 +87,7 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
   cuda::bind_policy(m);
   cuda::bind_divergences(m);
   cuda::bind_exponentials(m);
+#ifdef FASTLOSS_EMULATE
+  m.def("cluster_launches", [] { return emulated::cluster_launches.load(); });
+#endif
 }

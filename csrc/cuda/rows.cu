@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cluster_rows.h"
 #include "device_limits.h"
 #include "forward.h"
 #include "gradient.h"
@@ -103,6 +104,9 @@ bool is_general(const Logits& in) { return in.bias || in.softcap > 0; }
 const char* row_cross_entropy(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream) {
   if (in.rows == 0) return nullptr;
   if (const char* error = unusable(in)) return error;
+  bool took = false;
+  const char* error = cluster_cross_entropy(in, ce, out, stream, &took);
+  if (error || took) return error;
   const bool sums_w = out.loss && (in.target == nullptr || ce.terms.smooth != 0);
   const bool extra = sums_w || out.entropy || out.log_sum_sq_probs || out.mean_logits;
   const auto pick = [&](auto general, auto more) {

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
+
 import torch
 
 from fastloss.engine import calibration, head_exponentials, head_rows
@@ -23,6 +27,20 @@ SCHEDULES = (calibration.BLOCKS, calibration.CHUNKS)
 CALIBRATED = calibration.DTYPES
 only = calibration.only
 calibration_path = calibration.default_path
+
+
+@contextlib.contextmanager
+def cluster_rows(on: bool) -> Iterator[None]:
+    """FASTLOSS_CLUSTER_ROWS, which CUDA's row cross-entropy reads at every call."""
+    before = os.environ.get("FASTLOSS_CLUSTER_ROWS")
+    os.environ["FASTLOSS_CLUSTER_ROWS"] = str(int(on))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["FASTLOSS_CLUSTER_ROWS"]
+        else:
+            os.environ["FASTLOSS_CLUSTER_ROWS"] = before
 
 
 def cpu_kind() -> str:

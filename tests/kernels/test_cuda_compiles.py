@@ -55,6 +55,16 @@ def test_no_kernel_touches_local_memory(arch: str) -> None:
         sum(name.startswith("row_") for name in names) == 36
     )  # dtypes × (forward: general, extra, grad; gradient: general, weights)
     assert report.faults(kernels) == []
+    # A row of a cluster comes by bulk copies alone, the first and the next.
+    bulk = {
+        k["kernel"]: (k["bulk_copies"], k["wide_loads"])
+        for k in kernels
+        if k["kernel"].startswith("cluster_")
+    }
+    copies = 2 if int(arch.removeprefix("sm_")) >= 90 else 0
+    assert bulk == {
+        f"cluster_rows_kernel<{dtype}>": (copies, 0) for dtype in ("float", "bfloat16", "float16")
+    }
     # Logits are read 16 bytes at a time, by at least four such loads: unrolled, so that they are in flight together.
     over_logits = ("row_", "exponentials_", "scale_")
     narrow = [k["kernel"] for k in kernels if k["kernel"].startswith(over_logits) and k["wide_loads"] < 4]

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from cuda_emulation.build import (
+    build_cluster_check,
     build_emulated,
     build_limits_check,
     build_race_check,
@@ -390,6 +391,96 @@ def test_module_of_another_version_is_refused() -> None:
 def test_module_says_why_it_cannot_run() -> None:
     module = pytest.importorskip("fastloss._cuda")
     assert module.why_not() != ""
+
+
+CLUSTER_VOCABS = (3, 256, 800, 1031, 3500)  # float32: clusters of 1, 1, 2, 4 and 8 blocks
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [*product(CLUSTER_VOCABS, DTYPES[:1]), (4102, DTYPES[1]), (4102, DTYPES[2])]
+)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_rows_of_clusters(
+    vocab: int, dtype: torch.dtype, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, stride = 7, (vocab + 7) // 8 * 8
+    x, target = make_rows(rows, vocab, dtype, stride), make_targets(rows, vocab)
+    target[2], target[4] = IGNORE, BAD
+    # A scale of one half: the offset is no rounding of scale * x.
+    x[5] += 8192 if dtype == torch.float32 else 64
+    w = torch.rand(vocab, generator=torch.Generator().manual_seed(1)) + 0.5
+    factor = Factor(0.25)
+    row = Row(x, target, None, 0.5, 0.0)
+    loss, gradient = row.cross_entropy(w, 0.0, 1e-3, 0.25)
+    results = []
+    for clusters in ("0", "1", "1"):
+        monkeypatch.setenv("FASTLOSS_CLUSTER_ROWS", clusters)
+        logits = make_rows(rows, vocab, dtype, stride).copy_(x)
+        grad = logits if in_place else make_rows(rows, vocab, dtype, stride)
+        before = build_emulated().cluster_launches()
+        want = ("logsumexp", "logprobs", "is_top1")
+        got = run_cross_entropy(
+            logits, target, w=w, zeta=1e-3, factor=factor, grad=grad, want=want, scale=0.5
+        )
+        assert build_emulated().cluster_launches() - before == int(clusters)
+        results.append({**got, "grad": grad})
+    _, one_read, again = results
+    for name, value in one_read.items():
+        assert torch.equal(value.nan_to_num(7.0), again[name].nan_to_num(7.0)), name
+    close(one_read["loss"], loss)
+    close(one_read["grad"], gradient, dtype)
+    for name in ("logsumexp", "logprobs"):
+        close(one_read[name], row.stats()[name])
+    assert torch.equal(one_read["is_top1"], results[0]["is_top1"])
+
+
+@pytest.mark.parametrize(
+    "row", [[-INF] * 600, [INF, *[0.0] * 599], [NAN, *[0.0] * 599], [*[-INF] * 599, -300.0]]
+)
+def test_infinities_in_rows_of_clusters(row: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut into two pieces, one of which may have no finite logit."""
+    monkeypatch.setenv("FASTLOSS_CLUSTER_ROWS", "1")
+    x = torch.tensor([row + [-INF] * 400])
+    target = torch.tensor([599])
+    grad = torch.empty_like(x)
+    got = run_cross_entropy(x, target, grad=grad)
+    want, gradient = Row(x, target, None, 1.0, 0.0).cross_entropy(None, 0.0, 0.0, 1.0)
+    close(got["loss"], want)
+    close(grad, gradient)
+
+
+def test_what_clusters_leave_to_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLOSS_CLUSTER_ROWS", "1")
+    before = build_emulated().cluster_launches()
+    target = make_targets(3, 100)
+    even, odd = make_rows(3, 100, torch.float32), make_rows(3, 100, torch.float32, 101)
+    shifted, long = make_rows(3, 100, torch.float32, 100, 1), make_rows(3, 8000, torch.float32)
+    for x in (odd, shifted, long):
+        run_cross_entropy(x, target, grad=torch.empty(x.shape))
+    run_cross_entropy(even, target, grad=make_rows(3, 100, torch.float32, 101))
+    run_cross_entropy(even, target, grad=torch.empty(3, 100), eps=0.1)
+    run_cross_entropy(even, target, grad=torch.empty(3, 100), softcap=5.0)
+    run_cross_entropy(even, target, grad=torch.empty(3, 100), bias=torch.zeros(100))
+    run_cross_entropy(even, target, grad=torch.empty(3, 100), want=("entropy",))
+    run_cross_entropy(even, target)
+    run_cross_entropy(even, None, w=torch.rand(3, 100), grad=torch.empty(3, 100))
+    assert build_emulated().cluster_launches() == before
+    run_cross_entropy(even, target, grad=torch.empty(3, 100))
+    assert build_emulated().cluster_launches() == before + 1
+
+
+@pytest.mark.slow
+def test_blocks_of_a_cluster_do_not_race() -> None:
+    done = subprocess.run([build_cluster_check()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", ["cluster barriers", "arrivals", "block barrier"])
+def test_the_emulation_notices_what_a_cluster_leaves_out(left_out: str) -> None:
+    done = subprocess.run([build_cluster_check(), left_out], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "wrong" in done.stdout or "data race" in done.stderr or "emulated CUDA: " in done.stderr
 
 
 @pytest.mark.slow

@@ -41,6 +41,31 @@ def rows(device: str, vocab: int, dtype: torch.dtype, odd: bool, count: int) -> 
     return check
 
 
+def clusters(device: str, vocab: int, dtype: torch.dtype, count: int) -> Check:
+    """Rows with FASTLOSS_CLUSTER_ROWS=1 (sm_90 and newer; elsewhere the other kernel runs), apart from each other by a multiple of 16
+    bytes, twice: the bits are the same."""
+
+    def check() -> str:
+        wide = torch.randn(count, (vocab + 63) // 64 * 64, device=device, dtype=dtype)
+        target = torch.randint(0, vocab, (count,), device=device)
+        target[:: max(2, count // 4)] = -100
+        with internals.cluster_rows(True):
+            grads = []
+            for _ in range(2):
+                logits = wide.clone()[:, :vocab].requires_grad_()
+                fastloss.cross_entropy(logits, target).backward()
+                grads.append(logits.grad)
+            assert torch.equal(*grads), "the bits of two runs differ"
+            return _compare(
+                [wide[:, :vocab]],
+                lambda z: fastloss.cross_entropy(z, target),
+                lambda z: F.cross_entropy(z, target),
+                TOLERANCE[dtype],
+            )
+
+    return check
+
+
 def head(device: str, vocab: int, dtype: torch.dtype, count: int, dim: int) -> Check:
     def check() -> str:
         hidden = torch.randn(count, dim, device=device, dtype=dtype)
@@ -232,6 +257,7 @@ def checks(device: str, small: bool) -> Iterator[tuple[str, Check]]:
             for odd in (False, True):
                 layout = "odd strides" if odd else "aligned"
                 yield f"rows {vocab} {kind} {layout}", rows(device, vocab, dtype, odd, count)
+            yield f"rows {vocab} {kind} in clusters", clusters(device, vocab, dtype, count)
             yield f"head {vocab} {kind}", head(device, vocab, dtype, count, dim)
         yield f"scaled exponentials {vocab}", scaled(device, vocab, count, dim)
     vocab = vocabularies[0]

@@ -170,6 +170,26 @@ def rows(device: str, small: bool) -> Iterator[Found]:
             yield from timed(replace(case, only=("*",)), losses, device)
 
 
+def clusters(device: str, small: bool) -> Iterator[Found]:
+    """CUDA's row cross-entropy: the kernel of one block a row, or of a cluster, which reads a row once."""
+    if "cuda" not in available(device):
+        yield {"case": "clusters", "reason": "no CUDA backend is here"}
+        return
+    for case in gpu.cases(small):
+        if case.kind == "row" and case.calls == 1 and case.name.endswith("-inplace-warm"):
+
+            def candidate(on: bool) -> Callable[..., Tensor]:
+                def loss(logits: Tensor, target: Tensor) -> Tensor:
+                    with internals.cluster_rows(on):
+                        return fastloss.cross_entropy(logits, target, inplace=True, backend="cuda")
+
+                return loss
+
+            yield from timed(
+                case, {"a block a row": candidate(False), "a cluster a row": candidate(True)}, device
+            )
+
+
 def variants(folder: Path, device: str, small: bool, seconds: float) -> Iterator[Found]:
     for module in sorted(folder.glob("*/_cuda*.so")):
         options = ["--device", device, "--only", "rows", "--seconds", str(seconds), *["--small"] * small]
@@ -193,7 +213,13 @@ def line(found: Found) -> str:
     return f"{name}: {found['reason']}" if "reason" in found else f"{name}: {found['median'] * 1e3:.3f} ms"
 
 
-PARTS = {"chunks": chunks, "exponentials": exponentials, "shapes": launch_shapes, "rows": rows}
+PARTS = {
+    "chunks": chunks,
+    "exponentials": exponentials,
+    "shapes": launch_shapes,
+    "clusters": clusters,
+    "rows": rows,
+}
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -107,5 +107,12 @@ def build_tickets_check() -> Path:
 
 def build_limits_check() -> Path:
     """Launches on several devices: what is asked of the driver?"""
-    sources = [SOURCES / "rows.cu", SOURCES / "scale.cu"]
+    sources = [SOURCES / "rows.cu", SOURCES / "cluster_rows.cu", SOURCES / "scale.cu"]
     return _under_thread_sanitizer("limits_main", sources, WARPS_OF_32)
+
+
+def build_cluster_check() -> Path:
+    """The row kernel of clusters: do its blocks race, and does the emulation notice what is left out?"""
+    return _under_thread_sanitizer(
+        "cluster_main", [SOURCES / "cluster_rows.cu"], "-DFASTLOSS_CONCURRENT_BLOCKS"
+    )

@@ -22,10 +22,10 @@
 #define __global__
 #define __device__
 #define __launch_bounds__(...)
-#ifdef FASTLOSS_CONCURRENT_BLOCKS
-#define FASTLOSS_OF_BLOCK thread_local
+#if defined(__SANITIZE_THREAD__) && !defined(FASTLOSS_CONCURRENT_BLOCKS)
+#define FASTLOSS_OF_BLOCK  // a block's threads are threads, and blocks run one after another
 #else
-#define FASTLOSS_OF_BLOCK  // blocks run one after another
+#define FASTLOSS_OF_BLOCK thread_local  // blocks of a cluster, and concurrent ones, are threads
 #endif
 #define __shared__ static FASTLOSS_OF_BLOCK
 
@@ -179,7 +179,8 @@ enum { cudaSuccess, cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum {
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
-  cudaDevAttrMultiProcessorCount
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor
 };
 namespace emulated {
 inline thread_local int device;  // the current one

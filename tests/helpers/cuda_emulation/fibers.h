@@ -53,7 +53,9 @@ inline void announce([[maybe_unused]] const Context& next) {
 inline void take_turns() {
   Fibers& f = fibers;
   if (++f.turns > f.count) {
-    std::fprintf(stderr, "emulated CUDA: a barrier that some threads of the block never reach\n");
+    std::fprintf(
+        stderr,
+        "emulated CUDA: a barrier that some threads of the block never reach, or no copy to wait for\n");
     std::abort();
   }
   const unsigned mine = f.running;
@@ -68,13 +70,15 @@ inline void take_turns() {
   threadIdx = thread, blockIdx = of_grid, barriers = passed;
 }
 
+inline void made_progress() { fibers.turns = 0; }
+
 class Barrier {
  public:
   explicit Barrier(int n) : n_(n) {}
   void wait() {
     const unsigned generation = generation_;
     if (++arrived_ == n_) {
-      arrived_ = 0, ++generation_, fibers.turns = 0;
+      arrived_ = 0, ++generation_, made_progress();
     } else {
       while (generation_ == generation) take_turns();
     }

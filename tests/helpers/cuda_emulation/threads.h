@@ -10,6 +10,10 @@ namespace emulated {
 
 inline thread_local int barriers;  // how many __syncthreads this thread has passed
 
+// What a CUDA thread does while it waits for another, and says when others need not wait any more.
+inline void take_turns() { std::this_thread::yield(); }
+inline void made_progress() {}
+
 class Barrier {
  public:
   explicit Barrier(int n) : n_(n) {}

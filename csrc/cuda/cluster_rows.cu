@@ -1,0 +1,231 @@
+// row_cross_entropy with its gradient where a cluster's shared memory holds two rows: sm_90 and newer.
+// Reads a row once, by bulk copies, and writes its gradient once: 2 V sizeof(T) bytes per row.
+// 1, 2, 4 or 8 blocks a row, each with a piece of it; the next row's copy is under way meanwhile.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#include "cluster.h"
+#include "cluster_rows.h"
+#include "common/row_terms.h"
+#include "device_limits.h"
+#include "gradient.h"
+#include "launch.h"
+#include "running.h"
+
+namespace fastloss::cuda {
+namespace {
+
+constexpr int kClusterThreads = 2 * kMaxThreads;  // one block on a multiprocessor: 72 registers a thread
+
+// What a block has in shared memory behind its two pieces. Two of each: a block that is ahead is in the next
+// row.
+struct Exchange {
+  float max[2][kMaxCluster], exps[2][kMaxCluster];
+  Arrivals arrivals[2];
+};
+
+__device__ inline void put_number(float* out, int64_t row, float value) {
+  if (out) out[row] = value;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits in, CrossEntropy ce,
+                                                                          Stats out, int piece) {
+#if defined(FASTLOSS_EMULATE) || __CUDA_ARCH__ >= 900
+  constexpr int N = Pack<T>::N, U = 4;
+  FASTLOSS_DYNAMIC_SHARED(shared);
+  Exchange& exchange = *reinterpret_cast<Exchange*>(shared + 2 * 16 * piece);
+  const int rank = cluster_rank(), size = cluster_size(), step = blockDim.x, thread = threadIdx.x;
+  const int64_t clusters = gridDim.x / size;
+  const int vocab = int(in.vocab), packs = vocab / N;
+  const int first = min(rank * piece, packs), mine = min(piece, packs - first);
+  // The elements behind the last pack are the last block's, read and written one by one.
+  const int rest = rank == size - 1 ? vocab - packs * N : 0;
+  const Transform<false> of_all(in);
+
+  if (thread == 0) start_counting(&exchange.arrivals[0]), start_counting(&exchange.arrivals[1]);
+  cluster_barrier();  // every block of the cluster is there, and can be given numbers
+
+  const auto is_ignored = [&](int64_t row) { return in.target[row] == in.ignore_index; };
+  const auto fetch = [&](int64_t row, int stage) {
+    if (thread != 0 || mine == 0 || row >= in.rows || is_ignored(row)) return;
+    copy_bulk(shared + stage * 16 * piece, static_cast<const T*>(in.x) + row * in.row_stride + first * N,
+              mine * 16, &exchange.arrivals[stage]);
+  };
+
+  uint32_t parities = 0;  // bit s: of the phase that stage s is in
+  int stage = 0, turn = 0;
+  int64_t row = blockIdx.x / size;
+  fetch(row, stage);
+  for (; row < in.rows; row += clusters, stage ^= 1) {
+    fetch(row + clusters, stage ^ 1);
+    const T* x = static_cast<const T*>(in.x) + row * in.row_stride;
+    T* grad = static_cast<T*>(ce.grad) + row * ce.grad_row_stride;
+    const bool leader = rank == 0 && thread == 0;
+    if (is_ignored(row)) {
+      if (leader) {
+        put_number(out.loss, row, 0), put_number(out.logsumexp, row, 0), put_number(out.logprobs, row, 0);
+        if (out.is_top1) out.is_top1[row] = 0;
+        put_number(out.lse_parts, 2 * row, 0), put_number(out.lse_parts, 2 * row + 1, 0);
+      }
+      fill_row(grad + first * N, mine * N + rest, 0.0f, thread, step);
+      continue;
+    }
+
+    const int64_t wide_t = in.target[row];
+    const bool bad = wide_t < 0 || wide_t >= in.vocab;
+    const int t = bad ? -1 : int(wide_t);
+    const Transform<false> transform = of_all.of_row(in, row);
+    float slope;
+    // Read before the barriers that let any block of the cluster write its gradient over the logits.
+    const float z_t = bad ? 0.0f : transform(to_float(x[t]), 0.0f, &slope);
+    const float w_t = !bad && ce.w ? ce.w[row * ce.w_row_stride + t] : 1.0f;
+    const float last = thread < rest ? to_float(x[packs * N + thread]) : 0.0f;
+
+    if (mine > 0) wait_for(&exchange.arrivals[stage], parities >> stage & 1), parities ^= 1u << stage;
+    const uint4* kept = reinterpret_cast<const uint4*>(shared + stage * 16 * piece);
+    Running<T, false> sums;
+    const auto add = [&](const Pack<T>& pack) {
+      float z[N];
+      const float none[N] = {};
+#pragma unroll
+      for (int k = 0; k < N; ++k) z[k] = transform(pack[k], 0.0f, &slope);
+      sums.add(z, none);
+    };
+    int i = thread;
+    for (; i + (U - 1) * step < mine; i += U * step) {
+      Pack<T> pack[U];
+#pragma unroll
+      for (int u = 0; u < U; ++u) pack[u] = Pack<T>::of(kept[i + u * step]);
+#pragma unroll
+      for (int u = 0; u < U; ++u) add(pack[u]);
+    }
+    for (; i < mine; i += step) add(Pack<T>::of(kept[i]));
+    if (thread < rest) {
+      const float z[1] = {transform(last, 0.0f, &slope)}, none[1] = {};
+      sums.add(z, none);
+    }
+    sums.combine_over_block();
+
+    if (thread < size) {
+      give(&exchange.max[turn][rank], thread, sums.max);
+      give(&exchange.exps[turn][rank], thread, sums.exps);
+    }
+    cluster_barrier();
+    // The same order in every thread of the cluster: the same bits.
+    Running<T, false> whole;
+    for (int of = 0; of < size; ++of) whole.max = fmaxf(whole.max, exchange.max[turn][of]);
+    const float base = whole.base();
+    for (int of = 0; of < size; ++of) {
+      const float theirs = exchange.max[turn][of];
+      whole.exps = fmaf(exchange.exps[turn][of], exp_of_logit<T>(theirs - base), whole.exps);
+    }
+    turn ^= 1;
+
+    const bool has_nan = whole.exps != whole.exps;
+    if (fabsf(whole.max) == INFINITY) whole.exps = NAN;  // only -inf, or a +inf
+    const float log_sum = logf(whole.exps), lse = base + log_sum;
+    const float log_p_t = bad ? NAN : (z_t - base) - log_sum;
+    if (leader) {
+      if (out.loss) out.loss[row] = cross_entropy_loss(ce.terms, true, w_t, -log_p_t, 0.0f, lse);
+      put_number(out.logsumexp, row, lse);
+      put_number(out.logprobs, row, log_p_t);
+      put_number(out.lse_parts, 2 * row, base), put_number(out.lse_parts, 2 * row + 1, log_sum);
+      if (out.is_top1) out.is_top1[row] = !bad && !has_nan && z_t >= whole.max;
+    }
+
+    const float factor = transform.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
+    auto k = cross_entropy_coefficients(ce.terms, true, w_t, 0.0f, lse);
+    if (bad) k.b = NAN;
+    const RowGradient g = {base, k.a * factor, k.b / whole.exps * factor, 0.0f, 0.0f};
+    for (int j = thread; j < mine; j += step) {
+      const int v = (first + j) * N;
+      const float none[N] = {};
+      float result[N];
+      gradient_of<T, false, false>(Pack<T>::of(kept[j]), none, none, transform, g, t - v, result);
+      store_pack(grad + v, result);
+    }
+    if (thread < rest) {
+      const int v = packs * N + thread;
+      const float logit[1] = {last}, none[1] = {};
+      float result[1];
+      gradient_of<T, false, false>(logit, none, none, transform, g, t - v, result);
+      grad[v] = from_float<T>(result[0]);
+    }
+    __syncthreads();  // the row after the next is copied over this one
+  }
+#endif
+}
+
+bool is_aligned_rows(const void* p, int64_t stride_bytes) {
+  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride_bytes % 16 == 0;
+}
+
+template <class T>
+const char* launch(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream, bool* took) {
+  if (!is_aligned_rows(in.x, in.row_stride * int64_t(sizeof(T))) ||
+      !is_aligned_rows(ce.grad, ce.grad_row_stride * int64_t(sizeof(T))))
+    return nullptr;
+  int device = 0, major = 0, most = 0, at_once = 0;
+  if (const char* error = text_of(cudaGetDevice(&device))) return error;
+  static OfDevice majors, limits, allowed, active[4];  // active: by the logarithm of a cluster's size
+  const auto ask = [&](OfDevice& known, int* value, auto attribute) {
+    return known.get(device, value,
+                     [&](int of, int* found) { return cudaDeviceGetAttribute(found, attribute, of); });
+  };
+  if (const char* error = text_of(ask(majors, &major, cudaDevAttrComputeCapabilityMajor))) return error;
+  if (major < 9) return nullptr;
+  if (const char* error = text_of(ask(limits, &most, cudaDevAttrMaxSharedMemoryPerBlockOptin))) return error;
+
+  const auto kernel = cluster_rows_kernel<T>;
+  constexpr int kStatic = 2048;  // the reduction's own, and what the system keeps
+  const int64_t packs = in.vocab / Pack<T>::N;
+  int size = 1, log_size = 0;
+  const auto bytes = [&] {
+    return 2 * 16 * ((packs + size - 1) / size) + int64_t(sizeof(Exchange)) + kStatic;
+  };
+  while (size < kMaxCluster && bytes() > most) size *= 2, ++log_size;
+  if (bytes() > most) return nullptr;
+  *took = true;
+  int unused = 0;
+  cudaError_t error = allowed.get(device, &unused, [&](int, int* done) {
+    *done = most - kStatic;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *done);
+  });
+  if (error != cudaSuccess) return text_of(error);
+  // Not the multiprocessors over the size: a cluster lies within one group of them, and one cluster too many
+  // would begin when all others are done.
+  error = active[log_size].get(device, &at_once, [&](int, int* found) {
+    return active_clusters(kernel, size, kClusterThreads, most - kStatic, found);
+  });
+  if (error != cudaSuccess) return text_of(error);
+  if (at_once < 1) return "no cluster of the row kernel fits on this device";
+  const int clusters = int(std::min(in.rows, int64_t(at_once)));
+  const int piece = int((packs + size - 1) / size);
+  return text_of(launch_clusters(kernel, clusters, size, kClusterThreads, int(bytes()) - kStatic,
+                                 static_cast<cudaStream_t>(stream), in, ce, out, piece));
+}
+
+bool is_asked_for() {
+  const char* value = std::getenv("FASTLOSS_CLUSTER_ROWS");
+  return value && std::strcmp(value, "1") == 0;
+}
+
+}  // namespace
+
+const char* cluster_cross_entropy(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream,
+                                  bool* took) {
+  *took = false;
+  const bool covered = ce.grad && in.target && ce.terms.smooth == 0 && !in.bias && !(in.softcap > 0) &&
+                       !out.entropy && !out.log_sum_sq_probs && !out.mean_logits;
+  if (!covered || !is_asked_for()) return nullptr;
+  return with_dtype(in.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    return launch<T>(in, ce, out, stream, took);
+  });
+}
+
+}  // namespace fastloss::cuda

@@ -1,0 +1,14 @@
+// The one-read form of row_cross_entropy: the launcher is in cluster_rows.cu.
+// Reads and writes nothing itself.
+// Asked for by rows.cu alone.
+#pragma once
+
+#include "args.h"
+
+namespace fastloss::cuda {
+
+// Launches it, with *took = true, if FASTLOSS_CLUSTER_ROWS=1 and the device and the arguments allow.
+const char* cluster_cross_entropy(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream,
+                                  bool* took);
+
+}  // namespace fastloss::cuda
