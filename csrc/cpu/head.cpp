@@ -86,10 +86,10 @@ class Worker {
         dim_(c.dim),
         vocab_(c.logits.vocab),
         stripes_(stripes_of(c.logits.rows, kRows)),
-        count_(c.logits.rows),
         units_of_dim_(units_of<Op>(c.dim)),
         shared_(scratch),
-        mine_(scratch + a_.threads + thread * a_.thread_bytes) {}
+        mine_(scratch + a_.threads + thread * a_.thread_bytes),
+        count_(c.logits.rows) {}
 
   void run() {
     if (is_d_hidden_alone(c_)) return make_d_hidden_alone();

@@ -153,7 +153,7 @@ def test_smoke_says_a_line_each(capsys: pytest.CaptureFixture, monkeypatch: pyte
     smoke = load("smoke")
     options = ["--device", "cpu", "--small", "--only"]
     for only, lines in (
-        ("rows 503", 4),
+        ("rows 503", 6),
         ("head 1000", 2),
         ("scaled exponentials 503", 1),
         ("losses", 3),

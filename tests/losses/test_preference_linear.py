@@ -229,14 +229,18 @@ def gemm_flops(
 def test_gemms() -> None:
     x, rows, both = inputs(torch.float32), sum(LENGTHS), ("input", "linear_weight")
     free = {"reference_free": True}
-    assert gemm_flops(x, {}, both, rows) == 1 + 3  # prompts cost nothing
-    assert gemm_flops(x, free, both, rows, ref=False) == 3
+    # Prompts cost nothing. Of more rows than d weight's memory has logits for, blocks of the vocabulary make some again.
+    again = gemm_flops(x, free, both, rows, ref=False) - 3
+    assert 0 < again < 0.5 if BLOCKS else again == 0
+    assert gemm_flops(x, {}, both, rows) == pytest.approx(1 + 3 + again)
     assert gemm_flops(x, free, ("input",), rows, ref=False) == 2
     assert gemm_flops(x, free | {"chunk_size": 3}, ("input",), rows, ref=False) == 2
     # A pair longer than the buffer; in blocks of the vocabulary a pair of any length is one part.
     assert gemm_flops(x, free | {"chunk_size": 3}, both, rows, ref=False) == (3 if BLOCKS else 4)
     assert gemm_flops(x, free | {"chunk_size": 12}, both, rows, ref=False) == 3
-    assert gemm_flops(x, free | {"loss_type": "aot"}, both, rows, ref=False) == 4
+    # All pairs in one part know their order before its gradients; otherwise these are made apart.
+    aot = gemm_flops(x, free | {"loss_type": "aot"}, both, rows, ref=False)
+    assert aot == (pytest.approx(3 + again) if BLOCKS else 4)
     assert gemm_flops(x, free | {"reduction": "none"}, both, rows, ref=False) == 4
     assert gemm_flops(x, free, (), rows, ref=False) == 1
 
@@ -244,10 +248,10 @@ def test_gemms() -> None:
 @pytest.mark.parametrize(
     ("options", "frozen", "gemms"),
     [
-        ({}, False, 3),
+        ({}, False, 3.37 if BLOCKS else 3),
         ({}, True, 2),
         ({"chunk_size": 3}, False, 3 if BLOCKS else 4),
-        ({"loss_type": "aot"}, False, 4),
+        ({"loss_type": "aot"}, False, 3.37 if BLOCKS else 4),
         ({"reduction": "none"}, True, 2),
     ],
 )

@@ -362,7 +362,8 @@ void check_tiles(const char* name) {
                     stride = n + 2;
       std::vector<Unit> packed(panels * units * P + 64, Unit(77));
       for (int64_t j = 0; j < n; j += P) {
-        pack_transposed<Op>(&p.b[j * k], k, std::min(P, n - j), k, &packed[j * units]);
+        const auto row = [&](int64_t i) { return &p.b[std::min(j + i, n - 1) * k]; };
+        pack_transposed<Op, T>(row, std::min(P, n - j), k, &packed[j * units]);
       }
       std::vector<Unit> rows(m * units);
       for (int64_t i = 0; i < m; ++i) std::memcpy(&rows[i * units], &p.a[i * k], k * sizeof(T));
