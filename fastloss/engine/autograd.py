@@ -169,7 +169,8 @@ def segment_sum(backend: Backend, values: Tensor, weights: Tensor | None, layout
     """Σ w·v over each sequence of flat ``values``; a position of weight 0 adds nothing, NaN or not."""
     if backend.differentiable:
         return backend.segment_sum(values, weights, layout)
-    return _SegmentSum.apply(values, weights, layout, backend)
+    # Kernels take the address of the first weight for all, in the backward too.
+    return _SegmentSum.apply(values, None if weights is None else weights.contiguous(), layout, backend)
 
 
 class _MadeInForward(torch.autograd.Function):

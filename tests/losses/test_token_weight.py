@@ -399,3 +399,49 @@ def test_weights_of_log_probs_that_do_not_fit():
     for function, options in ((fastloss.kto_loss, {"kl": 0.0}), (fastloss.bco_loss, {})):
         with pytest.raises(ValueError, match=r"token_weight: expected token log-probs \[B, T\]"):
             function(sums, sums, good, token_weight=sums, **options)
+
+
+STRIDES = {
+    "every other": lambda w: torch.stack([w, torch.full_like(w, 7.0)], -1)[..., 0],
+    "imaginary part": lambda w: torch.complex(torch.full_like(w, 7.0), w).imag,
+    "transposed": lambda w: w.reshape(w.shape[0], -1).t().contiguous().t().reshape(w.shape),
+    "expanded": lambda w: w.new_full((1,), 0.5).expand(w.shape),
+}
+
+
+def _kto(logps, ref, token_weight, cu_seqlens, backend):
+    desirable = torch.tensor([True, False, True], device=DEVICE)
+    options = {"cu_seqlens": cu_seqlens, "token_weight": token_weight, "reduction": "sum", "backend": backend}
+    if cu_seqlens is None:
+        options["mask"] = torch.ones(logps.shape, dtype=torch.bool, device=DEVICE)
+    return fastloss.kto_loss(logps, ref, desirable, loss_type="apo_zero_unpaired", **options).loss
+
+
+def _preference(logps, ref, token_weight, cu_seqlens, backend):
+    sides = ("chosen", "rejected")
+    options = {f"{side}_token_weight": token_weight for side in sides} | {"backend": backend, "beta": 0.5}
+    kind = "cu_seqlens" if cu_seqlens is not None else "mask"
+    value = torch.ones(logps.shape, dtype=torch.bool, device=DEVICE) if cu_seqlens is None else cu_seqlens
+    options |= {f"{side}_{kind}": value for side in sides}
+    return fastloss.preference_loss(logps, 0.5 * logps.detach(), ref, 0.9 * ref, **options).loss
+
+
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("loss", [_kto, _preference])
+def test_weights_that_are_not_dense_are_those_that_are(loss, packed, strides, backend):
+    """The kernels read them one after the other from the first's address."""
+    need(backend)
+    generator = torch.Generator().manual_seed(0)
+    shape = (15,) if packed else (3, 5)
+    logps, ref, weight = (torch.randn(shape, generator=generator).to(DEVICE) for _ in range(3))
+    cu_seqlens = torch.tensor([0, 4, 4 + 5, 15], dtype=torch.int32, device=DEVICE) if packed else None
+    found = []
+    for given in (STRIDES[strides](weight), STRIDES[strides](weight).contiguous()):
+        x = logps.clone().requires_grad_()
+        value = loss(x, ref, given, cu_seqlens, backend)
+        value.backward()
+        found.append((value.detach(), x.grad))
+    (value, grad), (right, right_grad) = found
+    assert torch.equal(value, right) and torch.equal(grad, right_grad)
