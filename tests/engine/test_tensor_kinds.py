@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,8 @@ def _async(x: Tensor) -> Tensor:
 
 
 def _strided(x: Tensor) -> Tensor:
-    return torch.stack([x, x], -1)[..., 0]
+    """Between its numbers lie others: who reads them as if they were dense has another result."""
+    return torch.stack([x, torch.full_like(x, 5)], -1)[..., 0]
 
 
 def _dual_free(x: Tensor) -> Tensor:
@@ -197,13 +199,18 @@ def _seeded(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def _weights(*shape: int) -> Tensor:
+    """No two the same: of equal ones it does not matter in which order they are read."""
+    return torch.linspace(0.5, 1.5, math.prod(shape)).reshape(shape)
+
+
 # name -> (the call's constants, everything else, what is read of the result)
 CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
-    "cross_entropy": ("cross_entropy", {"target": TARGET, "weight": torch.ones(6)}, {"input": _seeded(5, 6)}),
+    "cross_entropy": ("cross_entropy", {"target": TARGET, "weight": _weights(6)}, {"input": _seeded(5, 6)}),
     "token_stats": ("token_stats", {"target": TARGET}, {"logits": _seeded(5, 6)}),
     "linear_cross_entropy": (
         "linear_cross_entropy",
-        {"target": TARGET, "weight": torch.ones(6), "token_weight": torch.ones(5)},
+        {"target": TARGET, "weight": _weights(6), "token_weight": _weights(5)},
         {"input": _seeded(5, 4), "linear_weight": _seeded(6, 4)},
     ),
     "linear_token_stats": (
@@ -212,7 +219,7 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
     "policy_loss": (
         "policy_loss",
         {"old_logprobs": _seeded(2, 3, seed=1), "advantages": _seeded(2), "mask": MASK, "ref_logprobs": _seeded(2, 3, seed=2),
-         "sampler_logprobs": _seeded(2, 3, seed=3), "weights": torch.ones(2, 3), "normalizer": torch.tensor(4.0)},
+         "sampler_logprobs": _seeded(2, 3, seed=3), "weights": _weights(2, 3), "normalizer": torch.tensor(4.0)},
         {"logprobs": _seeded(2, 3), "beta": 0.1},
     ),
     "policy_loss, packed": (
@@ -224,7 +231,7 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
     "linear_policy_loss": (
         "linear_policy_loss",
         {"target": _LABELS[:2].clamp(min=0), "old_logprobs": _seeded(2, 3, seed=1) - 2, "advantages": _seeded(2), "mask": MASK,
-         "ref_logprobs": _seeded(2, 3, seed=2) - 2, "weights": torch.ones(2, 3)},
+         "ref_logprobs": _seeded(2, 3, seed=2) - 2, "weights": _weights(2, 3)},
         {"input": _seeded(2, 3, 4), "linear_weight": _seeded(6, 4), "beta": 0.1},
     ),
     "linear_policy_loss, sequences": (
@@ -234,7 +241,7 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
     ),
     "preference_loss": (
         "preference_loss",
-        {"ref_chosen_logps": _seeded(4, seed=2), "ref_rejected_logps": _seeded(4, seed=3), "weights": torch.ones(4),
+        {"ref_chosen_logps": _seeded(4, seed=2), "ref_rejected_logps": _seeded(4, seed=3), "weights": _weights(4),
          "beta": torch.full((4,), 0.1), "label_smoothing": torch.full((4,), 0.1), "chosen_lengths": torch.tensor([1, 2, 3, 4]),
          "rejected_lengths": torch.tensor([1, 2, 3, 4])},
         {"chosen_logps": _seeded(4), "rejected_logps": _seeded(4, seed=1), "loss_type": ["sigmoid", "sft"]},
@@ -243,12 +250,13 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
         "preference_loss",
         {"chosen_cu_seqlens": torch.tensor([0, 3, 6]), "rejected_cu_seqlens": torch.tensor([0, 1, 6]),
          "chosen_mask": MASK.reshape(-1), "rejected_mask": MASK.reshape(-1), "ref_chosen_logps": _seeded(6, seed=2),
-         "ref_rejected_logps": _seeded(6, seed=3)},
+         "ref_rejected_logps": _seeded(6, seed=3), "chosen_token_weight": _weights(6), "rejected_token_weight": _weights(6)},
         {"chosen_logps": _seeded(6), "rejected_logps": _seeded(6, seed=1)},
     ),
     "linear_preference_loss": (
         "linear_preference_loss",
-        {"target": _LABELS, "ref_input": _seeded(4, 3, 4, seed=2), "ref_weight": _seeded(6, 4, seed=3), "weights": torch.ones(2)},
+        {"target": _LABELS, "ref_input": _seeded(4, 3, 4, seed=2), "ref_weight": _seeded(6, 4, seed=3), "weights": _weights(2),
+         "token_weight": _weights(4, 3)},
         {"input": _seeded(4, 3, 4), "linear_weight": _seeded(6, 4)},
     ),
     "linear_preference_loss, log-probs": (
@@ -258,8 +266,8 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
     ),
     "linear_kto_loss": (
         "linear_kto_loss",
-        {"target": _LABELS, "desirable": GOOD, "ref_logps": _seeded(4, seed=2), "weights": torch.ones(4),
-         "kl_logps": _seeded(3, seed=3), "ref_kl_logps": _seeded(3, seed=4)},
+        {"target": _LABELS, "desirable": GOOD, "ref_logps": _seeded(4, seed=2), "weights": _weights(4),
+         "kl_logps": _seeded(3, seed=3), "ref_kl_logps": _seeded(3, seed=4), "token_weight": _weights(4, 3)},
         {"input": _seeded(4, 3, 4), "linear_weight": _seeded(6, 4)},
     ),
     "linear_sequence_loss": (
@@ -269,18 +277,24 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
     ),
     "kto_loss": (
         "kto_loss",
-        {"mask": torch.ones(4, 3), "desirable": GOOD, "ref_logps": _seeded(4, 3, seed=2), "weights": torch.ones(4),
-         "kl": torch.tensor(0.1)},
+        {"mask": MASK.repeat(2, 1).float(), "desirable": GOOD, "ref_logps": _seeded(4, 3, seed=2), "weights": _weights(4),
+         "kl": torch.tensor(0.1), "token_weight": _weights(4, 3)},
         {"logps": _seeded(4, 3)},
+    ),
+    "kto_loss, packed": (
+        "kto_loss",
+        {"cu_seqlens": torch.tensor([0, 1, 2, 4, 6]), "desirable": GOOD, "ref_logps": _seeded(6, seed=2), "weights": _weights(4),
+         "token_weight": _weights(6)},
+        {"logps": _seeded(6), "kl": 0.1},
     ),
     "bco_loss, packed": (
         "bco_loss",
         {"cu_seqlens": torch.tensor([0, 1, 2, 4, 6]), "desirable": GOOD, "ref_logps": _seeded(4, seed=2),
-         "delta": torch.tensor(0.1)},
+         "delta": torch.tensor(0.1), "token_weight": _weights(6)},
         {"logps": _seeded(6)},
     ),
     "reward_model_loss": (
-        "reward_model_loss", {"margin": torch.ones(4), "weights": torch.ones(4)},
+        "reward_model_loss", {"margin": _weights(4), "weights": _weights(4)},
         {"chosen_rewards": _seeded(4), "rejected_rewards": _seeded(4, seed=1)},
     ),
     "gae": ("gae", {"values": _seeded(2, 3, seed=1), "mask": MASK}, {"rewards": _seeded(2, 3)}),
@@ -293,11 +307,11 @@ CONSTANTS: dict[str, tuple[str, dict[str, Tensor], dict[str, Any]]] = {
         {"values": _seeded(2, 3)},
     ),
     "supervised_loss": (
-        "supervised_loss", {"target": TARGET, "token_weight": torch.ones(5), "unlikely": torch.ones(5)},
+        "supervised_loss", {"target": TARGET, "token_weight": _weights(5), "unlikely": _weights(5)},
         {"logits": _seeded(5, 6), "loss_type": "dft"},
     ),
     "distillation_loss": (
-        "distillation_loss", {"teacher_logits": _seeded(5, 6, seed=1), "target": TARGET, "token_weight": torch.ones(5)},
+        "distillation_loss", {"teacher_logits": _seeded(5, 6, seed=1), "target": TARGET, "token_weight": _weights(5)},
         {"logits": _seeded(5, 6), "hard_loss_coef": 0.3},
     ),
 }  # fmt: skip
@@ -360,7 +374,9 @@ def _first(out: Any) -> Tensor:
     return out.detach().as_subclass(Tensor)
 
 
-@pytest.mark.parametrize("kind", ["negative view", "subclass", "asynchronous collective", "strided"])
+@pytest.mark.parametrize(
+    "kind", ["negative view", "subclass", "asynchronous collective", "strided", "transposed"]
+)
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_a_constant_in_another_tensor(name: str, kind: str) -> None:
     """Each constant alone: the kernels refused what resolve_call was not shown."""
