@@ -1,6 +1,7 @@
 // Launchers of the row kernels: which instance, how many threads, how much of a row stays in shared memory.
 // Reads a row once, and writes its gradient once: 2 V sizeof(T) bytes per row in row_cross_entropy.
-// A block's threads follow from V and dtype alone, so every function adds a row up in the same order.
+// A block's threads follow from V and dtype alone, so every function adds a row up in the same order; the
+// kernel of cluster_rows.cu, off unless it is asked for, in another.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -406,7 +406,7 @@ def test_rows_of_clusters(
     rows, stride = 7, (vocab + 7) // 8 * 8
     x, target = make_rows(rows, vocab, dtype, stride), make_targets(rows, vocab)
     target[2], target[4] = IGNORE, BAD
-    # A scale of one half: the offset is no rounding of scale * x.
+    # A scale of one half: no rounding of scale * x, whose offset is large, is among the errors.
     x[5] += 8192 if dtype == torch.float32 else 64
     w = torch.rand(vocab, generator=torch.Generator().manual_seed(1)) + 0.5
     factor = Factor(0.25)

@@ -39,8 +39,10 @@ def test_fsdp_has_the_gradients_of_one_process(
         assert (numbers["gathers"], numbers["scatters"]) == (groups, groups)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 3, 4])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4])
 def test_a_pipeline_has_the_loss_of_the_whole_batch(found: list[dict[str, Any]], micro_batches: int) -> None:
+    if micro_batches == 1 and not hasattr(torch.nn.functional, "linear_cross_entropy"):
+        pytest.skip("torch 2.8's GPipe takes no fewer microbatches than stages")
     for each in found:
         numbers = each[f"pipeline of {micro_batches}"]
         assert numbers["loss"] <= 1e-12
