@@ -1,0 +1,83 @@
+"""What each row kernel's loops are held to: at least so many 16-byte loads of logits in flight, at most so many issue slots an element.
+
+Counted from the machine code (tools/kernel_report_loops.py). A loop that stores to global memory is the writing pass, any other the reading one. The
+limits are the present kernels' worst over sm_80, sm_90, sm_100, sm_103 and sm_120 and a little more: tighten them with the kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Limit(NamedTuple):
+    in_flight: int  # of loops that read global memory; from shared memory: any
+    slots: float
+
+
+READ, WRITE = "read", "write"
+# "half" is bfloat16 and float16. row_forward: soft-cap or bias, more statistics, gradient; row_grad: soft-cap or bias, weights.
+CUDA: dict[str, dict[str, Limit]] = {
+    "row_forward_kernel<half, 0, 0, 0>": {READ: Limit(4, 12.7)},
+    "row_forward_kernel<half, 0, 0, 1>": {READ: Limit(4, 11.4), WRITE: Limit(2, 11.5)},
+    "row_forward_kernel<half, 0, 1, 0>": {READ: Limit(2, 25.4)},
+    "row_forward_kernel<half, 0, 1, 1>": {READ: Limit(2, 24.2), WRITE: Limit(2, 15.9)},
+    "row_forward_kernel<half, 1, 0, 0>": {READ: Limit(2, 50.2)},
+    "row_forward_kernel<half, 1, 0, 1>": {READ: Limit(2, 49), WRITE: Limit(2, 54.6)},
+    "row_forward_kernel<half, 1, 1, 0>": {READ: Limit(2, 62.6)},
+    "row_forward_kernel<half, 1, 1, 1>": {READ: Limit(2, 63.2), WRITE: Limit(2, 59.4)},
+    "row_forward_kernel<float, 0, 0, 0>": {READ: Limit(4, 23.5)},
+    "row_forward_kernel<float, 0, 0, 1>": {READ: Limit(4, 23.9), WRITE: Limit(2, 19.4)},
+    "row_forward_kernel<float, 0, 1, 0>": {READ: Limit(2, 40.4)},
+    "row_forward_kernel<float, 0, 1, 1>": {READ: Limit(2, 40.8), WRITE: Limit(2, 25.3)},
+    "row_forward_kernel<float, 1, 0, 0>": {READ: Limit(4, 63.8)},
+    "row_forward_kernel<float, 1, 0, 1>": {READ: Limit(4, 67.8), WRITE: Limit(2, 64.6)},
+    "row_forward_kernel<float, 1, 1, 0>": {READ: Limit(2, 79.4)},
+    "row_forward_kernel<float, 1, 1, 1>": {READ: Limit(2, 80.3), WRITE: Limit(2, 70.4)},
+    "row_grad_kernel<half, 0, 0>": {WRITE: Limit(4, 11.8)},
+    "row_grad_kernel<half, 0, 1>": {WRITE: Limit(2, 16.8)},
+    "row_grad_kernel<half, 1, 0>": {WRITE: Limit(2, 55.2)},
+    "row_grad_kernel<half, 1, 1>": {WRITE: Limit(2, 59.5)},
+    "row_grad_kernel<float, 0, 0>": {WRITE: Limit(4, 20)},
+    "row_grad_kernel<float, 0, 1>": {WRITE: Limit(4, 25.8)},
+    "row_grad_kernel<float, 1, 0>": {WRITE: Limit(4, 63)},
+    "row_grad_kernel<float, 1, 1>": {WRITE: Limit(4, 68.5)},
+    "scale_kernel<half>": {WRITE: Limit(4, 5.3)},
+    "scale_kernel<float>": {WRITE: Limit(4, 11.3)},
+    "exponentials_kernel<half, 0>": {WRITE: Limit(4, 10.4)},
+    "exponentials_kernel<half, 1>": {WRITE: Limit(2, 54.5)},
+    "cluster_rows_kernel<half>": {READ: Limit(0, 8.5), WRITE: Limit(0, 9.5)},
+    "cluster_rows_kernel<float>": {READ: Limit(0, 16.5), WRITE: Limit(0, 17)},
+}
+# Triton's, with rows whose length 16 divides, by options and bytes of a logit: the worst of sm_80, sm_90, sm_100 and gfx942.
+TRITON: dict[tuple[str, str, int], dict[str, Limit]] = {
+    ("row_stats", "plain", 2): {READ: Limit(1, 13.9)},
+    ("row_stats", "plain", 4): {READ: Limit(1, 26.9)},
+    ("row_grad", "plain", 2): {WRITE: Limit(1, 18.8)},
+    ("row_grad", "plain", 4): {WRITE: Limit(1, 24.1)},
+    ("row_cross_entropy", "plain", 2): {READ: Limit(1, 13.8), WRITE: Limit(1, 18.8)},
+    ("row_cross_entropy", "plain", 4): {READ: Limit(1, 26.7), WRITE: Limit(1, 23.6)},
+}
+
+
+def beyond(name: str, loops: list[dict[str, Any]], limits: dict[str, Limit]) -> list[str]:
+    """Every loop beyond its limit, and every pass that was not found, in words."""
+    found: set[str] = set()
+    wrong = []
+    for loop in loops:
+        kind = WRITE if loop["moves"].endswith(">global") else READ
+        found.add(kind)
+        what = f"{name} {loop['moves']}"
+        if loop["unwaited"]:
+            wrong.append(
+                f"{what}: {loop['unwaited']} registers are read before they are there, by this count"
+            )
+        if kind not in limits:
+            wrong.append(f"{what}: no limit")
+            continue
+        if loop["moves"].startswith("global") and loop.get("in_flight global 16", 0) < limits[kind].in_flight:
+            wrong.append(
+                f"{what}: {loop.get('in_flight global 16', 0)} loads in flight, not {limits[kind].in_flight}"
+            )
+        if not 0 < loop["per_element"] <= limits[kind].slots:
+            wrong.append(f"{what}: {loop['per_element']} slots, not {limits[kind].slots}")
+    return [*wrong, *(f"{name}: no {kind}ing loop" for kind in limits.keys() - found)]
