@@ -210,7 +210,7 @@ CASES |= {
 CASES[("scale", "scale_kernel")] = {
     f"{dtype} {layout}": (("x_ptr", "scale_ptr", *aligned), {"x_ptr": f"*{dtype}", **rows})
     for dtype in ("fp32", "bf16", "fp16")
-    for layout, aligned, rows in (("whole", ("width",), {"rows": 1}), ("rows", (), {}))
+    for layout, aligned, rows in (("whole", ("width", "row_stride"), {"rows": 1}), ("rows", (), {}))
 }
 CASES[("reduce", "sum_rows_kernel")] = {
     "factor on the host": (("values_ptr", "out_ptr"), {}),
