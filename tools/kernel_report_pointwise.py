@@ -317,13 +317,7 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
             signature[arg] = "i32" if arg in INTEGERS else "fp32"
         if arg in given:
             attributes[(i,)] = [["tt.divisibility", 16]]
+    numbers = compile_kernel(kernel, signature, constexprs, attributes, shape, target)
     dtype = constants.get("x_ptr", "*fp32").removeprefix("*")
-    size = 4 if dtype == "fp32" else 2
-    per_element = {  # bytes of a logit and of what is read with it
-        "scale_kernel": size,
-        "exponentials_kernel": size + 4 * ("bias_ptr" in given),
-        "divergence_kernel": 2 * size + 4 * ("bias_ptr" in given) + 4 * ("y_bias_ptr" in given),
-    }.get(name)
-    numbers = compile_kernel(kernel, signature, constexprs, attributes, shape, target, per_element)
     return {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
             "block": launch.get("BLOCK", ""), "warps": shape["num_warps"]} | numbers  # fmt: skip

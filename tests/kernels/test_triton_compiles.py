@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every target, with no spill, no local memory and loops within their limits: read from the machine code."""
+"""Every Triton kernel compiles for every target, with no spill and no local memory: read from the machine code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import loop_limits
 import pytest
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -45,14 +44,6 @@ def test_no_spills(target: str) -> None:
         "reciprocal_count", "divergence", "logits", "exponentials",
     }  # fmt: skip
     assert [row for row in rows if kernel_report_triton.offends(row)] == []
-    assert [loop for row in rows for loop in row["loops"] if loop["unwaited"]] == []
-    held = set()
-    for row in rows:
-        key = row["kernel"], row["options"], 4 if row["dtype"] == "fp32" else 2
-        if key in loop_limits.TRITON and row["vocab"] == kernel_report_triton.LONG:
-            held.add(key)
-            assert loop_limits.beyond(f"{target} {key}", row["loops"], loop_limits.TRITON[key]) == []
-    assert held == loop_limits.TRITON.keys()
 
 
 UNKNOWN = """
