@@ -306,7 +306,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _wide(path: Iterable[Instruction]) -> bool:
-    return any(i.access and i.access.load and i.access.size == WIDE for i in path)
+    return any(i.access and i.access.load and i.access.size == WIDE and not i.access.beside for i in path)
 
 
 def analyse(program: Sequence[Instruction], element_bytes: float | None = None) -> list[Loop]:

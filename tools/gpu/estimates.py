@@ -1,10 +1,10 @@
 """How long a kernel or a head may take on a card, from counts of the machine code and assumptions that are written down here. Not measured.
 
-An estimate is the longest of three times, since each hides behind the longest where enough warps are there, and a launch:
+An estimate is the longest of these times, since the others hide behind it where enough warps are there, and a launch:
 
 - **memory** (m): the bytes that are really moved over BANDWIDTH_SHARE of the maker's bandwidth;
-- **instructions** (i): of each loop the issue slots (4 warps of 32 a clock and multiprocessor), the special functions (16 a clock) and the float32 operations
-  (64 a clock on sm_80, 128 after it: the rates of the CUDA programming guide), whichever take longest, over ISSUE_SHARE;
+- **instructions** (i): the issue slots of the loops, 4 warps of 32 a clock and multiprocessor; **special functions** (s): 16 a clock; **float32** operations (f): 64 a
+  clock on sm_80, 128 after it. The rates are those of the CUDA programming guide; UNIT_SHARE of them;
 - **latency** (l): the bytes that loops read from global memory over what is in flight: the threads of a multiprocessor times their loads in flight, every LATENCY.
 """
 
@@ -41,7 +41,7 @@ CARDS = {
 }
 # QuACK's softmax on an H100: 3.01 of 3.35 TB/s ("Getting memory-bound kernels to speed-of-light", 2025). Taken for every card.
 BANDWIDTH_SHARE = 0.9
-ISSUE_SHARE = 0.8  # of the issue slots: ours, without a source
+UNIT_SHARE = 0.8  # of what the units could do: ours, without a source
 # Seconds: twice the 400 ns that QuACK's authors give for an H100's memory; under load it is longer than alone. Taken for every card.
 LATENCY = 800e-9
 LAUNCH = 3e-6  # seconds: ours, without a source
@@ -69,7 +69,7 @@ class Kernel(NamedTuple):
 
 class Estimate(NamedTuple):
     seconds: float
-    bound: str  # m, i or l
+    bound: str  # m, i, s, f or l
     moved: float  # bytes
     in_flight: int  # bytes of a multiprocessor
 
@@ -84,19 +84,23 @@ def estimate(kernel: Kernel, card: Card, counts: dict[str, Any], rows: int, voca
     counted = counts[card.arch][kernel.of]
     at_once = blocks(kernel, counted["registers"])
     row = vocab * kernel.size
-    elements, moved, issue, waiting, in_flight = rows * vocab, 0.0, 0.0, 0.0, 0
-    lanes = 64 if card.arch == "sm_80" else 128
+    elements, moved, in_flight = rows * vocab, 0.0, 0
+    clocks = {"i": 0.0, "s": 0.0, "f": 0.0}  # of a multiprocessor, for one element
+    waiting = 0.0
     for part in kernel.parts(card, card.multiprocessors * at_once * row):
         name = next(name for name in part.loops if name in counted["loops"])
         loop = counted["loops"][name]
         moved += elements * kernel.size * (part.memory_read + part.written)
-        clocks = max(loop["slots"] / 128, loop["mufu"] / 16, loop["fp32"] / lanes)
-        issue += elements * part.share * clocks / (card.multiprocessors * card.clock * 1e9)
+        clocks["i"] += part.share * loop["slots"] / 128
+        clocks["s"] += part.share * loop["mufu"] / 16
+        clocks["f"] += part.share * loop["fp32"] / (64 if card.arch == "sm_80" else 128)
         if name.startswith("global"):
             here = at_once * kernel.threads * loop["bytes_in_flight"]
             in_flight = max(in_flight, here)
             waiting += elements * part.share * kernel.size * LATENCY / (card.multiprocessors * here)
-    times = {"m": moved / (card.bandwidth * 1e9 * BANDWIDTH_SHARE), "i": issue / ISSUE_SHARE, "l": waiting}
+    rate = card.multiprocessors * card.clock * 1e9 * UNIT_SHARE
+    times = {name: elements * each / rate for name, each in clocks.items()}
+    times |= {"m": moved / (card.bandwidth * 1e9 * BANDWIDTH_SHARE), "l": waiting}
     bound = max(times, key=times.__getitem__)
     return Estimate(times[bound] + LAUNCH, bound, moved, in_flight)
 
