@@ -12,19 +12,19 @@ from fastloss.engine import backend as backends
 from fastloss.engine import head as heads
 from fastloss.engine.compile_ops import (
     NUMBERS,
-    _check_targets,
-    _fake_grads,
-    _floats,
-    _gemm_flops,
-    _given,
-    _grad_dtypes,
-    _limits,
-    _numbers,
-    _one_pass_gradients,
-    _operator,
-    _or_nothing,
-    _record,
-    _save_one_pass,
+    check_targets,
+    fake_grads,
+    floats_of,
+    gemm_flops,
+    grad_dtypes,
+    limits_of,
+    numbers_and_fields,
+    numbers_of,
+    one_pass_gradients,
+    operator,
+    or_nothing,
+    record_of,
+    save_one_pass,
 )
 from fastloss.engine.contract import WHOLE
 from fastloss.engine.head import Limits, Needs
@@ -35,25 +35,25 @@ from fastloss.tables import (
     SupervisedOptions,
 )
 
-_FIELDS = _numbers(SupervisedOptions), _floats(SupervisedOptions)
+_FIELDS = numbers_of(SupervisedOptions), floats_of(SupervisedOptions)
 _TENSORS = (
     f"Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? unlikely, Tensor? row_scale, "
     f"Tensor? factors, {NUMBERS}"
 )
-_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
+HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
 
 
-@_operator("linear_supervised", _TENSORS, SupervisedOptions, _HOW, "Tensor[]")
+@operator("linear_supervised", _TENSORS, SupervisedOptions, HOW, "Tensor[]")
 def _linear(
     hidden, weight, bias, target, unlikely, row_scale, factors, numbers=None, *, needs, dtype, chunk, memory, float_logits, backend, **fields
 ):  # fmt: skip
-    o = _record(SupervisedOptions, fields, row_scale, numbers)
+    o = record_of(SupervisedOptions, fields, row_scale, numbers)
     kernels, needed = backends.runnable(backend), Needs(*needs)
-    _check_targets(target, weight.shape[0], o.ignore_index)
+    check_targets(target, weight.shape[0], o.ignore_index)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
     keep = heads.kept_rows(target, o.ignore_index, traced=True)
     count = heads.count_kept(hidden.shape[0], keep)
-    limits = _limits(chunk, memory, float_logits)
+    limits = limits_of(chunk, memory, float_logits)
     schedule = heads.schedule_of_one_pass(head, count, needed, limits, logprobs_only=True)
     sums, grads = rows_of_head(head, needed, Labels(target, unlikely, factors), o, schedule, keep)
     loss = sums[:, 0]
@@ -62,8 +62,8 @@ def _linear(
         if factors is None
         else kernels.sum_rows(torch.where(factors == 0, 0.0, loss * factors), WHOLE)
     )
-    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
-    return [total, sums, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
+    dtypes = grad_dtypes(hidden, weight, bias, dtype)
+    return [total, sums, *or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
 
 
 @_linear.register_fake
@@ -71,14 +71,14 @@ def _(hidden, weight, bias, target, unlikely, row_scale, factors, numbers=None, 
     rows, acc = hidden.shape[0], ACC_DTYPES[dtype]
     total = hidden.new_empty((rows,) if factors is None else (), dtype=acc)
     sums = hidden.new_empty((rows, len(SUPERVISED_SUMS)), dtype=acc)
-    return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
+    return [total, sums, *fake_grads(hidden, weight, bias, needs, grad_dtypes(hidden, weight, bias, dtype))]
 
 
 def _backward(ctx, upstream):
-    return tuple(_one_pass_gradients(ctx, upstream[0], _linear, -2))
+    return tuple(one_pass_gradients(ctx, upstream[0], _linear, -2))
 
 
-_linear.register_autograd(_backward, setup_context=_save_one_pass(8, 7))
+_linear.register_autograd(_backward, setup_context=save_one_pass(8, 7))
 
 
 def linear_supervised(
@@ -91,7 +91,7 @@ def linear_supervised(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 3])."""
-    numbers, fields = _given(options, _FIELDS)
+    numbers, fields = numbers_and_fields(options, _FIELDS)
     total, sums, *_ = _linear(
         *operands, labels.target, labels.unlikely, options.row_scale, labels.factors, numbers, **fields, needs=list(needs), dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
@@ -101,4 +101,4 @@ def linear_supervised(
 
 @register_flop_formula(torch.ops.fastloss.linear_supervised)
 def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:
-    return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+    return gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))

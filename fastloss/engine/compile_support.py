@@ -14,21 +14,21 @@ from fastloss.engine import head as heads
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.compile_ops import (
-    _ROW,
     NUMBERS,
     OUTPUTS,
-    _all_of,
-    _arguments,
-    _contiguous,
-    _fake_grads,
-    _fake_stats,
-    _given,
-    _names,
-    _operator,
-    _or_nothing,
-    _pack,
-    _record,
-    _stats_coefficients,
+    ROW,
+    all_of,
+    contiguous,
+    count_arguments,
+    fake_grads,
+    fake_stats,
+    names_of,
+    numbers_and_fields,
+    operator,
+    or_nothing,
+    pack_stats,
+    record_of,
+    stats_coefficients,
 )
 from fastloss.engine.head_types import Needs
 from fastloss.engine.sequences import packed_layout
@@ -69,34 +69,34 @@ def _layout(
 
 
 def _coefficients(a: Tensor | None, b: Tensor | None, c: Tensor | None) -> Coefficients:
-    return _contiguous(Coefficients(a, b, c))
+    return contiguous(Coefficients(a, b, c))
 
 
 # --- from logits ---------------------------------------------------------------------------------------------------------
 
 
-@_operator(
+@operator(
     "support_stats", f"Tensor logits, {_SETS}, {NUMBERS}", RowOptions, "str want, str backend", "Tensor[]"
 )
 def _stats(logits, target, ids, offsets, row_scale, numbers=None, *, want, backend, **fields):
-    options, names = _record(RowOptions, fields, row_scale, numbers), _names(want)
+    options, names = record_of(RowOptions, fields, row_scale, numbers), names_of(want)
     layout = _layout(logits.shape[0], target, ids, offsets, logits.shape[1], options)
     z = kept_of_logits(logits, layout, options)
     out = stats_of(backends.runnable(backend), z, layout, heads.with_lse_parts(names))
-    return [*_pack(out, names, z, logits.dtype), z]
+    return [*pack_stats(out, names, z, logits.dtype), z]
 
 
 @_stats.register_fake
 def _(logits, target, ids, offsets, row_scale, numbers=None, *, want, **fields):
     like = logits.new_empty(0, dtype=ACC_DTYPES[logits.dtype])
-    return [*_fake_stats(like, logits.shape[0], _names(want), logits.dtype), like.new_empty(ids.shape[0])]
+    return [*fake_stats(like, logits.shape[0], names_of(want), logits.dtype), like.new_empty(ids.shape[0])]
 
 
-@_operator(
+@operator(
     "support_stats_grad", f"Tensor logits, {_SETS}, {_SAVED}, {NUMBERS}", RowOptions, "str backend", "Tensor"
 )
 def _grad(logits, target, ids, offsets, row_scale, z, lse_parts, a, b, c, numbers=None, *, backend, **fields):
-    options = _record(RowOptions, fields, row_scale, numbers)
+    options = record_of(RowOptions, fields, row_scale, numbers)
     layout = _layout(logits.shape[0], target, ids, offsets, logits.shape[1], options, check=False)
     d_z = gradient_of(backends.runnable(backend), z, layout, options, lse_parts, _coefficients(a, b, c))
     out = new_gradient(logits.shape, logits.dtype, logits.device)
@@ -110,13 +110,13 @@ def _(logits, *tensors, **fields):
 
 
 def _save(ctx, inputs, keyword_only_inputs, output):
-    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 5)
+    ctx.given, ctx.arguments = keyword_only_inputs, count_arguments(inputs, 5)
     by_name = dict(zip(OUTPUTS, output[:-1], strict=True))
-    ctx.save_for_backward(*_all_of(inputs, 6), output[-1], by_name[LSE_PARTS], by_name["entropy"])
+    ctx.save_for_backward(*all_of(inputs, 6), output[-1], by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _k(given: dict[str, Any], upstream: list[Tensor], entropy: Tensor, dtype: torch.dtype) -> Coefficients:
-    return _stats_coefficients(_names(given["want"]), upstream[:-1], entropy, dtype)
+    return stats_coefficients(names_of(given["want"]), upstream[:-1], entropy, dtype)
 
 
 def _backward(ctx, upstream):
@@ -138,7 +138,7 @@ def support_stats(
     backend: str,
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
-    numbers, fields = _given(options, _ROW)
+    numbers, fields = numbers_and_fields(options, ROW)
     out = _stats(
         logits,
         target,
@@ -155,30 +155,30 @@ def support_stats(
 
 # --- from a head ---------------------------------------------------------------------------------------------------------
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
 
 
-@_operator(
-    "linear_support_stats", f"{_HEAD}{_SETS}, {NUMBERS}", RowOptions, "str want, ScalarType dtype, str backend", "Tensor[]"
+@operator(
+    "linear_support_stats", f"{HEAD}{_SETS}, {NUMBERS}", RowOptions, "str want, ScalarType dtype, str backend", "Tensor[]"
 )  # fmt: skip
 def _linear(
     hidden, weight, bias, target, ids, offsets, row_scale, numbers=None, *, want, dtype, backend, **fields
 ):
-    options = _record(RowOptions, fields, row_scale, numbers)
-    names, kernels = _names(want), backends.runnable(backend)
+    options = record_of(RowOptions, fields, row_scale, numbers)
+    names, kernels = names_of(want), backends.runnable(backend)
     layout = _layout(hidden.shape[0], target, ids, offsets, weight.shape[0], options)
     z = kept_of_head(kernels, hidden, weight, bias, layout, options, dtype)
-    return [*_pack(stats_of(kernels, z, layout, heads.with_lse_parts(names)), names, z, dtype), z]
+    return [*pack_stats(stats_of(kernels, z, layout, heads.with_lse_parts(names)), names, z, dtype), z]
 
 
 @_linear.register_fake
 def _(hidden, weight, bias, target, ids, offsets, row_scale, numbers=None, *, want, dtype, **fields):
     like = hidden.new_empty(0, dtype=ACC_DTYPES[dtype])
-    return [*_fake_stats(like, hidden.shape[0], _names(want), dtype), like.new_empty(ids.shape[0])]
+    return [*fake_stats(like, hidden.shape[0], names_of(want), dtype), like.new_empty(ids.shape[0])]
 
 
-@_operator(
-    "linear_support_stats_grad", f"{_HEAD}{_SETS}, {_SAVED}, {NUMBERS}", RowOptions,
+@operator(
+    "linear_support_stats_grad", f"{HEAD}{_SETS}, {_SAVED}, {NUMBERS}", RowOptions,
     "bool[] needs, ScalarType dtype, str backend", "Tensor[]",
 )  # fmt: skip
 def _linear_grad(
@@ -201,23 +201,23 @@ def _linear_grad(
     backend,
     **fields,
 ):
-    options, kernels = _record(RowOptions, fields, row_scale, numbers), backends.runnable(backend)
+    options, kernels = record_of(RowOptions, fields, row_scale, numbers), backends.runnable(backend)
     layout = _layout(hidden.shape[0], target, ids, offsets, weight.shape[0], options, check=False)
     d_z = gradient_of(kernels, z, layout, options, lse_parts, _coefficients(a, b, c))
     grads = gradients_of_head(kernels, hidden, weight, bias, d_z, layout, dtype, Needs(*needs))
-    return _or_nothing(hidden, heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), kernels))
+    return or_nothing(hidden, heads.finish(grads, heads.leaf_dtypes(hidden, weight, bias), kernels))
 
 
 @_linear_grad.register_fake
 def _(hidden, weight, bias, *given, needs, **fields):
-    return _fake_grads(hidden, weight, bias, needs, heads.leaf_dtypes(hidden, weight, bias))
+    return fake_grads(hidden, weight, bias, needs, heads.leaf_dtypes(hidden, weight, bias))
 
 
 def _save_linear(ctx, inputs, keyword_only_inputs, output):
     ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
-    ctx.arguments = _arguments(inputs, 7)
+    ctx.arguments = count_arguments(inputs, 7)
     by_name = dict(zip(OUTPUTS, output[:-1], strict=True))
-    ctx.save_for_backward(*_all_of(inputs, 8), output[-1], by_name[LSE_PARTS], by_name["entropy"])
+    ctx.save_for_backward(*all_of(inputs, 8), output[-1], by_name[LSE_PARTS], by_name["entropy"])
 
 
 def _backward_linear(ctx, upstream):
@@ -244,7 +244,7 @@ def linear_support_stats(
     backend: str,
 ) -> list[Tensor]:
     """The statistics in the order of STATS."""
-    numbers, fields = _given(options, _ROW)
+    numbers, fields = numbers_and_fields(options, ROW)
     out = _linear(
         hidden, weight, bias, target, sets.ids, sets.offsets, options.row_scale, numbers, **fields, want=",".join(want),
         dtype=dtype, backend=backend,

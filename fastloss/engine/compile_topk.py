@@ -14,24 +14,24 @@ from fastloss.engine import backend as backends
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import new_gradient
 from fastloss.engine.compile_ops import (
-    _ROW,
-    _ROW_SCALE,
     NUMBERS,
-    _all_of,
-    _arguments,
-    _check_targets,
-    _fake_grads,
-    _floats,
-    _gemm_flops,
-    _given,
-    _grad_dtypes,
-    _limits,
-    _numbers,
-    _one_pass_gradients,
-    _operator,
-    _or_nothing,
-    _record,
-    _save_one_pass,
+    ROW,
+    ROW_SCALE,
+    all_of,
+    check_targets,
+    count_arguments,
+    fake_grads,
+    floats_of,
+    gemm_flops,
+    grad_dtypes,
+    limits_of,
+    numbers_and_fields,
+    numbers_of,
+    one_pass_gradients,
+    operator,
+    or_nothing,
+    record_of,
+    save_one_pass,
 )
 from fastloss.engine.contract import WHOLE
 from fastloss.engine.head import Limits, Needs
@@ -48,20 +48,20 @@ from fastloss.engine.topk import (
 )
 from fastloss.tables import ACC_DTYPES, TOPK_SUMS, RowOptions, TopKOptions
 
-_TOPK = _numbers(TopKOptions), _floats(TopKOptions)
-_HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
+_TOPK = numbers_of(TopKOptions), floats_of(TopKOptions)
+HOW = "bool[] needs, ScalarType dtype, int chunk, str memory, bool float_logits, str backend"
 
 
 # --- log-probabilities ---------------------------------------------------------------------------------------------------
 
 
-@_operator(
-    "selected_logprobs", f"Tensor logits, Tensor ids, {_ROW_SCALE}", RowOptions, "str backend", "Tensor[]"
+@operator(
+    "selected_logprobs", f"Tensor logits, Tensor ids, {ROW_SCALE}", RowOptions, "str backend", "Tensor[]"
 )
 def _selected(logits, ids, row_scale=None, numbers=None, *, backend, **fields):
-    _check_targets(ids, logits.shape[1], -1)
+    check_targets(ids, logits.shape[1], -1)
     mark = marks(ids, None, logits.shape[1], LEFT_OUT)
-    options = _record(RowOptions, fields, row_scale, numbers)
+    options = record_of(RowOptions, fields, row_scale, numbers)
     return [*logprobs_of_logits(backends.runnable(backend), logits, ids, mark, options)]
 
 
@@ -71,14 +71,14 @@ def _(logits, ids, row_scale=None, numbers=None, **fields):
     return [logits.new_empty(ids.shape, dtype=acc), logits.new_empty((ids.shape[0], 2), dtype=acc)]
 
 
-@_operator(
-    "selected_logprobs_grad", f"Tensor logits, Tensor ids, Tensor parts, Tensor upstream, {_ROW_SCALE}", RowOptions,
+@operator(
+    "selected_logprobs_grad", f"Tensor logits, Tensor ids, Tensor parts, Tensor upstream, {ROW_SCALE}", RowOptions,
     "str backend", "Tensor",
 )  # fmt: skip
 def _selected_grad(logits, ids, parts, upstream, row_scale=None, numbers=None, *, backend, **fields):
     own = Chosen(marks(ids, None, logits.shape[1], LEFT_OUT), ids, upstream.contiguous(), row_scale)
     out = new_gradient(logits.shape, logits.dtype, logits.device)
-    options = _record(RowOptions, fields, row_scale, numbers)
+    options = record_of(RowOptions, fields, row_scale, numbers)
     logprobs_gradient(backends.runnable(backend), logits, own, parts, options, out)
     return out
 
@@ -89,8 +89,8 @@ def _(logits, *tensors, **fields):
 
 
 def _save_selected(ctx, inputs, keyword_only_inputs, output):
-    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 2)
-    ctx.save_for_backward(*_all_of(inputs, 4), output[1])
+    ctx.given, ctx.arguments = keyword_only_inputs, count_arguments(inputs, 2)
+    ctx.save_for_backward(*all_of(inputs, 4), output[1])
 
 
 def _backward_selected(ctx, upstream):
@@ -103,47 +103,47 @@ _selected.register_autograd(_backward_selected, setup_context=_save_selected)
 
 
 def selected_logprobs(logits: Tensor, ids: Tensor, options: RowOptions, backend: str) -> Tensor:
-    numbers, fields = _given(options, _ROW)
+    numbers, fields = numbers_and_fields(options, ROW)
     return _selected(logits, ids, options.row_scale, numbers, **fields, backend=backend)[0]
 
 
-_HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
+HEAD = "Tensor hidden, Tensor weight, Tensor? bias, "
 
 
-@_operator(
+@operator(
     "linear_selected_logprobs",
-    f"{_HEAD}Tensor ids, Tensor? upstream, {_ROW_SCALE}",
+    f"{HEAD}Tensor ids, Tensor? upstream, {ROW_SCALE}",
     RowOptions,
-    _HOW,
+    HOW,
     "Tensor[]",
 )
 def _linear_selected(
     hidden, weight, bias, ids, upstream, row_scale=None, numbers=None, *,
     needs, dtype, chunk, memory, float_logits, backend, **fields,
 ):  # fmt: skip
-    _check_targets(ids, weight.shape[0], -1)
+    check_targets(ids, weight.shape[0], -1)
     head = heads.make_head(backends.runnable(backend), hidden, weight, bias, dtype)
     mark, needed = marks(ids, None, weight.shape[0], LEFT_OUT), Needs(*needs)
     keep = heads.kept_rows(mark, LEFT_OUT, traced=True)
     count = heads.count_kept(hidden.shape[0], keep)
-    schedule = schedule_of(head, count, needed, _limits(chunk, memory, float_logits))
+    schedule = schedule_of(head, count, needed, limits_of(chunk, memory, float_logits))
     own = Chosen(mark, ids, None if upstream is None else upstream.contiguous(), row_scale)
-    options = _record(RowOptions, fields, row_scale, numbers)
+    options = record_of(RowOptions, fields, row_scale, numbers)
     out, grads = logprobs_of_head(head, needed, own, options, schedule, keep)
-    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
-    return [out, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
+    dtypes = grad_dtypes(hidden, weight, bias, dtype)
+    return [out, *or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
 
 
 @_linear_selected.register_fake
 def _(hidden, weight, bias, ids, upstream, row_scale=None, numbers=None, *, needs, dtype, **fields):
     out = hidden.new_empty(ids.shape, dtype=ACC_DTYPES[dtype])
-    return [out, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
+    return [out, *fake_grads(hidden, weight, bias, needs, grad_dtypes(hidden, weight, bias, dtype))]
 
 
 def _save_linear_selected(ctx, inputs, keyword_only_inputs, output):
     ctx.given, ctx.needs = keyword_only_inputs, list(ctx.needs_input_grad[:3])
-    ctx.dtypes, ctx.arguments = heads.leaf_dtypes(*inputs[:3]), _arguments(inputs, 5)
-    hidden, weight, bias, ids, _, row_scale, numbers = _all_of(inputs, 7)
+    ctx.dtypes, ctx.arguments = heads.leaf_dtypes(*inputs[:3]), count_arguments(inputs, 5)
+    hidden, weight, bias, ids, _, row_scale, numbers = all_of(inputs, 7)
     ctx.save_for_backward(hidden, weight, bias, ids, row_scale, numbers)
 
 
@@ -168,7 +168,7 @@ def linear_selected_logprobs(
     limits: Limits,
     backend: str,
 ) -> Tensor:
-    numbers, fields = _given(options, _ROW)
+    numbers, fields = numbers_and_fields(options, ROW)
     return _linear_selected(
         hidden, weight, bias, ids, None, options.row_scale, numbers, **fields, needs=[False] * 3, dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
@@ -183,15 +183,15 @@ _TEACHER = f"Tensor ids, Tensor logprobs, Tensor? target, Tensor? factors, {_ROW
 
 
 def _options(fields, row_scale, row_factor, numbers) -> TopKOptions:
-    return replace(_record(TopKOptions, fields, row_scale, numbers), row_factor=row_factor)
+    return replace(record_of(TopKOptions, fields, row_scale, numbers), row_factor=row_factor)
 
 
 def _check(ids: Tensor, target: Tensor | None, vocab: int, options: TopKOptions) -> None:
-    _check_targets(ids, vocab, -1)
-    _check_targets(target, vocab, options.ignore_index)
+    check_targets(ids, vocab, -1)
+    check_targets(target, vocab, options.ignore_index)
 
 
-@_operator("topk_distillation", "Tensor logits, " + _TEACHER, TopKOptions, "str backend", "Tensor[]")
+@operator("topk_distillation", "Tensor logits, " + _TEACHER, TopKOptions, "str backend", "Tensor[]")
 def _topk(
     logits,
     ids,
@@ -224,8 +224,8 @@ def _(logits, ids, logprobs, target, factors, row_scale=None, row_factor=None, n
 
 
 def _save_topk(ctx, inputs, keyword_only_inputs, output):
-    ctx.given, ctx.arguments = keyword_only_inputs, _arguments(inputs, 5)
-    logits, ids, logprobs, target, _, *own = _all_of(inputs, 8)
+    ctx.given, ctx.arguments = keyword_only_inputs, count_arguments(inputs, 5)
+    logits, ids, logprobs, target, _, *own = all_of(inputs, 8)
     ctx.save_for_backward(logits, ids, logprobs, target, *own)
 
 
@@ -247,13 +247,13 @@ def topk_distillation(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(loss [rows], sums [rows, 7])."""
-    numbers, fields = _given(options, _TOPK)
+    numbers, fields = numbers_and_fields(options, _TOPK)
     own = options.row_scale, options.row_factor, numbers
     loss, sums, _ = _topk(logits, ids, logprobs, target, None, *own, **fields, backend=backend)
     return loss, sums.detach()
 
 
-@_operator("linear_topk_distillation", _HEAD + _TEACHER, TopKOptions, _HOW, "Tensor[]")
+@operator("linear_topk_distillation", HEAD + _TEACHER, TopKOptions, HOW, "Tensor[]")
 def _linear_topk(
     hidden,
     weight,
@@ -284,12 +284,12 @@ def _linear_topk(
     keep = heads.kept_rows(teacher.mark, LEFT_OUT, traced=True)
     head = heads.make_head(kernels, hidden, weight, bias, dtype)
     count = heads.count_kept(hidden.shape[0], keep)
-    schedule = schedule_of(head, count, needed, _limits(chunk, memory, float_logits))
+    schedule = schedule_of(head, count, needed, limits_of(chunk, memory, float_logits))
     sums, grads = rows_of_head(head, needed, teacher, options, schedule, keep)
     loss = sums[:, 0]
     total = loss.clone() if factors is None else kernels.sum_rows(loss * factors, WHOLE)
-    dtypes = _grad_dtypes(hidden, weight, bias, dtype)
-    return [total, sums, *_or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
+    dtypes = grad_dtypes(hidden, weight, bias, dtype)
+    return [total, sums, *or_nothing(hidden, heads.finish(grads, dtypes, head.backend))]
 
 
 @_linear_topk.register_fake
@@ -300,15 +300,15 @@ def _(
     rows, acc = hidden.shape[0], ACC_DTYPES[dtype]
     total = hidden.new_empty((rows,) if factors is None else (), dtype=acc)
     sums = hidden.new_empty((rows, len(TOPK_SUMS)), dtype=acc)
-    return [total, sums, *_fake_grads(hidden, weight, bias, needs, _grad_dtypes(hidden, weight, bias, dtype))]
+    return [total, sums, *fake_grads(hidden, weight, bias, needs, grad_dtypes(hidden, weight, bias, dtype))]
 
 
 def _backward_linear_topk(ctx, upstream):
-    return tuple(_one_pass_gradients(ctx, upstream[0], _linear_topk, _FACTORS_AT))
+    return tuple(one_pass_gradients(ctx, upstream[0], _linear_topk, _FACTORS_AT))
 
 
 _FACTORS_AT = 6  # among the inputs
-_linear_topk.register_autograd(_backward_linear_topk, setup_context=_save_one_pass(10, 7))
+_linear_topk.register_autograd(_backward_linear_topk, setup_context=save_one_pass(10, 7))
 
 
 def linear_topk_distillation(
@@ -321,7 +321,7 @@ def linear_topk_distillation(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(Σ factors · loss, or the loss [rows] where factors is None; sums [rows, 7])."""
-    numbers, fields = _given(options, _TOPK)
+    numbers, fields = numbers_and_fields(options, _TOPK)
     total, sums, *_ = _linear_topk(
         *operands, *given, options.row_scale, options.row_factor, numbers, **fields, needs=list(needs), dtype=dtype,
         chunk=limits.chunk_size or 0, memory=limits.memory, float_logits=limits.float_logits, backend=backend,
@@ -331,9 +331,9 @@ def linear_topk_distillation(
 
 @register_flop_formula(torch.ops.fastloss.linear_topk_distillation)
 def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:
-    return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+    return gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
 
 
 @register_flop_formula(torch.ops.fastloss.linear_selected_logprobs)
 def _(hidden_shape, weight_shape, *args, needs, out_shape=None, **kwargs) -> int:
-    return _gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))
+    return gemm_flops(hidden_shape, weight_shape, 1 + sum(needs[:2]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import autograd, checks, compile_ops, devices
+from fastloss.engine import autograd, checks, compile_rows, devices
 from fastloss.engine import backend as backends
 from fastloss.engine.autograd import differentiable_again, new_gradient
 from fastloss.engine.backend import Call, resolve_call, resolves_views
@@ -172,7 +172,7 @@ def cross_entropy(
     each = loss if factors is None else replace(loss, reduction="none")
     names: tuple[str, ...]
     if call.traced:
-        value, *stats = compile_ops.cross_entropy(
+        value, *stats = compile_rows.cross_entropy(
             logits, classes, w, factor, each.row, each.reduction, each.want, call.backend.name
         )
         names, stats = STATS, stats[:6]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops
+from fastloss.engine import checks, compile_distillation
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient, savable, upstream_scale
 from fastloss.engine.backend import check_targets, resolve_call, resolves_views
@@ -144,7 +144,7 @@ def distillation_loss(
         return _output(loss, statistics, tokens, reduction, lead)
     z, y = _dense(z), _dense(y)
     if call.traced:
-        loss, sums = compile_ops.distillation(z, y, tokens.target, options, call.backend.name)
+        loss, sums = compile_distillation.distillation(z, y, tokens.target, options, call.backend.name)
     else:
         loss, sums = Distillation.apply(z, y, tokens.target, call.backend, options, shards)
     return _output(loss, _columns(sums), tokens, reduction, lead)
@@ -253,7 +253,7 @@ def linear_distillation_loss(
     factors = None if per_row else tokens.weights if dtype in LATE_DTYPES else tokens.weights * tokens.scale
     if call.traced:
         made = NOTHING if per_row else needs
-        loss, sums = compile_ops.linear_distillation(
+        loss, sums = compile_distillation.linear_distillation(
             operands, tokens.target, factors, options, made, (dtype, teacher_dtype), limits, call.backend.name
         )
     else:

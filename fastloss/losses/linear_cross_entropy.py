@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops, devices
+from fastloss.engine import checks, compile_heads, devices
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, upstream_scale
 from fastloss.engine.backend import Call, check_targets, resolve_call, resolves_views
@@ -260,7 +260,7 @@ def _of_rows(
         classes, w = weights_of(target, weight, loss, acc)
         factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc)
         factors = row_factors(extra.token_weight, classes, loss.row.ignore_index, acc)
-        out = compile_ops.linear_cross_entropy(
+        out = compile_heads.linear_cross_entropy(
             input, linear_weight, linear_bias, classes, w, factors, factor, kernel_options(loss), loss.reduction, loss.want,
             NOTHING if again else needs, dtype, limits, call.backend.name,
         )  # fmt: skip

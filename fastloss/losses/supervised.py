@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops, compile_supervised
+from fastloss.engine import checks, compile_rows, compile_supervised
 from fastloss.engine import head as heads
 from fastloss.engine.autograd import differentiable_again, new_gradient, savable
 from fastloss.engine.backend import check_targets, resolve_call, resolves_views
@@ -147,7 +147,7 @@ def supervised_loss(
         if rows.stride(1) != 1 and vocab > 1:
             rows = rows.contiguous()
         if call.traced:
-            stats = compile_ops.token_stats(rows, tokens.target, options, wanted(options), call.backend.name)
+            stats = compile_rows.token_stats(rows, tokens.target, options, wanted(options), call.backend.name)
             by_name = dict(zip(STATS, stats, strict=True))
             logprob, entropy = by_name["logprobs"], by_name["entropy"]
             sum_sq = by_name["log_sum_sq_probs"].exp()

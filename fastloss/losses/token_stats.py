@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import reference
-from fastloss.engine import checks, compile_ops, compile_support, devices, invariance
+from fastloss.engine import checks, compile_heads, compile_rows, compile_support, devices, invariance
 from fastloss.engine import head as heads
 from fastloss.engine.argmax import largest_class, row_statistics
 from fastloss.engine.autograd import differentiable_again, new_gradient, refuse_inplace
@@ -176,7 +176,7 @@ def token_stats(
     elif inplace and not call.traced:
         refuse_inplace(rows)
     if call.traced:
-        values = compile_ops.token_stats(rows, flat, options, want, call.backend.name)
+        values = compile_rows.token_stats(rows, flat, options, want, call.backend.name)
         named = dict(zip(STATS, values, strict=True))
         if ARGMAX in want:
             named[ARGMAX] = largest_class(rows, flat, options)
@@ -266,7 +266,7 @@ def linear_token_stats(
         dtype=dtype,
     )
     if call.traced and not call.by_definition:
-        values = compile_ops.linear_token_stats(
+        values = compile_heads.linear_token_stats(
             hidden, linear_weight, linear_bias, flat, options, want, dtype, limits, call.backend.name
         )
         return _shaped(_cut_off(dict(zip((*STATS, ARGMAX), values, strict=True)), detach), want, lead)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastloss
-from fastloss.engine import compile_ops
+from fastloss.engine import compile_heads
 from fastloss.engine.contract import WHOLE
 from fastloss.engine.head_types import NOTHING, Limits, Needs
 from fastloss.tables import CrossEntropyOptions
@@ -94,7 +94,7 @@ def test_operators_of_compiled_graphs(backend: str) -> None:
     options, limits, dtype = CrossEntropyOptions(), Limits(), torch.float32
     for needs, gemms in ((Needs(True, True, False), 3), (Needs(True, False, False), 2), (NOTHING, 1)):
         with FlopCounterMode(display=False) as mode:
-            compile_ops.linear_cross_entropy(
+            compile_heads.linear_cross_entropy(
                 hidden, weight, None, target, None, None, WHOLE, options, "sum", (), needs, dtype, limits, backend
             )  # fmt: skip
         assert counted(mode) == {"fastloss.linear_cross_entropy": gemms * GEMM}
