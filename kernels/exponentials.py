@@ -15,9 +15,19 @@ from fastloss.tables import CrossEntropyOptions
 
 from . import exact
 from .arguments import expect, expect_float32, floats, on_device_of, options_of
-from .rows import INF, _row_of, launch_shape, load_logits, places, read_target, scale_of, store_rounded
+from .rows import (
+    INF,
+    LOG2E,
+    _row_of,
+    launch_shape,
+    load_logits,
+    nearest_logit,
+    places,
+    read_target,
+    scale_of,
+    store_rounded,
+)
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(MOST)
 SMALL = tl.constexpr(CANCELLED)
 
@@ -37,14 +47,6 @@ def write_block(
     else:
         store_rounded(x_row + v, e, mask)
     return sums + tl.sum(e, 1)
-
-
-@triton.jit
-def rounded_off(x):
-    """A number of float32 that is one of bfloat16, to nearest, by its bits: the interpreter truncates."""
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def exponentials_kernel(
         at_target = tl.where(b == 0.0, 0.0, tl.div_rn(b - hit - hit * others, b))
         if HAS_SOFTCAP:
             at_target *= slope_t
-        rounded = rounded_off(at_target)
+        rounded = nearest_logit(at_target, x_row)
         tl.store(x_row + t, rounded.to(tl.bfloat16))
         tl.store(residue_ptr + row, at_target - rounded)
     else:

@@ -86,8 +86,13 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     target, name, options, dtype, vocab = case
     kernel, given = getattr(rows, name), CASES[name][options]
     warp = 64 if target.startswith("gfx") else 32
-    shape = rows.launch_shape(vocab, "HAS_SOFTCAP" in given, 4 if dtype == "fp32" else 2, warp)
-    constants = {**shape, **dict.fromkeys(given, True)}
+    size = 4 if dtype == "fp32" else 2
+    shape = rows.launch_shape(vocab, "HAS_SOFTCAP" in given, size, warp)
+    if name == "row_grad_kernel":
+        both = {"bias_ptr", "w_ptr"} <= {*given}
+        shape = rows.gradient_shape(vocab, "HAS_SOFTCAP" in given, size, both, warp)
+    raw = dtype != "fp32" and not {"bias_ptr", "HAS_SOFTCAP"} & {*given}
+    constants = {**shape, **dict.fromkeys(given, True), "RAW": raw}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     attributes = {}
