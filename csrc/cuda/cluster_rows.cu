@@ -23,7 +23,7 @@ constexpr int kClusterThreads = 2 * kMaxThreads;  // one block on a multiprocess
 // What a block has in shared memory behind its two pieces. Two of each: a block that is ahead is in the next
 // row.
 struct Exchange {
-  float max[2][kMaxCluster], exps[2][kMaxCluster];
+  float max[2][kMaxCluster], powers[2][kMaxCluster];
   Arrivals arrivals[2];
 };
 
@@ -79,68 +79,67 @@ __global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits
     const bool bad = wide_t < 0 || wide_t >= in.vocab;
     const int t = bad ? -1 : int(wide_t);
     const Transform<false> transform = of_all.of_row(in, row);
-    float slope;
+    const auto exponent = transform.template exponent<T>();
     // Read before the barriers that let any block of the cluster write its gradient over the logits.
-    const float z_t = bad ? 0.0f : transform(to_float(x[t]), 0.0f, &slope);
+    const float value_t = bad ? 0.0f : to_float(x[t]);
     const float w_t = !bad && ce.w ? ce.w[row * ce.w_row_stride + t] : 1.0f;
     const float last = thread < rest ? to_float(x[packs * N + thread]) : 0.0f;
 
     if (mine > 0) wait_for(&exchange.arrivals[stage], parities >> stage & 1), parities ^= 1u << stage;
     const uint4* kept = reinterpret_cast<const uint4*>(shared + stage * 16 * piece);
     Running<T, false> sums;
-    const auto add = [&](const Pack<T>& pack) {
-      float z[N];
-      const float none[N] = {};
+    for_each_pack<U>(
+        thread, mine, step, [&](int i) { return Pack<T>::of(kept[i]); },
+        [&](int, const Pack<T>& pack) {
+          float values[N];
+          const float none[N] = {};
 #pragma unroll
-      for (int k = 0; k < N; ++k) z[k] = transform(pack[k], 0.0f, &slope);
-      sums.add(z, none);
-    };
-    int i = thread;
-    for (; i + (U - 1) * step < mine; i += U * step) {
-      Pack<T> pack[U];
-#pragma unroll
-      for (int u = 0; u < U; ++u) pack[u] = Pack<T>::of(kept[i + u * step]);
-#pragma unroll
-      for (int u = 0; u < U; ++u) add(pack[u]);
-    }
-    for (; i < mine; i += step) add(Pack<T>::of(kept[i]));
+          for (int k = 0; k < N; ++k) values[k] = pack[k];
+          sums.add(exponent, values, none);
+        });
     if (thread < rest) {
-      const float z[1] = {transform(last, 0.0f, &slope)}, none[1] = {};
-      sums.add(z, none);
+      const float value[1] = {last}, none[1] = {};
+      sums.add(exponent, value, none);
     }
     sums.combine_over_block();
 
     if (thread < size) {
       give(&exchange.max[turn][rank], thread, sums.max);
-      give(&exchange.exps[turn][rank], thread, sums.exps);
+      give(&exchange.powers[turn][rank], thread, sums.powers);
     }
     cluster_barrier();
     // The same order in every thread of the cluster: the same bits.
+    float largest = -INFINITY;
+    for (int of = 0; of < size; ++of) largest = fmaxf(largest, exchange.max[turn][of]);
     Running<T, false> whole;
-    for (int of = 0; of < size; ++of) whole.max = fmaxf(whole.max, exchange.max[turn][of]);
-    const float base = whole.base();
+    whole.rebase(largest);
     for (int of = 0; of < size; ++of) {
-      const float theirs = exchange.max[turn][of];
-      whole.exps = fmaf(exchange.exps[turn][of], exp_of_logit<T>(theirs - base), whole.exps);
+      Running<T, false> theirs;
+      theirs.rebase(exchange.max[turn][of]);
+      theirs.powers = exchange.powers[turn][of];
+      theirs.rebase(largest);
+      whole.powers += theirs.powers;
     }
     turn ^= 1;
 
-    const bool has_nan = whole.exps != whole.exps;
-    if (fabsf(whole.max) == INFINITY) whole.exps = NAN;  // only -inf, or a +inf
-    const float log_sum = logf(whole.exps), lse = base + log_sum;
-    const float log_p_t = bad ? NAN : (z_t - base) - log_sum;
+    const float base = whole.base();
+    const bool has_nan = whole.powers != whole.powers;
+    if (fabsf(whole.max) == INFINITY) whole.powers = NAN;  // only -inf, or a +inf
+    const float log_powers = logf(whole.powers);           // relative to the offset, as is log p
+    const float log_p_t = bad ? NAN : fmaf(exponent(value_t, whole.offset), exponent.kE, -log_powers);
+    const float log_sum = exponent.relative_to_base(log_powers, base), lse = base + log_sum;
     if (leader) {
       if (out.loss) out.loss[row] = cross_entropy_loss(ce.terms, true, w_t, -log_p_t, 0.0f, lse);
       put_number(out.logsumexp, row, lse);
       put_number(out.logprobs, row, log_p_t);
       put_number(out.lse_parts, 2 * row, base), put_number(out.lse_parts, 2 * row + 1, log_sum);
-      if (out.is_top1) out.is_top1[row] = !bad && !has_nan && z_t >= whole.max;
+      if (out.is_top1) out.is_top1[row] = !bad && !has_nan && exponent.scale * value_t >= whole.max;
     }
 
     const float factor = transform.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
     auto k = cross_entropy_coefficients(ce.terms, true, w_t, 0.0f, lse);
     if (bad) k.b = NAN;
-    const RowGradient g = {base, k.a * factor, k.b / whole.exps * factor, 0.0f, 0.0f};
+    const RowGradient g = {whole.offset, k.a * factor, k.b / whole.powers * factor, 0.0f, 0.0f};
     for (int j = thread; j < mine; j += step) {
       const int v = (first + j) * N;
       const float none[N] = {};
@@ -220,7 +219,7 @@ const char* cluster_cross_entropy(const Logits& in, const CrossEntropy& ce, cons
                                   bool* took) {
   *took = false;
   const bool covered = ce.grad && in.target && ce.terms.smooth == 0 && !in.bias && !(in.softcap > 0) &&
-                       !out.entropy && !out.log_sum_sq_probs && !out.mean_logits;
+                       !(in.scale < 0) && !out.entropy && !out.log_sum_sq_probs && !out.mean_logits;
   if (!covered || !is_asked_for()) return nullptr;
   return with_dtype(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

@@ -90,13 +90,6 @@ __device__ inline float approximate_exp2(float x) {
 #endif
 }
 
-// e^x for logits of type T, x at most 0 but for rounding. Low precision takes two instructions in place of
-// eight: (1 + |x|) 2^-23 off, relative, where the logit itself is 2^-12 off, and most where e^x is least.
-template <class T>
-__device__ inline float exp_of_logit(float x) {
-  return sizeof(T) == 4 ? expf(x) : approximate_exp2(x * kLog2E);
-}
-
 // Bytes past the last 16-byte boundary.
 template <class T>
 __device__ inline int misalignment(const T* p) {
@@ -142,6 +135,22 @@ __device__ inline void store_pack_unaligned(T* p, const Pack<T>& pack) {
 #pragma unroll
   for (int k = 0; k < Pack<T>::N; ++k)
     p[k] = from_bits<T>(pack.word[k / kPerWord<T>] >> (k % kPerWord<T> * 16));
+}
+
+// A thread's packs from `i` on, `step` apart, in groups of U whose loads are all under way before the first
+// is used; then in groups of half as many, so that no load of the loop asks for the end. Returns the first
+// index past the end.
+template <int U, class Index, class Load, class Use>
+__device__ inline Index for_each_pack(Index i, Index end, Index step, const Load& load, const Use& use) {
+  decltype(load(i)) pack[U];
+  for (; i + (U - 1) * step < end; i += U * step) {
+#pragma unroll
+    for (int u = 0; u < U; ++u) pack[u] = load(i + u * step);
+#pragma unroll
+    for (int u = 0; u < U; ++u) use(i + u * step, pack[u]);
+  }
+  if constexpr (U > 1) i = for_each_pack<U / 2>(i, end, step, load, use);
+  return i;
 }
 
 // N floats at `v` of a bias or a weight vector, `absent` for each where there is no vector.

@@ -38,40 +38,34 @@ __device__ inline float write_exponentials(T* x, int vocab, int t, const float* 
   const int packs = vocab / N, step = blockDim.x;
   const bool aligned = is_aligned(x), bias_aligned = is_aligned(bias);
   const auto exponential = [&](float logit, float b, float* slope) {
-    *slope = 1.0f;
-    const float u = General ? transform(logit, b, slope) : logit;
+    const float u = transform.value(logit, b, slope);
     return approximate_exp2(fmaf(u, unit, -offset));
   };
   float sum = 0;
-  for (int i = threadIdx.x; i < packs; i += U * step) {
-    Pack<T> pack[U];
+  const auto write = [&](int j, const Pack<T>& pack) {
+    float b[N], e[N], slope[N], part = 0;
+    load_floats(bias, j * N, bias_aligned, 0.0f, b);
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int j = i + u * step;
-      if (j < packs) pack[u] = aligned ? load_pack(x + j * N, true) : load_pack_unaligned(x + j * N);
+    for (int k = 0; k < N; ++k) e[k] = exponential(pack[k], b[k], &slope[k]);
+    const int target_at = t - j * N;
+    if (unsigned(target_at) < unsigned(N)) {
+#pragma unroll
+      for (int k = 0; k < N; ++k) e[k] = k == target_at ? 0.0f : e[k];
     }
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int j = i + u * step;
-      if (j >= packs) continue;
-      float b[N], e[N], slope[N], part = 0;
-      load_floats(bias, j * N, bias_aligned, 0.0f, b);
+    for (int k = 0; k < N; ++k) part += e[k];
+    sum += part;
+    if constexpr (General) {
 #pragma unroll
-      for (int k = 0; k < N; ++k) e[k] = exponential(pack[u][k], b[k], &slope[k]);
-      const int target_at = t - j * N;
-      if (unsigned(target_at) < unsigned(N)) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = k == target_at ? 0.0f : e[k];
-      }
-#pragma unroll
-      for (int k = 0; k < N; ++k) part += e[k];
-      sum += part;
-      if constexpr (General) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) e[k] *= slope[k];
-      }
-      store_anywhere(x + j * N, e, aligned);
+      for (int k = 0; k < N; ++k) e[k] *= slope[k];
     }
+    store_anywhere(x + j * N, e, aligned);
+  };
+  const int first = threadIdx.x;
+  if (aligned) {
+    for_each_pack<U>(first, packs, step, [&](int j) { return load_pack(x + j * N, true); }, write);
+  } else {
+    for_each_pack<U>(first, packs, step, [&](int j) { return load_pack_unaligned(x + j * N); }, write);
   }
   for (int v = packs * N + threadIdx.x; v < vocab; v += step) {
     float slope;
@@ -106,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) exponentials_kernel(Logits in,
     const Transform<General> transform = of_all.of_row(in, row);
     const float x_t = to_float(x[t]);
     float slope_t;
-    const float z_t = transform(x_t, General && in.bias ? in.bias[t] : 0.0f, &slope_t);
+    const float z_t = transform.z(x_t, General && in.bias ? in.bias[t] : 0.0f, &slope_t);
     __syncthreads();  // every thread has read the target's logit before one writes over it
 
     // The product's rounding is the same for all entries, and comes off their sum.

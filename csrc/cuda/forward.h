@@ -14,6 +14,7 @@ __device__ inline void put(float* out, int64_t row, float value) {
 }
 
 // Elements are dealt to threads by their index alone, never by the row's alignment: a row's bits are its own.
+// The first `keep_packs` packs are also written to `keep`.
 template <class T, bool General, bool Extra, bool Grad>
 __device__ inline Running<T, Extra> read_row(const T* x, int vocab, const float* bias, const float* w,
                                              const Transform<General>& transform, unsigned char* keep,
@@ -23,41 +24,42 @@ __device__ inline Running<T, Extra> read_row(const T* x, int vocab, const float*
   if (!General) bias = nullptr;
   if (!Extra) w = nullptr;
   const int packs = vocab / N, step = blockDim.x;
-  const bool aligned = is_aligned(x), bias_aligned = is_aligned(bias), w_aligned = is_aligned(w);
+  const bool bias_aligned = is_aligned(bias), w_aligned = is_aligned(w);
+  const auto exponent = transform.template exponent<T>();
   Running<T, Extra> sums;
   float slope;
-  for (int i = threadIdx.x; i < packs; i += U * step) {
-    Pack<T> pack[U];
+  const auto add = [&](int j, const Pack<T>& pack) {
+    float values[N], b[N], weight[N];
+    load_floats(bias, j * N, bias_aligned, 0.0f, b);
+    load_floats(w, j * N, w_aligned, 1.0f, weight);
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int j = i + u * step;
-      if (j >= packs) continue;
-      pack[u] = aligned ? load_pack(x + j * N, !Grad || j < keep_packs) : load_pack_unaligned(x + j * N);
+    for (int k = 0; k < N; ++k) values[k] = transform.value(pack[k], b[k], &slope);
+    sums.add(exponent, values, weight);
+  };
+  T* const kept = reinterpret_cast<T*>(keep);
+  int i = threadIdx.x;
+  if (is_aligned(x)) {
+    if constexpr (Grad) {
+      i = for_each_pack<U>(
+          i, keep_packs, step, [&](int j) { return load_pack(x + j * N, true); },
+          [&](int j, const Pack<T>& pack) {
+            *reinterpret_cast<uint4*>(kept + j * N) = pack.raw();
+            add(j, pack);
+          });
     }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int j = i + u * step;
-      if (j >= packs) continue;
-      if (Grad && j < keep_packs) {
-        T* kept = reinterpret_cast<T*>(keep) + j * N;
-        if (aligned) {
-          *reinterpret_cast<uint4*>(kept) = pack[u].raw();
-        } else {
-          store_pack_unaligned(kept, pack[u]);
-        }
-      }
-      float z[N], b[N], weight[N];
-      load_floats(bias, j * N, bias_aligned, 0.0f, b);
-      load_floats(w, j * N, w_aligned, 1.0f, weight);
-#pragma unroll
-      for (int k = 0; k < N; ++k) z[k] = transform(pack[u][k], b[k], &slope);
-      sums.add(z, weight);
-    }
+    for_each_pack<U>(i, packs, step, [&](int j) { return load_pack(x + j * N, !Grad); }, add);
+  } else {
+    for_each_pack<1>(
+        i, packs, step, [&](int j) { return load_pack_unaligned(x + j * N); },
+        [&](int j, const Pack<T>& pack) {
+          if (Grad && j < keep_packs) store_pack_unaligned(kept + j * N, pack);
+          add(j, pack);
+        });
   }
   for (int v = packs * N + threadIdx.x; v < vocab; v += step) {
     const float weight[1] = {w ? __ldg(w + v) : 1.0f};
-    const float z[1] = {transform(to_float(x[v]), bias ? __ldg(bias + v) : 0.0f, &slope)};
-    sums.add(z, weight);
+    const float value[1] = {transform.value(to_float(x[v]), bias ? __ldg(bias + v) : 0.0f, &slope)};
+    sums.add(exponent, value, weight);
   }
   return sums;
 }
@@ -104,17 +106,22 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
     // Read here: after the long loop, which needs the registers, and before the barriers that let the
     // gradient begin.
     const float w_t = has_target && w_row ? w_row[t] : 1.0f;
-    float z_t = 0, slope;
-    if (leader && has_target) z_t = transform(to_float(x[t]), General && in.bias ? in.bias[t] : 0.0f, &slope);
+    float value_t = 0, slope;
+    if (leader && has_target)
+      value_t = transform.value(to_float(x[t]), General && in.bias ? in.bias[t] : 0.0f, &slope);
 
     sums.combine_over_block();
+    const auto exponent = transform.template exponent<T>();
     const float base = sums.base();
-    const bool has_nan = sums.exps != sums.exps;
-    if (fabsf(sums.max) == INFINITY) sums.exps = NAN;  // only -inf, or a +inf
-    const float log_sum = logf(sums.exps), lse = base + log_sum;
-    // Relative to base: with all of them, loss = W (lse - base) - sum of w (z - base).
-    const float log_p_t = bad ? NAN : (z_t - base) - log_sum;
-    const float spread = Extra ? sums.w * log_sum - sums.wz : 0.0f;
+    const bool has_nan = sums.powers != sums.powers;
+    if (fabsf(sums.max) == INFINITY) sums.powers = NAN;  // only -inf, or a +inf
+    // Relative to the offset, and so exact for logits that are large and close together: log p, the spread,
+    // the gradient.
+    const float log_powers = logf(sums.powers), kE = exponent.kE;
+    const float log_p_t = bad ? NAN : fmaf(exponent(value_t, sums.offset), kE, -log_powers);
+    // With all of them, loss = W (lse - offset) - sum of w (z - offset).
+    const float spread = Extra ? sums.weight * log_powers - sums.weight_x * kE : 0.0f;
+    const float log_sum = exponent.relative_to_base(log_powers, base), lse = base + log_sum;
 
     if (leader) {
       if (out.loss) {
@@ -124,20 +131,21 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
       put(out.logprobs, row, log_p_t);
       put(out.lse_parts, 2 * row, base);
       put(out.lse_parts, 2 * row + 1, log_sum);
-      if (out.is_top1) out.is_top1[row] = has_target && !has_nan && z_t >= sums.max;
+      if (out.is_top1) out.is_top1[row] = has_target && !has_nan && exponent.scale * value_t >= sums.max;
       if constexpr (Extra) {
-        put(out.entropy, row, log_sum - sums.exps_z / sums.exps);
-        put(out.log_sum_sq_probs, row, logf(sums.exps_squared) - 2.0f * log_sum);
-        put(out.mean_logits, row, base + sums.z / float(vocab));
+        put(out.entropy, row, log_powers - sums.powers_x / sums.powers * kE);
+        put(out.log_sum_sq_probs, row, logf(sums.powers_squared) - 2.0f * log_powers);
+        put(out.mean_logits, row,
+            base + (sums.x / float(vocab) * kE + exponent.relative_to_base(0.0f, base)));
       }
     }
 
     if constexpr (Grad) {
       const float factor = transform.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
-      const float weight_sum = Extra ? sums.w : 0.0f;
+      const float weight_sum = Extra ? sums.weight : 0.0f;
       auto k = cross_entropy_coefficients(ce.terms, in.target != nullptr, w_t, weight_sum, lse);
       if (bad) k.b = NAN;
-      const RowGradient g = {base, k.a * factor, k.b / sums.exps * factor, 0.0f, k.d * factor};
+      const RowGradient g = {sums.offset, k.a * factor, k.b / sums.powers * factor, 0.0f, k.d * factor};
       write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, t,
                                             transform, g, Kept{shared, offset, kept * Pack<T>::N},
                                             threadIdx.x, blockDim.x);

@@ -7,9 +7,10 @@
 
 namespace fastloss::cuda {
 
-// p_v = e^(z_v - shift), up to a factor that b and c contain; all four contain scale.
+// p_v = power(exponent(v)) and log p_v = exponent(v) log 2 or exponent(v), up to what b and c contain; all
+// four contain scale.
 struct RowGradient {
-  float shift, a, b, c, d;
+  float offset, a, b, c, d;
 };
 
 // The part of a row that is in shared memory, element v at byte `offset + v * sizeof(T)`.
@@ -45,12 +46,13 @@ template <class T, bool General, bool Entropy, int N, class X>
 __device__ inline void gradient_of(const X& x, const float (&bias)[N], const float (&w)[N],
                                    const Transform<General>& transform, const RowGradient& g, int target_at,
                                    float (&dx)[N]) {
+  const auto exponent = transform.template exponent<T>();
   float slope[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const float log_p = transform(x[k], bias[k], &slope[k]) - g.shift;
-    const float coefficient = Entropy ? fmaf(g.c, fmaxf(log_p, -200.0f), g.b) : g.b;  // 0 * -inf = 0
-    dx[k] = fmaf(exp_of_logit<T>(log_p), coefficient, g.d * w[k]);
+    const float d = exponent(transform.value(x[k], bias[k], &slope[k]), g.offset);
+    const float coefficient = Entropy ? fmaf(g.c, fmaxf(d, -200.0f), g.b) : g.b;  // 0 * -inf = 0
+    dx[k] = fmaf(exponent.power(d), coefficient, g.d * w[k]);
   }
   if (unsigned(target_at) < unsigned(N)) {
 #pragma unroll
@@ -83,29 +85,25 @@ __device__ inline void write_gradient(const T* x, T* out, int vocab, const float
 
   const bool bias_aligned = bias && is_aligned(bias + split.head),
              w_aligned = w && is_aligned(w + split.head);
-  for (int i = first; i < split.packs; i += U * step) {
-    Pack<T> pack[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int v = split.head + (i + u * step) * N;
-      if (i + u * step >= split.packs) continue;
-      if (v + N <= kept.elements) {
-        pack[u] = Pack<T>::of(*reinterpret_cast<const uint4*>(kept.bytes + kept.offset + v * int(sizeof(T))));
-      } else {
-        pack[u] = load_pack(x + v, true);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int v = split.head + (i + u * step) * N;
-      if (i + u * step >= split.packs) continue;
-      float b[N], weight[N], result[N];
-      load_floats(bias, v, bias_aligned, 0.0f, b);
-      load_floats(w, v, w_aligned, 1.0f, weight);
-      gradient_of<T, General, Entropy>(pack[u], b, weight, transform, g, target - v, result);
-      store_pack(out + v, result);
-    }
+  const auto write = [&](int i, const Pack<T>& pack) {
+    const int v = split.head + i * N;
+    float b[N], weight[N], result[N];
+    load_floats(bias, v, bias_aligned, 0.0f, b);
+    load_floats(w, v, w_aligned, 1.0f, weight);
+    gradient_of<T, General, Entropy>(pack, b, weight, transform, g, target - v, result);
+    store_pack(out + v, result);
+  };
+  int i = first;
+  if constexpr (!Entropy) {  // only the kernel that has just read the row keeps any of it
+    const int kept_packs =
+        kept.elements < split.head ? 0 : min((kept.elements - split.head) / N, split.packs);
+    const unsigned char* bytes = kept.bytes + kept.offset + split.head * int(sizeof(T));
+    i = for_each_pack<U>(
+        i, kept_packs, step,
+        [&](int j) { return Pack<T>::of(*reinterpret_cast<const uint4*>(bytes + j * 16)); }, write);
   }
+  for_each_pack<U>(
+      i, split.packs, step, [&](int j) { return load_pack(x + split.head + j * N, true); }, write);
 }
 
 template <class T>
@@ -121,8 +119,10 @@ __device__ inline void fill_row(T* out, int vocab, float value, int first, int s
 
 __device__ inline float at_row(const float* values, int64_t row) { return values ? values[row] : 0.0f; }
 
+constexpr int kGradThreads = 256;  // three such blocks leave a thread 80 registers
+
 template <class T, bool General, bool Weights>
-__global__ void __launch_bounds__(kMaxThreads, 2) row_grad_kernel(Logits in, Coefficients k) {
+__global__ void __launch_bounds__(kGradThreads, 3) row_grad_kernel(Logits in, Coefficients k) {
   const int vocab = int(in.vocab);
   const int first = blockIdx.y * blockDim.x + threadIdx.x, step = gridDim.y * blockDim.x;
   const Transform<General> of_all(in);
@@ -134,12 +134,16 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_grad_kernel(Logits in, Coe
       fill_row(out, vocab, ignored ? 0.0f : NAN, first, step);
       continue;
     }
-    // p = e^(z - largest) / sum, with log p = (z - largest) - log sum: b and c take in what is constant.
-    const float log_sum = k.lse_parts[2 * row + 1], over_sum = expf(-log_sum);
+    // p = power / sum, with log p = exponent kE - log sum, relative to the offset: b and c take in what is
+    // constant.
+    using Exponent = LogitExponent<T>;
+    const float base = k.lse_parts[2 * row];
+    const float log_sum = Exponent::relative_to_offset(k.lse_parts[2 * row + 1], base),
+                over_sum = expf(-log_sum);
     const Transform<General> transform = of_all.of_row(in, row);
     const float scale = transform.scale, b = at_row(k.b, row) * scale, c = at_row(k.c, row) * scale;
-    const RowGradient g = {k.lse_parts[2 * row], at_row(k.a, row) * scale, (b - c * log_sum) * over_sum,
-                           c * over_sum, at_row(k.d, row) * scale};
+    const RowGradient g = {Exponent::offset_of(base), at_row(k.a, row) * scale, (b - c * log_sum) * over_sum,
+                           c * Exponent::kE * over_sum, at_row(k.d, row) * scale};
     write_gradient<General, Weights, true>(static_cast<const T*>(in.x) + row * in.row_stride, out, vocab,
                                            in.bias, k.w ? k.w + row * k.w_row_stride : nullptr, int(t),
                                            transform, g, Kept{nullptr, 0, 0}, first, step);

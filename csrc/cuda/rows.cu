@@ -81,7 +81,7 @@ const char* launch_forward(const Logits& in, const CrossEntropy& ce, const Stats
 template <class T, bool General, bool Weights>
 const char* launch_grad(const Logits& in, const Coefficients& k, void* stream) {
   const auto kernel = row_grad_kernel<T, General, Weights>;
-  const int threads = std::min(threads_for<T>(in.vocab), 8 * kWarp);
+  const int threads = std::min(threads_for<T>(in.vocab), kGradThreads);
   // Nothing is shared along a row: a long one is cut, each block doing four steps of its loop.
   const int64_t per_block = int64_t(threads) * kPacksPerThread * Pack<T>::N * 4;
   const dim3 grid(unsigned(std::min<int64_t>(in.rows, kMaxBlocks)),
@@ -98,7 +98,8 @@ const char* forward_of(const Logits& in, const CrossEntropy& ce, const Stats& ou
   });
 }
 
-bool is_general(const Logits& in) { return in.bias || in.softcap > 0; }
+// A row's own scale is one over a temperature, and not negative.
+bool is_general(const Logits& in) { return in.bias || in.softcap > 0 || in.scale < 0; }
 
 }  // namespace
 

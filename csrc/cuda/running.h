@@ -4,60 +4,63 @@
 // bits.
 #pragma once
 
-#include "dtype.h"
+#include "logit_exponent.h"
 
 namespace fastloss::cuda {
 
-// Of logits of type T. Sums are relative to base(), the maximum so far, or 0 while that is infinite:
-// differences of large logits stay exact.
+// Of logits of type T. Sums are of powers and exponents relative to the offset of base(), which is the
+// largest z so far, or 0 while that is infinite: differences of large logits stay exact.
 template <class T, bool Extra>
 struct Running {
-  float max = -INFINITY;
-  float exps = 0;                         // sum of e^(z - base)
-  float exps_z = 0, exps_squared = 0;     // sum of e (z - base), of e^2
-  float z = 0, count = 0, wz = 0, w = 0;  // sum of z - base, of 1, of w (z - base), of w
+  using Exponent = LogitExponent<T>;
 
-  __device__ static float base_of(float max) { return fabsf(max) == INFINITY ? 0.0f : max; }
-  __device__ float base() const { return base_of(max); }
+  float max = -INFINITY, offset = 0;
+  float powers = 0;                        // sum of e^(z - base)
+  float powers_x = 0, powers_squared = 0;  // sum of powers times exponents, of squares of powers
+  float x = 0, count = 0, weight_x = 0,
+        weight = 0;  // sum of exponents, of 1, of weights times exponents, of weights
 
-  // A first maximum of -inf gives factor 0 to sums that are 0; a maximum of +inf is made NaN by finish().
+  __device__ float base() const { return fabsf(max) == INFINITY ? 0.0f : max; }
+
+  // A first maximum of -inf gives factor 0 to sums that are 0; a maximum of +inf is made NaN by the caller.
   __device__ void rebase(float new_max) {
-    const float new_base = base_of(new_max);
-    const float factor = exp_of_logit<T>(max - new_base);
-    if constexpr (Extra) {
-      const float shift = base() - new_base;
-      exps_z = factor * fmaf(shift, exps, exps_z);
-      exps_squared *= factor * factor;
-      z = fmaf(shift, count, z);
-      wz = fmaf(shift, w, wz);
-    }
-    exps *= factor;
+    const float old_max = max, old_offset = offset;
     max = new_max;
+    offset = Exponent::offset_of(base());
+    const float shift = old_offset - offset;
+    const float factor = fabsf(old_max) == INFINITY ? 0.0f : Exponent::power(shift);
+    if constexpr (Extra) {
+      powers_x = factor * fmaf(shift, powers, powers_x);
+      powers_squared *= factor * factor;
+      x = fmaf(shift, count, x);
+      weight_x = fmaf(shift, weight, weight_x);
+    }
+    powers *= factor;
   }
 
-  // fmaxf drops a NaN, but its exponential is NaN and stays in the sum.
+  // fmaxf drops a NaN, but its power is NaN and stays in the sum.
   template <int N>
-  __device__ void add(const float (&values)[N], const float (&weights)[N]) {
-    float new_max = max;
+  __device__ void add(const Exponent& exponent, const float (&values)[N], const float (&weights)[N]) {
+    float largest = values[0];
 #pragma unroll
-    for (int k = 0; k < N; ++k) new_max = fmaxf(new_max, values[k]);
-    rebase(new_max);
-    const float new_base = base();
+    for (int k = 1; k < N; ++k) largest = fmaxf(largest, values[k]);
+    const float new_max = exponent.scale * largest;
+    if (new_max > max) rebase(new_max);
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float d = values[k] - new_base;
-      const float e = exp_of_logit<T>(d);
+      const float d = exponent(values[k], offset);
+      const float e = Exponent::power(d);
       sum += e;
       if constexpr (Extra) {
-        exps_z = fmaf(e, fmaxf(d, -200.0f), exps_z);  // 0 * -inf = 0
-        exps_squared = fmaf(e, e, exps_squared);
-        z += d;
-        w += weights[k];
-        wz = fmaf(weights[k], d, wz);
+        powers_x = fmaf(e, fmaxf(d, -200.0f), powers_x);  // 0 * -inf = 0
+        powers_squared = fmaf(e, e, powers_squared);
+        x += d;
+        weight += weights[k];
+        weight_x = fmaf(weights[k], d, weight_x);
       }
     }
-    exps += sum;
+    powers += sum;
     if constexpr (Extra) count += N;
   }
 
@@ -73,9 +76,10 @@ struct Running {
     rebase(m);
 
     float sums[Extra ? 7 : 1];
-    sums[0] = exps;
+    sums[0] = powers;
     if constexpr (Extra) {
-      sums[1] = exps_z, sums[2] = exps_squared, sums[3] = z, sums[4] = count, sums[5] = wz, sums[6] = w;
+      sums[1] = powers_x, sums[2] = powers_squared, sums[3] = x, sums[4] = count, sums[5] = weight_x,
+      sums[6] = weight;
     }
 #pragma unroll
     for (int i = 0; i < (Extra ? 7 : 1); ++i) {
@@ -87,9 +91,10 @@ struct Running {
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < (Extra ? 7 : 1); ++i) sums[i] = warp_sum(lane < warps ? partial[i][lane] : 0.0f);
-    exps = sums[0];
+    powers = sums[0];
     if constexpr (Extra) {
-      exps_z = sums[1], exps_squared = sums[2], z = sums[3], count = sums[4], wz = sums[5], w = sums[6];
+      powers_x = sums[1], powers_squared = sums[2], x = sums[3], count = sums[4], weight_x = sums[5],
+      weight = sums[6];
     }
   }
 

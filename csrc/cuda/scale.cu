@@ -33,20 +33,14 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(Scaling a) {
       T* p = x + (i < head ? i : i + packs * N);
       *p = from_float<T>(to_float(*p) * scale);
     }
-    for (int64_t i = first; i < packs; i += kInFlight * step) {
-      Pack<T> pack[kInFlight];
+    for_each_pack<kInFlight>(
+        first, packs, step, [&](int64_t i) { return load_pack(x + head + i * N, true); },
+        [&](int64_t i, const Pack<T>& pack) {
+          float product[N];
 #pragma unroll
-      for (int u = 0; u < kInFlight; ++u)
-        if (i + u * step < packs) pack[u] = load_pack(x + head + (i + u * step) * N, true);
-#pragma unroll
-      for (int u = 0; u < kInFlight; ++u) {
-        if (i + u * step >= packs) continue;
-        float product[N];
-#pragma unroll
-        for (int k = 0; k < N; ++k) product[k] = pack[u][k] * scale;
-        store_pack(x + head + (i + u * step) * N, product);
-      }
-    }
+          for (int k = 0; k < N; ++k) product[k] = pack[k] * scale;
+          store_pack(x + head + i * N, product);
+        });
   }
 }
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "args.h"
-#include "dtype.h"
+#include "logit_exponent.h"
 
 namespace fastloss::cuda {
 
@@ -50,10 +50,17 @@ struct Transform {
     return mine;
   }
 
-  // The slope is that of the soft-cap alone; `scale` belongs to the coefficients.
-  __device__ float operator()(float x, float bias, float* slope) const {
+  // What lies between a value and z.
+  template <class T>
+  __device__ LogitExponent<T> exponent() const {
+    return LogitExponent<T>(General ? 1.0f : scale);
+  }
+
+  // z, or the raw logit where z is only a scale away from it. The slope is that of the soft-cap alone;
+  // `scale` belongs to the coefficients.
+  __device__ float value(float x, float bias, float* slope) const {
     *slope = 1.0f;
-    if constexpr (!General) return scale * x;
+    if constexpr (!General) return x;
     float u = x + bias;
     if (softcap > 0) {
       // u / softcap with a correctly rounded quotient's error and no division; past 10, tanh is 1 and u may
@@ -63,6 +70,10 @@ struct Transform {
       u = softcap * tanh_and_slope(y, slope);
     }
     return scale * u;
+  }
+
+  __device__ float z(float x, float bias, float* slope) const {
+    return General ? value(x, bias, slope) : scale * value(x, bias, slope);
   }
 };
 

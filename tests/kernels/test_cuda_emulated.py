@@ -318,6 +318,58 @@ def test_large_offset_keeps_its_digits() -> None:
         close(out[name], row.stats()[name])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1.0, 3.0, 0.75])
+@pytest.mark.parametrize("clusters", ["0", "1"])
+def test_common_offset_costs_no_digits(
+    clusters: str, scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a log-probability and of the gradient, in one kernel and in two that share ``lse_parts``. Logits near 2000 in steps
+    of 8 are exact in every dtype; times log2 e they are rounded by up to 1e-4."""
+    monkeypatch.setenv("FASTLOSS_CLUSTER_ROWS", clusters)
+    steps = torch.randint(-6, 1, (6, 1032), generator=torch.Generator().manual_seed(0))
+    steps[3:] = -10
+    steps[3:, :4] = -1  # these rows' targets have a probability of 0.999
+    largest = torch.tensor([[2000], [1800], [1600]]).repeat(2, 1)
+    x, target = (largest + 8 * steps).to(dtype), torch.full((6,), 7)
+    x[:, 7] = largest[:, 0]
+    row, grad = Row(x, target, None, scale, 0.0), torch.empty_like(x)
+    out = run_cross_entropy(x, target, grad=grad, scale=scale, want=("logprobs", "lse_parts"))
+    loss, want = row.cross_entropy(None, 0.0, 0.0, 1.0)
+    close(out["loss"], loss)
+    close(out["logprobs"], row.stats()["logprobs"])
+    close(grad, want, dtype)
+    base, log_sum = out["lse_parts"].unbind(-1)
+    if scale == 1.0:  # others round scale * log2 e, and their base
+        close(base, row.z.amax(-1))
+        close(log_sum, (row.z - row.z.amax(-1, keepdim=True)).exp().sum(-1).log())
+    late, ones = torch.empty_like(x), torch.ones(6)
+    coefficients = Coefficients(a=-ones, b=ones)
+    kernels().row_grad(
+        x, target, RowOptions(scale=scale), lse_parts=out["lse_parts"], coefficients=coefficients, out=late
+    )
+    close(late, want, dtype)
+    extra = run_stats(x, target, scale=scale)
+    for name in ("entropy", "log_sum_sq_probs", "logprobs"):
+        close(extra[name], row.stats()[name])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_below_zero(dtype: torch.dtype) -> None:
+    """One of all rows is a scale like any other; a row's own would be a negative temperature, and gives NaN."""
+    x, target = make_rows(3, 1032, dtype), make_targets(3, 1032)
+    row, grad = Row(x, target, None, -2.0, 0.0), torch.empty_like(x)
+    loss, want = row.cross_entropy(None, 0.0, 0.0, 1.0)
+    close(run_cross_entropy(x, target, grad=grad, scale=-2.0)["loss"], loss)
+    close(grad, want, dtype)
+    of_rows = torch.tensor([1.0, -1.0, 1.0])
+    own = run_cross_entropy(x, target, grad=grad, scale=1.0, row_scale=of_rows)["loss"]
+    loss, want = Row(x, target, None, 1.0, 0.0).cross_entropy(None, 0.0, 0.0, 1.0)
+    loss[1], want[1] = NAN, NAN
+    close(own, loss)
+    close(grad, want, dtype)
+
+
 def test_error_is_not_larger_than_eager() -> None:
     x, target = make_rows(16, 1031, torch.float32), make_targets(16, 1031)
     exact, eager = (v.clone().requires_grad_() for v in (x.double(), x))
