@@ -1,9 +1,9 @@
-"""Registers, spills and stack of every GPU kernel for every target, from the machine code; needs no GPU.
+"""Registers, spills, stack and loops of every GPU kernel for every target, from the machine code; needs no GPU.
 
     python tools/kernel_report.py [--out FILE]        make kernels
 
 Exits with status 1 if a kernel spills or uses local memory. kernel_report_cuda.py and kernel_report_triton.py collect
-the rows: one dict per kernel, target and set of options.
+the rows: one dict per kernel, target and set of options. What is counted of a loop is in kernel_report_loops.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,29 +42,21 @@ def offends(row: Row) -> bool:
     return any(isinstance(row.get(key), int) and row[key] > 0 for key in GATE)
 
 
-def table(rows: Iterable[Row]) -> str:
-    rows = list(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [names, *([str(row.get(name, "")) for name in names] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells
-    )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="also write the rows as JSON")
     args = parser.parse_args()
+    import kernel_report_loops
+
     report = collect()
     bad = 0
     for backend, rows in report.items():
         offenders = [row for row in rows if offends(row)]
         bad += len(offenders)
         print(f"{backend}: {len(rows)} kernels, {len(offenders)} with spills or local memory")
-        print(table(rows), end="\n\n")
+        print(kernel_report_loops.table(rows), end="\n\n")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -8,12 +8,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import kernel_report_amdgcn
+import kernel_report_loops
+import kernel_report_sass
+from kernel_report_loops import Instruction
+
 
 def compile_kernel(
     kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], attributes: dict[Any, Any], shape: dict[str, Any],
-    target: str,
-) -> dict[str, int]:  # fmt: skip
-    """Shared memory, registers, stack and spills of one kernel compiled for ``target``."""
+    target: str, element_bytes: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Shared memory, registers, stack, spills and loops of one kernel compiled for ``target``; what an element of a loop is read from, in bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -23,8 +28,9 @@ def compile_kernel(
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     compiled = triton.compile(source, target=gpu, options={k: v for k, v in shape.items() if not k.isupper()})
     asm = compiled.asm
-    numbers = _amd_numbers(asm["amdgcn"]) if amd else _nvidia_numbers(asm["cubin"])
-    return {"shared": compiled.metadata.shared} | numbers
+    numbers, program = _amd_numbers(asm["amdgcn"]) if amd else _nvidia_numbers(asm["cubin"])
+    loops = [loop.row() for loop in kernel_report_loops.analyse(program, element_bytes)]
+    return {"shared": compiled.metadata.shared} | numbers | {"loops": loops}
 
 
 def _tool(name: str) -> Path:
@@ -47,25 +53,27 @@ def _number(pattern: str, text: str) -> int:
     return int(found.group(1))
 
 
-def _nvidia_numbers(cubin: bytes) -> dict[str, int]:
+def _nvidia_numbers(cubin: bytes) -> tuple[dict[str, int], list[Instruction]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = _run(_tool("cuobjdump"), "--dump-resource-usage", file.name)
-        code = _run(_tool("nvdisasm"), "-c", file.name)
-    return {
+        code = _run(_tool("cuobjdump"), "-sass", file.name)
+    numbers = {
         "registers": _number(r"REG:(\d+)", usage),
         "stack": _number(r"STACK:(\d+)", usage),
         "local": _number(r"LOCAL:(\d+)", usage),
         "ldl": len(re.findall(r"\bLDL\b", code)),
         "stl": len(re.findall(r"\bSTL\b", code)),
     }
+    return numbers, kernel_report_sass.parse(code)
 
 
-def _amd_numbers(assembly: str) -> dict[str, int]:
-    return {
+def _amd_numbers(assembly: str) -> tuple[dict[str, int], list[Instruction]]:
+    numbers = {
         "registers": _number(r"\.vgpr_count:\s+(\d+)", assembly),
         "stack": _number(r"\.private_segment_fixed_size:\s+(\d+)", assembly),
         "spills": _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
         + _number(r"\.sgpr_spill_count:\s+(\d+)", assembly),
     }
+    return numbers, kernel_report_amdgcn.parse(assembly)

@@ -1,4 +1,4 @@
-"""Registers, spills, stack, local-memory instructions and 16-byte loads of every CUDA kernel, read from the machine code.
+"""Registers, spills, stack, local-memory instructions, 16-byte loads and loops of every CUDA kernel, read from the machine code.
 
 python tools/kernel_report_cuda.py [sm_90 ...]                     compiles csrc/cuda, exits 1 if any kernel touches local memory
 python tools/kernel_report_cuda.py --module MODULE.so [sm_90 ...]  reads a built module: seconds in place of minutes, but
@@ -16,14 +16,22 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import kernel_report_loops
+import kernel_report_sass
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
 ARCHES = ("sm_80", "sm_90", "sm_100", "sm_103", "sm_120")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-fmad=false")
 FAULTS = ("stack", "spill_stores", "spill_loads", "ldl", "stl")
+# Kernels whose loops are over logits, and how many tensors of them each reads.
+OVER_LOGITS = {"row_": 1, "exponentials_": 1, "scale_": 1, "cluster_": 1, "divergence_": 2}
 
 
 @functools.cache
@@ -66,6 +74,12 @@ def _readable(symbol: str) -> str:
     return f"{name[1]}<{', '.join([dtype, *re.findall(r'Lb([01])', arguments)])}>"
 
 
+def _bytes_of(kernel: str) -> float | None:
+    """Bytes that an element of its loops is read from."""
+    tensors = next((n for prefix, n in OVER_LOGITS.items() if kernel.startswith(prefix)), None)
+    return None if tensors is None else tensors * (2 if "float16" in kernel else 4)
+
+
 def _section(text: str, pattern: str) -> dict[str, str]:
     """The text after each match of ``pattern``, by its group."""
     pieces = re.split(pattern, text)
@@ -99,6 +113,7 @@ def _collect_source(arch: str, source: Path) -> list[dict[str, Any]]:
     for symbol, kernel in kernels.items():
         kernel["spill_stores"] = _number(r"(\d+) bytes spill stores", spills[symbol])
         kernel["spill_loads"] = _number(r"(\d+) bytes spill loads", spills[symbol])
+        kernel["loops"] = kernel.pop("loops")  # the last column
     return list(kernels.values())
 
 
@@ -113,20 +128,26 @@ def _read(program: str, arch: str) -> dict[str, dict[str, Any]]:
     code = _section(_run("cuobjdump", "-arch", arch, "-sass", program), r"Function : (\w+)")
     if not usage or set(usage) != set(code):
         raise RuntimeError(f"{arch} {Path(program).name}: the tools list different kernels")
+    return {symbol: _row(arch, _readable(symbol), text, code[symbol]) for symbol, text in usage.items()}
+
+
+def _row(arch: str, kernel: str, usage: str, code: str) -> dict[str, Any]:
+    program = kernel_report_sass.parse(code)
+    opcodes = Counter(i.opcode.split(".")[0] for i in program)
+    wide = Counter(i.opcode.split(".")[0] for i in program if ".128" in i.opcode)
     return {
-        symbol: {
-            "arch": arch,
-            "kernel": _readable(symbol),
-            "registers": _number(r"REG:(\d+)", text),
-            "stack": _number(r"STACK:(\d+)", text) + _number(r"LOCAL:(\d+)", text),
-            "shared": _number(r"SHARED:(\d+)", text),
-            "ldl": len(re.findall(r"\bLDL\b", code[symbol])),
-            "stl": len(re.findall(r"\bSTL\b", code[symbol])),
-            "wide_loads": len(re.findall(r"\bLDG\.[\w.]*128\b", code[symbol])),
-            "bulk_copies": len(re.findall(r"\bUBLKCP\b", code[symbol])),
-            "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/", code[symbol], re.MULTILINE)),
-        }
-        for symbol, text in usage.items()
+        "arch": arch,
+        "kernel": kernel,
+        "registers": _number(r"REG:(\d+)", usage),
+        "stack": _number(r"STACK:(\d+)", usage) + _number(r"LOCAL:(\d+)", usage),
+        "shared": _number(r"SHARED:(\d+)", usage),
+        "ldl": opcodes["LDL"],
+        "stl": opcodes["STL"],
+        "wide_loads": wide["LDG"],
+        "wide_shared_loads": wide["LDS"],
+        "bulk_copies": opcodes["UBLKCP"],
+        "instructions": len(program),
+        "loops": [loop.row() for loop in kernel_report_loops.analyse(program, _bytes_of(kernel))],
     }
 
 
@@ -151,12 +172,7 @@ def main(arguments: list[str]) -> int:
         kernels = [kernel for arch in arches or ARCHES for kernel in collect_module(module, arch)]
     else:
         kernels = collect(tuple(arguments) or ARCHES)
-    columns = list(kernels[0])
-    widths = {c: max(len(c), *(len(str(k[c])) for k in kernels)) for c in columns}
-    for values in (dict.fromkeys(columns), *kernels):
-        print(
-            "  ".join(str(c if values[c] is None else values[c]).ljust(widths[c]) for c in columns).rstrip()
-        )
+    print(kernel_report_loops.table(kernels))
     for fault in faults(kernels):
         print("local memory:", fault)
     return 1 if faults(kernels) else 0

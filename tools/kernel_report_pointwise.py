@@ -210,7 +210,7 @@ CASES |= {
 CASES[("scale", "scale_kernel")] = {
     f"{dtype} {layout}": (("x_ptr", "scale_ptr", *aligned), {"x_ptr": f"*{dtype}", **rows})
     for dtype in ("fp32", "bf16", "fp16")
-    for layout, aligned, rows in (("whole", ("width",), {"rows": 1}), ("rows", (), {}))
+    for layout, aligned, rows in (("whole", ("width", "row_stride"), {"rows": 1}), ("rows", (), {}))
 }
 CASES[("reduce", "sum_rows_kernel")] = {
     "factor on the host": (("values_ptr", "out_ptr"), {}),
@@ -317,7 +317,13 @@ def compile_case(case: tuple[str, str, str, str]) -> dict[str, Any]:
             signature[arg] = "i32" if arg in INTEGERS else "fp32"
         if arg in given:
             attributes[(i,)] = [["tt.divisibility", 16]]
-    numbers = compile_kernel(kernel, signature, constexprs, attributes, shape, target)
     dtype = constants.get("x_ptr", "*fp32").removeprefix("*")
+    size = 4 if dtype == "fp32" else 2
+    per_element = {  # bytes of a logit and of what is read with it
+        "scale_kernel": size,
+        "exponentials_kernel": size + 4 * ("bias_ptr" in given),
+        "divergence_kernel": 2 * size + 4 * ("bias_ptr" in given) + 4 * ("y_bias_ptr" in given),
+    }.get(name)
+    numbers = compile_kernel(kernel, signature, constexprs, attributes, shape, target, per_element)
     return {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
             "block": launch.get("BLOCK", ""), "warps": shape["num_warps"]} | numbers  # fmt: skip

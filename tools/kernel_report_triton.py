@@ -1,4 +1,4 @@
-"""Registers, stack, spills and shared memory of every Triton kernel, compiled ahead of time: no GPU is needed.
+"""Registers, stack, spills, shared memory and loops of every Triton kernel, compiled ahead of time: no GPU is needed.
 
     python tools/kernel_report_triton.py
 
@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import kernel_report_loops
 import kernel_report_pointwise
 from kernel_report_compile import compile_kernel
 
@@ -104,7 +105,10 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
         signature[arg] = _type_of(arg, dtype)
         if arg.endswith("_ptr") or (arg in ALIGNED and vocab % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    numbers = compile_kernel(kernel, signature, constexprs, attributes, shape, target)
+    beside = 4 * sum(vector in given for vector in ("bias_ptr", "w_ptr"))  # bytes that come with each logit
+    numbers = compile_kernel(
+        kernel, signature, constexprs, attributes, shape, target, (4 if dtype == "fp32" else 2) + beside
+    )
     return {"kernel": name.removesuffix("_kernel"), "target": target, "dtype": dtype, "options": options,
             "vocab": vocab, "block": shape["BLOCK"], "warps": shape["num_warps"]} | numbers  # fmt: skip
 
@@ -137,10 +141,7 @@ def offends(row: dict[str, Any]) -> bool:
 
 def main() -> int:
     report = collect(sys.argv[1:] or TARGETS)
-    names = list(dict.fromkeys(name for row in report for name in row))
-    print("\t".join(names))
-    for row in report:
-        print("\t".join(str(row.get(name, "")) for name in names), "  <-- spills" if offends(row) else "")
+    print(kernel_report_loops.table(report))
     bad = sum(map(offends, report))
     print(f"{len(report)} kernels, {bad} with spills or local memory")
     return 1 if bad or not report else 0

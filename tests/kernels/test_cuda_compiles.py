@@ -1,21 +1,16 @@
-"""Every CUDA kernel of the built module, for every architecture: none spills a register or has a stack."""
+"""Every CUDA kernel of the built module, for every architecture: no spilled register, no stack, and loops within their limits."""
 
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+from typing import Any
 
+import kernel_report_cuda as report
+import loop_limits
 import pytest
+from gpu import count_loops
 
 import fastloss._build_info as build_info
-
-_spec = importlib.util.spec_from_file_location(
-    "kernel_report_cuda", Path(__file__).resolve().parents[2] / "tools" / "kernel_report_cuda.py"
-)
-assert _spec is not None and _spec.loader is not None
-report = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(report)
-
 
 module = importlib.util.find_spec("fastloss._cuda")
 
@@ -69,3 +64,35 @@ def test_no_kernel_touches_local_memory(arch: str) -> None:
     over_logits = ("row_", "exponentials_", "scale_")
     narrow = [k["kernel"] for k in kernels if k["kernel"].startswith(over_logits) and k["wide_loads"] < 4]
     assert narrow == []
+    assert beyond_limits(kernels, arch) == []
+    if same_compiler():  # the estimates of docs/gpu.md are of these kernels
+        assert count_loops.drift("cuda", arch, count_loops.of_cuda(kernels)) == []
+
+
+def same_compiler() -> bool:
+    return build_info.CUDA["nvcc"] == count_loops.counted_by("nvcc")
+
+
+def beyond_limits(kernels: list[dict[str, Any]], arch: str) -> list[str]:
+    """Both ways: a kernel without a limit is wrong as well as a limit without a kernel."""
+    wrong, seen = [], set()
+    for kernel in kernels:
+        of = kernel["kernel"].replace("bfloat16", "half").replace("float16", "half")
+        if of not in loop_limits.CUDA:
+            if of.startswith(tuple(prefix for prefix in report.OVER_LOGITS if prefix != "divergence_")):
+                wrong.append(f"{of}: no limits")
+            continue
+        seen.add(of)
+        if of.startswith("cluster_") and int(arch.removeprefix("sm_")) < 90:
+            continue  # an empty kernel there
+        name = f"{arch} {kernel['kernel']}"
+        wrong += loop_limits.beyond(name, kernel["loops"], loop_limits.CUDA[of], same_compiler())
+    return [*wrong, *(f"{of}: not there" for of in loop_limits.CUDA.keys() - seen)]
+
+
+@pytest.mark.slow  # half a minute of nvcc: the module as it is built by default has no code for it
+@pytest.mark.skipif(report.find_tool("nvcc") is None, reason="no nvcc")
+def test_sm_103_is_within_the_limits() -> None:
+    kernels = report.collect(("sm_103",))
+    assert report.faults(kernels) == []
+    assert beyond_limits(kernels, "sm_103") == []

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for every target, with no spill and no local memory: read from the machine code."""
+"""Every Triton kernel compiles for every target, with no spill, no local memory and loops within their limits: read from the machine code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import loop_limits
 import pytest
+from gpu import count_loops
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 REPORT = """
@@ -28,7 +30,7 @@ SLOW = ("sm_80", "sm_100", "gfx942")  # half a minute each
     ["sm_90", *(pytest.param(target, marks=pytest.mark.slow) for target in SLOW)],
 )
 def test_no_spills(target: str) -> None:
-    pytest.importorskip("triton")
+    triton = pytest.importorskip("triton")
     import kernel_report_triton
 
     env = {
@@ -44,6 +46,18 @@ def test_no_spills(target: str) -> None:
         "reciprocal_count", "divergence", "logits", "exponentials",
     }  # fmt: skip
     assert [row for row in rows if kernel_report_triton.offends(row)] == []
+    assert [loop for row in rows for loop in row["loops"] if loop["unwaited"]] == []
+    same_compiler = triton.__version__ == count_loops.counted_by("triton")
+    held = set()
+    for row in rows:
+        key = row["kernel"], row["options"], 4 if row["dtype"] == "fp32" else 2
+        if key in loop_limits.TRITON and row.get("vocab", count_loops.LONG) == count_loops.LONG:
+            held.add(key)
+            limits = loop_limits.TRITON[key]
+            assert loop_limits.beyond(f"{target} {key}", row["loops"], limits, same_compiler) == []
+    assert held == loop_limits.TRITON.keys()
+    if same_compiler:  # the estimates of docs/gpu.md are of these kernels
+        assert count_loops.drift("triton kernels", target, count_loops.of_triton(rows)) == []
 
 
 UNKNOWN = """

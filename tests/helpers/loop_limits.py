@@ -1,0 +1,86 @@
+"""What each row kernel's loops are held to: at least so many 16-byte loads of logits in flight, at most so many issue slots an element.
+
+Counted from the machine code (tools/kernel_report_loops.py). A loop that stores to global memory is the writing pass, any other the reading one. The
+limits are the present kernels' worst over sm_80, sm_90, sm_100, sm_103 and sm_120 and a little more: tighten them with the kernels. Of slots they hold with the compilers that tools/gpu/loop_counts.json names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Limit(NamedTuple):
+    in_flight: int  # of loops that read global memory; from shared memory: any
+    slots: float
+
+
+READ, WRITE = "read", "write"
+# "half" is bfloat16 and float16. row_forward: soft-cap or bias, more statistics, gradient; row_grad: soft-cap or bias, weights.
+CUDA: dict[str, dict[str, Limit]] = {
+    "row_forward_kernel<half, 0, 0, 0>": {READ: Limit(4, 7.9)},
+    "row_forward_kernel<half, 0, 0, 1>": {READ: Limit(4, 8.1), WRITE: Limit(2, 7.7)},
+    "row_forward_kernel<half, 0, 1, 0>": {READ: Limit(2, 18.3)},
+    "row_forward_kernel<half, 0, 1, 1>": {READ: Limit(2, 18.5), WRITE: Limit(2, 12)},
+    "row_forward_kernel<half, 1, 0, 0>": {READ: Limit(2, 45.5)},
+    "row_forward_kernel<half, 1, 0, 1>": {READ: Limit(2, 46.3), WRITE: Limit(2, 52.2)},
+    "row_forward_kernel<half, 1, 1, 0>": {READ: Limit(2, 56.6)},
+    "row_forward_kernel<half, 1, 1, 1>": {READ: Limit(2, 55.8), WRITE: Limit(2, 56.5)},
+    "row_forward_kernel<float, 0, 0, 0>": {READ: Limit(4, 19.1)},
+    "row_forward_kernel<float, 0, 0, 1>": {READ: Limit(4, 19.6), WRITE: Limit(2, 14.6)},
+    "row_forward_kernel<float, 0, 1, 0>": {READ: Limit(2, 31.6)},
+    "row_forward_kernel<float, 0, 1, 1>": {READ: Limit(2, 32), WRITE: Limit(2, 19.7)},
+    "row_forward_kernel<float, 1, 0, 0>": {READ: Limit(4, 58.4)},
+    "row_forward_kernel<float, 1, 0, 1>": {READ: Limit(4, 58.8), WRITE: Limit(2, 59)},
+    "row_forward_kernel<float, 1, 1, 0>": {READ: Limit(2, 72)},
+    "row_forward_kernel<float, 1, 1, 1>": {READ: Limit(2, 70.2), WRITE: Limit(2, 64.9)},
+    "row_grad_kernel<half, 0, 0>": {WRITE: Limit(4, 9.8)},
+    "row_grad_kernel<half, 0, 1>": {WRITE: Limit(2, 14)},
+    "row_grad_kernel<half, 1, 0>": {WRITE: Limit(2, 54.3)},
+    "row_grad_kernel<half, 1, 1>": {WRITE: Limit(2, 58.2)},
+    "row_grad_kernel<float, 0, 0>": {WRITE: Limit(4, 16.4)},
+    "row_grad_kernel<float, 0, 1>": {WRITE: Limit(4, 22.4)},
+    "row_grad_kernel<float, 1, 0>": {WRITE: Limit(4, 60.4)},
+    "row_grad_kernel<float, 1, 1>": {WRITE: Limit(4, 66.1)},
+    "scale_kernel<half>": {WRITE: Limit(4, 4.9)},
+    "scale_kernel<float>": {WRITE: Limit(4, 3.6)},
+    "exponentials_kernel<half, 0>": {WRITE: Limit(4, 7.7)},
+    "exponentials_kernel<half, 1>": {WRITE: Limit(2, 48.9)},
+    "cluster_rows_kernel<half>": {READ: Limit(0, 7.6), WRITE: Limit(0, 7.4)},
+    "cluster_rows_kernel<float>": {READ: Limit(0, 18.8), WRITE: Limit(0, 16)},
+}
+# Triton's, with rows whose length 16 divides, by options and bytes of a logit: the worst of sm_80, sm_90, sm_100 and gfx942.
+TRITON: dict[tuple[str, str, int], dict[str, Limit]] = {
+    ("row_stats", "plain", 2): {READ: Limit(1, 13.9)},
+    ("row_stats", "plain", 4): {READ: Limit(1, 26.9)},
+    ("row_grad", "plain", 2): {WRITE: Limit(1, 18.8)},
+    ("row_grad", "plain", 4): {WRITE: Limit(1, 24.1)},
+    ("row_cross_entropy", "plain", 2): {READ: Limit(1, 13.8), WRITE: Limit(1, 18.8)},
+    ("row_cross_entropy", "plain", 4): {READ: Limit(1, 26.7), WRITE: Limit(1, 23.6)},
+    ("scale", "bf16 whole", 2): {WRITE: Limit(1, 9.0)},
+}
+
+
+def beyond(
+    name: str, loops: list[dict[str, Any]], limits: dict[str, Limit], same_compiler: bool
+) -> list[str]:
+    """Every loop beyond its limit, and every pass that was not found, in words. Slots are those of the compiler that they were counted with."""
+    found: set[str] = set()
+    wrong = []
+    for loop in loops:
+        kind = WRITE if loop["moves"].endswith(">global") else READ
+        found.add(kind)
+        what = f"{name} {loop['moves']}"
+        if loop["unwaited"]:
+            wrong.append(
+                f"{what}: {loop['unwaited']} registers are read before they are there, by this count"
+            )
+        if kind not in limits:
+            wrong.append(f"{what}: no limit")
+            continue
+        if loop["moves"].startswith("global") and loop.get("in_flight global 16", 0) < limits[kind].in_flight:
+            wrong.append(
+                f"{what}: {loop.get('in_flight global 16', 0)} loads in flight, not {limits[kind].in_flight}"
+            )
+        if loop["per_element"] <= 0 or (same_compiler and loop["per_element"] > limits[kind].slots):
+            wrong.append(f"{what}: {loop['per_element']} slots, not {limits[kind].slots}")
+    return [*wrong, *(f"{name}: no {kind}ing loop" for kind in limits.keys() - found)]
