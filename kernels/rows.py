@@ -621,7 +621,7 @@ def row_stats(
         with on_device_of(logits):
             row_stats_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
-                options.row_scale, float(options.softcap), *[out.get(name) for name in (*STATS, LSE_PARTS)], RAW=_is_raw(logits, options, bias), HAS_SOFTCAP=options.softcap > 0,
+                options.row_scale, float(options.softcap), *[out.get(name) for name in (*STATS, LSE_PARTS)], RAW=is_raw(logits, options, bias), HAS_SOFTCAP=options.softcap > 0,
                 **options_of(launch_shape(vocab, options.softcap > 0, logits.element_size()), logits.device),
             )  # fmt: skip
     return out
@@ -651,7 +651,7 @@ def row_grad(
             row_grad_kernel[(logits.shape[0],)](
                 logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale),
                 options.row_scale, float(options.softcap), lse_parts, a, b, c, d, w, _w_stride(w), out, out.stride(0),
-                RAW=_is_raw(logits, options, bias), HAS_SOFTCAP=options.softcap > 0, **options_of(shape, logits.device),
+                RAW=is_raw(logits, options, bias), HAS_SOFTCAP=options.softcap > 0, **options_of(shape, logits.device),
             )  # fmt: skip
 
 
@@ -681,7 +681,7 @@ def row_cross_entropy(
                 w, _w_stride(w), 1.0 - o.label_smoothing, o.label_smoothing / vocab, float(o.z_loss),
                 float(factor.value), factor.tensor, grad, 0 if grad is None else grad.stride(0),
                 out["loss"], *[out.get(name) for name in (*STATS, LSE_PARTS)],
-                RAW=_is_raw(logits, o, bias), HAS_SOFTCAP=o.softcap > 0, SPREAD=spread,
+                RAW=is_raw(logits, o, bias), HAS_SOFTCAP=o.softcap > 0, SPREAD=spread,
                 **options_of(launch_shape(vocab, o.softcap > 0, logits.element_size()), logits.device),
             )  # fmt: skip
     return out
@@ -698,7 +698,7 @@ def _row_of(logits: Tensor) -> int:
     return vocab
 
 
-def _is_raw(logits: Tensor, options: RowOptions | CrossEntropyOptions, bias: Tensor | None) -> bool:
+def is_raw(logits: Tensor, options: RowOptions | CrossEntropyOptions, bias: Tensor | None) -> bool:
     """Whether z is a factor above 0 times a low-precision logit (``row_scale`` is above 0)."""
     return logits.dtype != torch.float32 and bias is None and options.softcap <= 0 and options.scale > 0
 
