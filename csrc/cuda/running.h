@@ -8,13 +8,19 @@
 
 namespace fastloss::cuda {
 
-// Of logits of type T. Sums are of powers and exponents relative to the reference, which is the largest value
-// so far, or 0 while that is infinite: differences of large logits stay exact.
+// Of logits of type T. Sums are of powers and exponents relative to the reference of the largest value so
+// far, or of one whose z was less by no more than kSlack: differences of large logits stay exact. Until
+// combine_over_block(), that is: then relative to the largest, or 0 where that is infinite.
 template <class T, bool Extra>
 struct Running {
   using Exponent = LogitExponent<T>;
 
+  // Without it nearly every warp of every pack would take the path of a new maximum, which one thread's is
+  // enough for.
+  static constexpr float kSlack = 5;
+
   float max = -INFINITY, reference = 0;
+  float limit = -INFINITY;                 // a larger value changes the reference
   float powers = 0;                        // sum of e^(z - base)
   float powers_x = 0, powers_squared = 0;  // sum of powers times exponents, of squares of powers
   float x = 0, count = 0, weight_x = 0,
@@ -23,7 +29,7 @@ struct Running {
   // A first maximum of -inf gives factor 0 to sums that are 0; a maximum of +inf is made NaN by the caller.
   __device__ void rebase(const Exponent& exponent, float new_max) {
     const float old_max = max, old_reference = reference;
-    max = new_max;
+    max = new_max, limit = new_max + kSlack / exponent.scale;
     reference = exponent.reference_of(max);
     const float shift = exponent.between(old_reference, reference);
     const float factor = fabsf(old_max) == INFINITY ? 0.0f : Exponent::power(shift);
@@ -42,7 +48,8 @@ struct Running {
     float largest = values[0];
 #pragma unroll
     for (int k = 1; k < N; ++k) largest = fmaxf(largest, values[k]);
-    if (largest > max) rebase(exponent, largest);
+    if (largest > limit) rebase(exponent, largest);
+    max = fmaxf(max, largest);
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
