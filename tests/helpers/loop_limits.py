@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 
 class Limit(NamedTuple):
-    in_flight: int  # of loops that read global memory; from shared memory: any
+    in_flight: int  # of loops that read global memory, loads of 16 bytes; from shared memory: any
     slots: float
 
 
@@ -45,10 +45,13 @@ CUDA: dict[str, dict[str, Limit]] = {
     "scale_kernel<float>": {WRITE: Limit(4, 3.6)},
     "exponentials_kernel<half, 0>": {WRITE: Limit(4, 7.7)},
     "exponentials_kernel<half, 1>": {WRITE: Limit(2, 48.9)},
+    # One element of each row at a time, and the divergence with the most special functions.
+    "divergence_kernel<half>": {READ: Limit(0, 257), WRITE: Limit(0, 188)},
+    "divergence_kernel<float>": {READ: Limit(0, 255), WRITE: Limit(0, 185)},
     "cluster_rows_kernel<half>": {READ: Limit(0, 7.6), WRITE: Limit(0, 7.4)},
     "cluster_rows_kernel<float>": {READ: Limit(0, 18.8), WRITE: Limit(0, 16)},
 }
-# Triton's, with rows whose length 16 divides, by options and bytes of a logit: the worst of sm_80, sm_90, sm_100 and gfx942.
+# Triton's, with rows whose length 16 divides, by options and bytes of a logit: the worst of the NVIDIA architectures and gfx942.
 TRITON: dict[tuple[str, str, int], dict[str, Limit]] = {
     ("row_stats", "plain", 2): {READ: Limit(1, 13.9)},
     ("row_stats", "plain", 4): {READ: Limit(1, 26.9)},

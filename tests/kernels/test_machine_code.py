@@ -164,6 +164,21 @@ def test_which_way_is_taken(straight: list[str], aside: list[str], takes: str) -
     assert only_loop(*lines).slots == 3 + (len(straight) + 1 if takes == "straight" else len(aside))
 
 
+def test_a_switch_leads_to_its_cases() -> None:
+    loop = only_loop(
+        "S2R R0, SR_TID.X | 0",
+        "LDG.E.128 R4, desc[UR4][R2.64] | 1 |",
+        "BRX R6 -0x30 | | 1",
+        "FADD R7, R7, R4 | |",
+        "BRA 0x70 | |",
+        "MUFU.EX2 R7, R4 | |",
+        "BRA 0x70 | |",
+        "@P1 BRA 0x10 | |",
+        "EXIT | |",
+    )
+    assert (loop.slots, loop.kinds["mufu"]) == (5, 1)
+
+
 def test_narrow_loads_beside_wide_ones_bring_nothing() -> None:
     """An unaligned row's loads, under a predicate or behind a branch: slots in the one case, not on the path in the other."""
     predicated = only_loop(

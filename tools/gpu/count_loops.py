@@ -29,6 +29,7 @@ CUDA = (
     "scale_kernel<{}>",
     "cluster_rows_kernel<{}>",
     "exponentials_kernel<{}, 0>",
+    "divergence_kernel<{}>",
 )
 LONG = 32768  # a vocabulary of many blocks, which 16 divides
 
