@@ -71,7 +71,7 @@ def _readable(symbol: str) -> str:
         return name[1]
     arguments = symbol[name.end() : symbol.index("EEv", name.end())]
     dtype = next((t for t in ("bfloat16", "float16") if t in arguments), "float")
-    return f"{name[1]}<{', '.join([dtype, *re.findall(r'Lb([01])', arguments)])}>"
+    return f"{name[1]}<{', '.join([dtype, *re.findall(r'L(?:b|N.*?E)([0-9]+)(?=E|$)', arguments)])}>"  # flags and codes
 
 
 def _bytes_of(kernel: str) -> float | None:

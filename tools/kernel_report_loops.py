@@ -7,7 +7,7 @@ counted from them, the same for both:
   without a loop inside are looked at, and only those that load from global or shared memory. An indirect jump (a switch) leads to the
   blocks behind it, up to the next such jump, that nothing else enters.
 - An iteration is **one path** from the loop's first block to a branch back to it: of all paths that with the most accesses of 16 bytes,
-  then with the most special functions, with the fewest narrower accesses and with the fewest instructions. So rows are aligned, no step is a last one,
+  then with the most special functions (a block with one alone is left out: there a sum is brought to a new maximum, which is rare), with the fewest narrower accesses and with the fewest instructions. So rows are aligned, no step is a last one,
   there are a bias and a soft-cap where the kernel knows them, and what concerns the target's entry alone is left out. A loop that reads either kind of memory is followed twice, with global loads and without.
 - **Slots** are the instructions of that path, each one issue of one warp. An instruction whose predicate is off takes its slot as well.
 - **Elements** are the bytes that its loads bring (those of 16 bytes if there are any; global ones if there are any, else shared ones) over the bytes of an
@@ -198,6 +198,7 @@ def _score(block: Block, has_wide: bool, shared_alone: bool) -> tuple[int, ...]:
             wide_global += a.size == WIDE and a.space == "global" and a.load and not a.beside
             narrow += a.size < WIDE
     length = len(block.instructions)
+    special = 0 if special == 1 else special  # see above
     return (-wide_global if shared_alone else 0, wide, special, -narrow if has_wide else narrow, -length)
 
 

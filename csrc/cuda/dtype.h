@@ -131,6 +131,16 @@ __device__ inline void store_pack(T* p, const float (&x)[Pack<T>::N]) {
 }
 
 template <class T>
+__device__ inline void store_anywhere(T* p, const float (&x)[Pack<T>::N], bool aligned) {
+  if (aligned) {
+    store_pack(p, x);
+  } else {
+#pragma unroll
+    for (int k = 0; k < Pack<T>::N; ++k) p[k] = from_float<T>(x[k]);
+  }
+}
+
+template <class T>
 __device__ inline void store_pack_unaligned(T* p, const Pack<T>& pack) {
 #pragma unroll
   for (int k = 0; k < Pack<T>::N; ++k)

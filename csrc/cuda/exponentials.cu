@@ -18,16 +18,6 @@ constexpr float kMost = 1208925819614629174706176.0f;  // 2^80: of a sum of expo
 constexpr int kPacksPerThread = 4;
 constexpr int64_t kMaxVocab = int64_t(1) << 30;  // indices within a row are 32-bit
 
-template <class T>
-__device__ inline void store_anywhere(T* p, const float (&x)[Pack<T>::N], bool aligned) {
-  if (aligned) {
-    store_pack(p, x);
-  } else {
-#pragma unroll
-    for (int k = 0; k < Pack<T>::N; ++k) p[k] = from_float<T>(x[k]);
-  }
-}
-
 // `unit`: what exponents are measured in before they are subtracted from: raw logits times scale and log2 e
 // in one multiply-add, or z times log2 e.
 template <class T, bool General>

@@ -8,13 +8,19 @@
 
 namespace fastloss::cuda {
 
-// Of logits of type T. Sums are of powers and exponents relative to the offset of base(), which is the
-// largest z so far, or 0 while that is infinite: differences of large logits stay exact.
+// Of logits of type T. Sums are of powers and exponents relative to the offset of the largest z so far, or of
+// one that was less by no more than kSlack: differences of large logits stay exact. Until
+// combine_over_block(), that is: then relative to base(), the largest z, or 0 where that is infinite.
 template <class T, bool Extra>
 struct Running {
   using Exponent = LogitExponent<T>;
 
+  // Without it nearly every warp of every pack would take the path of a new maximum, which one thread's is
+  // enough for.
+  static constexpr float kSlack = 5;
+
   float max = -INFINITY, offset = 0;
+  float limit = -INFINITY;                 // a larger z changes the offset
   float powers = 0;                        // sum of e^(z - base)
   float powers_x = 0, powers_squared = 0;  // sum of powers times exponents, of squares of powers
   float x = 0, count = 0, weight_x = 0,
@@ -25,7 +31,7 @@ struct Running {
   // A first maximum of -inf gives factor 0 to sums that are 0; a maximum of +inf is made NaN by the caller.
   __device__ void rebase(float new_max) {
     const float old_max = max, old_offset = offset;
-    max = new_max;
+    max = new_max, limit = new_max + kSlack;
     offset = Exponent::offset_of(base());
     const float shift = old_offset - offset;
     const float factor = fabsf(old_max) == INFINITY ? 0.0f : Exponent::power(shift);
@@ -45,7 +51,8 @@ struct Running {
 #pragma unroll
     for (int k = 1; k < N; ++k) largest = fmaxf(largest, values[k]);
     const float new_max = exponent.scale * largest;
-    if (new_max > max) rebase(new_max);
+    if (new_max > limit) rebase(new_max);
+    max = fmaxf(max, new_max);
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {

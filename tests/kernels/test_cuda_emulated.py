@@ -22,8 +22,15 @@ from torch import Tensor
 
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import WHOLE, Backend, Factor
+from fastloss.engine.definition import ReferenceBackend
 from fastloss.engine.native import CudaContext, NativeBackend, emulated_cuda
-from fastloss.tables import STATS, CrossEntropyOptions, RowOptions
+from fastloss.tables import (
+    DISTILLATION_DIVERGENCES,
+    STATS,
+    CrossEntropyOptions,
+    DistillationOptions,
+    RowOptions,
+)
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no g++ for the CUDA emulation")
 
@@ -277,6 +284,43 @@ def test_layouts_and_in_place_give_the_same_bits(stride: int, shift: int, dtype:
     for name in STATS:
         assert torch.equal(out[name], want[name])
         assert torch.equal(plain[name], want[name])
+
+
+@pytest.mark.parametrize("divergence", range(len(DISTILLATION_DIVERGENCES)))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_divergences_of_rows_in_packs_and_beside_them(dtype: torch.dtype, divergence: int) -> None:
+    """Every class in a pack, some behind the last, rows that begin between two packs, in place: the same numbers, those of
+    the definition in float64."""
+    vocab, generator = 1031, torch.Generator().manual_seed(1)
+    target = make_targets(3, vocab)
+    bias, of_teacher, factors = (torch.randn(n, generator=generator) for n in (vocab, vocab, 3))
+    options = DistillationOptions(
+        divergence=divergence, interpolation=0.3, teacher_scale=0.5, hard_loss_coef=0.25, scale=0.75
+    )
+    results = []
+    for student, teacher, out in [(0, 0, 0), (0, 0, 1), (1, 0, 1), (0, 3, 0)]:
+        x, grad = (make_rows(3, vocab, dtype, 1040, shift) for shift in (student, out))
+        y = make_rows(3, vocab, dtype, 1040, teacher).copy_(make_rows(3, vocab, dtype).flip(1))
+        if student == out:
+            grad = x
+        lse = [
+            kernels().row_stats(z, None, RowOptions(scale=scale), want=("lse_parts",), bias=b)["lse_parts"]
+            for z, scale, b in ((x, 0.75, bias), (y, 0.5, of_teacher), (x, 1.0, bias))
+        ]
+        names = ("lse_parts", "teacher_lse_parts", "hard_lse_parts")
+        given = dict(zip(names, lse, strict=True)) | {"bias": bias, "teacher_bias": of_teacher}
+        exact = x.double()
+        right = ReferenceBackend().row_divergence(
+            exact, y.double(), target, options, factors=factors.double(), grad=exact,
+            **{name: value.double() for name, value in given.items()},
+        )  # fmt: skip
+        sums = kernels().row_divergence(x, y, target, options, factors=factors, grad=grad, **given)
+        close(grad, exact, dtype)
+        close(sums[:, :-1], right[:, :-1])
+        results.append((sums, grad))
+    for sums, grad in results[1:]:
+        assert torch.equal(sums, results[0][0])
+        assert torch.equal(grad, results[0][1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -140,8 +140,9 @@ def test_the_path_is_the_aligned_one_without_the_target() -> None:
 @pytest.mark.parametrize(
     ("straight", "aside", "takes"),
     [
-        (["MUFU.EX2 R6, R4 | |", "FADD R7, R7, R6 | |"], ["FADD R7, R7, R4 | |"], "straight"),  # a soft-cap
-        (["FADD R7, R7, R4 | |"], ["MUFU.EX2 R6, R4 | |", "FADD R7, R7, R6 | |"], "aside"),
+        (["MUFU.EX2 R6, R4 | |", "MUFU.RCP R6, R6 | |"], ["FADD R7, R7, R4 | |"], "straight"),  # a soft-cap
+        (["FADD R7, R7, R4 | |"], ["MUFU.EX2 R6, R4 | |"] * 3, "aside"),
+        (["MUFU.EX2 R6, R4 | |", "FADD R7, R7, R6 | |"], ["FADD R7, R7, R4 | |"], "aside"),  # a new maximum
         (["LDG.E.U16 R6, desc[UR4][R2.64] | |"], ["FADD R7, R7, R4 | |"] * 3, "aside"),  # an unaligned bias
         (["FADD R7, R7, R4 | |"], ["FADD R7, R7, R4 | |"] * 3, "straight"),  # the target's entry
         (["FADD R7, R7, R4 | |"] * 4, ["FADD R7, R7, R4 | |"], "aside"),
@@ -170,13 +171,14 @@ def test_a_switch_leads_to_its_cases() -> None:
         "LDG.E.128 R4, desc[UR4][R2.64] | 1 |",
         "BRX R6 -0x30 | | 1",
         "FADD R7, R7, R4 | |",
-        "BRA 0x70 | |",
+        "BRA 0x80 | |",
         "MUFU.EX2 R7, R4 | |",
-        "BRA 0x70 | |",
+        "MUFU.RCP R7, R7 | |",
+        "BRA 0x80 | |",
         "@P1 BRA 0x10 | |",
         "EXIT | |",
     )
-    assert (loop.slots, loop.kinds["mufu"]) == (5, 1)
+    assert (loop.slots, loop.kinds["mufu"]) == (6, 2)
 
 
 def test_narrow_loads_beside_wide_ones_bring_nothing() -> None:

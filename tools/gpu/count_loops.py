@@ -29,7 +29,8 @@ CUDA = (
     "scale_kernel<{}>",
     "cluster_rows_kernel<{}>",
     "exponentials_kernel<{}, 0>",
-    "divergence_kernel<{}>",
+    "divergence_kernel<{}, 0>",  # forward KL
+    "divergence_kernel<{}, 2>",  # Jensen-Shannon
 )
 LONG = 32768  # a vocabulary of many blocks, which 16 divides
 

@@ -173,9 +173,8 @@ def row_kernels(backend: str, vocab: int) -> list[Kernel]:
             Kernel(f"gradient from coefficients, {dtype}", grad, size, 256 if cuda else 1024, _updates),
             Kernel(f"scaling by the upstream gradient, {dtype}", f"scale_kernel<{dtype}>", size, 256, _updates),
         ]  # fmt: skip
-        if cuda:
-            name = f"distillation, the longest divergence, {dtype}"
-            found.append(
-                Kernel(name, f"divergence_kernel<{dtype}>", size, 256, _both_twice, floor=3.0, tensors=2)
-            )
+        for code, name in ((0, "forward KL"), (2, "Jensen-Shannon")) if cuda else ():
+            of = f"divergence_kernel<{dtype}, {code}>"
+            name = f"distillation by {name} with its gradient, {dtype}"
+            found.append(Kernel(name, of, size, 256, _both_twice, floor=3.0, tensors=2))
     return found
