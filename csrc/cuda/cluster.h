@@ -21,7 +21,7 @@ constexpr int kMaxCluster = 8;  // what every device with clusters can do
 
 namespace fastloss::cuda {
 
-// Counts the bytes of the copies announced to it; 8 bytes of shared memory. One thread announces, all wait.
+// Counts the bytes of copies and gifts; 8 bytes of shared memory. One thread announces them, all wait.
 struct Arrivals {
   uint64_t state;
 };
@@ -48,24 +48,34 @@ __device__ inline void cluster_barrier() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Into the place of `mine` in the shared memory of block `rank`.
-__device__ inline void give(float* mine, int rank, float value) {
-  uint32_t theirs;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(theirs), "f"(value) : "memory");
-}
-
 // One thread; the fence shows the barriers to the unit that copies.
 __device__ inline void start_counting(Arrivals* arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrivals)) : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// One thread. Multiples of 16 bytes, both ends aligned to 16 bytes.
-__device__ inline void copy_bulk(void* to, const void* from, int bytes, Arrivals* arrivals) {
+// One thread: the phase is over when so many bytes have come, before or after this.
+__device__ inline void expect(Arrivals* arrivals, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrivals)),
                "r"(bytes)
                : "memory");
+}
+
+// 16 bytes into the place of `mine` in the shared memory of block `rank`, counted by that block's `arrivals`.
+// No fence: what the receiver may do after it must follow from the numbers themselves.
+__device__ inline void give(float4* mine, int rank, float4 value, Arrivals* arrivals) {
+  uint32_t theirs, counts;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(theirs) : "r"(shared_address(mine)), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(shared_address(arrivals)), "r"(rank));
+  asm volatile(
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          theirs),
+      "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(counts)
+      : "memory");
+}
+
+// One thread. Multiples of 16 bytes, both ends aligned to 16 bytes; the bytes have been announced.
+__device__ inline void copy_bulk(void* to, const void* from, int bytes, Arrivals* arrivals) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
           shared_address(to)),

@@ -23,8 +23,9 @@ constexpr int kClusterThreads = 2 * kMaxThreads;  // one block on a multiprocess
 // What a block has in shared memory behind its two pieces. Two of each: a block that is ahead is in the next
 // row.
 struct Exchange {
-  float max[2][kMaxCluster], powers[2][kMaxCluster];
-  Arrivals arrivals[2];
+  float4 shares[2][kMaxCluster];  // of each block: its largest z, its sum of powers, the target's value if it
+                                  // is there
+  Arrivals copied[2], given[2];
 };
 
 __device__ inline void put_number(float* out, int64_t row, float value) {
@@ -46,17 +47,20 @@ __global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits
   const int rest = rank == size - 1 ? vocab - packs * N : 0;
   const Transform<false> of_all(in);
 
-  if (thread == 0) start_counting(&exchange.arrivals[0]), start_counting(&exchange.arrivals[1]);
+  if (thread == 0) {
+    for (int i = 0; i < 2; ++i) start_counting(&exchange.copied[i]), start_counting(&exchange.given[i]);
+  }
   cluster_barrier();  // every block of the cluster is there, and can be given numbers
 
   const auto is_ignored = [&](int64_t row) { return in.target[row] == in.ignore_index; };
   const auto fetch = [&](int64_t row, int stage) {
     if (thread != 0 || mine == 0 || row >= in.rows || is_ignored(row)) return;
+    expect(&exchange.copied[stage], mine * 16);
     copy_bulk(shared + stage * 16 * piece, static_cast<const T*>(in.x) + row * in.row_stride + first * N,
-              mine * 16, &exchange.arrivals[stage]);
+              mine * 16, &exchange.copied[stage]);
   };
 
-  uint32_t parities = 0;  // bit s: of the phase that stage s is in
+  uint32_t copies = 0, gifts = 0;  // bit s: the parity of the phase that copied[s], given[s] is in
   int stage = 0, turn = 0;
   int64_t row = blockIdx.x / size;
   fetch(row, stage);
@@ -80,12 +84,10 @@ __global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits
     const int t = bad ? -1 : int(wide_t);
     const Transform<false> transform = of_all.of_row(in, row);
     const auto exponent = transform.template exponent<T>();
-    // Read before the barriers that let any block of the cluster write its gradient over the logits.
-    const float value_t = bad ? 0.0f : to_float(x[t]);
     const float w_t = !bad && ce.w ? ce.w[row * ce.w_row_stride + t] : 1.0f;
     const float last = thread < rest ? to_float(x[packs * N + thread]) : 0.0f;
 
-    if (mine > 0) wait_for(&exchange.arrivals[stage], parities >> stage & 1), parities ^= 1u << stage;
+    if (mine > 0) wait_for(&exchange.copied[stage], copies >> stage & 1), copies ^= 1u << stage;
     const uint4* kept = reinterpret_cast<const uint4*>(shared + stage * 16 * piece);
     Running<T, false> sums;
     for_each_pack<U>(
@@ -103,20 +105,30 @@ __global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits
     }
     sums.combine_over_block();
 
+    if (thread == 0) expect(&exchange.given[turn], 16 * size);
     if (thread < size) {
-      give(&exchange.max[turn][rank], thread, sums.max);
-      give(&exchange.powers[turn][rank], thread, sums.powers);
+      // A block reads its own part of the row alone, and writes over it when it has the shares of all: no
+      // fence is needed.
+      const int at = t - first * N;
+      const bool is_mine = at >= 0 && at < mine * N + rest;
+      const float value =
+          !is_mine ? 0.0f : to_float(at < mine * N ? reinterpret_cast<const T*>(kept)[at] : x[t]);
+      give(&exchange.shares[turn][rank], thread, {sums.max, sums.powers, value, 0.0f}, &exchange.given[turn]);
     }
-    cluster_barrier();
+    wait_for(&exchange.given[turn], gifts >> turn & 1), gifts ^= 1u << turn;
     // The same order in every thread of the cluster: the same bits.
-    float largest = -INFINITY;
-    for (int of = 0; of < size; ++of) largest = fmaxf(largest, exchange.max[turn][of]);
+    float largest = -INFINITY, value_t = 0;
+    for (int of = 0; of < size; ++of) {
+      const float4 theirs = exchange.shares[turn][of];
+      largest = fmaxf(largest, theirs.x), value_t += theirs.z;
+    }
     Running<T, false> whole;
     whole.rebase(largest);
     for (int of = 0; of < size; ++of) {
+      const float4 share = exchange.shares[turn][of];
       Running<T, false> theirs;
-      theirs.rebase(exchange.max[turn][of]);
-      theirs.powers = exchange.powers[turn][of];
+      theirs.rebase(share.x);
+      theirs.powers = share.y;
       theirs.rebase(largest);
       whole.powers += theirs.powers;
     }

@@ -572,7 +572,7 @@ def test_blocks_of_a_cluster_do_not_race() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("left_out", ["cluster barriers", "arrivals", "block barrier"])
+@pytest.mark.parametrize("left_out", ["cluster barriers", "arrivals", "gifts", "block barrier"])
 def test_the_emulation_notices_what_a_cluster_leaves_out(left_out: str) -> None:
     done = subprocess.run([build_cluster_check(), left_out], capture_output=True, text=True)
     assert done.returncode != 0

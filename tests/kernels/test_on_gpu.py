@@ -113,6 +113,19 @@ def test_rows(backend: str, vocab: int, dtype: torch.dtype, layout: str, inplace
 
 
 @gpu
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "odd stride", "padded"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1000, *VOCABS])
+def test_rows_read_once(
+    vocab: int, dtype: torch.dtype, layout: str, inplace: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By clusters, of more rows than there are clusters at once; those that do not begin at 16 bytes by the other kernel."""
+    monkeypatch.setenv("FASTLOSS_CLUSTER_ROWS", "1")
+    check_rows("cuda", vocab, dtype, layout, inplace, DEVICE, rows=140)
+
+
+@gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_more_rows_than_a_dimension_of_the_grid_takes(backend: str) -> None:
     check_rows(need(backend), 64, torch.float32, "dense", False, DEVICE, rows=70001)

@@ -1,12 +1,16 @@
 // csrc/cuda/cluster.h on the CPU. A cluster's blocks run at once, each in a thread of its own whose fibers
 // are the block's CUDA threads; clusters run one after another. A bulk copy spoils its destination (all bits
 // set: NaN) when it is issued and copies only when somebody waits for the phase that it belongs to: who reads
-// without the wait, or waits for the wrong phase, reads NaN. Included by cluster.h alone.
+// without the wait, or waits for the wrong phase, reads NaN. What is given to another block is there at once,
+// so that the race detector sees who reads it without having waited, or before the last reader is done.
+// Included by cluster.h alone.
 #pragma once
 
+#include <chrono>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -21,6 +25,7 @@ struct Cluster {
   std::condition_variable changed;
   int arrived = 0;
   unsigned generation = 0;
+  std::map<const void*, int> given;  // bytes, by the Arrivals that count them
 
   void wait() {
     std::unique_lock<std::mutex> lock(mutex);
@@ -37,7 +42,7 @@ struct Cluster {
 inline thread_local Cluster* cluster;
 inline thread_local int cluster_rank;
 // Left out, so that a test sees that the emulation notices.
-inline bool no_cluster_barriers = false, no_arrivals = false;
+inline bool no_cluster_barriers = false, no_arrivals = false, no_gifts = false;
 inline std::atomic<int> cluster_launches;
 
 [[noreturn]] inline void refuse(const char* what) {
@@ -58,6 +63,8 @@ inline thread_local std::vector<Copy> copies;  // of a block, issued and not the
 namespace fastloss::cuda {
 
 struct Arrivals {
+  static constexpr uint32_t kStarted = 0x57a27ed;
+  uint32_t started;
   uint32_t phases;  // that are over
   int32_t expected;
 };
@@ -71,36 +78,68 @@ inline void cluster_barrier() {
   emulated::block->wait();
 }
 
-inline void give(float* mine, int rank, float value) {
-  const std::vector<unsigned char*>& shared = emulated::cluster->shared;
-  const auto at = reinterpret_cast<unsigned char*>(mine) - shared[emulated::cluster_rank];
-  memcpy(shared[rank] + at, &value, 4);
+inline void start_counting(Arrivals* arrivals) { *arrivals = {Arrivals::kStarted, 0, 0}; }
+
+inline void expect(Arrivals* arrivals, int bytes) {
+  if (arrivals->expected) emulated::refuse("two announcements in a phase that one thread's arrival ends");
+  arrivals->expected = bytes;
 }
 
-inline void start_counting(Arrivals* arrivals) { *arrivals = {0, 0}; }
+inline void give(float4* mine, int rank, float4 value, Arrivals* arrivals) {
+  emulated::Cluster& cluster = *emulated::cluster;
+  const auto in_block = [&](auto* p) {
+    const auto at = reinterpret_cast<unsigned char*>(p) - cluster.shared[emulated::cluster_rank];
+    return cluster.shared[rank] + at;
+  };
+  const auto theirs = reinterpret_cast<Arrivals*>(in_block(arrivals));
+  if (theirs->started != Arrivals::kStarted) emulated::refuse("given to a block that has not begun to count");
+  memcpy(in_block(mine), &value, sizeof value);
+  const std::lock_guard<std::mutex> lock(cluster.mutex);
+  cluster.given[theirs] += sizeof value;
+}
 
 inline void copy_bulk(void* to, const void* from, int bytes, Arrivals* arrivals) {
   if (uintptr_t(to) % 16 || uintptr_t(from) % 16 || bytes % 16 || bytes <= 0)
     emulated::refuse("a bulk copy that is not of 16-byte pieces");
-  if (arrivals->expected) emulated::refuse("two bulk copies in a phase that one thread's arrival ends");
-  arrivals->expected += bytes;
+  if (arrivals->expected != bytes) emulated::refuse("a bulk copy that was not announced");
   memset(to, 0xff, bytes);
   emulated::copies.push_back({to, from, bytes, arrivals});
 }
 
+// Whether the copy, or all gifts, that a phase waits for are there, which ends it.
+inline bool ends(Arrivals* arrivals) {
+  if (arrivals->expected == 0) return false;
+  for (size_t i = 0; i < emulated::copies.size(); ++i) {
+    const emulated::Copy copy = emulated::copies[i];
+    if (copy.arrivals != arrivals) continue;
+    memcpy(copy.to, copy.from, copy.bytes);
+    emulated::copies.erase(emulated::copies.begin() + i);
+    arrivals->expected = 0, ++arrivals->phases;
+    return true;
+  }
+  const std::lock_guard<std::mutex> lock(emulated::cluster->mutex);
+  int& given = emulated::cluster->given[arrivals];
+  if (given < arrivals->expected) return false;
+  given -= arrivals->expected;
+  arrivals->expected = 0, ++arrivals->phases;
+  return true;
+}
+
 inline void wait_for(Arrivals* arrivals, uint32_t parity) {
   if (emulated::no_arrivals) return;
+  const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(30);
   while ((arrivals->phases & 1) == parity) {  // that phase is not over
-    for (size_t i = 0; i < emulated::copies.size(); ++i) {
-      const emulated::Copy copy = emulated::copies[i];
-      if (copy.arrivals != arrivals) continue;
-      memcpy(copy.to, copy.from, copy.bytes);
-      arrivals->expected = 0, ++arrivals->phases;
-      emulated::copies.erase(emulated::copies.begin() + i);
+    if (ends(arrivals)) {
       emulated::made_progress();
       return;
     }
-    emulated::take_turns();  // the thread that issues it comes later
+    if (arrivals->expected) {  // and other blocks have still to give it
+      if (emulated::no_gifts) return;
+      if (std::chrono::steady_clock::now() > until) emulated::refuse("gifts that nobody gives");
+      std::this_thread::yield();
+      emulated::made_progress();
+    }
+    emulated::take_turns();  // the thread that announces it may come later
   }
 }
 

@@ -1,6 +1,7 @@
 // The row kernel of clusters under ThreadSanitizer, a cluster's blocks all at once: exits 0 if no two race
 // and every row's logsumexp and gradient are those computed here. With an argument something is left out, and
-// the check must fail: "cluster barriers", "arrivals" (the waits for bulk copies), "block barrier".
+// the check must fail: "cluster barriers", "arrivals" (the waits for bulk copies and gifts), "gifts" (those
+// for gifts alone), "block barrier".
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -55,6 +56,7 @@ int main(int argc, char** argv) {
   const char* left_out = argc > 1 ? argv[1] : "";
   emulated::no_cluster_barriers = std::strcmp(left_out, "cluster barriers") == 0;
   emulated::no_arrivals = std::strcmp(left_out, "arrivals") == 0;
+  emulated::no_gifts = std::strcmp(left_out, "gifts") == 0;
   // A row has three: two of the sums over the block, and the one before its stage is copied over.
   if (std::strcmp(left_out, "block barrier") == 0) emulated::skipped_barrier = 2;
   for (const int64_t vocab : {3, 500, 1031, 2051, 3500}) {
