@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 
 from fastloss import tables  # noqa: E402
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942")
 DTYPES = ("fp32", "bf16", "fp16")
 LONG, ODD, SHORT = 32768, 50257, 1000  # many blocks; many without alignment; one block, not divisible by 16
 GATE = ("stack", "local", "ldl", "stl", "spills")  # LDL, STL: loads and stores of local memory

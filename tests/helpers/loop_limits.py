@@ -62,7 +62,7 @@ CUDA: dict[str, dict[str, Limit]] = {
     "divergence_kernel<float, 5>": {READ: Limit(2, 195.3), WRITE: Limit(2, 136.3)},
     "divergence_kernel<float, 6>": {READ: Limit(2, 200.8), WRITE: Limit(2, 135.3)},
 }
-# Triton's, with rows whose length 16 divides, by options and bytes of a logit: the worst of sm_80, sm_90, sm_100 and gfx942.
+# Triton's, with rows whose length 16 divides, by options and bytes of a logit: the worst of the NVIDIA architectures and gfx942.
 TRITON: dict[tuple[str, str, int], dict[str, Limit]] = {
     ("row_stats", "plain", 2): {READ: Limit(1, 8.8)},
     ("row_stats", "plain", 4): {READ: Limit(1, 20.1)},
