@@ -15,7 +15,7 @@ from torch import Tensor
 from fastloss.tables import DISTILLATION_DIVERGENCES, DISTILLATION_SUMS, DistillationOptions
 
 from .arguments import code, expect, expect_float32, on_device_of, options_of
-from .rows import _row_of, exp, load, read_target, store_rounded
+from .rows import LOG2E, _row_of, exp, load, read_target, store_rounded
 from .shapes import SHAPES
 
 INF = tl.constexpr(float("inf"))
@@ -39,7 +39,7 @@ def expm1_nonpositive(x):
     near = x * (near + 1.0 / 6)
     near = x * (near + 0.5)
     near = x * (near + 1.0)
-    return tl.where(x > -0.35, near, tl.exp(x) - 1.0)
+    return tl.where(x > -0.35, near, tl.exp2(x * LOG2E) - 1.0)
 
 
 @triton.jit

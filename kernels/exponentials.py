@@ -15,20 +15,32 @@ from fastloss.tables import CrossEntropyOptions
 
 from . import exact
 from .arguments import expect, expect_float32, floats, on_device_of, options_of
-from .rows import INF, _row_of, launch_shape, load_logits, places, read_target, scale_of, store_rounded
+from .rows import (
+    INF,
+    _row_of,
+    is_raw,
+    launch_shape,
+    load_values,
+    nearest_logit,
+    places,
+    rate_of,
+    read_target,
+    scale_of,
+    store_rounded,
+    unit_of,
+)
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LARGEST = tl.constexpr(MOST)
 SMALL = tl.constexpr(CANCELLED)
 
 
 @triton.jit
 def write_block(
-    sums, x_row, bias_ptr, v, mask, t, scale, softcap, z_t, HAS_SOFTCAP: tl.constexpr
+    sums, x_row, bias_ptr, v, mask, t, scale, softcap, rate, value_t, RAW: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):  # fmt: skip
     """Overwrites the entries v, which are read before; the sums of each lane with theirs, the target left out."""
-    z, slope = load_logits(x_row, bias_ptr, v, mask, scale, softcap, HAS_SOFTCAP, "evict_first")
-    e = tl.exp2((z - z_t) * LOG2E)
+    x, slope = load_values(x_row, bias_ptr, v, mask, scale, softcap, RAW, HAS_SOFTCAP, "evict_first")
+    e = tl.exp2((x - value_t) * rate)
     if mask is not None:
         e = tl.where(mask, e, 0.0)
     e = tl.where(v == t, 0.0, e)
@@ -40,35 +52,34 @@ def write_block(
 
 
 @triton.jit
-def rounded_off(x):
-    """A number of float32 that is one of bfloat16, to nearest, by its bits: the interpreter truncates."""
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def exponentials_kernel(
     x_ptr, row_stride, vocab, target_ptr, ignore_index, bias_ptr, scale, row_scale_ptr, softcap, w_ptr, z_loss, factor, factor_ptr,
     loss_ptr, lse_parts_ptr, multiplier_ptr, residue_ptr, rough_ptr,
-    HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    RAW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     scale = scale_of(scale, row_scale_ptr, row)
     x_row = x_ptr + row * row_stride
     wide_t, ignored, has_target = read_target(target_ptr, row, vocab, ignore_index)
     t = wide_t.to(tl.int32)  # compared with every entry
-    z_t, slope_t = load_logits(x_row, bias_ptr, t, has_target, scale, softcap, HAS_SOFTCAP, "")
+    unit = unit_of(scale, RAW)
+    rate = rate_of(unit, x_row)
+    value_t, slope_t = load_values(x_row, bias_ptr, t, has_target, scale, softcap, RAW, HAS_SOFTCAP, "")
+    z_t = unit * value_t
     tl.debug_barrier()  # every thread has read the target's logit before one writes over it
     whole = vocab // BLOCK * BLOCK
     sums = tl.zeros([BLOCK // WIDTH], tl.float32)
     if has_target:
         for start in range(0, whole, BLOCK):
             v = places(start, ALIGNED, WIDTH, BLOCK)
-            sums = write_block(sums, x_row, bias_ptr, v, None, t, scale, softcap, z_t, HAS_SOFTCAP)
+            sums = write_block(
+                sums, x_row, bias_ptr, v, None, t, scale, softcap, rate, value_t, RAW, HAS_SOFTCAP
+            )
         if whole < vocab:
             v = places(whole, ALIGNED, WIDTH, BLOCK)
-            sums = write_block(sums, x_row, bias_ptr, v, v < vocab, t, scale, softcap, z_t, HAS_SOFTCAP)
+            sums = write_block(
+                sums, x_row, bias_ptr, v, v < vocab, t, scale, softcap, rate, value_t, RAW, HAS_SOFTCAP
+            )
     others = tl.sum(sums, 0)  # of e^(z - z_t), without the target
     tl.debug_barrier()  # the row's entries are written before the target's
 
@@ -86,7 +97,7 @@ def exponentials_kernel(
         at_target = tl.where(b == 0.0, 0.0, tl.div_rn(b - hit - hit * others, b))
         if HAS_SOFTCAP:
             at_target *= slope_t
-        rounded = rounded_off(at_target)
+        rounded = nearest_logit(at_target, x_row)
         tl.store(x_row + t, rounded.to(tl.bfloat16))
         tl.store(residue_ptr + row, at_target - rounded)
     else:
@@ -128,7 +139,7 @@ def row_exponentials(
             exponentials_kernel[(rows,)](
                 logits, logits.stride(0), vocab, target, options.ignore_index, bias, float(options.scale), options.row_scale,
                 float(options.softcap), w, float(options.z_loss), float(factor.value), factor.tensor, *out,
-                HAS_SOFTCAP=options.softcap > 0,
+                RAW=is_raw(logits, options, bias), HAS_SOFTCAP=options.softcap > 0,
                 **options_of(launch_shape(vocab, options.softcap > 0, logits.element_size()), device),
             )  # fmt: skip
     return out

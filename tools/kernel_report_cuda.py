@@ -113,7 +113,6 @@ def _collect_source(arch: str, source: Path) -> list[dict[str, Any]]:
     for symbol, kernel in kernels.items():
         kernel["spill_stores"] = _number(r"(\d+) bytes spill stores", spills[symbol])
         kernel["spill_loads"] = _number(r"(\d+) bytes spill loads", spills[symbol])
-        kernel["loops"] = kernel.pop("loops")  # the last column
     return list(kernels.values())
 
 

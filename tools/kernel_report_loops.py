@@ -4,7 +4,8 @@ kernel_report_sass.py (NVIDIA) and kernel_report_amdgcn.py (AMD) make instructio
 counted from them, the same for both:
 
 - A **loop** is a natural one: all blocks from which a backward branch to a block that dominates them can be reached. Only those
-  without a loop inside are looked at, and only those that load from global or shared memory.
+  without a loop inside are looked at, and only those that load from global or shared memory. An indirect jump (a switch) leads to the
+  blocks behind it, up to the next such jump, that nothing else enters.
 - An iteration is **one path** from the loop's first block to a branch back to it: of all paths that with the most accesses of 16 bytes,
   then with the most special functions (a block with one alone is left out: there a sum is brought to a new maximum, which is rare), with the fewest narrower accesses and with the fewest instructions. So rows are aligned, no step is a last one,
   there are a bias and a soft-cap where the kernel knows them, and what concerns the target's entry alone is left out. A loop that reads either kind of memory is followed twice, with global loads and without.
@@ -50,6 +51,7 @@ class Instruction:
     starts: tuple[str, ...] = ()  # counters that it adds one to until it is done
     waits: tuple[tuple[str, int], ...] = ()  # (counter, at most so many left)
     has_counters: bool = True
+    indirect: bool = False  # a jump to an address in a register
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Loop:
     slots: int
     kinds: dict[str, int]
     in_flight: dict[str, int]  # memory and bytes of one load, "global 16" -> how many
-    bytes_in_flight: int  # of loads from global memory
+    bytes_in_flight: int  # of elements, from global memory
     unwaited: int
 
     @property
@@ -108,7 +110,16 @@ def blocks_of(program: Sequence[Instruction]) -> dict[int, Block]:
             if instruction.falls_through and at + 1 < len(program):
                 block.following.append(program[at + 1].address)
             block = None
+    _follow_indirect(blocks)
     return blocks
+
+
+def _follow_indirect(blocks: dict[int, Block]) -> None:
+    entered = {following for block in blocks.values() for following in block.following}
+    jumps = [address for address, block in blocks.items() if block.instructions[-1].indirect]
+    for at, jump in enumerate(jumps):
+        end = jumps[at + 1] if at + 1 < len(jumps) else max(blocks)
+        blocks[jump].following += [a for a in blocks if jump < a <= end and a not in entered]
 
 
 def _order(blocks: dict[int, Block], first: int) -> list[int]:
@@ -250,7 +261,7 @@ def _loads(path: Sequence[Instruction]) -> tuple[list[Access], Counter[str], int
                 under_way.append((now, set(now.starts) or {"registers"}))
             live = [of.access for of, _ in under_way if of.access and of.access.load]
             most |= Counter(f"{'beside' if a.beside else a.space} {a.size}" for a in live)
-            most_bytes = max(most_bytes, sum(a.size for a in live if a.space == "global"))
+            most_bytes = max(most_bytes, sum(a.size for a in live if a.space == "global" and not a.beside))
     return done, most, most_bytes, unwaited
 
 
@@ -298,6 +309,7 @@ def brief(rows: Sequence[dict[str, Any]]) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of a report, a line each."""
     names = list(dict.fromkeys(name for row in rows for name in row))
+    names.sort(key=lambda name: any(isinstance(row.get(name), list) for row in rows))  # loops last
     lines = [[brief(v) if isinstance(v := row.get(n, ""), list) else str(v) for n in names] for row in rows]
     widths = [max(len(line[i]) for line in [names, *lines]) for i in range(len(names))]
     return "\n".join(

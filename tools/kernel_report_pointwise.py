@@ -252,7 +252,7 @@ CASES[("logits", "logits_kernel")] = {
 CASES[("exponentials", "exponentials_kernel")] = {
     f"{options}, {vocab}": (
         ("x_ptr", "target_ptr", *outputs, *given, *(("vocab", "row_stride") if vocab % 16 == 0 else ())),
-        {"x_ptr": "*bf16", "rough_ptr": "*u8", "HAS_SOFTCAP": options == "full"},
+        {"x_ptr": "*bf16", "rough_ptr": "*u8", "RAW": options == "plain", "HAS_SOFTCAP": options == "full"},
     )
     for outputs in (("loss_ptr", "lse_parts_ptr", "multiplier_ptr", "residue_ptr", "rough_ptr"),)
     for options, given in (

@@ -39,8 +39,9 @@ FP32 = (
 )
 CONVERT = ("F2F", "F2FP", "I2F", "F2I", "I2FP", "PRMT", "FRND", "I2I", "I2IP", "UPRMT")
 BRANCH = ("BRA", "BSSY", "BSYNC", "BREAK", "BMOV", "EXIT", "CALL", "RET", "BRX", "JMP", "WARPSYNC", "BAR", "YIELD", "BPT", "NOP",
-          "DEPBAR", "MEMBAR", "ERRBAR", "CCTL", "SYNCS", "NANOSLEEP", "WARPSYNC", "ELECT", "BRXU", "UCGABAR_ARV", "UCGABAR_WAIT")  # fmt: skip
-LEAVE = ("EXIT", "RET", "BRX", "BRXU", "JMX", "BPT")
+          "DEPBAR", "MEMBAR", "ERRBAR", "CCTL", "SYNCS", "NANOSLEEP", "ELECT", "BRXU", "UCGABAR_ARV", "UCGABAR_WAIT")  # fmt: skip
+INDIRECT = ("BRX", "BRXU", "JMX")
+LEAVE = ("EXIT", "RET", "BPT", *INDIRECT)
 
 
 def _kind(name: str, opcode: str, operands: str) -> str:
@@ -126,7 +127,7 @@ def _instruction(address: int, predicate: str, opcode: str, operands: str, upper
         starts = []
     return Instruction(
         address, opcode, f"{predicate} {opcode} {operands}".strip(), _kind(name, opcode, operands), target, falls, access,
-        frozenset(writes), frozenset(reads), tuple(starts), tuple(waits), upper is not None,
+        frozenset(writes), frozenset(reads), tuple(starts), tuple(waits), upper is not None, name in INDIRECT,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ if str(ROOT) not in sys.path:
 
 from fastloss import tables  # noqa: E402
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+TARGETS = ("sm_80", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942")
 DTYPES = ("fp32", "bf16", "fp16")
 LONG, ODD, SHORT = 32768, 50257, 1000  # many blocks; many without alignment; one block, not divisible by 16
 GATE = ("stack", "local", "ldl", "stl", "spills")  # LDL, STL: loads and stores of local memory
@@ -87,8 +87,13 @@ def compile_case(case: tuple[str, str, str, str, int]) -> dict[str, Any]:
     target, name, options, dtype, vocab = case
     kernel, given = getattr(rows, name), CASES[name][options]
     warp = 64 if target.startswith("gfx") else 32
-    shape = rows.launch_shape(vocab, "HAS_SOFTCAP" in given, 4 if dtype == "fp32" else 2, warp)
-    constants = {**shape, **dict.fromkeys(given, True)}
+    size = 4 if dtype == "fp32" else 2
+    shape = rows.launch_shape(vocab, "HAS_SOFTCAP" in given, size, warp)
+    if name == "row_grad_kernel":
+        both = {"bias_ptr", "w_ptr"} <= {*given}
+        shape = rows.gradient_shape(vocab, "HAS_SOFTCAP" in given, size, both, warp)
+    raw = dtype != "fp32" and not {"bias_ptr", "HAS_SOFTCAP"} & {*given}
+    constants = {**shape, **dict.fromkeys(given, True), "RAW": raw}
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     attributes = {}

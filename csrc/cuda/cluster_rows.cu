@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits
       const float value[1] = {last}, none[1] = {};
       sums.add(exponent, value, none);
     }
-    sums.combine_over_block();
+    sums.combine_over_block(exponent);
 
     if (thread == 0) expect(&exchange.given[turn], 16 * size);
     if (thread < size) {
@@ -123,35 +123,36 @@ __global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits
       largest = fmaxf(largest, theirs.x), value_t += theirs.z;
     }
     Running<T, false> whole;
-    whole.rebase(largest);
+    whole.rebase(exponent, largest);
     for (int of = 0; of < size; ++of) {
       const float4 share = exchange.shares[turn][of];
       Running<T, false> theirs;
-      theirs.rebase(share.x);
+      theirs.rebase(exponent, share.x);
       theirs.powers = share.y;
-      theirs.rebase(largest);
+      theirs.rebase(exponent, largest);
       whole.powers += theirs.powers;
     }
     turn ^= 1;
 
-    const float base = whole.base();
     const bool has_nan = whole.powers != whole.powers;
-    if (fabsf(whole.max) == INFINITY) whole.powers = NAN;  // only -inf, or a +inf
-    const float log_powers = logf(whole.powers);           // relative to the offset, as is log p
-    const float log_p_t = bad ? NAN : fmaf(exponent(value_t, whole.offset), exponent.kE, -log_powers);
-    const float log_sum = exponent.relative_to_base(log_powers, base), lse = base + log_sum;
+    const float largest_z = exponent.scale * whole.max;
+    if (fabsf(largest_z) == INFINITY) whole.powers = NAN;  // only -inf, or a +inf
+    const float log_powers = logf(whole.powers);           // relative to the reference, as is log p
+    const float log_p_t = bad ? NAN : exponent.below(value_t, whole.reference) - log_powers;
+    const float base = exponent.base_of(whole.reference),
+                log_sum = log_powers + exponent.rounded_off(whole.reference), lse = base + log_sum;
     if (leader) {
       if (out.loss) out.loss[row] = cross_entropy_loss(ce.terms, true, w_t, -log_p_t, 0.0f, lse);
       put_number(out.logsumexp, row, lse);
       put_number(out.logprobs, row, log_p_t);
       put_number(out.lse_parts, 2 * row, base), put_number(out.lse_parts, 2 * row + 1, log_sum);
-      if (out.is_top1) out.is_top1[row] = !bad && !has_nan && exponent.scale * value_t >= whole.max;
+      if (out.is_top1) out.is_top1[row] = !bad && !has_nan && exponent.scale * value_t >= largest_z;
     }
 
     const float factor = transform.scale * ce.grad_scale * (ce.grad_scale_ptr ? *ce.grad_scale_ptr : 1.0f);
     auto k = cross_entropy_coefficients(ce.terms, true, w_t, 0.0f, lse);
     if (bad) k.b = NAN;
-    const RowGradient g = {whole.offset, k.a * factor, k.b / whole.powers * factor, 0.0f, 0.0f};
+    const RowGradient g = {whole.reference, k.a * factor, k.b / whole.powers * factor, 0.0f, 0.0f};
     for (int j = thread; j < mine; j += step) {
       const int v = (first + j) * N;
       const float none[N] = {};

@@ -18,18 +18,18 @@ constexpr float kMost = 1208925819614629174706176.0f;  // 2^80: of a sum of expo
 constexpr int kPacksPerThread = 4;
 constexpr int64_t kMaxVocab = int64_t(1) << 30;  // indices within a row are 32-bit
 
-// `unit`: what exponents are measured in before they are subtracted from: raw logits times scale and log2 e
-// in one multiply-add, or z times log2 e.
+// `own`: the target's value, which all others are taken relative to: raw logits, or z. `unit`: scale and log2
+// e.
 template <class T, bool General>
 __device__ inline float write_exponentials(T* x, int vocab, int t, const float* bias,
-                                           const Transform<General>& transform, float unit, float offset) {
+                                           const Transform<General>& transform, float unit, float own) {
   constexpr int N = Pack<T>::N, U = General ? 2 : 4;  // loads in flight
   if (!General) bias = nullptr;
   const int packs = vocab / N, step = blockDim.x;
   const bool aligned = is_aligned(x), bias_aligned = is_aligned(bias);
   const auto exponential = [&](float logit, float b, float* slope) {
     const float u = transform.value(logit, b, slope);
-    return approximate_exp2(fmaf(u, unit, -offset));
+    return approximate_exp2((u - own) * unit);
   };
   float sum = 0;
   const auto write = [&](int j, const Pack<T>& pack) {
@@ -93,13 +93,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) exponentials_kernel(Logits in,
     const float z_t = transform.z(x_t, General && in.bias ? in.bias[t] : 0.0f, &slope_t);
     __syncthreads();  // every thread has read the target's logit before one writes over it
 
-    // The product's rounding is the same for all entries, and comes off their sum.
     const float unit = General ? kLog2E : kLog2E * transform.scale, own = General ? z_t : x_t;
-    const float offset = own * unit, rounded = fmaf(own, unit, -offset);
-    double sum[1] = {write_exponentials<T, General>(x, vocab, t, in.bias, transform, unit, offset)};
+    double sum[1] = {write_exponentials<T, General>(x, vocab, t, in.bias, transform, unit, own)};
     block_sum(sum);  // the barriers of which also order the row's entries before the target's
 
-    const float others = float(sum[0]) * exp2f(-rounded);  // the sum of e^(z - z_t) without the target
+    const float others = float(sum[0]);  // the sum of e^(z - z_t) without the target
     const float log_sum = log1pf(others), lse = z_t + log_sum;
     const float w_t = a.w ? a.w[t] : 1.0f;
     const auto k = cross_entropy_coefficients(a.terms, true, w_t, 0.0f, lse);

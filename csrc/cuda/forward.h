@@ -110,18 +110,19 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
     if (leader && has_target)
       value_t = transform.value(to_float(x[t]), General && in.bias ? in.bias[t] : 0.0f, &slope);
 
-    sums.combine_over_block();
     const auto exponent = transform.template exponent<T>();
-    const float base = sums.base();
+    sums.combine_over_block(exponent);
     const bool has_nan = sums.powers != sums.powers;
-    if (fabsf(sums.max) == INFINITY) sums.powers = NAN;  // only -inf, or a +inf
-    // Relative to the offset, and so exact for logits that are large and close together: log p, the spread,
-    // the gradient.
+    const float largest_z = exponent.scale * sums.max;
+    if (fabsf(largest_z) == INFINITY) sums.powers = NAN;  // only -inf, or a +inf
+    // Relative to the reference, and so exact for logits that are large and close together: log p, the
+    // spread, the gradient.
     const float log_powers = logf(sums.powers), kE = exponent.kE;
-    const float log_p_t = bad ? NAN : fmaf(exponent(value_t, sums.offset), kE, -log_powers);
-    // With all of them, loss = W (lse - offset) - sum of w (z - offset).
+    const float log_p_t = bad ? NAN : exponent.below(value_t, sums.reference) - log_powers;
+    // With all of them, and both relative to the reference's z, loss = W lse - sum of w z.
     const float spread = Extra ? sums.weight * log_powers - sums.weight_x * kE : 0.0f;
-    const float log_sum = exponent.relative_to_base(log_powers, base), lse = base + log_sum;
+    const float base = exponent.base_of(sums.reference), rest = exponent.rounded_off(sums.reference);
+    const float log_sum = log_powers + rest, lse = base + log_sum;
 
     if (leader) {
       if (out.loss) {
@@ -131,12 +132,11 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
       put(out.logprobs, row, log_p_t);
       put(out.lse_parts, 2 * row, base);
       put(out.lse_parts, 2 * row + 1, log_sum);
-      if (out.is_top1) out.is_top1[row] = has_target && !has_nan && exponent.scale * value_t >= sums.max;
+      if (out.is_top1) out.is_top1[row] = has_target && !has_nan && exponent.scale * value_t >= largest_z;
       if constexpr (Extra) {
         put(out.entropy, row, log_powers - sums.powers_x / sums.powers * kE);
         put(out.log_sum_sq_probs, row, logf(sums.powers_squared) - 2.0f * log_powers);
-        put(out.mean_logits, row,
-            base + (sums.x / float(vocab) * kE + exponent.relative_to_base(0.0f, base)));
+        put(out.mean_logits, row, base + (sums.x / float(vocab) * kE + rest));
       }
     }
 
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kMaxThreads, 2) row_forward_kernel(Logits in, 
       const float weight_sum = Extra ? sums.weight : 0.0f;
       auto k = cross_entropy_coefficients(ce.terms, in.target != nullptr, w_t, weight_sum, lse);
       if (bad) k.b = NAN;
-      const RowGradient g = {sums.offset, k.a * factor, k.b / sums.powers * factor, 0.0f, k.d * factor};
+      const RowGradient g = {sums.reference, k.a * factor, k.b / sums.powers * factor, 0.0f, k.d * factor};
       write_gradient<General, Extra, false>(x, grad, vocab, in.bias, weighs_all ? w_row : nullptr, t,
                                             transform, g, Kept{shared, offset, kept * Pack<T>::N},
                                             threadIdx.x, blockDim.x);

@@ -10,7 +10,7 @@ namespace fastloss::cuda {
 // p_v = power(exponent(v)) and log p_v = exponent(v) log 2 or exponent(v), up to what b and c contain; all
 // four contain scale.
 struct RowGradient {
-  float offset, a, b, c, d;
+  float reference, a, b, c, d;
 };
 
 // The part of a row that is in shared memory, element v at byte `offset + v * sizeof(T)`.
@@ -50,7 +50,7 @@ __device__ inline void gradient_of(const X& x, const float (&bias)[N], const flo
   float slope[N];
 #pragma unroll
   for (int k = 0; k < N; ++k) {
-    const float d = exponent(transform.value(x[k], bias[k], &slope[k]), g.offset);
+    const float d = exponent(transform.value(x[k], bias[k], &slope[k]), g.reference);
     const float coefficient = Entropy ? fmaf(g.c, fmaxf(d, -200.0f), g.b) : g.b;  // 0 * -inf = 0
     dx[k] = fmaf(exponent.power(d), coefficient, g.d * w[k]);
   }
@@ -134,16 +134,16 @@ __global__ void __launch_bounds__(kGradThreads, 3) row_grad_kernel(Logits in, Co
       fill_row(out, vocab, ignored ? 0.0f : NAN, first, step);
       continue;
     }
-    // p = power / sum, with log p = exponent kE - log sum, relative to the offset: b and c take in what is
+    // p = power / sum, with log p = exponent kE - log sum, relative to the reference: b and c take in what is
     // constant.
-    using Exponent = LogitExponent<T>;
-    const float base = k.lse_parts[2 * row];
-    const float log_sum = Exponent::relative_to_offset(k.lse_parts[2 * row + 1], base),
-                over_sum = expf(-log_sum);
     const Transform<General> transform = of_all.of_row(in, row);
+    const auto exponent = transform.template exponent<T>();
+    const float reference = exponent.reference_of_base(k.lse_parts[2 * row]);
+    const float log_sum = k.lse_parts[2 * row + 1] - exponent.rounded_off(reference),
+                over_sum = expf(-log_sum);
     const float scale = transform.scale, b = at_row(k.b, row) * scale, c = at_row(k.c, row) * scale;
-    const RowGradient g = {Exponent::offset_of(base), at_row(k.a, row) * scale, (b - c * log_sum) * over_sum,
-                           c * Exponent::kE * over_sum, at_row(k.d, row) * scale};
+    const RowGradient g = {reference, at_row(k.a, row) * scale, (b - c * log_sum) * over_sum,
+                           c * exponent.kE * over_sum, at_row(k.d, row) * scale};
     write_gradient<General, Weights, true>(static_cast<const T*>(in.x) + row * in.row_stride, out, vocab,
                                            in.bias, k.w ? k.w + row * k.w_row_stride : nullptr, int(t),
                                            transform, g, Kept{nullptr, 0, 0}, first, step);

@@ -8,9 +8,9 @@
 
 namespace fastloss::cuda {
 
-// Of logits of type T. Sums are of powers and exponents relative to the offset of the largest z so far, or of
-// one that was less by no more than kSlack: differences of large logits stay exact. Until
-// combine_over_block(), that is: then relative to base(), the largest z, or 0 where that is infinite.
+// Of logits of type T. Sums are of powers and exponents relative to the reference of the largest value so
+// far, or of one whose z was less by no more than kSlack: differences of large logits stay exact. Until
+// combine_over_block(), that is: then relative to the largest, or 0 where that is infinite.
 template <class T, bool Extra>
 struct Running {
   using Exponent = LogitExponent<T>;
@@ -19,21 +19,19 @@ struct Running {
   // enough for.
   static constexpr float kSlack = 5;
 
-  float max = -INFINITY, offset = 0;
-  float limit = -INFINITY;                 // a larger z changes the offset
+  float max = -INFINITY, reference = 0;
+  float limit = -INFINITY;                 // a larger value changes the reference
   float powers = 0;                        // sum of e^(z - base)
   float powers_x = 0, powers_squared = 0;  // sum of powers times exponents, of squares of powers
   float x = 0, count = 0, weight_x = 0,
         weight = 0;  // sum of exponents, of 1, of weights times exponents, of weights
 
-  __device__ float base() const { return fabsf(max) == INFINITY ? 0.0f : max; }
-
   // A first maximum of -inf gives factor 0 to sums that are 0; a maximum of +inf is made NaN by the caller.
-  __device__ void rebase(float new_max) {
-    const float old_max = max, old_offset = offset;
-    max = new_max, limit = new_max + kSlack;
-    offset = Exponent::offset_of(base());
-    const float shift = old_offset - offset;
+  __device__ void rebase(const Exponent& exponent, float new_max) {
+    const float old_max = max, old_reference = reference;
+    max = new_max, limit = new_max + kSlack / exponent.scale;
+    reference = exponent.reference_of(max);
+    const float shift = exponent.between(old_reference, reference);
     const float factor = fabsf(old_max) == INFINITY ? 0.0f : Exponent::power(shift);
     if constexpr (Extra) {
       powers_x = factor * fmaf(shift, powers, powers_x);
@@ -50,13 +48,12 @@ struct Running {
     float largest = values[0];
 #pragma unroll
     for (int k = 1; k < N; ++k) largest = fmaxf(largest, values[k]);
-    const float new_max = exponent.scale * largest;
-    if (new_max > limit) rebase(new_max);
-    max = fmaxf(max, new_max);
+    if (largest > limit) rebase(exponent, largest);
+    max = fmaxf(max, largest);
     float sum = 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float d = exponent(values[k], offset);
+      const float d = exponent(values[k], reference);
       const float e = Exponent::power(d);
       sum += e;
       if constexpr (Extra) {
@@ -72,7 +69,7 @@ struct Running {
   }
 
   // Afterwards every thread holds the whole row's sums.
-  __device__ void combine_over_block() {
+  __device__ void combine_over_block(const Exponent& exponent) {
     __shared__ float maxima[kWarp], partial[7][kWarp];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
 
@@ -80,7 +77,7 @@ struct Running {
     if (lane == 0) maxima[warp] = m;
     __syncthreads();
     m = warp_max(lane < warps ? maxima[lane] : -INFINITY);
-    rebase(m);
+    rebase(exponent, m);
 
     float sums[Extra ? 7 : 1];
     sums[0] = powers;

@@ -127,6 +127,19 @@ def test_kernels_agree_with_the_formula() -> None:
 
 
 @pytest.mark.parametrize("backend", GPU_KERNELS)
+def test_logits_that_a_mask_made_equal(backend: str) -> None:
+    """E is 1 for each but the target, at any scale: no exponent is what two roundings of -1e30 · scale differ by."""
+    scale = torch.tensor([1.0, 0.7, 1.3, 0.011, 5.9], device=DEVICE)
+    logits = torch.full((5, 40), -1e30, dtype=BF16, device=DEVICE)
+    target = torch.arange(5, device=DEVICE)
+    out = made(backend, logits, target, CrossEntropyOptions(row_scale=scale))
+    assert not out.rough.any()
+    torch.testing.assert_close(out.loss.cpu(), torch.full((5,), 40.0).log())
+    expected = torch.ones(5, 40).scatter(1, target.cpu()[:, None], -39.0)
+    torch.testing.assert_close(logits.float().cpu(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", GPU_KERNELS)
 def test_what_the_kernels_refuse(backend: str) -> None:
     kernels, target = contract(backend), torch.zeros(2, dtype=torch.long, device=DEVICE)
     with pytest.raises((TypeError, ValueError), match="bfloat16"):

@@ -81,7 +81,7 @@ def beyond_limits(kernels: list[dict[str, Any]], arch: str) -> list[str]:
     for kernel in kernels:
         of = kernel["kernel"].replace("bfloat16", "half").replace("float16", "half")
         if of not in loop_limits.CUDA:
-            if of.startswith(tuple(prefix for prefix in report.OVER_LOGITS if prefix != "divergence_")):
+            if of.startswith(tuple(report.OVER_LOGITS)):
                 wrong.append(f"{of}: no limits")
             continue
         seen.add(of)

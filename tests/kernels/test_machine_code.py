@@ -9,16 +9,16 @@ import pytest
 
 
 def sass(*lines: str) -> str:
-    """A listing from "opcode operands | write barrier | barriers waited for"; the latter two with their control bits."""
+    """A listing from "opcode operands | write barrier | barriers waited for | read barrier", the latter three as control bits."""
     text = []
     for at, line in enumerate(lines):
         code, *control = (part.strip() for part in line.split("|"))
         words = "/* 0x0000000000000000 */" if control else ""
         text.append(f"        /*{16 * at:04x}*/                   {code} ;   {words}")
         if control:
-            write, waits = control[0], control[1] if len(control) > 1 else ""
+            write, waits, read = [*control, "", ""][:3]
             mask = sum(1 << int(b) for b in waits.split())
-            bits = (int(write) if write else 7) << 5 | 7 << 8 | mask << 11
+            bits = int(write or 7) << 5 | int(read or 7) << 8 | mask << 11
             text.append(f"                                          /* 0x{bits << 41:016x} */")
     return "\n".join(text)
 
@@ -68,6 +68,17 @@ def test_one_barrier_for_both_waits_for_both() -> None:
     lines[3] = "IMAD.U32 R12, R4, 0x10000, RZ | |"  # nobody waits any more
     # Both are under way for good: R4 and R8 are read before they are there, in either iteration.
     assert only_loop(*lines).unwaited == 4
+
+
+def test_a_read_barrier_is_no_load() -> None:
+    """It frees the registers of an address: a load is done with its write barrier, whoever waits for the other."""
+    lines = list(TWO_LOADS)
+    lines[1] = "LDG.E.EF.128 R4, desc[UR4][R2.64] | 1 | 0 | 5"
+    lines[3] = "IMAD.U32 R12, R4, 0x10000, RZ | | 1"
+    loop = only_loop(*lines)
+    assert loop.in_flight == {"global 16": 2} and loop.unwaited == 0
+    lines[2] = "LDG.E.EF.128 R8, desc[UR4][R2.64+0x10] | 2 | 5"  # waits for the address alone
+    assert only_loop(*lines).in_flight == {"global 16": 2}
 
 
 def test_depbar_leaves_the_youngest() -> None:
@@ -124,6 +135,74 @@ def test_the_path_is_the_aligned_one_without_the_target() -> None:
         "EXIT | |",
     )
     assert (loop.moves, loop.elements, loop.slots) == ("global>global", 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("straight", "aside", "takes"),
+    [
+        (["MUFU.EX2 R6, R4 | |", "MUFU.RCP R6, R6 | |"], ["FADD R7, R7, R4 | |"], "straight"),  # a soft-cap
+        (["FADD R7, R7, R4 | |"], ["MUFU.EX2 R6, R4 | |"] * 3, "aside"),
+        (["MUFU.EX2 R6, R4 | |", "FADD R7, R7, R6 | |"], ["FADD R7, R7, R4 | |"], "aside"),  # a new maximum
+        (["LDG.E.U16 R6, desc[UR4][R2.64] | |"], ["FADD R7, R7, R4 | |"] * 3, "aside"),  # an unaligned bias
+        (["FADD R7, R7, R4 | |"], ["FADD R7, R7, R4 | |"] * 3, "straight"),  # the target's entry
+        (["FADD R7, R7, R4 | |"] * 4, ["FADD R7, R7, R4 | |"], "aside"),
+        (["EXIT | |", "LDG.E.128 R8, desc[UR4][R2.64] | 1 |"], ["FADD R7, R7, R4 | |"], "aside"),  # nobody comes behind EXIT
+    ],
+)  # fmt: skip
+def test_which_way_is_taken(straight: list[str], aside: list[str], takes: str) -> None:
+    """Two ways from a branch to the loop's end."""
+    behind = 16 * (3 + len(straight) + 1)
+    lines = [
+        "S2R R0, SR_TID.X | 0",
+        "LDG.E.128 R4, desc[UR4][R2.64] | 1 |",
+        f"@P0 BRA 0x{behind:x} | | 1",
+        *straight,
+        f"BRA 0x{behind + 16 * len(aside):x} | |",
+        *aside,
+        "@P1 BRA 0x10 | |",
+        "EXIT | |",
+    ]
+    assert only_loop(*lines).slots == 3 + (len(straight) + 1 if takes == "straight" else len(aside))
+
+
+def test_a_switch_leads_to_its_cases() -> None:
+    loop = only_loop(
+        "S2R R0, SR_TID.X | 0",
+        "LDG.E.128 R4, desc[UR4][R2.64] | 1 |",
+        "BRX R6 -0x30 | | 1",
+        "FADD R7, R7, R4 | |",
+        "BRA 0x80 | |",
+        "MUFU.EX2 R7, R4 | |",
+        "MUFU.RCP R7, R7 | |",
+        "BRA 0x80 | |",
+        "@P1 BRA 0x10 | |",
+        "EXIT | |",
+    )
+    assert (loop.slots, loop.kinds["mufu"]) == (6, 2)
+
+
+def test_narrow_loads_beside_wide_ones_bring_nothing() -> None:
+    """An unaligned row's loads, under a predicate or behind a branch: slots in the one case, not on the path in the other."""
+    predicated = only_loop(
+        "S2R R0, SR_TID.X | 0",
+        "@P2 LDG.E.U16 R20, desc[UR4][R2.64] | 1 |",
+        "@P2 PRMT R4, R20, 0x5410, R20 | | 1",
+        "@!P2 LDG.E.128 R4, desc[UR4][R2.64] | 1 |",
+        "FADD R13, R4, R13 | | 1",
+        "@!P1 BRA 0x10 | |",
+        "EXIT | |",
+    )
+    assert (predicated.elements, predicated.slots) == (8, 5)
+    branched = only_loop(
+        "S2R R0, SR_TID.X | 0",
+        "@!P2 LDG.E.128 R4, desc[UR4][R2.64] | 1 |",
+        "@!P2 BRA 0x40 | |",
+        "LDG.E.U16 R4, desc[UR4][R2.64] | 1 |",
+        "FADD R13, R4, R13 | | 1",
+        "@!P1 BRA 0x10 | |",
+        "EXIT | |",
+    )
+    assert (branched.elements, branched.slots) == (8, 4)
 
 
 def test_loads_under_opposite_predicates_are_one() -> None:

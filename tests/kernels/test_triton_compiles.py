@@ -22,7 +22,7 @@ if __name__ == "__main__":
 """
 
 
-SLOW = ("sm_80", "sm_100", "gfx942")  # half a minute each
+SLOW = ("sm_80", "sm_100", "sm_103", "sm_120", "gfx942")  # half a minute each
 
 
 @pytest.mark.parametrize(

@@ -133,15 +133,50 @@ def test_from_hidden_states(backend: str, name: str, offset: float) -> None:
     agree([got.detach(), *gradient(got, *leaves)], [want.detach(), *gradient(want, *exact)], name)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 7.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", ALL)
+def test_low_precision(backend: str, dtype: torch.dtype, temperature: float) -> None:
+    """Logits of the steps that their dtype has at the offset; a temperature may cost the rounding of the largest of them."""
+    need(backend)
+    offset, step = (1024.0, 8.0) if dtype == torch.bfloat16 else (4096.0, 4.0)
+    steps = LOGITS.round() * step
+    z = (steps + offset).to(DEVICE, dtype).requires_grad_()
+    assert torch.equal(z.detach().cpu().double() - offset, steps.double())
+    exact = steps.double().requires_grad_()
+    allowed = 2e-6 if temperature == 1.0 else 2**-24 * 2 * offset / temperature
+    for output in ("logprobs", "entropy"):
+        call = statistic(output)
+        want = call(exact, backend="reference", temperature=temperature)
+        got = call(z, backend=backend, temperature=temperature)
+        error = (got.detach().cpu().double() - want.detach()).abs().max().item()
+        assert error <= allowed + 2e-7 * want.detach().abs().max().item(), (output, error)
+        for x, y in zip(gradient(got, z), gradient(want, exact), strict=True):
+            torch.testing.assert_close(
+                x.cpu().double(), y, rtol=0.502 * torch.finfo(dtype).eps + allowed, atol=1e-7
+            )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "temperature"),
+    [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.bfloat16, 0.7), (torch.bfloat16, -1.3)],
+    ids=str,
+)
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_all_logits_at_minus_1e30(backend: str, smoothing: float) -> None:
+def test_all_logits_at_minus_1e30(
+    backend: str, smoothing: float, dtype: torch.dtype, temperature: float
+) -> None:
+    """As masks make them: equal, so that their exponents are 0 and no difference of two roundings."""
     need(backend)
-    z = torch.full((3, 33), -1e30, device=DEVICE, requires_grad=True)
+    z = torch.full((3, 33), -1e30, device=DEVICE, dtype=dtype, requires_grad=True)
     target = torch.zeros(3, dtype=torch.int64, device=DEVICE)
-    loss = fastloss.cross_entropy(z, target, reduction="none", label_smoothing=smoothing, backend=backend)
+    loss = fastloss.cross_entropy(
+        z, target, reduction="none", label_smoothing=smoothing, logit_scale=1 / temperature, backend=backend
+    )
     (grad,) = torch.autograd.grad(loss.sum(), z)
-    torch.testing.assert_close(loss.cpu(), torch.full((3,), 33.0).log(), rtol=1e-5, atol=0)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(loss.float().cpu(), torch.full((3,), 33.0).log(), rtol=rtol, atol=0)
     expected = torch.full((3, 33), (1 - smoothing) / 33)
     expected[:, 0] -= 1 - smoothing
-    torch.testing.assert_close(grad.cpu(), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(grad.float().cpu(), expected / temperature, rtol=max(rtol, 1e-4), atol=1e-7)

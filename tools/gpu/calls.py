@@ -31,6 +31,10 @@ TOOLS = {
             "WarpStateStats",
             "--section",
             "MemoryWorkloadAnalysis",
+            "--section",
+            "ComputeWorkloadAnalysis",
+            "--section",
+            "InstructionStats",
         ]
     ],
 }

@@ -29,6 +29,8 @@ CUDA = (
     "scale_kernel<{}>",
     "cluster_rows_kernel<{}>",
     "exponentials_kernel<{}, 0>",
+    "divergence_kernel<{}, 0>",  # forward KL
+    "divergence_kernel<{}, 2>",  # Jensen-Shannon
 )
 LONG = 32768  # a vocabulary of many blocks, which 16 divides
 
@@ -57,7 +59,9 @@ def of_cuda(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def of_triton(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """By kernel and dtype. ``rows`` are of one architecture."""
     types = {"bf16": "bfloat16", "fp32": "float32"}
-    wanted = {(row, "plain", LONG) for row in ("row_stats", "row_cross_entropy", "row_grad")}
+    wanted: set[tuple[str, str, int | None]] = {
+        (row, "plain", LONG) for row in ("row_stats", "row_cross_entropy", "row_grad")
+    }
     wanted |= {("scale", f"{short} whole", None) for short in types}
     wanted.add(("exponentials", f"plain, {LONG}", None))
     return {

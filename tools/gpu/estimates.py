@@ -65,6 +65,8 @@ class Kernel(NamedTuple):
     threads: int
     parts: Callable[[Card, int], list[Part]]  # of the card and of how many bytes of rows are at work at once
     shared: bool = False  # a block takes half of the shared memory
+    floor: float = 2.0  # what must be read and written, in bytes of an element
+    tensors: int = 1  # that a loop reads
 
 
 class Estimate(NamedTuple):
@@ -97,7 +99,8 @@ def estimate(kernel: Kernel, card: Card, counts: dict[str, Any], rows: int, voca
         if name.startswith("global"):
             here = at_once * kernel.threads * loop["bytes_in_flight"]
             in_flight = max(in_flight, here)
-            waiting += elements * part.share * kernel.size * LATENCY / (card.multiprocessors * here)
+            read = elements * part.share * kernel.size * kernel.tensors
+            waiting += read * LATENCY / (card.multiprocessors * here)
     rate = card.multiprocessors * card.clock * 1e9 * UNIT_SHARE
     times = {name: elements * each / rate for name, each in clocks.items()}
     times |= {"m": moved / (card.bandwidth * 1e9 * BANDWIDTH_SHARE), "l": waiting}
@@ -134,6 +137,10 @@ def _updates(card: Card, at_work: int) -> list[Part]:
     return [Part(("global>global",), 1.0, 1.0, 1.0)]
 
 
+def _both_twice(card: Card, at_work: int) -> list[Part]:
+    return [Part(("global",), 1.0, 2.0), Part(("global>global",), 1.0, 2.0, 1.0)]
+
+
 def _cluster(card: Card, at_work: int) -> list[Part]:
     return [Part(("shared",), 1.0, 1.0), Part(("shared>global",), 1.0, 0.0, 1.0)]
 
@@ -147,7 +154,7 @@ def row_kernels(backend: str, vocab: int) -> list[Kernel]:
         names = ("0", "1") if cuda else ("stats", "cross_entropy")
         threads = 448 if cuda else 1024
         found += [
-            Kernel(f"statistics of rows, {dtype}", forward.format(names[0]), size, threads, _reads),
+            Kernel(f"statistics of rows, {dtype}", forward.format(names[0]), size, threads, _reads, floor=1.0),
             Kernel(
                 f"cross-entropy with its gradient, {dtype}", forward.format(names[1]), size, threads,
                 two_passes(vocab, size, cuda), cuda,
@@ -166,4 +173,8 @@ def row_kernels(backend: str, vocab: int) -> list[Kernel]:
             Kernel(f"gradient from coefficients, {dtype}", grad, size, 256 if cuda else 1024, _updates),
             Kernel(f"scaling by the upstream gradient, {dtype}", f"scale_kernel<{dtype}>", size, 256, _updates),
         ]  # fmt: skip
+        for code, name in ((0, "forward KL"), (2, "Jensen-Shannon")) if cuda else ():
+            of = f"divergence_kernel<{dtype}, {code}>"
+            name = f"distillation by {name} with its gradient, {dtype}"
+            found.append(Kernel(name, of, size, 256, _both_twice, floor=3.0, tensors=2))
     return found

@@ -24,11 +24,6 @@ BACKENDS = {"cuda": COUNTS["cuda"], "triton": COUNTS["triton kernels"]}
 CUDA = {kernel.name: kernel for kernel in estimates.row_kernels("cuda", VOCAB)}
 
 
-def floor_bytes(name: str, size: int) -> int:
-    """The logits read or written, once each; the numbers per row are left out."""
-    return ROWS * VOCAB * size * (1 if name.startswith("statistics") else 2)
-
-
 def _ms(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
 
@@ -38,7 +33,7 @@ def row_table(backend: str) -> list[str]:
     title = {"cuda": "CUDA", "triton": "Triton"}[backend]
     lines = _head(f"row kernel in {title}, [{ROWS}, {VOCAB}]", "GB")
     for kernel in estimates.row_kernels(backend, VOCAB):
-        least = floor_bytes(kernel.name, kernel.size)
+        least = ROWS * VOCAB * kernel.size * kernel.floor  # the numbers per row are left out
         cells = []
         for card in CARDS.values():
             if kernel.of not in BACKENDS[backend][card.arch]:
