@@ -8,15 +8,17 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-import typer
 from backends_under_test import ALL, DEVICE, need
-from typer.testing import CliRunner
 
-from fastloss import conformance
-from fastloss.cli import _mount
-from fastloss.cli.check import check as check_command
-from fastloss.conformance import report
-from fastloss.conformance.providers import Missing
+typer = pytest.importorskip("typer")
+pytest.importorskip("rich")
+from typer.testing import CliRunner  # noqa: E402
+
+from fastloss import conformance  # noqa: E402
+from fastloss.cli import _mount  # noqa: E402
+from fastloss.cli.check import check as check_command  # noqa: E402
+from fastloss.conformance import report  # noqa: E402
+from fastloss.conformance.providers import Missing  # noqa: E402
 
 # What the kernels refuse, with a part of their word; "auto" hands torch.func's transforms to the definition.
 REFUSED_BY_NAME = {

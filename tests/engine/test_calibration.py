@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
-import fastloss
-from fastloss.bench import calibration as bench
-from fastloss.cli import _mount
-from fastloss.engine import calibration
-from fastloss.engine.native import cpu_backend
+typer = pytest.importorskip("typer")
+pytest.importorskip("rich")
+from typer.testing import CliRunner  # noqa: E402
+
+import fastloss  # noqa: E402
+from fastloss.bench import calibration as bench  # noqa: E402
+from fastloss.cli import _mount  # noqa: E402
+from fastloss.engine import calibration  # noqa: E402
+from fastloss.engine.native import cpu_backend  # noqa: E402
 
 app = typer.Typer()
 _mount(app)

@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backends_under_test import DEVICE, need
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -34,6 +34,7 @@ def close(got: Tensor, right: Tensor, leaves: list[Tensor], **tolerance: float) 
 @pytest.mark.parametrize("masked", [False, True])
 def test_transformers(masked: bool) -> None:
     """Mixtral's function, which computes in float32."""
+    pytest.importorskip("transformers")
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     layers, mask = batch()
@@ -47,6 +48,7 @@ def test_transformers(masked: bool) -> None:
 
 def test_switch() -> None:
     """Switch Transformer's, of which transformers has the code: a mean over sequences for one choice a token; and its z-loss."""
+    pytest.importorskip("transformers")
     from transformers.models.switch_transformers import modeling_switch_transformers as switch
 
     layers, _ = batch()

@@ -41,8 +41,13 @@ NOT_ON_A_GPU = (
     "emulat",
     "compiles",
     "build",
-    "docstrings",
+    "docs",
     "imports",
+    "calibration",
+    "machine_code",
+    "parallel",  # gloo, whose processes interpret Triton's kernels
+    "scratch",
+    "vector_source",
 )
 
 
