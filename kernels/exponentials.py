@@ -43,8 +43,8 @@ def write_block(
     e = tl.exp2((x - value_t) * rate)
     if mask is not None:
         e = tl.where(mask, e, 0.0)
-    e = tl.where(v == t, 0.0, e)
     if HAS_SOFTCAP:
+        e = tl.where(v == t, 0.0, e)
         store_rounded(x_row + v, e * slope, mask)
     else:
         store_rounded(x_row + v, e, mask)
@@ -67,6 +67,10 @@ def exponentials_kernel(
     value_t, slope_t = load_values(x_row, bias_ptr, t, has_target, scale, softcap, RAW, HAS_SOFTCAP, "")
     z_t = unit * value_t
     tl.debug_barrier()  # every thread has read the target's logit before one writes over it
+    # A logit whose exponential is 0, so that no entry is asked whether it is the target; a soft-cap makes it finite.
+    if not HAS_SOFTCAP:
+        tl.store(x_row + t, tl.where(scale < 0.0, INF, -INF), mask=has_target)
+        tl.debug_barrier()
     whole = vocab // BLOCK * BLOCK
     sums = tl.zeros([BLOCK // WIDTH], tl.float32)
     if has_target:

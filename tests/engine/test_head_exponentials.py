@@ -112,11 +112,12 @@ def test_rows_whose_exponentials_do_not_fit_are_marked(backend: str) -> None:
     assert float(out.loss[0]) == pytest.approx(50.0 + 1e-2 * 50.0**2, rel=1e-5)
 
 
-def test_kernels_agree_with_the_formula() -> None:
+@pytest.mark.parametrize("scale", [1.0, 0.6, -0.7])
+def test_kernels_agree_with_the_formula(scale: float) -> None:
     generator = torch.Generator().manual_seed(3)
     logits = (4 * torch.randn(5, 130, generator=generator)).to(BF16)
     target = torch.tensor([0, 129, 64, IGNORE, 5])
-    copy, options = logits.clone(), CrossEntropyOptions(z_loss=1e-3)
+    copy, options = logits.clone(), CrossEntropyOptions(z_loss=1e-3, scale=scale)
     right = plainly(copy, target, options, Factor(0.25), None, None)
     for backend in GPU_KERNELS if DEVICE == "cpu" else ():
         own = logits.clone()
