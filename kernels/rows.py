@@ -519,16 +519,18 @@ def row_cross_entropy_kernel(
     rate = rate_of(unit, x_row)
     if target_ptr is not None:
         t, ignored, has_target = read_target(target_ptr, row, vocab, ignore_index)
-        # Before the gradient may overwrite it: the reductions below are a barrier between this load and any store.
-        value_t, slope_t = load_values(x_row, bias_ptr, t, has_target, scale, softcap, RAW, HAS_SOFTCAP, "")
-        if w_ptr is not None:
-            w_t = tl.load(w_row + t, mask=has_target, other=1.0)
     end = tl.where(ignored, 0, vocab)  # an ignored row is not read
     m, s, sz, sq, d_sum, w_sum, wz = read_row(
         x_row, bias_ptr, w_row, end, scale, softcap, rate, RAW, HAS_SOFTCAP,
         entropy_ptr is not None, log_sum_sq_probs_ptr is not None, mean_logits_ptr is not None, SPREAD,
         "evict_first" if grad_ptr is None else "evict_last", ALIGNED, WIDTH, BLOCK,
     )  # fmt: skip
+    if target_ptr is not None:  # here, after the loop, whose registers they would take
+        value_t, slope_t = load_values(x_row, bias_ptr, t, has_target, scale, softcap, RAW, HAS_SOFTCAP, "")
+        if w_ptr is not None:
+            w_t = tl.load(w_row + t, mask=has_target, other=1.0)
+        if grad_ptr is not None:
+            tl.debug_barrier()  # every thread has read the target's logit before one writes over it
     row_is_nan = tl.abs(unit * m) == INF  # only -inf, or a +inf; a NaN is in s already
     log_s = tl.where(row_is_nan, float("nan"), tl.log(s))
     base, low = largest_z(m, unit)

@@ -2,6 +2,7 @@
 // file too. Reads and writes nothing itself.
 // No PyTorch header: builds in seconds, once for every torch version.
 #include "args.h"
+#include "cluster_rows.h"
 #ifdef FASTLOSS_EMULATE
 #include "cluster.h"
 #endif
@@ -67,6 +68,26 @@ void count(Address target, int64_t n, int64_t ignore_index, Address out, int64_t
   launch([&] { return reciprocal_count(a, at(Address(context))); });
 }
 
+// Empty where the kernel of clusters takes such a call. grad: 0 with has_grad for a new tensor.
+std::string no_clusters(Address logits, int dtype, int64_t vocab, int64_t row_stride,
+                        const pybind11::object& options, bool has_target, bool has_bias, bool has_grad,
+                        Address grad, int64_t grad_row_stride, bool more) {
+  const Record record(options);
+  float some = 0;  // its address stands for a tensor that is not looked at
+  int64_t label = 0;
+  Logits in = {};
+  in.x = at(logits), in.dtype = Cuda::dtype_of(dtype), in.vocab = vocab, in.row_stride = row_stride;
+  in.target = has_target ? &label : nullptr, in.bias = has_bias ? &some : nullptr;
+  in.scale = float(record.number("scale")), in.softcap = float(record.number("softcap"));
+  CrossEntropy ce = {};
+  ce.terms = loss_terms_of<float>(record, vocab);
+  ce.grad = !has_grad ? nullptr : at(grad ? grad : Address(16)), ce.grad_row_stride = grad_row_stride;
+  Stats out = {};
+  out.entropy = more ? &some : nullptr;
+  const char* why = why_no_clusters(in, ce, out);
+  return why ? why : "";
+}
+
 }  // namespace
 }  // namespace fastloss::cuda
 
@@ -83,6 +104,8 @@ PYBIND11_MODULE(FASTLOSS_MODULE, m) {
                    "context");
   fastloss::define(m, "sum_rows", &cuda::total, "values", "n", "factor", "factor_tensor", "out", "context");
   fastloss::define(m, "reciprocal_count", &cuda::count, "target", "n", "ignore_index", "out", "context");
+  fastloss::define(m, "why_no_clusters", &cuda::no_clusters, "logits", "dtype", "vocab", "row_stride",
+                   "options", "has_target", "has_bias", "has_grad", "grad", "grad_row_stride", "more");
   cuda::bind_pairs(m);
   cuda::bind_policy(m);
   cuda::bind_divergences(m);

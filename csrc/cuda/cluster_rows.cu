@@ -176,67 +176,97 @@ bool is_aligned_rows(const void* p, int64_t stride_bytes) {
   return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride_bytes % 16 == 0;
 }
 
-template <class T>
-const char* launch(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream, bool* took) {
-  if (!is_aligned_rows(in.x, in.row_stride * int64_t(sizeof(T))) ||
-      !is_aligned_rows(ce.grad, ce.grad_row_stride * int64_t(sizeof(T))))
-    return nullptr;
-  int device = 0, major = 0, most = 0, at_once = 0;
-  if (const char* error = text_of(cudaGetDevice(&device))) return error;
-  static OfDevice majors, limits, allowed, active[4];  // active: by the logarithm of a cluster's size
-  const auto ask = [&](OfDevice& known, int* value, auto attribute) {
-    return known.get(device, value,
-                     [&](int of, int* found) { return cudaDeviceGetAttribute(found, attribute, of); });
-  };
-  if (const char* error = text_of(ask(majors, &major, cudaDevAttrComputeCapabilityMajor))) return error;
-  if (major < 9) return nullptr;
-  if (const char* error = text_of(ask(limits, &most, cudaDevAttrMaxSharedMemoryPerBlockOptin))) return error;
-
-  const auto kernel = cluster_rows_kernel<T>;
-  constexpr int kStatic = 2048;  // the reduction's own, and what the system keeps
-  const int64_t packs = in.vocab / Pack<T>::N;
-  int size = 1, log_size = 0;
-  const auto bytes = [&] {
-    return 2 * 16 * ((packs + size - 1) / size) + int64_t(sizeof(Exchange)) + kStatic;
-  };
-  while (size < kMaxCluster && bytes() > most) size *= 2, ++log_size;
-  if (bytes() > most) return nullptr;
-  *took = true;
-  int unused = 0;
-  cudaError_t error = allowed.get(device, &unused, [&](int, int* done) {
-    *done = most - kStatic;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *done);
-  });
-  if (error != cudaSuccess) return text_of(error);
-  // Not the multiprocessors over the size: a cluster lies within one group of them, and one cluster too many
-  // would begin when all others are done.
-  error = active[log_size].get(device, &at_once, [&](int, int* found) {
-    return active_clusters(kernel, size, kClusterThreads, most - kStatic, found);
-  });
-  if (error != cudaSuccess) return text_of(error);
-  if (at_once < 1) return "no cluster of the row kernel fits on this device";
-  const int clusters = int(std::min(in.rows, int64_t(at_once)));
-  const int piece = int((packs + size - 1) / size);
-  return text_of(launch_clusters(kernel, clusters, size, kClusterThreads, int(bytes()) - kStatic,
-                                 static_cast<cudaStream_t>(stream), in, ce, out, piece));
-}
-
 bool is_asked_for() {
   const char* value = std::getenv("FASTLOSS_CLUSTER_ROWS");
   return value && std::strcmp(value, "1") == 0;
 }
 
+// How the current device would run a call.
+struct Plan {
+  static constexpr int kStatic = 2048;  // bytes: the reduction's own, and what the system keeps
+
+  const char* error = nullptr;
+  int device = 0, most = 0;  // bytes of shared memory that a block may have
+  int64_t packs = 0;
+  int size = 1, log_size = 0;  // of a cluster
+  const char* why_not;         // the other row kernel computes the call
+
+  Plan(const Logits& in, const CrossEntropy& ce, const Stats& out) : why_not(find(in, ce, out)) {}
+
+  int64_t needed() const {
+    return 2 * 16 * ((packs + size - 1) / size) + int64_t(sizeof(Exchange)) + kStatic;
+  }
+
+ private:
+  const char* find(const Logits& in, const CrossEntropy& ce, const Stats& out) {
+    const bool is_wide = in.dtype == kFloat32;
+    const int64_t bytes = is_wide ? 4 : 2;
+    packs = in.vocab * bytes / 16;
+    if (!is_asked_for()) return "only FASTLOSS_CLUSTER_ROWS=1 asks for it";
+    if (!ce.grad) return "no gradient is made with the loss";
+    if (!in.target || ce.terms.smooth != 0) return "it takes class labels, and no smoothing";
+    if (in.bias || in.softcap > 0 || in.scale < 0) return "it takes no bias, soft-cap or negative scale";
+    if (out.entropy || out.log_sum_sq_probs || out.mean_logits) return "it makes no such statistics";
+    if (!is_aligned_rows(in.x, in.row_stride * bytes) ||
+        !is_aligned_rows(ce.grad, ce.grad_row_stride * bytes))
+      return "a row or its gradient does not begin at a multiple of 16 bytes";
+    static OfDevice majors, limits;
+    int major = 0;
+    if ((error = text_of(cudaGetDevice(&device)))) return nullptr;
+    if ((error = ask(majors, &major, cudaDevAttrComputeCapabilityMajor))) return nullptr;
+    if (major < 9) return "it needs sm_90 or newer";
+    if ((error = ask(limits, &most, cudaDevAttrMaxSharedMemoryPerBlockOptin))) return nullptr;
+    while (size < kMaxCluster && needed() > most) size *= 2, ++log_size;
+    return needed() > most ? "two rows do not fit into a cluster's shared memory" : nullptr;
+  }
+
+  template <class Attribute>
+  const char* ask(OfDevice& known, int* value, Attribute attribute) const {
+    return text_of(known.get(
+        device, value, [&](int of, int* found) { return cudaDeviceGetAttribute(found, attribute, of); }));
+  }
+};
+
+template <class T>
+const char* launch(const Plan& plan, const Logits& in, const CrossEntropy& ce, const Stats& out,
+                   void* stream) {
+  const auto kernel = cluster_rows_kernel<T>;
+  static OfDevice allowed, active[4];  // active: by the logarithm of a cluster's size
+  int unused = 0, at_once = 0;
+  cudaError_t error = allowed.get(plan.device, &unused, [&](int, int* done) {
+    *done = plan.most - Plan::kStatic;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *done);
+  });
+  if (error != cudaSuccess) return text_of(error);
+  // Not the multiprocessors over the size: a cluster lies within one group of them, and one cluster too many
+  // would begin when all others are done.
+  error = active[plan.log_size].get(plan.device, &at_once, [&](int, int* found) {
+    return active_clusters(kernel, plan.size, kClusterThreads, plan.most - Plan::kStatic, found);
+  });
+  if (error != cudaSuccess) return text_of(error);
+  if (at_once < 1) return "no cluster of the row kernel fits on this device";
+  const int clusters = int(std::min(in.rows, int64_t(at_once)));
+  const int piece = int((plan.packs + plan.size - 1) / plan.size);
+  return text_of(launch_clusters(kernel, clusters, plan.size, kClusterThreads,
+                                 int(plan.needed()) - Plan::kStatic, static_cast<cudaStream_t>(stream), in,
+                                 ce, out, piece));
+}
+
 }  // namespace
+
+const char* why_no_clusters(const Logits& in, const CrossEntropy& ce, const Stats& out) {
+  const Plan plan(in, ce, out);
+  return plan.error ? plan.error : plan.why_not;
+}
 
 const char* cluster_cross_entropy(const Logits& in, const CrossEntropy& ce, const Stats& out, void* stream,
                                   bool* took) {
-  *took = false;
-  const bool covered = ce.grad && in.target && ce.terms.smooth == 0 && !in.bias && !(in.softcap > 0) &&
-                       !(in.scale < 0) && !out.entropy && !out.log_sum_sq_probs && !out.mean_logits;
-  if (!covered || !is_asked_for()) return nullptr;
+  const Plan plan(in, ce, out);
+  *took = !plan.error && !plan.why_not;
+  if (!*took) return plan.error;
   return with_dtype(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    return launch<T>(in, ce, out, stream, took);
+    return launch<T>(plan, in, ce, out, stream);
   });
 }
 

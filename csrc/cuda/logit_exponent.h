@@ -24,9 +24,10 @@ struct LogitExponent {
   __device__ explicit LogitExponent(float of_row)
       : scale(of_row >= 0 ? of_row : NAN), unit(kLow ? scale * kLog2E : scale) {}
 
-  // float32 logits are as long as their product with the scale: the reference is the largest z, rounded.
+  // float32 logits are as long as their product with the scale: the reference is the largest z, rounded, and
+  // each z is rounded before the difference, so that equal logits stay equal.
   __device__ float operator()(float value, float reference) const {
-    return kLow ? (value - reference) * unit : fmaf(value, unit, -reference);
+    return kLow ? (value - reference) * unit : value * unit - reference;
   }
 
   // z less base_of(reference) before its rounding.

@@ -139,17 +139,24 @@ class Call(NamedTuple):
         """The same call by the definition, whatever backend was asked for."""
         return Call(self.function, REFERENCE, reason, self.traced, True)
 
-    def announce(self, **details: Any) -> None:
-        """Tell the log, and ``explain`` if it is asking, which path the call takes; before anything is computed."""
+    def announce(self, more: Callable[[], dict[str, Any]] = dict, **details: Any) -> None:
+        """Tell the log, and ``explain`` if it is asking, which path the call takes; before anything is computed. ``more``: details
+        that are only worked out for them."""
         if self.by_definition and self.function.startswith("linear_"):
             invariance.refuse(f"the definition computes it ({self.reason})")
         if self.traced:
             return
         if _explaining.active:
-            plan = {"function": self.function, "backend": self.backend.name, "reason": self.reason, **details}
+            plan = {
+                "function": self.function,
+                "backend": self.backend.name,
+                "reason": self.reason,
+                **details,
+                **more(),
+            }
             raise Explained(plan)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s: %s (%s) %s", self.function, self.backend.name, self.reason, details)
+            log.debug("%s: %s (%s) %s", self.function, self.backend.name, self.reason, {**details, **more()})
 
 
 def resolve_call(
@@ -305,7 +312,8 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, Any]
     Returns:
         a dict with ``function``, ``backend``, ``reason`` and, for the linear head, ``gemms``, ``chunk_rows``,
         ``logits_dtype``, ``buffer_bytes`` and, in chunks of rows, ``accumulator_bytes`` (of a float32 gradient of the weight beside its own);
-        where cross-entropy takes scaled exponentials also ``row_pass`` and ``scratch_bytes``.
+        where cross-entropy takes scaled exponentials also ``row_pass`` and ``scratch_bytes``; of CUDA's cross-entropy ``row_kernel``, which of
+        its two row kernels computes the call, and why the other one does not.
 
     >>> import torch, fastloss
     >>> plan = fastloss.explain(fastloss.cross_entropy, torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))

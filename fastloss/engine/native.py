@@ -334,6 +334,32 @@ class NativeBackend:
                 )  # fmt: skip
         return out
 
+    def row_kernel(
+        self, like: Tensor, options: CrossEntropyOptions, *, vocab: int, row_stride: int, start: int = 0, grad: tuple[int, int] | None,
+        labels: bool, bias: bool, want: Sequence[str],
+    ) -> dict[str, str]:  # fmt: skip
+        """What ``explain`` tells of :meth:`row_cross_entropy` where the module has two kernels for it: the launcher's own decision.
+
+        Args:
+            like: a tensor of the logits' dtype and device.
+            start: the address of the logits; 0 for those of a new tensor.
+            grad: address (0: a new tensor) and row stride of the gradient; None where none is made.
+        """
+        if self.name == "cpu" or not vocab:
+            return {}
+        to, grad_row_stride = grad or (0, 0)
+        with self.context.guard(like):
+            reason: str = self.module.why_no_clusters(
+                logits=start or 16, dtype=DTYPE_CODES[like.dtype], vocab=vocab, row_stride=row_stride, options=options,
+                has_target=labels, has_bias=bias, has_grad=grad is not None, grad=to, grad_row_stride=grad_row_stride,
+                more=any(name in want for name in ("entropy", "log_sum_sq_probs", "mean_logits")),
+            )  # fmt: skip
+        return {
+            "row_kernel": f"a block a row (not a cluster: {reason})"
+            if reason
+            else "a cluster of blocks a row, one read"
+        }
+
     def row_exponentials(
         self,
         logits: Tensor,

@@ -18,7 +18,8 @@ from fastloss.engine.checks import ShapeError
 from fastloss.engine.coefficients import of_cross_entropy
 from fastloss.engine.contract import WHOLE, Factor, count_plainly
 from fastloss.engine.definition import REFERENCE
-from fastloss.engine.native import DIRECT_CODES, cpu_backend
+from fastloss.engine.gate import address
+from fastloss.engine.native import DIRECT_CODES, NativeBackend, cpu_backend
 from fastloss.engine.sequences import Sequences
 from fastloss.engine.shards import Shards
 from fastloss.losses.token_stats import TokenStats, stats_from
@@ -156,7 +157,7 @@ def cross_entropy(
         if return_stats:
             raise ShapeError("input: expected at least one class for return_stats, got 0")
         call = call.without_kernels("there is no class")
-    call.announce(inplace=inplace)
+    call.announce(lambda: _row_kernel(call, logits, loss, inplace, token_weight is not None), inplace=inplace)
     dtype = loss_dtype or checks.loss_dtype(input, target, weight)
     if call.by_definition:
         return loss.shaped(by_definition(logits, target, weight, loss, dtype, token_weight), shape)
@@ -184,6 +185,25 @@ def cross_entropy(
     if factors is not None:
         value = _weighted(call, value, factors, factor, loss.reduction)
     return loss.shaped(loss.with_stats(value.to(dtype), stats, names), shape)
+
+
+def _row_kernel(
+    call: Call, logits: Tensor, loss: LossOptions, inplace: bool, weighted: bool
+) -> dict[str, str]:
+    """What ``explain`` tells of the kernel that reads the rows."""
+    if not isinstance(call.backend, NativeBackend):
+        return {}
+    vocab = logits.shape[1]
+    dense = logits.stride(1) == 1 or vocab == 1
+    start, stride = (address(logits), logits.stride(0)) if dense else (0, vocab)
+    makes_gradient = (
+        torch.is_grad_enabled() and logits.requires_grad and loss.reduction != "none" and not weighted
+    )
+    grad = ((start, stride) if inplace else (0, vocab)) if makes_gradient else None
+    return call.backend.row_kernel(
+        logits, kernel_options(loss), vocab=vocab, row_stride=stride, start=start, grad=grad,
+        labels=not loss.probabilities, bias=False, want=loss.want,
+    )  # fmt: skip
 
 
 def _weighted(call: Call, losses: Tensor, factors: Tensor, factor: Factor, reduction: str) -> Tensor:

@@ -19,7 +19,9 @@ from fastloss.engine.contract import WHOLE, Factor
 from fastloss.engine.definition import REFERENCE
 from fastloss.engine.dtensors import takes_dtensors
 from fastloss.engine.head import NOTHING, Grads, Head, Limits, Needs, Saved, Schedule
+from fastloss.engine.head_rows import buffer_dtype, row_stride
 from fastloss.engine.jagged import takes_jagged
+from fastloss.engine.native import NativeBackend
 from fastloss.engine.shards import Shards, whole
 from fastloss.losses.cross_entropy import (
     LossOptions,
@@ -241,7 +243,8 @@ def _of_rows(
             raise ShapeError("linear_weight: expected at least one class for return_stats, got 0")
         call = call.without_kernels("there is no class")
     if call.by_definition:
-        call.announce(**({"skip": "not used, exact: the definition"} if limits.skip else {}))
+        exact: dict[str, Any] = {"skip": "not used, exact: the definition"} if limits.skip else {}
+        call.announce(**exact)
         own = _Extra(extra.token_weight, loss_dtype)
         all_weight, all_bias = whole(linear_weight, limits.shards), whole(linear_bias, limits.shards)
         assert all_weight is not None
@@ -274,7 +277,10 @@ def _of_rows(
     sent = ("logprobs", *loss.want, *(("distance",) if loss.row.label_smoothing else ()))
     if loss.probabilities:
         sent = ("distance", "mass", *loss.want)
-    call.announce(**schedule.details(head, computed, needs, again, sent))
+    call.announce(
+        lambda: _row_kernel(head, schedule, loss, bool(needs) and not per_row and extra.token_weight is None),
+        **schedule.details(head, computed, needs, again, sent),
+    )
     classes, w = weights_of(target, weight, loss, acc, limits.shards)
     counted = computed if devices.may_wait(target.device) else None
     factor, loss = loss_factor(call, classes, w, loss, rows, vocab, acc, counted)
@@ -347,6 +353,20 @@ def _again(ctx: Any) -> Any:
         out = out * factors
     per_row = run.loss.reduction == "none"
     return [out if per_row else REFERENCE.sum_rows(out, run.factor)], [hidden, weight, bias]
+
+
+def _row_kernel(head: Head, schedule: Schedule, loss: LossOptions, makes_gradient: bool) -> dict[str, str]:
+    """What ``explain`` tells of the kernel that reads the rows of a chunk's logits."""
+    if not isinstance(head.backend, NativeBackend) or schedule.by_vocabulary or schedule.columns:
+        return {}
+    if schedule.exponentials or head.shards is not None:
+        return {}
+    vocab, device = head.weight.shape[0], head.weight.device
+    stride, dtype = row_stride(vocab, device), buffer_dtype(head, schedule.float_logits)
+    return head.backend.row_kernel(
+        torch.empty(0, dtype=dtype, device=device), kernel_options(loss), vocab=vocab, row_stride=stride,
+        grad=(0, stride) if makes_gradient else None, labels=not loss.probabilities, bias=head.bias is not None, want=loss.want,
+    )  # fmt: skip
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from backends_under_test import need
 from cuda_emulation.build import (
     build_cluster_check,
     build_emulated,
@@ -20,6 +21,7 @@ from cuda_emulation.build import (
 )
 from torch import Tensor
 
+import fastloss
 from fastloss.engine.coefficients import Coefficients
 from fastloss.engine.contract import WHOLE, Backend, Factor
 from fastloss.engine.definition import ReferenceBackend
@@ -563,6 +565,43 @@ def test_what_clusters_leave_to_the_other_kernel(monkeypatch: pytest.MonkeyPatch
     assert build_emulated().cluster_launches() == before
     run_cross_entropy(even, target, grad=torch.empty(3, 100))
     assert build_emulated().cluster_launches() == before + 1
+
+
+def test_explain_names_the_row_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the launcher's own decision: what it says is what is launched."""
+    monkeypatch.setenv("FASTLOSS_CLUSTER_ROWS", "1")
+    need("cuda")
+    target = make_targets(3, 100)
+
+    def told(x: Tensor, **options: Any) -> str:
+        leaf = x.requires_grad_(x.is_floating_point() and not options.pop("frozen", False))
+        given: dict[str, Any] = {"backend": "cuda", **options}
+        plan = fastloss.explain(fastloss.cross_entropy, leaf, target, **given)
+        before = build_emulated().cluster_launches()
+        fastloss.cross_entropy(leaf, target, **given)
+        by_clusters = build_emulated().cluster_launches() - before
+        row_kernel: str = plan["row_kernel"]
+        assert (row_kernel == "a cluster of blocks a row, one read") == bool(by_clusters), row_kernel
+        return row_kernel
+
+    even = lambda: make_rows(3, 100, torch.float32).clone()
+    assert "one read" in told(even())
+    assert "one read" in told(even(), temperature=0.5, z_loss=1e-3)
+    assert "no gradient" in told(even(), frozen=True)
+    assert "no gradient" in told(even(), reduction="none")
+    assert "no gradient" in told(even(), token_weight=torch.ones(3))
+    assert "smoothing" in told(even(), label_smoothing=0.1)
+    assert "soft-cap" in told(even(), softcap=5.0)
+    assert "statistics" in told(even(), return_stats=True)
+    assert "16 bytes" in told(make_rows(3, 100, torch.float32, 101))
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(100, 8, requires_grad=True)
+    head = (fastloss.linear_cross_entropy, hidden, weight, make_targets(6, 100))
+    assert "one read" in fastloss.explain(*head, backend="cuda")["row_kernel"]
+    bias = fastloss.explain(*head, linear_bias=torch.randn(100), backend="cuda")["row_kernel"]
+    assert "no bias" in bias
+    monkeypatch.setenv("FASTLOSS_CLUSTER_ROWS", "0")
+    assert "FASTLOSS_CLUSTER_ROWS=1" in told(even())
+    assert "row_kernel" not in fastloss.explain(fastloss.cross_entropy, even(), target, backend="cpu")
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def test_low_precision(backend: str, dtype: torch.dtype, temperature: float) -> 
 
 @pytest.mark.parametrize(
     ("dtype", "temperature"),
-    [(torch.float32, 1.0), (torch.bfloat16, 1.0), (torch.bfloat16, 0.7), (torch.bfloat16, -1.3)],
+    [(dtype, t) for dtype in (torch.float32, torch.bfloat16) for t in (1.0, 0.7, -1.3)],
     ids=str,
 )
 @pytest.mark.parametrize("backend", ALL)
