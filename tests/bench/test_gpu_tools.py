@@ -235,7 +235,14 @@ def test_launch_shapes_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeps, "available", lambda device: ["triton"])
     monkeypatch.setattr(sweeps, "timed", timed)
     for kind in {"row", *sweeps.KERNELS.values()}:
-        silent = replace(sweeps.KINDS[kind], ours=lambda case, backend: lambda *tensors: None)
+        usual = sweeps.KINDS[kind].ours
+
+        def silent_ours(case, call, usual=usual):  # type: ignore[no-untyped-def]
+            usual(case, call)  # takes these options
+            assert call == {"backend": "triton"}
+            return lambda *tensors: None
+
+        silent = replace(sweeps.KINDS[kind], ours=silent_ours)
         monkeypatch.setitem(sweeps.KINDS, kind, silent)
     found = [one["candidate"] for one in sweeps.launch_shapes("cpu", True)]
     assert {f"threads {n}, bytes {b}" for n, b in sweeps.SHAPES} <= set(found)

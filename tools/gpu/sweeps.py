@@ -125,7 +125,7 @@ def _sweep(
     case: Case, table: dict[str, Any], candidates: dict[str, Any], device: str, name: str = ""
 ) -> Iterator[Found]:
     """Times each candidate in the place ``name`` of the table (empty: in all), and puts back what was there."""
-    usual = KINDS[case.kind].ours(case, "triton")
+    usual = KINDS[case.kind].ours(case, {"backend": "triton"})
 
     def candidate(shape: Any) -> Callable[..., Tensor]:
         def loss(*tensors: Tensor) -> Tensor:
