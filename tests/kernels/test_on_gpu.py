@@ -122,6 +122,12 @@ def test_rows_read_once(
 ) -> None:
     """By clusters, of more rows than there are clusters at once; those that do not begin at 16 bytes by the other kernel."""
     monkeypatch.setenv("FASTLOSS_CLUSTER_ROWS", "1")
+    if layout == "padded" and torch.cuda.get_device_capability()[0] >= 9:
+        width = vocab + -vocab % 64
+        x = torch.zeros(2, width, device=DEVICE, dtype=dtype).requires_grad_() * 1
+        call = (fastloss.cross_entropy, x[:, :vocab], torch.zeros(2, dtype=torch.int64, device=DEVICE))
+        told = fastloss.explain(*call, inplace=True, backend="cuda")["row_kernel"]
+        assert "one read" in told or "do not fit" in told, told
     check_rows("cuda", vocab, dtype, layout, inplace, DEVICE, rows=140)
 
 

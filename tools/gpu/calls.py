@@ -22,9 +22,9 @@ TOOLS = {
         [
             "ncu",
             "--kernel-name",
-            "regex:row_",
+            "regex:row_|cluster_rows",
             "--launch-count",
-            "6",
+            "9",
             "--section",
             "SpeedOfLight",
             "--section",
@@ -84,10 +84,22 @@ def calls(backend: str, device: str, rows: int, vocab: int) -> Iterator[tuple[st
     scores = torch.randn(batch, device=device)
     good = torch.arange(batch, device=device) % 2 == 0
     o = {"backend": backend}
+    labels = target.masked_fill(target >= vocab // 8 * 8, -100)
+
+    def clusters(z: Tensor) -> Tensor:
+        """Rows that begin at multiples of 16 bytes."""
+        from fastloss.bench import internals
+
+        with internals.cluster_rows(True):
+            return backward(fastloss.cross_entropy(z, labels, **o))
+
     full = {"z_loss": 1e-3, "label_smoothing": 0.1, "softcap": 20.0}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)):
         z = logits.detach().to(dtype).requires_grad_()
         yield f"cross_entropy {name}", lambda z=z: backward(fastloss.cross_entropy(z, target, **o))  # type: ignore[misc]
+        if backend == "cuda":
+            even = logits.detach()[:, : vocab // 8 * 8].to(dtype).contiguous().requires_grad_()
+            yield f"cross_entropy {name}, clusters", lambda z=even: clusters(z)  # type: ignore[misc]
         yield (
             f"cross_entropy {name}, all options",
             lambda z=z: backward(fastloss.cross_entropy(z, target, **full, **o)),  # type: ignore[misc, arg-type]
