@@ -21,7 +21,8 @@ constexpr int kMaxCluster = 8;  // what every device with clusters can do
 
 namespace fastloss::cuda {
 
-// Counts the bytes of copies and gifts; 8 bytes of shared memory. One thread announces them, all wait.
+// Counts the bytes of bulk copies and of what other blocks give; 8 bytes of shared memory. One thread
+// announces them, all wait.
 struct Arrivals {
   uint64_t state;
 };

@@ -23,8 +23,8 @@ constexpr int kClusterThreads = 2 * kMaxThreads;  // one block on a multiprocess
 // What a block has in shared memory behind its two pieces. Two of each: a block that is ahead is in the next
 // row.
 struct Exchange {
-  float4 shares[2][kMaxCluster];  // of each block: its largest z, its sum of powers, the target's value if it
-                                  // is there
+  float4 shares[2][kMaxCluster];  // of each block: its largest value, its sum of powers, the target's value
+                                  // if it is there
   Arrivals copied[2], given[2];
 };
 
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits
               mine * 16, &exchange.copied[stage]);
   };
 
-  uint32_t copies = 0, gifts = 0;  // bit s: the parity of the phase that copied[s], given[s] is in
+  uint32_t copies = 0, gives = 0;  // bit s: the parity of the phase that copied[s], given[s] is in
   int stage = 0, turn = 0;
   int64_t row = blockIdx.x / size;
   fetch(row, stage);
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kClusterThreads, 1) cluster_rows_kernel(Logits
           !is_mine ? 0.0f : to_float(at < mine * N ? reinterpret_cast<const T*>(kept)[at] : x[t]);
       give(&exchange.shares[turn][rank], thread, {sums.max, sums.powers, value, 0.0f}, &exchange.given[turn]);
     }
-    wait_for(&exchange.given[turn], gifts >> turn & 1), gifts ^= 1u << turn;
+    wait_for(&exchange.given[turn], gives >> turn & 1), gives ^= 1u << turn;
     // The same order in every thread of the cluster: the same bits.
     float largest = -INFINITY, value_t = 0;
     for (int of = 0; of < size; ++of) {
